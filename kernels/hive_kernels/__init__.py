@@ -1,0 +1,1 @@
+"""Hierarchical attention: text queries over text keys and image keys in one softmax."""

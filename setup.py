@@ -1,0 +1,12 @@
+"""Package layout; metadata and dependencies are in pyproject.toml.
+
+`kernels/` stands at the root and has no ``__init__.py``: a root package called ``kernels`` would shadow PyPI's, which
+transformers imports when it finds one. The folder below it installs as ``hive_ds.kernels``.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["hive_ds", "hive_ds.*"]), "hive_ds.kernels"],
+    package_dir={"hive_ds": "hive_ds", "hive_ds.kernels": "kernels/hive_kernels"},
+)
