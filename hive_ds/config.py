@@ -1,37 +1,69 @@
 """The recipe as frozen dataclasses: every value that a run depends on, each with one owner.
 
-`hive_ds.recipe` reads recipes from YAML into these classes and reports where each value came from.
+`hive_ds.recipe` reads recipes from YAML into these classes and reports where each value came from. What a single value
+may be stands in its annotation (`hive_ds.checks`); what binds several values, in their class's ``__post_init__``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from hive_ds.checks import (
+    BETA,
+    FACTOR,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    at_least,
+    every,
+    every_value,
+    keys_from,
+    one_of,
+)
+from hive_ds.errors import HiveError
+
+STAGE_NAMES = ("connector_pretraining", "modality_adaptation", "vision_finetuning")
+"""Names of the stages a recipe may describe, in order; stage N of the command line is the N-th."""
 
 
 @dataclass(frozen=True)
 class RoutesConfig:
     """Which vision block feeds which LLM layer; the two lists are read pairwise and have one length."""
 
-    vision_blocks: tuple[int, ...]
+    vision_blocks: Annotated[tuple[int, ...], every(at_least(1))]
     """Vision blocks, counted from 1 (the index of Hugging Face's ``hidden_states``)."""
-    language_layers: tuple[int, ...]
+    language_layers: Annotated[tuple[int, ...], every(at_least(0))]
     """LLM decoder layers, counted from 0."""
+
+    def __post_init__(self) -> None:
+        if len(self.vision_blocks) != len(self.language_layers):
+            raise HiveError(
+                f"{len(self.vision_blocks)} vision_blocks but {len(self.language_layers)} language_layers;"
+                " expected two lists of one length, read pairwise"
+            )
+        pairs = Counter(zip(self.vision_blocks, self.language_layers, strict=True))
+        twice = [f"block {block} -> layer {layer}" for (block, layer), count in pairs.items() if count > 1]
+        if twice:
+            raise HiveError(f"{', '.join(twice)} is listed more than once; expected each route once")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The model's parts and how they are joined."""
 
-    vision_encoder: str
+    vision_encoder: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the vision encoder."""
-    language_model: str
+    language_model: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the LLM."""
     routes: RoutesConfig
-    qk_norm: str = "pre_rope"
+    qk_norm: Annotated[str, one_of("none", "pre_rope", "post_rope")] = "pre_rope"
     """``none``, ``pre_rope`` or ``post_rope`` (the paper's); an LLM with its own q/k norms keeps those."""
-    rope: str = "2d"
+    rope: Annotated[str, one_of("2d", "1d")] = "2d"
     """Image positions: ``2d`` (row, column, time) or ``1d`` (one after another, as the paper's code)."""
-    attention_backend: str = "auto"
+    attention_backend: Annotated[str, one_of("auto", "triton", "reference")] = "auto"
     """Backend of hierarchical attention: ``auto``, ``triton`` or ``reference``."""
     gradient_checkpointing: bool = False
     """Recompute activations of encoder blocks and LLM layers in backward (non-reentrant)."""
@@ -41,24 +73,24 @@ class ModelConfig:
 class DataConfig:
     """Where samples come from and how they become tokens."""
 
-    train: str
+    train: Annotated[str, NOT_EMPTY]
     """Folder (or remote URL) of MDS shards."""
     validation: str | None = None
     """MDS folder of held-out samples for the validation loss."""
     text_validation: str | None = None
     """MDS folder of text-only samples: does the LLM forget?"""
-    template: str = "plain"
+    template: Annotated[str, one_of("plain", "chat")] = "plain"
     """``plain`` (image, caption, end of sequence) or ``chat`` (the tokenizer's chat template)."""
-    image_position: str = "first"
+    image_position: Annotated[str, one_of("first", "after_bos")] = "first"
     """Place of the image under ``plain``: ``first``, or ``after_bos`` (the published order)."""
-    max_length: int = 2048
+    max_length: Annotated[int, at_least(2)] = 2048
     """Text tokens of one sample at most; longer samples are cut at the end and counted."""
     shuffle: bool = True
     cache: str | None = None
     """Local folder that remote shards are copied to; unused for local data."""
-    num_workers: int = 2
+    num_workers: Annotated[int, NOT_NEGATIVE] = 2
     """Loader processes per rank."""
-    max_bad_share: float = 0.01
+    max_bad_share: Annotated[float, SHARE] = 0.01
     """Share of unreadable samples at which training stops; each is logged and replaced until then."""
 
 
@@ -66,48 +98,55 @@ class DataConfig:
 class StageConfig:
     """One training stage's numbers. What a stage trains stands in `hive_ds.stages`."""
 
-    lr: float
+    lr: Annotated[float, POSITIVE]
     """Peak learning rate of every trained group that `group_lr` does not name."""
-    global_batch_size: int
+    global_batch_size: Annotated[int, at_least(1)]
     """Samples of one optimizer step over all ranks and accumulation steps."""
-    micro_batch_size: int
+    micro_batch_size: Annotated[int, at_least(1)]
     """Samples of one forward pass on one rank."""
-    epochs: float = 1.0
-    steps: int | None = None
+    epochs: Annotated[float, POSITIVE] = 1.0
+    steps: Annotated[int | None, at_least(1)] = None
     """Optimizer steps; overrides ``epochs``."""
-    group_lr: dict[str, float] = field(default_factory=dict)
+    group_lr: Annotated[dict[str, float], every_value(NOT_NEGATIVE)] = field(default_factory=dict)
     """Peak learning rate by group name (`hive_ds.stages`); 0 freezes the group."""
-    vision_layer_decay: float = 1.0
+    vision_layer_decay: Annotated[float, FACTOR] = 1.0
     """Factor on the learning rate from one encoder block to the one below it; 1 switches it off."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Annotated[float, SHARE] = 0.0
     """Floor of the cosine as a share of the peak."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: Annotated[float, SHARE] = 0.03
     """Share of the steps spent in linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    betas: Annotated[tuple[float, float], every(BETA)] = (0.9, 0.999)
+    eps: Annotated[float, POSITIVE] = 1e-8
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's decay; never on norms and biases."""
-    clip: float = 1.0
+    clip: Annotated[float, POSITIVE] = 1.0
     """Largest global gradient norm."""
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % self.micro_batch_size:
+            raise HiveError(
+                f"global_batch_size = {self.global_batch_size} is not divisible by"
+                f" micro_batch_size = {self.micro_batch_size}; expected a multiple of it"
+            )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """What all stages of a run share."""
 
-    seed: int = 0
-    precision: str = "bf16"
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+    precision: Annotated[str, one_of("bf16", "fp32")] = "bf16"
     """``bf16`` or ``fp32``."""
-    ds_config: str = "zero3"
+    ds_config: Annotated[str, NOT_EMPTY] = "zero3"
     """ZeRO policy: a name from ``ds_configs/`` or the path of a JSON file."""
-    validation_interval: int = 0
+    validation_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between validation losses; 0 means at the end only."""
-    validation_batches: int = 8
+    validation_batches: Annotated[int, at_least(1)] = 8
     """Micro-batches per rank of one validation."""
-    checkpoint_interval: int = 0
+    checkpoint_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints for resuming; 0 means none before the end."""
-    log_interval: int = 1
-    max_skipped_steps: int = 5
+    log_interval: Annotated[int, at_least(1)] = 1
+    max_skipped_steps: Annotated[int, at_least(1)] = 5
     """Steps in a row with a non-finite gradient before the run stops."""
     tensorboard: bool = False
     wandb: bool = False
@@ -117,10 +156,10 @@ class TrainingConfig:
 class Recipe:
     """A whole run: models, data and every stage."""
 
-    name: str
+    name: Annotated[str, NOT_EMPTY]
     description: str
     model: ModelConfig
     data: DataConfig
-    stages: dict[str, StageConfig]
+    stages: Annotated[dict[str, StageConfig], keys_from(*STAGE_NAMES)]
     """By stage name: ``connector_pretraining``, ``modality_adaptation``, ``vision_finetuning``."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -1,0 +1,83 @@
+"""Recipes: YAML files that name a run's every value, laid over a base recipe and under ``--set`` options.
+
+Precedence, stated once: defaults of `hive_ds.config` < ``base:`` recipe < the file < ``--set``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hive_ds.config import Recipe
+from hive_ds.errors import HiveError
+from hive_ds.paths import RECIPES, find_file
+from hive_ds.recipe_source import Entry, merge, read_file, read_override
+from hive_ds.recipe_values import Origins, build
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or path, with ``--set`` options such as ``"model.rope=1d"``. Raises HiveError."""
+    return resolve(name_or_path, overrides)[0]
+
+
+def resolve(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Origins]:
+    """Like `load_recipe`, and where each value came from, by dotted key.
+
+    An origin is ``default``, ``--set``, ``FILE:LINE``, or ``base FILE:LINE`` for a value of a base recipe.
+    """
+    entries = _read_with_bases(str(name_or_path), chain=())
+    for option in overrides:
+        entries = merge(entries, read_override(option))
+    origins: Origins = {}
+    return build(Recipe, entries, str(name_or_path), origins), origins
+
+
+def _read_with_bases(name_or_path: str, chain: tuple[Path, ...]) -> dict[str, Entry]:
+    path = find_file(
+        name_or_path, RECIPES, ".yaml", "recipe", relative_to=chain[-1].parent if chain else None
+    ).resolve()
+    shown = path.name if path.parent == RECIPES else name_or_path
+    if path in chain:
+        names = " -> ".join(link.name for link in (*chain, path))
+        raise HiveError(f"recipe {shown}: its base leads back to itself ({names}); expected a chain with an end")
+    entries = read_file(path, f"base {shown}" if chain else shown)
+    base = entries.pop("base", None)
+    if base is None:
+        return entries
+    if not isinstance(base.content, yaml.ScalarNode) or base.is_null:
+        raise HiveError(f"base = {base.text} ({base.origin}): expected the name or path of one recipe")
+    return merge(_read_with_bases(base.content.value, (*chain, path)), entries)
+
+
+def dump_recipe(recipe: Recipe, origins: Origins | None = None) -> str:
+    """The whole recipe as YAML that `load_recipe` reads back to an equal one; with ``origins``, one comment a value."""
+    lines = [(text, (origins or {}).get(key, "")) for key, text in _yaml_lines(recipe)]
+    widths = [len(text) for text, origin in lines if origin]
+    column = min(max(widths, default=0), 60)
+    return "".join(f"{text:<{column}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
+
+
+def _yaml_lines(value: Any, prefix: str = "", indent: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and YAML line of every value below a dataclass or mapping."""
+    pairs = [(spec.name, getattr(value, spec.name)) for spec in fields(value)] if is_dataclass(value) else value.items()
+    for name, item in pairs:
+        if is_dataclass(item) or (isinstance(item, dict) and item):
+            yield "", f"{indent}{name}:"
+            yield from _yaml_lines(item, f"{prefix}{name}.", indent + "  ")
+        else:
+            yield f"{prefix}{name}", f"{indent}{name}: {_yaml_value(item)}"
+
+
+def _yaml_value(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("...\n").rstrip("\n")
