@@ -1,0 +1,56 @@
+# The tasks of this repository; `make` lists them. Every task sets up what it needs and skips what is up to date.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+# The model must work on transformers 5 as well, which the [streaming] extra forbids: an overlay environment holds only
+# what differs and takes the rest from $(VENV), which saves a second copy of torch (6 GB).
+VENV_TF5 ?= .venv-tf5
+RUN := $(VENV)/bin/python -m
+RUN_TF5 := $(VENV_TF5)/bin/python -m
+
+.PHONY: help venv venv-tf5 quickstart test test-long lint clean
+
+help: ## List the tasks
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## Make the Python environment in .venv (5 to 10 minutes the first time)
+
+$(VENV)/.installed: pyproject.toml setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.10 or later, or run: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old; expected Python 3.10 or later: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --upgrade pip
+	$(RUN) pip install -e ".[streaming,dev]"
+	@touch $@
+
+venv-tf5: $(VENV_TF5)/.installed ## Make the overlay environment with transformers 5 in .venv-tf5
+
+$(VENV_TF5)/.installed: $(VENV)/.installed
+	$(RUN) venv --without-pip $(VENV_TF5)
+	@base=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	over=$$($(VENV_TF5)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$base')" > "$$over/base.pth"
+	$(RUN_TF5) pip install "transformers>=5,<6"
+	@touch $@
+
+quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and show what it learned (10 minutes on 2 cores)
+	$(VENV)/bin/hive-ds quickstart
+
+test: $(VENV)/.installed ## Run the tests (under 15 minutes on 2 cores)
+	$(RUN) pytest -rs --durations=10
+
+test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and model, kernels and text on transformers 5
+	$(RUN) pytest -rs -m "long and not gpu"
+	$(RUN_TF5) pytest -rs -m "not gpu" tests/model tests/kernels $(wildcard tests/data/test_processing*)
+
+lint: $(VENV)/.installed ## Check style, formatting and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy hive_ds kernels/hive_kernels
+
+clean: ## Remove what the other tasks made (environments, caches, runs)
+	rm -rf $(VENV) $(VENV_TF5) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/quickstart
