@@ -14,9 +14,11 @@ import yaml
 
 from hive_ds.config import Recipe
 from hive_ds.errors import HiveError
-from hive_ds.paths import RECIPES, find_file
 from hive_ds.recipe_source import Entry, merge, read_file, read_override
-from hive_ds.recipe_values import Origins, build
+from hive_ds.recipe_values import Origins, build, nearest
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+"""The recipes that come with the package."""
 
 
 def recipe_names() -> list[str]:
@@ -39,6 +41,20 @@ def resolve(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[Re
         entries = merge(entries, read_override(option))
     origins: Origins = {}
     return build(Recipe, entries, str(name_or_path), origins), origins
+
+
+def _find(name_or_path: str, relative_to: Path) -> Path:
+    """A recipe's file: what holds a slash or ends in ``.yaml`` is a path, all else the name of one in the package."""
+    if "/" in name_or_path or name_or_path.endswith(".yaml"):
+        path = relative_to / Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise HiveError(f"recipe {name_or_path}: no such file (looked for {path}); expected a YAML file")
+        return path
+    if name_or_path not in recipe_names():
+        hint = nearest(name_or_path, recipe_names(), cutoff=0.4)
+        known = ", ".join(recipe_names())
+        raise HiveError(f"recipe {name_or_path}: expected one of {known}, or a path that ends in .yaml{hint}")
+    return RECIPES / f"{name_or_path}.yaml"
 
 
 def _read_with_bases(name_or_path: str, chain: tuple[Path, ...]) -> dict[str, Entry]:

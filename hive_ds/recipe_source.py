@@ -29,7 +29,7 @@ class Entry:
             return "{" + ", ".join(f"{key}: {entry.text}" for key, entry in self.content.items()) + "}"
         if isinstance(self.content, list):
             return "[" + ", ".join(entry.text for entry in self.content) + "]"
-        return "null" if self.is_null else self.content.value
+        return "null" if self.is_null else " ".join(self.content.value.split())
 
     @property
     def is_null(self) -> bool:
@@ -46,11 +46,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _compose(text: str, source: str) -> yaml.Node:
+def _compose(text: str, source: str, *, lines: bool) -> yaml.Node:
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        line = f":{error.problem_mark.line + 1}" if lines and error.problem_mark else ""
         raise HiveError(f"{source}{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise HiveError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
@@ -88,7 +88,7 @@ def read_file(path: Path, shown_as: str) -> dict[str, Entry]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise HiveError(f"recipe {shown_as}: {reason}; expected a YAML file") from error
-    entry = _entry(_compose(text, shown_as), shown_as, lines=True)
+    entry = _entry(_compose(text, shown_as, lines=True), shown_as, lines=True)
     if not isinstance(entry.content, dict):
         raise HiveError(f"recipe {shown_as}: the file holds {entry.text[:40]}; expected `key: value` lines")
     return entry.content
@@ -100,7 +100,7 @@ def read_override(option: str) -> dict[str, Entry]:
     names = [name.strip() for name in key.split(".")]
     if not equals or not all(names):
         raise HiveError(f"--set {option}: expected key=value, with dots between nested keys, as model.rope=1d")
-    entry = _entry(_compose(value, f"--set {option}"), "--set", lines=False)
+    entry = _entry(_compose(value, f"--set {option}", lines=False), "--set", lines=False)
     for name in reversed(names):
         entry = Entry({name: entry}, "--set")
     assert isinstance(entry.content, dict)

@@ -157,9 +157,9 @@ def _split(hint: Any) -> tuple[Any, Check | None]:
     return kind, check
 
 
-def nearest(word: str, choices: list[str]) -> str:
-    """``; did you mean X?`` when one of ``choices`` is close to ``word``, else nothing."""
-    close = difflib.get_close_matches(word, choices, n=1)
+def nearest(word: str, choices: list[str], cutoff: float = 0.6) -> str:
+    """``; did you mean X?`` when one of ``choices`` is close to ``word`` (0 to 1, as difflib has it), else nothing."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""
 
 
