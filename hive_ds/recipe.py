@@ -58,9 +58,7 @@ def _find(name_or_path: str, relative_to: Path) -> Path:
 
 
 def _read_with_bases(name_or_path: str, chain: tuple[Path, ...]) -> dict[str, Entry]:
-    path = find_file(
-        name_or_path, RECIPES, ".yaml", "recipe", relative_to=chain[-1].parent if chain else None
-    ).resolve()
+    path = _find(name_or_path, relative_to=chain[-1].parent if chain else Path()).resolve()
     shown = path.name if path.parent == RECIPES else name_or_path
     if path in chain:
         names = " -> ".join(link.name for link in (*chain, path))
