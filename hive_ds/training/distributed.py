@@ -1,0 +1,191 @@
+"""Ranks: who am I, how many are we, and the process group, under any launcher.
+
+Launchers disagree on environment variables. `read_world` understands torchrun and the ``deepspeed`` launcher
+(RANK, LOCAL_RANK), srun (SLURM_PROCID, ...) and mpirun (OMPI_*); `start` writes the answer back under torchrun's names,
+LOCAL_WORLD_SIZE among them, which mosaicml-streaming needs and the ``deepspeed`` launcher does not set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hive_ds.errors import HiveError
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective may wait: the slowest thing between two is rank 0 writing a model."""
+
+_REPORTED = "hive_ds/error_reported"
+
+_LAUNCHERS = (
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    # Not SLURM_NTASKS: that one also stands in the shell of an interactive job, where a single process runs.
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", ("SLURM_STEP_TASKS_PER_NODE",)),
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    """Processes on this host."""
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that prints and writes."""
+        return self.rank == 0
+
+
+def read_world(env: Mapping[str, str]) -> World:
+    """Read this process's place from the variables of whichever launcher started it; one process if none did.
+
+    Raises:
+        HiveError: a variable is missing, is no number, or the numbers contradict one another.
+    """
+    for rank, local_rank, size, local_sizes in _LAUNCHERS:
+        if rank not in env or size not in env:
+            continue
+        known = next((name for name in local_sizes if name in env), None)
+        size_value = _number(env, size)
+        world = World(
+            rank=_number(env, rank),
+            local_rank=_number(env, local_rank),
+            size=size_value,
+            local_size=_on_this_host(env, known) if known else _single_host_size(env, size, size_value, local_sizes),
+        )
+        if not (0 <= world.rank < world.size and 0 <= world.local_rank < world.local_size <= world.size):
+            raise HiveError(
+                f"launcher variables contradict one another: {rank}={world.rank}, {local_rank}={world.local_rank}, "
+                f"{size}={world.size}, ranks on this host {world.local_size}"
+            )
+        return world
+    return World()
+
+
+def start(world: World) -> torch.device:
+    """Join the process group (gloo on CPUs, nccl on GPUs) and return this rank's device.
+
+    Raises:
+        HiveError: several ranks and no MASTER_ADDR and MASTER_PORT, or more ranks on this host than GPUs.
+    """
+    for name, value in (
+        ("RANK", world.rank),
+        ("LOCAL_RANK", world.local_rank),
+        ("WORLD_SIZE", world.size),
+        ("LOCAL_WORLD_SIZE", world.local_size),
+    ):
+        os.environ[name] = str(value)
+    gpu = torch.cuda.is_available()
+    if gpu:
+        if world.local_rank >= torch.cuda.device_count():
+            raise HiveError(
+                f"{world.local_size} ranks on this host, but {torch.cuda.device_count()} GPUs: start one rank a GPU"
+            )
+        torch.cuda.set_device(world.local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    device = torch.device("cuda", world.local_rank) if gpu else torch.device("cpu")
+    if world.size == 1:
+        store: Any = dist.HashStore()
+    else:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise HiveError(f"{world.size} ranks, but {' and '.join(missing)} not set: where is rank 0?")
+        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size))
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=TIMEOUT,
+        device_id=device if gpu and world.size > 1 else None,
+    )
+    return device
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Sequence[float] | Tensor, device: torch.device) -> list[float]:
+    """Add up a vector over all ranks, in float64."""
+    return _reduce(values, device, dist.ReduceOp.SUM)
+
+
+def min_over_ranks(values: Sequence[float] | Tensor, device: torch.device) -> list[float]:
+    """Element-wise minimum of a vector over all ranks, in float64."""
+    return _reduce(values, device, dist.ReduceOp.MIN)
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's ``value``, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_values(value: Any) -> list[Any]:
+    """Every rank's ``value``, in rank order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier()
+
+
+def _reduce(values: Sequence[float] | Tensor, device: torch.device, op: Any) -> list[float]:
+    vector = torch.as_tensor(values, dtype=torch.float64).to(device)
+    dist.all_reduce(vector, op=op)
+    return vector.tolist()
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    value = env.get(name, "")
+    if not value.isdecimal():
+        raise HiveError(f"launcher variable {name} is {value!r}; expected a number")
+    return int(value)
+
+
+def _on_this_host(env: Mapping[str, str], name: str) -> int:
+    """Ranks on this host; Slurm writes ``2(x3),1`` for three nodes of two tasks and a fourth of one."""
+    if not name.startswith("SLURM_"):
+        return _number(env, name)
+    counts: list[int] = []
+    for part in env[name].split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise HiveError(f"launcher variable {name} is {env[name]!r}; expected counts like 2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    node = _number(env, "SLURM_NODEID")
+    if node >= len(counts):
+        raise HiveError(f"SLURM_NODEID is {node}, but {name} = {env[name]!r} lists {len(counts)} nodes")
+    return counts[node]
+
+
+def _single_host_size(env: Mapping[str, str], size_name: str, size: int, local_sizes: Sequence[str]) -> int:
+    if size == 1:
+        return 1
+    raise HiveError(f"{size_name}={size}, but none of {', '.join(local_sizes)} says how many ranks run on this host")

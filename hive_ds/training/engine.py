@@ -1,0 +1,287 @@
+"""DeepSpeed, behind six methods: the one file that imports it.
+
+The engine takes a model whose stage is planned (`hive_ds.training.groups`), partitions it under ZeRO 0 to 3 and runs
+forward, backward and step on it. It checks what DeepSpeed leaves unsaid: a parameter that gets no gradient, a parameter
+that is frozen or unfrozen after the start, a gradient that is not finite.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hive_ds.config import StageConfig
+from hive_ds.errors import HiveError
+from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks
+from hive_ds.training.groups import OptimizerGroup
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils import logger as deepspeed_logger
+
+# On CPUs, joining the process group would compile DeepSpeed's shared-memory all-reduce (g++, 52 s) and leave 66 MB a
+# rank in /dev/shm. It serves tensor-parallel inference only. DeepSpeed builds the ops this table calls compatible.
+vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    grad_norms: dict[str, float]
+    """L2 norm of the gradient of each module group, before clipping."""
+    grad_norm: float
+    """L2 norm over all groups, before clipping."""
+    skipped: bool
+    """A gradient was not finite, so no weight changed."""
+
+
+class Engine:
+    """A model partitioned over all ranks, with its optimizer.
+
+    Args:
+        model: planned by `plan_stage`; equal on every rank.
+        groups: optimizer groups of ``model``.
+        ds_config: of `build_ds_config`.
+        stage: betas and eps of AdamW.
+        world: this process among all.
+        device: of `hive_ds.training.distributed.start`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[OptimizerGroup],
+        ds_config: dict[str, Any],
+        stage: StageConfig,
+        *,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        self.world, self.device = world, device
+        self.groups = list(groups)
+        self.zero_stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self.accumulation: int = ds_config["gradient_accumulation_steps"]
+        self.skipped_steps = 0
+        if not deepspeed_logger.isEnabledFor(logging.DEBUG):
+            deepspeed_logger.setLevel(logging.WARNING)
+        self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._ungraded = {name for group in groups for name in group.parameters}
+        self._watch = [
+            parameter.register_hook(lambda _, name=name: self._ungraded.discard(name))
+            for group in groups
+            for name, parameter in group.parameters.items()
+        ]
+        optimizer = _adamw(groups, stage, fused=device.type == "cuda")
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
+        optimizer.state.clear()
+        self.model: Any = self._engine.module
+        _register_external_parameters(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's output for one micro-batch; gradients are recorded unless the model is in evaluation mode."""
+        if self.model.training:
+            return self._engine(**inputs)
+        with torch.no_grad():
+            return self._engine(**inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of ``loss``, a scalar.
+
+        Gradients are averaged over ranks and summed over micro-batches, so a loss that is to be a mean over all
+        supervised tokens is this rank's sum, times the number of ranks, over the tokens of the whole step.
+
+        Args:
+            loss: of `forward`.
+            last: this micro-batch completes an optimizer step.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        # Times one, for a tensor of its own: DeepSpeed (0.19.8, ZeRO 0) otherwise divides the gradient of its own
+        # output by the accumulation steps in spite of scale_wrt_gas=False.
+        self._engine.backward(loss * 1, scale_wrt_gas=False)
+
+    def step(self, lr_factor: float) -> StepReport:
+        """Clip, update the weights and clear the gradients; skip all that where a gradient is not finite.
+
+        Args:
+            lr_factor: share of each group's peak learning rate.
+
+        Raises:
+            HiveError: the first step finds a trained parameter without gradient; or ``requires_grad`` of a parameter
+                changed since the engine was made.
+        """
+        self._check_flips()
+        self._check_gradients()
+        norms = self._grad_norms()
+        total = sum(norm**2 for norm in norms.values()) ** 0.5
+        skipped = not total < float("inf")
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+        if skipped:
+            self._discard_gradients()
+        else:
+            self._engine.step()
+        self.skipped_steps += skipped
+        return StepReport(norms, total, skipped)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Current learning rate of each optimizer group."""
+        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+
+    def write_events(self, values: dict[str, float], step: int) -> None:
+        """Send numbers to TensorBoard and wandb, where the recipe switched them on."""
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events([(name, value, step) for name, value in values.items()])
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write weights and optimizer state to ``folder / tag``; every rank calls it."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore what `save` wrote; every rank calls it, as many as saved it.
+
+        Raises:
+            HiveError: the checkpoint cannot be read into this model.
+        """
+        try:
+            found, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+            raise HiveError(f"checkpoint {folder}: does not fit this model and stage ({error})") from error
+        if found is None:
+            raise HiveError(f"checkpoint {folder / tag}: nothing to load")
+        for group, restored in zip(self.groups, self._optimizer.param_groups, strict=True):
+            restored.update(name=group.name, peak_lr=group.lr, weight_decay=group.weight_decay)
+
+    def gather_state(self) -> dict[str, Tensor]:
+        """All weights and persistent buffers by name, on rank 0's CPU; every rank calls it, others get {}.
+
+        Modules are gathered one by one, so a rank holds one module's full weights at a time.
+        """
+        state: dict[str, Tensor] = {}
+        copies: dict[int, Tensor] = {}
+        for prefix, module in self.model.named_modules():
+            with self._gathered(list(module._parameters.values())):
+                if self.world.is_main:
+                    for name, value in _own_tensors(module, prefix):
+                        # A tied weight stands under two names and stays one tensor.
+                        state[name] = copies.setdefault(id(value), value.detach().to("cpu", copy=True))
+        return state
+
+    def partition_sizes(self) -> dict[str, int]:
+        """Elements that this rank holds of each parameter."""
+        return {
+            name: parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
+            for name, parameter in self.model.named_parameters()
+        }
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+    def _gathered(self, parameters: Sequence[nn.Parameter | None]) -> Any:
+        partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+        return deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned))
+
+    def _check_flips(self) -> None:
+        flipped = [name for name, p in self.model.named_parameters() if p.requires_grad != self._trained[name]]
+        if flipped:
+            raise HiveError(
+                f"requires_grad of {', '.join(flipped)} changed after training began, which DeepSpeed ignores; "
+                "what trains is decided once per stage (hive_ds.stages)"
+            )
+
+    def _check_gradients(self) -> None:
+        if not self._watch:
+            return
+        for handle in self._watch:
+            handle.remove()
+        self._watch = []
+        names = [name for group in self.groups for name in group.parameters]
+        graded = min_over_ranks([float(name not in self._ungraded) for name in names], self.device)
+        without = [name for name, flag in zip(names, graded, strict=True) if not flag]
+        if without:
+            raise HiveError(
+                f"step 1 gave no gradient to {len(without)} parameters that should train: {', '.join(without)}"
+            )
+
+    def _grad_norms(self) -> dict[str, float]:
+        """Norm of each module group; the same number on every rank, NaN or infinite as soon as one element is."""
+        names = list(dict.fromkeys(group.module_group for group in self.groups))
+        squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        for index, gradients in self._local_gradients():
+            slot = names.index(self.groups[index].module_group)
+            for gradient in gradients:
+                squares[slot] += torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+        if self.zero_stage:  # each rank holds its part; under ZeRO 0 each holds all
+            squares = torch.tensor(sum_over_ranks(squares, self.device))
+        return dict(zip(names, squares.sqrt().tolist(), strict=True))
+
+    def _local_gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """(index of an optimizer group, this rank's part of its averaged gradients)."""
+        if self.zero_stage == 0:
+            for index, group in enumerate(self.groups):
+                yield index, [p.grad for p in group.parameters.values() if p.grad is not None]
+        else:
+            to_group = getattr(self._optimizer, "sub_group_to_group_id", {})
+            for index, gradients in self._optimizer.averaged_gradients.items():
+                yield to_group.get(index, index), [gradient for gradient in gradients if gradient is not None]
+
+    def _discard_gradients(self) -> None:
+        """Forget this step's gradients. ZeRO 1 to 3 find them not finite themselves, skip and clear their buffers."""
+        if self.zero_stage:
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+
+
+def _adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [
+            {
+                "params": list(group.parameters.values()),
+                "name": group.name,
+                "lr": 0.0,  # set before every step; a step inside DeepSpeed's constructor must not decay weights
+                "peak_lr": group.lr,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
+        betas=stage.betas,
+        eps=stage.eps,
+        fused=fused,
+    )
+
+
+def _register_external_parameters(model: nn.Module) -> None:
+    """Tell ZeRO-3 about weights that a module reads without calling the module that owns them."""
+    for module in model.modules():
+        if hasattr(module, "external_parameters"):
+            for parameter in module.external_parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def _own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and persistent buffers, children's left out, with full names."""
+    buffers: OrderedDict[str, Tensor | None] = OrderedDict(
+        (name, buffer) for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
+    )
+    for name, value in [*module._parameters.items(), *buffers.items()]:
+        if value is not None:
+            yield f"{prefix}.{name}" if prefix else name, value
