@@ -1,0 +1,161 @@
+"""Self-attention of an LLM layer that can also attend to image keys.
+
+Every layer's attention is replaced by `HiveAttention`: a routed one sees text and image keys in one softmax, an
+un-routed one is the LLM's own attention over packed text. Projections keep their Hugging Face names.
+Axes: T text token, N image token, D model, H query head, G key/value head, K head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hive_ds.kernels import AttentionLayout, finish_keys, hierarchical_attention
+
+if TYPE_CHECKING:
+    from hive_ds.model.cache import HiveCache
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one forward pass hands a layer's attention, beside the hidden states.
+
+    Attributes:
+        layout: who sees whom, shared by all layers with the same number of routes.
+        cos_TK, sin_TK: rotation of the text, fp32 halves (T, K/2).
+        image_ND: (N, D) normed image states of this layer; None at an un-routed layer or when the cache has the keys.
+        image_cos_NK, image_sin_NK: rotation of the image keys, fp32 halves (N, K/2); None with ``image_ND``.
+        cache: where keys are kept between calls, or None.
+    """
+
+    layout: AttentionLayout
+    cos_TK: Tensor
+    sin_TK: Tensor
+    image_ND: Tensor | None = None
+    image_cos_NK: Tensor | None = None
+    image_sin_NK: Tensor | None = None
+    cache: HiveCache | None = None
+
+
+class HeadRMSNorm(nn.Module):
+    """Weight and epsilon of an RMSNorm over the head dim; the attention op applies it."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.variance_epsilon = eps
+
+
+class HiveAttention(nn.Module):
+    """Attention of one LLM layer, built around the layer's own projections."""
+
+    def __init__(
+        self, attention: nn.Module, layer: int, *, routed: bool, image_kv: str, qk_norm: str, eps: float, backend: str
+    ) -> None:
+        """Take over the projections of ``attention``.
+
+        Args:
+            attention: the LLM layer's attention (q/k/v/o projections, perhaps q_norm and k_norm).
+            layer: its index in the LLM.
+            routed: whether image keys reach this layer.
+            image_kv: ``"own"`` gives a routed layer image_k_proj and image_v_proj; ``"shared"`` uses k_proj and v_proj.
+            qk_norm: norm added at a routed layer whose LLM has none: ``none``, ``pre_rope`` or ``post_rope``.
+            eps: epsilon of that norm.
+            backend: backend of `hierarchical_attention`.
+        """
+        super().__init__()
+        self.layer = layer
+        self.head_dim: int = attention.head_dim
+        self.softmax_scale: float = attention.scaling
+        self.backend = backend
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        self.qk_norm = "none"
+        if hasattr(attention, "q_norm"):
+            self.qk_norm = "pre_rope"
+            self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        elif routed and qk_norm != "none":
+            self.qk_norm = qk_norm
+            self.q_norm, self.k_norm = HeadRMSNorm(self.head_dim, eps), HeadRMSNorm(self.head_dim, eps)
+        if routed and image_kv == "own":
+            self.image_k_proj, self.image_v_proj = _linear_like(self.k_proj), _linear_like(self.v_proj)
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `forward` reads without calling the child that holds them (ZeRO-3 must know)."""
+        return [] if self.qk_norm == "none" else [self.q_norm.weight, self.k_norm.weight]
+
+    def copy_image_projections(self) -> None:
+        """Set image_k_proj and image_v_proj to k_proj and v_proj, biases included."""
+        self.image_k_proj.load_state_dict(self.k_proj.state_dict())
+        self.image_v_proj.load_state_dict(self.v_proj.state_dict())
+
+    # The LLM's decoder layer also passes what its own attention wants (masks, position ids): `unused`.
+    def forward(self, hidden_states: Tensor, *, hive: AttentionCall, **unused: object) -> tuple[Tensor, None]:
+        """(1, T, D) packed text -> (1, T, D), and no attention weights."""
+        x_TD = hidden_states[0]
+        q_THK, k_TGK, v_TGK = (self._heads(proj, x_TD) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        image_k, image_v = self._image_keys(hive)
+        if hive.cache is None:
+            out_THK = self._attend(q_THK, k_TGK, v_TGK, image_k, image_v, hive)
+        else:
+            out_THK = self._attend_cached(q_THK, k_TGK, v_TGK, image_k, image_v, hive)
+        return self.o_proj(out_THK.flatten(1))[None], None
+
+    def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
+        return projection(x).unflatten(-1, (-1, self.head_dim))
+
+    def _image_keys(self, hive: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
+        """Projected image keys and values, (N, G, K) each, before norm and rotation."""
+        if hive.image_ND is None:
+            return None, None
+        if hasattr(self, "image_k_proj"):
+            return self._heads(self.image_k_proj, hive.image_ND), self._heads(self.image_v_proj, hive.image_ND)
+        return self._heads(self.k_proj, hive.image_ND), self._heads(self.v_proj, hive.image_ND)
+
+    def _norm(self) -> tuple[Tensor | None, Tensor | None, float]:
+        if self.qk_norm == "none":
+            return None, None, 1e-6
+        return self.q_norm.weight, self.k_norm.weight, self.q_norm.variance_epsilon
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, hive: AttentionCall
+    ) -> Tensor:
+        q_weight, k_weight, eps = self._norm()
+        return hierarchical_attention(
+            q, k, v, image_k, image_v, hive.layout,
+            q_norm_weight=q_weight, k_norm_weight=k_weight, norm_eps=eps, qk_norm=self.qk_norm,
+            cos=hive.cos_TK, sin=hive.sin_TK, image_cos=hive.image_cos_NK, image_sin=hive.image_sin_NK,
+            softmax_scale=self.softmax_scale, backend=self.backend,
+        )  # fmt: skip
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, hive: AttentionCall
+    ) -> Tensor:
+        """Finish and store the new keys, then attend to all stored ones."""
+        cache = hive.cache
+        assert cache is not None
+        q_weight, k_weight, eps = self._norm()
+        k = finish_keys(k, k_weight, eps, self.qk_norm, hive.cos_TK, hive.sin_TK)
+        k_BSGK, v_BSGK = cache.append_text(self.layer, k, v)
+        if image_k is not None:
+            image_k = finish_keys(image_k, k_weight, eps, self.qk_norm, hive.image_cos_NK, hive.image_sin_NK)
+            cache.image_keys[self.layer] = (image_k, image_v)
+        image_k, image_v = cache.image_keys.get(self.layer, (None, None))
+        return hierarchical_attention(
+            q, k_BSGK, v_BSGK, image_k, image_v, hive.layout,
+            q_norm_weight=q_weight, norm_eps=eps, qk_norm=self.qk_norm,
+            cos=hive.cos_TK, sin=hive.sin_TK, softmax_scale=self.softmax_scale, backend=self.backend,
+        )  # fmt: skip
+
+
+def _linear_like(linear: nn.Linear) -> nn.Linear:
+    return nn.Linear(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
+    )

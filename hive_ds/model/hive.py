@@ -1,0 +1,349 @@
+"""HiveForCausalLM: text tokens of routed LLM layers attend to features of several vision blocks.
+
+Source: arXiv 2604.00086. Axes: B row, S slot of a padded row, T text token, N image token, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hive_ds.constants import IGNORE_INDEX
+from hive_ds.errors import HiveError
+from hive_ds.model.attention import AttentionCall, HiveAttention
+from hive_ds.model.cache import HiveCache
+from hive_ds.model.configuration import HiveConfig
+from hive_ds.model.inputs import AttentionContext, BatchContext, PackedText, PromptImages
+from hive_ds.model.language import check_language_model, decoder, sliding_window
+from hive_ds.model.positions import RotaryFrequencies
+from hive_ds.model.projector import Projector, projector_name
+from hive_ds.model.routes import Routes
+from hive_ds.model.vision import encode_images, vision_blocks, vision_class
+
+
+class HiveForCausalLM(PreTrainedModel, GenerationMixin):
+    """A vision encoder, projectors, and an LLM that attends to the encoder's blocks at its routed layers."""
+
+    config_class = HiveConfig
+    base_model_prefix = "hive"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+
+    def __init__(
+        self,
+        config: HiveConfig,
+        vision_encoder: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        """Join two models; each is built with random weights from the config unless given.
+
+        Raises:
+            HiveError: the routes do not fit the models, or the LLM cannot take routes.
+        """
+        super().__init__(config)
+        if vision_encoder is None:
+            vision_encoder = vision_class(config.vision_config)._from_config(config.vision_config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        check_language_model(language_model)
+        self.vision_encoder, self.language_model = vision_encoder, language_model
+        layers = decoder(language_model).layers
+        self.routes = Routes.build(
+            config.vision_blocks,
+            config.language_layers,
+            num_blocks=len(vision_blocks(vision_encoder)),
+            num_layers=len(layers),
+        )
+        for index, layer in enumerate(layers):
+            layer.self_attn = self._build_attention(layer.self_attn, index)
+        sizes = (config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.projectors = nn.ModuleDict({projector_name(*pair): Projector(*sizes) for pair in self.routes.pairs})
+        self._frequencies: RotaryFrequencies | None = None
+        if getattr(language_model, "generation_config", None) is not None:
+            self.generation_config = language_model.generation_config
+        self.post_init()
+
+    def _build_attention(self, attention: nn.Module, index: int) -> HiveAttention:
+        return HiveAttention(
+            attention,
+            index,
+            routed=index in self.routes.blocks_by_layer,
+            image_kv=self.config.image_kv,
+            qk_norm=self.config.qk_norm,
+            eps=self.config.text_config.rms_norm_eps,
+            backend=self.config.attention_backend,
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fresh weights of our own modules; the encoder's and the LLM's are theirs to set."""
+        if isinstance(module, Projector):
+            module.reset_parameters()
+
+    @property
+    def last_vision_block(self) -> int:
+        """The deepest routed vision block; the encoder stops after it."""
+        return self.routes.last_block
+
+    @property
+    def frequencies(self) -> RotaryFrequencies:
+        """The LLM's rotary frequencies in fp32."""
+        if self._frequencies is None:
+            self._frequencies = RotaryFrequencies(decoder(self.language_model).rotary_emb)
+        return self._frequencies
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the LLM's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LLM's head."""
+        return self.language_model.get_output_embeddings()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute encoder blocks and LLM layers in backward, non-reentrant.
+
+        Raises:
+            HiveError: ``use_reentrant=True``, under which vision features get no gradient.
+        """
+        arguments = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if arguments["use_reentrant"]:
+            raise HiveError(
+                "gradient checkpointing: use_reentrant=True loses the gradient of vision features; use False"
+            )
+        super().gradient_checkpointing_enable(arguments)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        text_lengths: Sequence[int] | None = None,
+        image_offsets: Sequence[Sequence[int]] | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        prompt_images: PromptImages | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        past_key_values: HiveCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """Loss or logits of a batch, packed or padded.
+
+        Args:
+            input_ids: (T,) tokens end to end, or (B, S) padded.
+            attention_mask: (B, S) 1 on tokens, padded batches only; with a cache (B, past + S).
+            labels: shaped as ``input_ids``; the label of a position is its own token, the shift happens here.
+            text_lengths: tokens of each sample of a packed batch.
+            image_offsets: media offset of each image of each row, ascending: text tokens before it, padding and
+                placeholders not counted.
+            pixel_values: (I, 3, height, width) images, row by row, in the order of ``image_offsets``.
+            pixel_attention_mask: (I, P), variable-resolution SigLIP2 only.
+            spatial_shapes: (I, 2), variable-resolution SigLIP2 only.
+            prompt_images: images already encoded, in place of the four arguments above.
+            num_items_in_batch: supervised tokens that the summed loss is divided by; default those of this batch.
+            past_key_values: cache of earlier calls; images are given in the first call only.
+            use_cache: keep keys and return a cache.
+            logits_to_keep: logits of the last so many slots only (padded batches); 0 means all.
+            return_dict: must be True; here because Hugging Face's pipelines pass it.
+
+        Returns:
+            ``loss`` (fp32 scalar) if labels are given. ``logits``: (B, S, V) of a padded batch, (T, V) of a packed
+            one; None for a packed batch with labels, whose logits are made at supervised positions only.
+        """
+        if input_ids.dim() == 1:
+            text = PackedText.from_packed(input_ids, text_lengths)
+        else:
+            text = PackedText.from_padded(input_ids, attention_mask)
+        if use_cache and past_key_values is None:
+            past_key_values = HiveCache()
+        first_call = past_key_values is None or past_key_values.images is None
+        if first_call and prompt_images is None:
+            prompt_images = self.encode_prompt_images(
+                pixel_values, image_offsets, len(text.lengths), pixel_attention_mask, spatial_shapes
+            )
+        hidden_TD = self._decode(text, prompt_images if first_call else None, past_key_values)
+        loss = None if labels is None else self._loss(hidden_TD, text.targets(labels), num_items_in_batch)
+        logits = None
+        if labels is None or text.mask_BS is not None:
+            logits = self._logits(hidden_TD, text, logits_to_keep)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def encode_prompt_images(
+        self,
+        pixel_values: Tensor | None,
+        image_offsets: Sequence[Sequence[int]] | None,
+        prompts: int,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+    ) -> PromptImages:
+        """Run the encoder over the images of ``prompts`` prompts; arguments as in `forward`."""
+        if pixel_values is None:
+            if any(image_offsets or ()):
+                raise ValueError("image_offsets lists images but pixel_values is None; give both or neither")
+            return PromptImages.none(prompts)
+        if image_offsets is None or len(image_offsets) != prompts:
+            raise ValueError(
+                f"image_offsets is {image_offsets}; with pixel_values it must be a list of offsets for each of the "
+                f"{prompts} rows"
+            )
+        encoded = encode_images(
+            self.vision_encoder,
+            self.routes.blocks,
+            pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+        )
+        return PromptImages.build(encoded, image_offsets)
+
+    def _decode(self, text: PackedText, new_images: PromptImages | None, cache: HiveCache | None) -> Tensor:
+        """Final hidden states (T, D) of the new tokens; ``new_images`` are those of a first call."""
+        trunk = decoder(self.language_model)
+        lengths, query_lengths = text.lengths, None
+        if cache is not None:
+            cache.images = new_images or cache.images
+            cache.start(text.lengths, text.mask_BS.shape[1] if text.mask_BS is not None else 0, text.input_ids_T.device)
+            lengths, query_lengths = cache.lengths, text.lengths
+        images = new_images if cache is None else cache.images
+        assert images is not None
+        self._check_window(lengths)
+        routed = {} if images.is_empty else self.routes.blocks_by_layer
+        batch = BatchContext.build(
+            images,
+            [row // (len(lengths) // max(len(images.grids), 1)) for row in range(len(lengths))],
+            lengths,
+            block_counts={len(blocks) for blocks in routed.values()},
+            frequencies=self.frequencies,
+            rope=self.config.rope,
+            query_lengths=query_lengths,
+            device=text.input_ids_T.device,
+        )
+        hidden = trunk.embed_tokens(text.input_ids_T)[None]
+        for index, layer in enumerate(trunk.layers):
+            blocks = routed.get(index, ())
+            context = batch.by_blocks[len(blocks)]
+            image_ND = self._image_states(index, blocks, images, context) if blocks and new_images else None
+            call = AttentionCall(
+                context.layout,
+                batch.cos_TK,
+                batch.sin_TK,
+                image_ND,
+                None if image_ND is None else context.image_cos_NK,
+                None if image_ND is None else context.image_sin_NK,
+                cache,
+            )
+            output = layer(hidden, hive=call)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return trunk.norm(hidden)[0]
+
+    def _image_states(
+        self, index: int, blocks: tuple[int, ...], images: PromptImages, context: AttentionContext
+    ) -> Tensor:
+        """Projected and normed features (N, D) that the layer makes image keys of."""
+        projected = [self.projectors[projector_name(block, index)](images.features[block]) for block in blocks]
+        image_ND = projected[0] if context.interleave is None else torch.cat(projected)[context.interleave]
+        return decoder(self.language_model).layers[index].input_layernorm(image_ND)
+
+    def _check_window(self, lengths: Sequence[int]) -> None:
+        window = sliding_window(self.config.text_config)
+        if window is not None and max(lengths, default=0) > window:
+            raise HiveError(
+                f"a text of {max(lengths)} tokens is longer than the sliding window of the language model; "
+                f"at most {window} tokens are supported"
+            )
+
+    def _loss(self, hidden_TD: Tensor, targets_T: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+        """Cross-entropy summed over supervised tokens, over ``num_items_in_batch``; a finite zero if there is none."""
+        supervised = targets_T != IGNORE_INDEX
+        logits = self.language_model.lm_head(hidden_TD[supervised])
+        total = F.cross_entropy(logits.float(), targets_T[supervised], reduction="sum")
+        items = supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return total / items
+
+    def _logits(self, hidden_TD: Tensor, text: PackedText, keep: int) -> Tensor:
+        if text.mask_BS is None or keep == 0:
+            return text.padded(self.language_model.lm_head(hidden_TD))
+        last = torch.zeros_like(text.mask_BS)
+        last[:, -keep:] = True
+        kept = PackedText(text.input_ids_T, text.lengths, (text.mask_BS & last)[:, -keep:])
+        return kept.padded(self.language_model.lm_head(hidden_TD[last[text.mask_BS]]))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        image_offsets: Sequence[Sequence[int]] | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        use_cache: bool = True,
+        **arguments: Any,
+    ) -> Any:
+        """Continue prompts: greedy, sampling or beams, as Hugging Face's ``generate``.
+
+        Args:
+            input_ids: (B, S) prompts, padded on the left.
+            image_offsets, pixel_values, pixel_attention_mask, spatial_shapes: as in `forward`.
+            use_cache: keep keys between steps.
+            arguments: every other argument of ``transformers.GenerationMixin.generate``.
+        """
+        self._warn_unseen_images(input_ids, image_offsets, arguments.get("attention_mask"))
+        images = self.encode_prompt_images(
+            pixel_values, image_offsets, len(input_ids), pixel_attention_mask, spatial_shapes
+        )
+        if use_cache:
+            arguments["past_key_values"] = HiveCache()
+        return super().generate(inputs=input_ids, prompt_images=images, use_cache=use_cache, **arguments)
+
+    def _warn_unseen_images(
+        self, input_ids: Tensor, image_offsets: Sequence[Sequence[int]] | None, attention_mask: Tensor | None
+    ) -> None:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        for row, (offsets, length) in enumerate(zip(image_offsets or (), mask.sum(dim=1).tolist(), strict=False)):
+            if offsets and offsets[-1] >= length:
+                warnings.warn(
+                    f"prompt {row} ends with an image (media offset {offsets[-1]}, {length} tokens): the token that "
+                    "predicts the first new one cannot see it; put text after the image",
+                    stacklevel=3,
+                )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: HiveCache | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_images: PromptImages | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int | None = None,
+        **unused: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one step: with a cache only the tokens that it does not hold."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return {
+            "input_ids": input_ids[:, past:],
+            "attention_mask": attention_mask,
+            "prompt_images": prompt_images,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep or 0,
+        }
+
+
+AutoConfig.register("hive", HiveConfig)
+AutoModelForCausalLM.register(HiveConfig, HiveForCausalLM)

@@ -1,0 +1,208 @@
+"""A batch on its way through the model: packed text, the images of each prompt, and the attention contexts.
+
+Axes: B row, S slot of a padded row, T text token, N image token, D model, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hive_ds.constants import IGNORE_INDEX
+from hive_ds.kernels import AttentionLayout
+from hive_ds.model.positions import Grid, Positions, RotaryFrequencies, build_positions
+from hive_ds.model.vision import VisionFeatures
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Tokens of all rows end to end.
+
+    Attributes:
+        input_ids_T: (T,) tokens.
+        lengths: tokens of each row.
+        mask_BS: where the tokens stood if the caller's batch was padded, else None.
+    """
+
+    input_ids_T: Tensor
+    lengths: list[int]
+    mask_BS: Tensor | None
+
+    @classmethod
+    def from_packed(cls, input_ids: Tensor, lengths: Sequence[int] | None) -> PackedText:
+        """From tokens that are already end to end.
+
+        Raises:
+            ValueError: the lengths are missing or do not add up to the number of tokens.
+        """
+        if lengths is None or sum(lengths) != len(input_ids):
+            raise ValueError(
+                f"text_lengths is {None if lengths is None else list(lengths)}; with packed input_ids of "
+                f"{len(input_ids)} tokens it must list the samples' lengths, {len(input_ids)} in sum"
+            )
+        return cls(input_ids, list(lengths), None)
+
+    @classmethod
+    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor | None) -> PackedText:
+        """From (B, S) tokens and a mask that is 1 on tokens; a longer mask counts cached tokens first."""
+        if attention_mask is None:
+            mask = torch.ones_like(input_ids, dtype=torch.bool)
+        else:
+            mask = attention_mask[:, -input_ids.shape[1] :].to(torch.bool)
+        return cls(input_ids[mask], mask.sum(dim=1).tolist(), mask)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """(T,) token that each position predicts; IGNORE_INDEX where none counts. Never crosses a sample's end."""
+        packed = labels if self.mask_BS is None else labels[self.mask_BS]
+        targets = torch.full_like(packed, IGNORE_INDEX)
+        targets[:-1] = packed[1:]
+        ends = torch.tensor(self.lengths).cumsum(0)
+        targets[ends[ends > 0].to(targets.device) - 1] = IGNORE_INDEX
+        return targets
+
+    def padded(self, values_T: Tensor) -> Tensor:
+        """Values of all tokens (T, ...) back in their slots (B, S, ...), zeros elsewhere; packed text stays packed."""
+        if self.mask_BS is None:
+            return values_T
+        output = values_T.new_zeros(*self.mask_BS.shape, *values_T.shape[1:])
+        output[self.mask_BS] = values_T
+        return output
+
+
+@dataclass(frozen=True)
+class PromptImages:
+    """Encoded images of a batch of prompts.
+
+    Attributes:
+        features: block number -> (N, D_vision) features of all images, prompt by prompt.
+        grids: (rows, columns) of each image of each prompt.
+        offsets: media offset of each image of each prompt, ascending.
+    """
+
+    features: dict[int, Tensor]
+    grids: list[list[Grid]]
+    offsets: list[list[int]]
+
+    @classmethod
+    def build(cls, encoded: VisionFeatures, offsets: Sequence[Sequence[int]]) -> PromptImages:
+        """Share the encoded images out to the prompts.
+
+        Raises:
+            ValueError: the offsets list another number of images.
+        """
+        listed = sum(len(one) for one in offsets)
+        if listed != len(encoded.grids):
+            raise ValueError(f"image_offsets lists {listed} images; pixel_values holds {len(encoded.grids)}")
+        grids = iter(encoded.grids)
+        return cls(encoded.by_block, [[next(grids) for _ in one] for one in offsets], [list(one) for one in offsets])
+
+    @classmethod
+    def none(cls, prompts: int) -> PromptImages:
+        """No image in any of ``prompts`` prompts."""
+        return cls({}, [[] for _ in range(prompts)], [[] for _ in range(prompts)])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no prompt has an image."""
+        return not any(self.offsets)
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What layers with one number of routed blocks share.
+
+    Attributes:
+        layout: who sees whom.
+        interleave: (N * blocks,) order that turns [block 1 of all images; block 2 ...] into image by image, or None.
+        image_cos_NK, image_sin_NK: rotation of those keys.
+    """
+
+    layout: AttentionLayout
+    interleave: Tensor | None
+    image_cos_NK: Tensor | None
+    image_sin_NK: Tensor | None
+
+
+@dataclass(frozen=True)
+class BatchContext:
+    """Everything about a batch that all layers share: text rotation and one `AttentionContext` per block count."""
+
+    cos_TK: Tensor
+    sin_TK: Tensor
+    by_blocks: dict[int, AttentionContext]
+
+    @classmethod
+    def build(
+        cls,
+        images: PromptImages,
+        prompt_of_row: Sequence[int],
+        text_lengths: Sequence[int],
+        *,
+        block_counts: set[int],
+        frequencies: RotaryFrequencies,
+        rope: str,
+        query_lengths: Sequence[int] | None,
+        device: torch.device,
+    ) -> BatchContext:
+        """Positions, tables and layouts.
+
+        Args:
+            images: images of the prompts.
+            prompt_of_row: prompt that each row continues; several rows share their prompt's image keys.
+            text_lengths: text tokens of each row, cached ones included.
+            block_counts: numbers of blocks routed to a layer; 0 (an un-routed layer) is always built.
+            frequencies: the LLM's rotary frequencies.
+            rope: positions of image patches.
+            query_lengths: new tokens of each row if earlier ones are cached.
+            device: of all tensors.
+        """
+        row_grids = [images.grids[prompt] for prompt in prompt_of_row]
+        row_offsets = [images.offsets[prompt] for prompt in prompt_of_row]
+        text = build_positions(
+            text_lengths, row_grids, row_offsets, rope=rope, query_lengths=query_lengths, device=device
+        )
+        no_text = [0] * len(images.grids)
+        patches = build_positions(no_text, images.grids, images.offsets, rope=rope, device=device)
+        tables = frequencies.tables(Positions(text.text_T, patches.image_N3))
+        contexts = {}
+        for count in block_counts | {0}:
+            interleave = _interleave(images.grids, count, device) if count > 1 else None
+            cos, sin = tables.image_cos_NK, tables.image_sin_NK
+            if interleave is not None:
+                cos, sin = (table[interleave % len(table)] for table in (cos, sin))
+            layout = _layout(images, prompt_of_row, text_lengths, count, query_lengths, device)
+            contexts[count] = AttentionContext(layout, interleave, cos if count else None, sin if count else None)
+        return cls(tables.cos_TK, tables.sin_TK, contexts)
+
+
+def _layout(
+    images: PromptImages,
+    prompt_of_row: Sequence[int],
+    text_lengths: Sequence[int],
+    count: int,
+    query_lengths: Sequence[int] | None,
+    device: torch.device,
+) -> AttentionLayout:
+    """Layout of the rows when every image has ``count`` keys per patch. Rows of one prompt have one length."""
+    first_row = [prompt_of_row.index(prompt) for prompt in range(len(images.grids))]
+    layout = AttentionLayout.build(
+        [text_lengths[row] for row in first_row],
+        [[rows * columns * count for rows, columns in grids] if count else [] for grids in images.grids],
+        [one if count else [] for one in images.offsets],
+        query_lengths=None if query_lengths is None else [query_lengths[row] for row in first_row],
+        device=device,
+    )
+    return layout if len(prompt_of_row) == len(first_row) else layout.select(prompt_of_row)
+
+
+def _interleave(grids: Sequence[Sequence[Grid]], count: int, device: torch.device) -> Tensor:
+    """Order that gathers, image by image, its patches of block 1, of block 2, and so on."""
+    lengths = [rows * columns for one in grids for rows, columns in one]
+    total, start, order = sum(lengths), 0, []
+    for length in lengths:
+        order.extend(torch.arange(start, start + length) + block * total for block in range(count))
+        start += length
+    return torch.cat([torch.empty(0, dtype=torch.int64), *order]).to(device)

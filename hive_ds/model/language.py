@@ -1,0 +1,119 @@
+"""What an LLM must look like to take routes, and a named refusal for what it may not have."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import transformers
+from torch import nn
+
+from hive_ds.errors import HiveError
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv")
+SCALED_OUTSIDE_ATTENTION = ("embedding_multiplier", "scale_emb", "logits_scaling", "logit_scale")
+
+
+def decoder(language_model: transformers.PreTrainedModel) -> nn.Module:
+    """The LLM without its head: embeddings, layers, final norm, rotary embedding."""
+    return language_model.model
+
+
+def check_language_model(language_model: transformers.PreTrainedModel, *, max_length: int | None = None) -> None:
+    """Refuse an LLM whose attention is not q/k/v/o projections with plain rotary positions.
+
+    Args:
+        language_model: a causal LM of transformers.
+        max_length: longest text that training will see; a sliding window must not be shorter.
+
+    Raises:
+        HiveError: names the LLM's type and the feature that is not supported.
+    """
+    config = language_model.config
+    trunk = getattr(language_model, "model", None)
+    if trunk is None or not hasattr(trunk, "layers") or not hasattr(trunk, "embed_tokens"):
+        raise _refusal(config, "a decoder that is not `model.embed_tokens` + `model.layers`")
+    for layer in trunk.layers:
+        _check_attention(config, getattr(layer, "self_attn", None))
+        if not hasattr(layer, "input_layernorm"):
+            raise _refusal(config, "a decoder layer without `input_layernorm`")
+    _check_positions(config, trunk)
+    _check_scaling(config)
+    window = sliding_window(config)
+    if max_length is not None and window is not None and window < max_length:
+        raise HiveError(
+            f"language model {config.model_type!r} has a sliding window of {window} tokens, shorter than the recipe's "
+            f"data.max_length of {max_length}; set data.max_length to at most {window}"
+        )
+
+
+def sliding_window(config: transformers.PretrainedConfig) -> int | None:
+    """The LLM's sliding window in tokens, or None if it attends to everything."""
+    window = getattr(config, "sliding_window", None)
+    uses = getattr(config, "use_sliding_window", window is not None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        uses = uses and "sliding_attention" in layer_types
+    return window if uses else None
+
+
+def _refusal(config: transformers.PretrainedConfig, feature: str) -> HiveError:
+    return HiveError(
+        f"language model {config.model_type!r} is not supported: it has {feature}; expected an LLM with q/k/v/o "
+        "projections and plain rotary positions, such as Llama, Qwen2, Qwen3 or Mistral"
+    )
+
+
+def _check_attention(config: transformers.PretrainedConfig, attention: nn.Module | None) -> None:
+    if attention is None:
+        raise _refusal(config, "a decoder layer without `self_attn`")
+    for name in FUSED_QKV:
+        if hasattr(attention, name):
+            raise _refusal(config, f"fused qkv projections ({name})")
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        if not isinstance(getattr(attention, name, None), nn.Linear):
+            raise _refusal(config, f"no linear `{name}` in its attention")
+    if getattr(attention, "sinks", None) is not None:
+        raise _refusal(config, "attention sinks")
+    if getattr(config, "attention_dropout", 0.0) > 0:
+        raise _refusal(config, f"attention dropout of {config.attention_dropout}")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None):
+            raise _refusal(config, f"logit soft-capping ({name})")
+    norm = getattr(attention, "q_norm", None)
+    if norm is not None and norm.weight.numel() != attention.head_dim:
+        raise _refusal(config, "a query norm over all heads at once")
+
+
+def _check_positions(config: transformers.PretrainedConfig, trunk: nn.Module) -> None:
+    if getattr(config, "alibi", False):
+        raise _refusal(config, "ALiBi positions")
+    rotary = getattr(trunk, "rotary_emb", None)
+    if rotary is None:
+        raise _refusal(config, "no rotary positions")
+    rope_type = getattr(rotary, "rope_type", "default")
+    if rope_type in LENGTH_DEPENDENT_ROPE:
+        raise _refusal(config, f"length-dependent rotary positions ({rope_type})")
+    attention = trunk.layers[0].self_attn
+    frequencies = type(rotary)(config=config, device="cpu").inv_freq
+    if 2 * len(frequencies) != attention.head_dim:
+        raise _refusal(config, f"partial rotary positions ({2 * len(frequencies)} of {attention.head_dim} dimensions)")
+    if not _rotates_halves(attention):
+        raise _refusal(config, "interleaved rotary positions")
+    if any(not getattr(layer.self_attn, "use_rope", True) for layer in trunk.layers):
+        raise _refusal(config, "layers without rotary positions")
+
+
+def _rotates_halves(attention: nn.Module) -> bool:
+    """Ask the LLM's own code how it pairs dimensions: halves (Llama) or neighbours."""
+    rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    return rotate is not None and rotate(torch.tensor([0.0, 1.0, 2.0, 3.0])).tolist() == [-2.0, -3.0, 0.0, 1.0]
+
+
+def _check_scaling(config: transformers.PretrainedConfig) -> None:
+    for name in SCALED_OUTSIDE_ATTENTION:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise _refusal(config, f"embeddings or logits scaled by `{name}`")
+    if config.model_type.startswith("gemma"):
+        raise _refusal(config, "embeddings scaled by the square root of their width")

@@ -1,0 +1,140 @@
+"""Position ids of text and image tokens, and their rotary tables.
+
+Text keeps the LLM's own 1-D positions; an image advances the positions after it. With ``rope="2d"`` image patches
+carry (row, column, time) ids and split the rotary frequencies among the three; with ``"1d"`` they are numbered one
+after another, as in the paper's code (arXiv 2604.00086).
+
+Axes: T text token, N image token, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+"""Patches of an image: (rows, columns)."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Position ids of a packed batch.
+
+    Attributes:
+        text_T: (T,) int64, one id per query token.
+        image_N3: (N, 3) int64, (row, column, time) of each patch.
+    """
+
+    text_T: Tensor
+    image_N3: Tensor
+
+
+def image_advance(grid: Grid, rope: str) -> int:
+    """How far one image moves the positions of the text after it."""
+    rows, columns = grid
+    return max(rows, columns) if rope == "2d" else rows * columns
+
+
+def build_positions(
+    text_lengths: Sequence[int],
+    image_grids: Sequence[Sequence[Grid]],
+    image_offsets: Sequence[Sequence[int]],
+    *,
+    rope: str = "2d",
+    query_lengths: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Positions:
+    """Position ids from lengths, offsets and grids.
+
+    Args:
+        text_lengths: text tokens of each sample (cached ones included).
+        image_grids: (rows, columns) of each image of each sample, ordered by offset.
+        image_offsets: text index that each image stands before; an image at or past the end moves nothing.
+        rope: ``"2d"`` or ``"1d"``.
+        query_lengths: if given, text ids cover only the last ``query_lengths[b]`` tokens of each sample.
+        device: where the ids are put.
+
+    Raises:
+        ValueError: ``rope`` is unknown, or the offsets of a sample are not in ascending order.
+    """
+    if rope not in ("1d", "2d"):
+        raise ValueError(f"rope is {rope!r}; it must be '2d' or '1d'")
+    text_ids, image_ids = [], []
+    for sample, (length, grids, offsets) in enumerate(zip(text_lengths, image_grids, image_offsets, strict=True)):
+        if list(offsets) != sorted(offsets):
+            raise ValueError(f"image_offsets of sample {sample} are {list(offsets)}; they must be in ascending order")
+        ids = torch.arange(length)
+        advance = 0
+        for grid, offset in zip(grids, offsets, strict=True):
+            image_ids.append(_patch_ids(grid, offset + advance, rope))
+            step = image_advance(grid, rope)
+            ids[offset:] += step
+            advance += step
+        text_ids.append(ids if query_lengths is None else ids[length - query_lengths[sample] :])
+    return Positions(
+        torch.cat([torch.empty(0, dtype=torch.int64), *text_ids]).to(device),
+        torch.cat([torch.empty(0, 3, dtype=torch.int64), *image_ids]).to(device),
+    )
+
+
+def _patch_ids(grid: Grid, start: int, rope: str) -> Tensor:
+    """Ids (rows * columns, 3) of one image whose first text position would be ``start``."""
+    rows, columns = grid
+    if rope == "1d":
+        return (start + torch.arange(rows * columns))[:, None].expand(-1, 3)
+    row = torch.arange(rows).repeat_interleave(columns)
+    column = torch.arange(columns).repeat(rows)
+    time = torch.full_like(row, max(rows, columns) // 2)
+    return start + torch.stack([row, column, time], dim=1)
+
+
+def frequency_axes(num_frequencies: int) -> Tensor:
+    """Which id each rotary frequency reads: 0 row, 1 column, 2 time. Shape (num_frequencies,), int64.
+
+    The first 3K/8 of the K/2 frequencies (rounded down to even) alternate row and column, the rest take time:
+    12/12/8 at K = 64.
+    """
+    spatial = (3 * num_frequencies // 4) // 2 * 2
+    axes = torch.full((num_frequencies,), 2)
+    axes[:spatial] = torch.arange(spatial) % 2
+    return axes
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Cosines and sines of a packed batch, fp32: text (T, K/2) and image (N, K/2), the K/2 frequencies once."""
+
+    cos_TK: Tensor
+    sin_TK: Tensor
+    image_cos_NK: Tensor
+    image_sin_NK: Tensor
+
+
+class RotaryFrequencies:
+    """The LLM's own rotary frequencies and scaling, kept in fp32.
+
+    A plain object and not a buffer: casting a model to bf16 also casts its buffers, and positions past 256 would then
+    collide.
+    """
+
+    def __init__(self, rotary_embedding: nn.Module) -> None:
+        """Read the frequencies of a Hugging Face rotary module by building it afresh on the CPU."""
+        fresh = type(rotary_embedding)(config=rotary_embedding.config, device="cpu")
+        self.inv_freq: Tensor = fresh.inv_freq.detach().float()
+        self.attention_scaling = float(fresh.attention_scaling)
+
+    def tables(self, positions: Positions) -> RotaryTables:
+        """Rotary tables of ``positions``, on their device."""
+        inv_freq = self.inv_freq.to(positions.text_T.device)
+        axes = frequency_axes(len(inv_freq)).to(inv_freq.device)
+        text = positions.text_T[:, None].float() * inv_freq
+        image = positions.image_N3[:, axes].float() * inv_freq
+        return RotaryTables(
+            text.cos() * self.attention_scaling,
+            text.sin() * self.attention_scaling,
+            image.cos() * self.attention_scaling,
+            image.sin() * self.attention_scaling,
+        )

@@ -1,0 +1,175 @@
+"""Features of a stock Hugging Face vision encoder, block by block, stopping after the last block that is needed.
+
+Blocks count from 1, the index of Hugging Face's ``hidden_states``. Features are patch tokens only (CLS and register
+tokens dropped), before the encoder's final norm. Axes: I image, P token of an image, N patch of all images, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hive_ds.errors import HiveError
+from hive_ds.model.positions import Grid
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """What differs between encoder families."""
+
+    model_class: str
+    """Name of the vision tower's class in transformers."""
+    has_cls: bool
+    """A CLS token (and registers, where the config names them) stands before the patches."""
+
+
+FAMILIES = {
+    "siglip_vision_model": VisionFamily("SiglipVisionModel", has_cls=False),
+    "siglip2_vision_model": VisionFamily("Siglip2VisionModel", has_cls=False),
+    "clip_vision_model": VisionFamily("CLIPVisionModel", has_cls=True),
+    "dinov2": VisionFamily("Dinov2Model", has_cls=True),
+    "dinov2_with_registers": VisionFamily("Dinov2WithRegistersModel", has_cls=True),
+    "aimv2_vision_model": VisionFamily("Aimv2VisionModel", has_cls=False),
+}
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """Features of every image of a batch, patches end to end.
+
+    Attributes:
+        by_block: block number -> (N, D) features.
+        grids: (rows, columns) of each image; N is the sum of their products.
+    """
+
+    by_block: dict[int, Tensor]
+    grids: list[Grid]
+
+
+def vision_config_of(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """The vision part of a checkpoint's config (a full CLIP or SigLIP checkpoint also holds a text tower).
+
+    Raises:
+        HiveError: the family is not supported.
+    """
+    vision = getattr(config, "vision_config", config)
+    if vision.model_type not in FAMILIES:
+        raise HiveError(
+            f"vision encoder of type {vision.model_type!r} is not supported; expected one of {', '.join(FAMILIES)}"
+        )
+    return vision
+
+
+def vision_class(config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
+    """The transformers class that holds the vision tower of ``config``."""
+    return getattr(transformers, FAMILIES[vision_config_of(config).model_type].model_class)
+
+
+def vision_blocks(encoder: nn.Module) -> nn.ModuleList:
+    """The encoder's transformer blocks, in order."""
+    stack = _trunk(encoder).encoder
+    return stack.layer if hasattr(stack, "layer") else stack.layers
+
+
+def encode_images(
+    encoder: transformers.PreTrainedModel,
+    blocks: Sequence[int],
+    pixel_values: Tensor,
+    *,
+    pixel_attention_mask: Tensor | None = None,
+    spatial_shapes: Tensor | None = None,
+) -> VisionFeatures:
+    """Run the encoder up to the last of ``blocks`` and return their features.
+
+    Gradients are recorded only if some encoder parameter trains.
+
+    Args:
+        encoder: a vision tower of one of `FAMILIES`.
+        blocks: block numbers, from 1.
+        pixel_values: (I, 3, height, width); for SigLIP2's variable resolution (I, P, patch values).
+        pixel_attention_mask: (I, P), 1 on patches; variable resolution only.
+        spatial_shapes: (I, 2) rows and columns; variable resolution only.
+
+    Raises:
+        HiveError: the images do not fit the encoder.
+    """
+    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    with contextlib.nullcontext() if trains else torch.no_grad():
+        hidden = _embed(encoder, pixel_values, spatial_shapes)
+        grids = _grids(encoder.config, pixel_values, spatial_shapes)
+        mask = _block_mask(encoder, hidden, pixel_attention_mask)
+        by_block = {}
+        for number, block in enumerate(vision_blocks(encoder)[: max(blocks)], start=1):
+            hidden = _call_block(block, hidden, mask)
+            if number in blocks:
+                by_block[number] = _patches(encoder.config, hidden, pixel_attention_mask)
+    return VisionFeatures(by_block, grids)
+
+
+def _trunk(encoder: nn.Module) -> nn.Module:
+    """transformers 4 nests SigLIP and CLIP towers one level deeper than transformers 5."""
+    return getattr(encoder, "vision_model", encoder)
+
+
+def _embed(encoder: transformers.PreTrainedModel, pixel_values: Tensor, spatial_shapes: Tensor | None) -> Tensor:
+    trunk = _trunk(encoder)
+    if _is_variable_resolution(encoder.config):
+        if spatial_shapes is None:
+            raise HiveError("spatial_shapes is missing; SigLIP2's variable-resolution encoder needs (images, 2)")
+        return trunk.embeddings(pixel_values, spatial_shapes)
+    _check_image_size(encoder.config, pixel_values)
+    hidden = trunk.embeddings(pixel_values)
+    return trunk.pre_layrnorm(hidden) if hasattr(trunk, "pre_layrnorm") else hidden
+
+
+def _is_variable_resolution(config: transformers.PretrainedConfig) -> bool:
+    return config.model_type == "siglip2_vision_model"
+
+
+def _check_image_size(config: transformers.PretrainedConfig, pixel_values: Tensor) -> None:
+    height, width = pixel_values.shape[-2:]
+    if config.model_type.startswith("dinov2"):  # interpolates its position embeddings
+        fits, expected = (
+            height % config.patch_size == 0 == width % config.patch_size,
+            f"multiples of {config.patch_size}",
+        )
+    else:
+        fits, expected = height == width == config.image_size, f"{config.image_size} x {config.image_size}"
+    if not fits:
+        raise HiveError(f"pixel_values are {height} x {width} pixels; {config.model_type} expects {expected}")
+
+
+def _grids(config: transformers.PretrainedConfig, pixel_values: Tensor, spatial_shapes: Tensor | None) -> list[Grid]:
+    if spatial_shapes is not None:
+        return [(int(rows), int(columns)) for rows, columns in spatial_shapes.tolist()]
+    height, width = pixel_values.shape[-2:]
+    return [(height // config.patch_size, width // config.patch_size)] * len(pixel_values)
+
+
+def _block_mask(encoder: transformers.PreTrainedModel, hidden: Tensor, mask_IP: Tensor | None) -> Tensor | None:
+    """What the encoder's own forward hands its blocks: an additive (I, 1, P, P) mask, or the (I, P) one for flash."""
+    if mask_IP is None or encoder.config._attn_implementation == "flash_attention_2":
+        return mask_IP
+    blocked = torch.zeros_like(mask_IP, dtype=hidden.dtype).masked_fill(mask_IP == 0, torch.finfo(hidden.dtype).min)
+    return blocked[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
+
+
+def _call_block(block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    # transformers 4's CLIP block also requires a causal mask and returns a tuple.
+    arguments = (mask, None) if "causal_attention_mask" in inspect.signature(block.forward).parameters else (mask,)
+    output = block(hidden, *arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _patches(config: transformers.PretrainedConfig, hidden: Tensor, mask_IP: Tensor | None) -> Tensor:
+    """(I, P, D) tokens -> (N, D) patches of all images end to end."""
+    if mask_IP is not None:
+        return hidden[mask_IP.bool()]
+    prefix = 1 + getattr(config, "num_register_tokens", 0) if FAMILIES[config.model_type].has_cls else 0
+    return hidden[:, prefix:].flatten(0, 1)
