@@ -1,0 +1,106 @@
+"""The packed batch: texts end to end without padding, images end to end beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hive_ds.constants import IGNORE_INDEX
+from hive_ds.data.text import EncodedSample
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PreparedSample:
+    """One sample ready to pack: tokens, labels, processed images (leading dim: images), ``{}`` without any.
+
+    ``bad`` lists the samples that this one replaces.
+    """
+
+    id: str
+    text: EncodedSample
+    images: Mapping[str, Tensor]
+    bad: tuple[BadSample, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples end to end.
+
+    ``input_ids`` and ``labels`` are (T,) int64. ``image_offsets`` has one list a sample, in the order of ``images``,
+    whose tensors have the images as leading dim: sample by sample, within a sample by (offset, listing).
+    A batch without images has one black image at the end of its first sample, where no token sees it, so that every
+    rank calls every module; ``num_images`` does not count it. ``num_cut`` counts texts that lost their end.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    text_lengths: list[int]
+    image_offsets: list[list[int]]
+    images: dict[str, Tensor]
+    sample_ids: list[str]
+    num_images: int
+    num_cut: int = 0
+    bad: tuple[BadSample, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the batch; len() of its first tensor would count tokens."""
+        return len(self.sample_ids)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def model_inputs(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+        """Return the arguments of the model's packed call on ``device``; floating images are cast to ``dtype``."""
+        images = {
+            name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+            for name, value in self.images.items()
+        }
+        return {
+            "input_ids": self.input_ids.to(device, non_blocking=True),
+            "labels": self.labels.to(device, non_blocking=True),
+            "text_lengths": self.text_lengths,
+            "image_offsets": self.image_offsets,
+            **images,
+        }
+
+
+def collate(samples: Sequence[PreparedSample], dummy: Mapping[str, Tensor]) -> PackedBatch:
+    """Pack ``samples``; ``dummy`` is the one image (`images.dummy_images`) that a batch without images carries."""
+    offsets, images = [], []
+    for sample in samples:
+        given = sample.text.image_offsets
+        order = sorted(range(len(given)), key=given.__getitem__)
+        offsets.append([given[index] for index in order])
+        if order:
+            images.append({name: value[order] for name, value in sample.images.items()})
+    num_images = sum(len(given) for given in offsets)
+    lengths = [len(sample.text.input_ids) for sample in samples]
+    if not images:
+        images.append(dict(dummy))
+        offsets[0] = [lengths[0]]
+    return PackedBatch(
+        input_ids=torch.tensor([token for sample in samples for token in sample.text.input_ids]),
+        labels=torch.tensor([label for sample in samples for label in sample.text.labels]),
+        text_lengths=lengths,
+        image_offsets=offsets,
+        images={name: torch.cat([part[name] for part in images]) for name in images[0]},
+        sample_ids=[sample.id for sample in samples],
+        num_images=num_images,
+        num_cut=sum(sample.text.cut for sample in samples),
+        bad=tuple(bad for sample in samples for bad in sample.bad),
+    )

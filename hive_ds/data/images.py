@@ -1,0 +1,85 @@
+"""Images: encoded bytes -> RGB -> the tensors of a Hugging Face image processor."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from hive_ds.errors import HiveError
+
+MIN_SIDE = 4
+"""Pixels. Smaller images carry nothing, and sides of 1 or 3 make image processors mistake a side for the channels."""
+MAX_PIXELS = 89_478_485
+"""Decompression bombs start here: Pillow's own limit (`Image.MAX_IMAGE_PIXELS`), at which it only warns."""
+
+
+class ImageProcessor(Protocol):
+    """What is used of a Hugging Face image processor."""
+
+    def __call__(self, images: Any, *, return_tensors: str) -> Any:
+        """Turn a list of RGB images into a dict of tensors."""
+        ...
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode one encoded file to an RGB image, turned upright by its EXIF tag; HiveError where it cannot be read."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        _check_size(image)
+        image.load()
+    except HiveError:
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on bad files
+        raise HiveError(f"image of {len(data)} bytes cannot be read: {error}") from error
+    return to_rgb(image)
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise HiveError(f"image of {width} x {height} pixels: expected at least {MIN_SIDE} a side")
+    if width * height > MAX_PIXELS:
+        raise HiveError(f"image of {width} x {height} pixels: expected at most {MAX_PIXELS} in all")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return ``image`` upright and in RGB: transparency over white, 16-bit grey scaled to 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise HiveError("image of 32-bit floats: its range is unknown, expected integers")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def process_images(images: Sequence[Image.Image], processor: ImageProcessor) -> dict[str, torch.Tensor]:
+    """Run the image processor over RGB ``images``; every tensor has them as its leading dim.
+
+    ``pixel_values`` is (I,3,h,w), or (I,patches,3*p*p) beside ``pixel_attention_mask`` and ``spatial_shapes`` for
+    processors of native aspect ratio. HiveError where the processor returns another number of images.
+    """
+    outputs = processor(images=list(images), return_tensors="pt")
+    tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    for name, value in tensors.items():
+        if len(value) != len(images):
+            raise HiveError(
+                f"image processor {type(processor).__name__}: {name} has {len(value)} entries for {len(images)} "
+                "images; expected one each (no tiling, no frames)"
+            )
+    if "pixel_values" not in tensors:
+        raise HiveError(f"image processor {type(processor).__name__}: returns no pixel_values")
+    return tensors
+
+
+def dummy_images(processor: ImageProcessor) -> dict[str, torch.Tensor]:
+    """Return one processed black image, which a batch without images carries (see `hive_ds.data.batch`)."""
+    return process_images([Image.new("RGB", (64, 64))], processor)

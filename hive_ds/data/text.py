@@ -1,0 +1,230 @@
+"""Text of a sample: rendering, tokens, media offsets and the label mask. Training and inference share it.
+
+A text is tokenised once, with character offsets. ``<image>`` placeholders are tokens of their own that are then
+dropped: the media offset of an image is the number of other tokens before its placeholder. Labels come from the
+character spans of what the assistant says, never from tokenising a part again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from hive_ds.constants import IGNORE_INDEX, IMAGE_TOKEN
+from hive_ds.data.schema import Sample, Turn
+from hive_ds.errors import HiveError
+
+TEMPLATES = ("plain", "chat")
+IMAGE_POSITIONS = ("first", "after_bos")
+_MARK = "hiveAnswerGoesHere"
+"""Stands in for an answer to find where the chat template puts it; an ordinary word survives trimming."""
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Tokens of one text without its placeholders.
+
+    ``image_offsets[i]`` is the media offset of the i-th placeholder. ``extents[t]`` are the first and one past the
+    last character of token t; they tile the text.
+    """
+
+    input_ids: list[int]
+    image_offsets: list[int]
+    extents: list[Span]
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """Tokens and labels of one training sample.
+
+    ``labels[t]`` is token t's id where the assistant says it and IGNORE_INDEX elsewhere; token 0 is never a label.
+    ``cut`` tells that the text was longer than allowed and lost its end.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    image_offsets: list[int]
+    cut: bool = False
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Make ``<image>`` one special token of ``tokenizer`` (in place; again does nothing) and return it.
+
+    The model never sees that token, so its embedding needs no new row. HiveError for a slow tokenizer: it has no
+    character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise HiveError(f"tokenizer {_name(tokenizer)}: has no character offsets; expected a fast one (tokenizer.json)")
+    token = AddedToken(IMAGE_TOKEN, special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
+    tokenizer.add_tokens([token], special_tokens=True)
+    return tokenizer
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return repr(tokenizer.name_or_path or type(tokenizer).__name__)
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that ends a caption; HiveError if the tokenizer has no end-of-sequence token."""
+    if tokenizer.eos_token_id is None:
+        raise HiveError(f"tokenizer {_name(tokenizer)}: has no eos_token, which ends every caption")
+    return int(tokenizer.eos_token_id)
+
+
+def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that starts a text: the tokenizer's BOS or, where it has none, its EOS."""
+    return end_token_id(tokenizer) if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, image_position: str = "first") -> EncodedText:
+    """Tokenise ``text``, which may hold ``<image>``, and drop the placeholders.
+
+    Every text starts with a special token: the one that its chat template has written or, where it begins with
+    none, `start_token_id`. Images at the very front come before that token (``image_position`` "first") or after it
+    ("after_bos", the published order).
+    """
+    body = text
+    while body.startswith(IMAGE_TOKEN):
+        body = body[len(IMAGE_TOKEN) :]
+    front, shift = (len(text) - len(body)) // len(IMAGE_TOKEN), len(text) - len(body)
+    encoding = tokenizer(body, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoding["input_ids"]
+    spans: list[Span] = encoding["offset_mapping"]
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if not ids or not _opens_with_special(body, ids[0], tokenizer):
+        ids, spans = [start_token_id(tokenizer), *ids], [(0, 0), *spans]
+    encoded = EncodedText([], [0 if image_position == "first" else 1] * front, [])
+    last = 0
+    for token, (start, end) in zip(ids, spans, strict=True):
+        # Byte-level tokenizers leave leading spaces out of the offsets: count from the last token's end.
+        start, end = min(start, last), max(end, last)
+        last = end
+        if token == image_id:
+            encoded.image_offsets.append(len(encoded.input_ids))
+        else:
+            encoded.input_ids.append(token)
+            encoded.extents.append((start + shift, end + shift))
+    return encoded
+
+
+def _opens_with_special(text: str, first_id: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    # Read off the text, too: an unknown word becomes <unk>, which is special but was not written.
+    token = tokenizer.added_tokens_decoder.get(first_id)
+    return token is not None and token.special and token.content != IMAGE_TOKEN and text.startswith(token.content)
+
+
+def encode_sample(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, *, template: str, image_position: str, max_length: int
+) -> EncodedSample:
+    """Tokenise ``sample`` for training; ``template`` and ``image_position`` as in `DataConfig`.
+
+    A text longer than ``max_length`` tokens loses its end. HiveError, naming the sample, where that loses an image
+    or all of the answer, where the sample does not fit the template, or where the template cannot be followed.
+    """
+    try:
+        if template == "plain":
+            input_ids, labels, offsets = _encode_caption(sample, tokenizer, image_position)
+        else:
+            input_ids, labels, offsets = _encode_chat(sample, tokenizer, image_position)
+    except HiveError as error:
+        raise HiveError(f"sample {sample.id!r}: {error}") from error
+    cut = len(input_ids) > max_length
+    input_ids, labels = input_ids[:max_length], labels[:max_length]
+    labels[0] = IGNORE_INDEX
+    lost = [offset for offset in offsets if offset >= len(input_ids)]
+    if lost:
+        raise HiveError(f"sample {sample.id!r}: image at token {lost[0]}, but only {len(input_ids)} tokens are kept")
+    if all(label == IGNORE_INDEX for label in labels):
+        raise HiveError(f"sample {sample.id!r}: no answer within the first {max_length} tokens")
+    return EncodedSample(input_ids, labels, offsets, cut)
+
+
+def encode_prompt(
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str, image_position: str
+) -> EncodedText:
+    """Tokenise ``turns``, the last a user's, up to the point where the answer starts, exactly as in training."""
+    return encode_text(render_prompt(turns, tokenizer, template=template), tokenizer, image_position=image_position)
+
+
+def render_prompt(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str) -> str:
+    """Return the text before the answer: "plain" keeps the images of ``turns`` alone, "chat" renders all of them."""
+    if template == "plain":
+        return IMAGE_TOKEN * sum(turn.content.count(IMAGE_TOKEN) for turn in turns)
+    return render_chat(turns, tokenizer, for_answer=True)
+
+
+def render_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, for_answer: bool) -> str:
+    """Render ``turns`` with the tokenizer's chat template, with the opening of an answer if ``for_answer``."""
+    if not tokenizer.chat_template:
+        raise HiveError(f"tokenizer {_name(tokenizer)}: has no chat template; use template 'plain', or set one")
+    messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer))
+    except TemplateError as error:
+        raise HiveError(f"chat template of {_name(tokenizer)} refuses the conversation: {error}") from error
+
+
+def _encode_caption(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, image_position: str
+) -> tuple[list[int], list[int], list[int]]:
+    answers = [turn.content.strip() for turn in sample.turns if turn.role == "assistant"]
+    if len(answers) != 1:
+        raise HiveError(f"has {len(answers)} answers; template 'plain' is for captions (one), use 'chat'")
+    prompt = render_prompt(sample.turns, tokenizer, template="plain")
+    text = encode_text(prompt + answers[0], tokenizer, image_position=image_position)
+    prefix = 1 if text.extents[0][0] == text.extents[0][1] else 0
+    answer = [*text.input_ids[prefix:], end_token_id(tokenizer)]
+    start = text.input_ids[:prefix]
+    return start + answer, [IGNORE_INDEX] * prefix + answer, text.image_offsets
+
+
+def _encode_chat(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, image_position: str
+) -> tuple[list[int], list[int], list[int]]:
+    rendered = render_chat(sample.turns, tokenizer, for_answer=False)
+    spans = _answer_spans(sample.turns, rendered, tokenizer)
+    text = encode_text(rendered, tokenizer, image_position=image_position)
+    labels = [
+        token if any(_is_inside(extent, span) for span in spans) else IGNORE_INDEX
+        for token, extent in zip(text.input_ids, text.extents, strict=True)
+    ]
+    return text.input_ids, labels, text.image_offsets
+
+
+def _is_inside(extent: Span, span: Span) -> bool:
+    """Whether a token holds a character of ``span``; a token without characters counts if it lies within."""
+    start, end = extent
+    return span[0] < start < span[1] if start == end else max(start, span[0]) < min(end, span[1])
+
+
+def _answer_spans(turns: Sequence[Turn], rendered: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    """Find the characters of every answer, with what the template writes to end it, in ``rendered``.
+
+    An answer starts where the prompt for it ends, and reaches to the mark that closes it when it is the last turn.
+    Some templates (Qwen3) write the last answer otherwise than earlier ones, so each is found in the whole text.
+    """
+    spans = []
+    for index, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        if not index:
+            raise HiveError("starts with an answer; template 'chat' expects a user's turn first")
+        marked = [*turns[:index], Turn("assistant", _MARK), *turns[index + 1 :]]
+        prompt = render_chat(turns[:index], tokenizer, for_answer=True)
+        before, _, after = render_chat(marked, tokenizer, for_answer=False).partition(_MARK)
+        closing = render_chat(marked[: index + 1], tokenizer, for_answer=False).partition(_MARK)[2].rstrip()
+        stable = rendered.startswith(prompt) and before.startswith(prompt) and after.startswith(closing)
+        if not (stable and rendered.startswith(before) and rendered.endswith(after)):
+            raise HiveError(
+                f"chat template of {_name(tokenizer)}: turn {index} is written otherwise when turns follow it, "
+                "so the answer cannot be found; use another template"
+            )
+        spans.append((len(prompt), len(rendered) - len(after) + len(closing)))
+    return spans
