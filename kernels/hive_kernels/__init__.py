@@ -1,1 +1,7 @@
 """Hierarchical attention: text queries over text keys and image keys in one softmax."""
+
+from .finish import finish_keys
+from .layout import AttentionLayout
+from .op import hierarchical_attention
+
+__all__ = ["AttentionLayout", "finish_keys", "hierarchical_attention"]
