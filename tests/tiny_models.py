@@ -6,6 +6,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from hive_ds.model.attention import HeadRMSNorm
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.vision import vision_class
@@ -100,11 +101,11 @@ def tiny_hive(
     model = HiveForCausalLM(config, encoder, llm).eval()
     torch.manual_seed(seed + 1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "image_k_proj" in name or "image_v_proj" in name:
-                parameter.normal_(std=0.15)
-            elif ".q_norm." in name or ".k_norm." in name:
-                parameter.uniform_(0.5, 1.5)
+        for name, module in model.named_modules():
+            if isinstance(module, HeadRMSNorm):
+                module.weight.uniform_(0.5, 1.5)
+            elif "image_k_proj" in name or "image_v_proj" in name:
+                module.weight.normal_(std=0.15)
     return model
 
 

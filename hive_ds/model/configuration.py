@@ -50,6 +50,9 @@ class HiveConfig(PretrainedConfig):
         self.qk_norm, self.rope, self.image_kv = qk_norm, rope, image_kv
         self.attention_backend = attention_backend
         kwargs["tie_word_embeddings"] = self.text_config.tie_word_embeddings
+        # None, the default, would reset the attention that both given configs have already settled on.
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = {}
         super().__init__(**kwargs)
 
 

@@ -1,0 +1,37 @@
+"""Routes pair vision blocks with LLM layers and refuse what does not fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from hive_ds.errors import HiveError
+from hive_ds.model.routes import Routes
+
+
+def build(blocks, layers):
+    return Routes.build(blocks, layers, num_blocks=6, num_layers=4)
+
+
+def test_many_blocks_to_one_layer_and_one_block_to_many_layers():
+    routes = build((5, 2, 2), (1, 1, 3))
+    assert routes.blocks_by_layer == {1: (5, 2), 3: (2,)}
+    assert routes.blocks == (2, 5)
+    assert routes.last_block == 5
+    assert routes.untrained_blocks(6) == (6,)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "layers", "message"),
+    [
+        ((1, 2), (0,), r"2 vision blocks \[1, 2\] but 1 language layers"),
+        ((), (), "no route given"),
+        ((0,), (0,), "vision block 0 is out of range; the encoder's are 1 to 6"),
+        ((7,), (0,), "vision block 7 is out of range"),
+        ((1,), (4,), "language layer 4 is out of range; the LLM's are 0 to 3"),
+        ((1,), (-1,), "language layer -1 is out of range"),
+        ((1, 1), (2, 2), "block 1 to layer 2 is given twice"),
+    ],
+)
+def test_wrong_routes_are_refused(blocks, layers, message):
+    with pytest.raises(HiveError, match=message):
+        build(blocks, layers)
