@@ -32,11 +32,11 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         _check_size(image)
         image.load()
+        return to_rgb(image)
     except HiveError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on bad files
         raise HiveError(f"image of {len(data)} bytes cannot be read: {error}") from error
-    return to_rgb(image)
 
 
 def _check_size(image: Image.Image) -> None:

@@ -1,0 +1,106 @@
+"""From a folder of MDS shards to packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hive_ds.config import DataConfig
+from hive_ds.data.batch import PreparedSample, collate
+from hive_ds.data.environment import find_world
+from hive_ds.data.images import ImageProcessor, decode_image, dummy_images, process_images
+from hive_ds.data.schema import Sample
+from hive_ds.data.text import IMAGE_POSITIONS, TEMPLATES, encode_sample, prepare_tokenizer
+from hive_ds.errors import HiveError
+
+if TYPE_CHECKING:
+    from hive_ds.data.mds import SampleLoader
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Turns a stored sample into tokens and pixels; HiveError, naming the sample, where it cannot be used."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: ImageProcessor
+    template: str
+    image_position: str
+    max_length: int
+
+    def __call__(self, sample: Sample) -> PreparedSample:
+        """Encode ``sample``."""
+        text = encode_sample(
+            sample,
+            self.tokenizer,
+            template=self.template,
+            image_position=self.image_position,
+            max_length=self.max_length,
+        )
+        return PreparedSample(sample.id, text, self._pixels(sample.images))
+
+    def _pixels(self, files: Sequence[bytes]) -> Mapping[str, Tensor]:
+        if not files:
+            return {}
+        return process_images([decode_image(file) for file in files], self.image_processor)
+
+
+def build_loader(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: ImageProcessor,
+    *,
+    micro_batch_size: int,
+    global_batch_size: int,
+    seed: int,
+    train: bool,
+    folder: str | None = None,
+) -> SampleLoader:
+    """Return the loader of `PackedBatch`es of this rank (RANK, WORLD_SIZE, ... as the launcher sets them).
+
+    ``folder`` defaults to ``data.train`` or, with ``train`` false, ``data.validation``. Training is endless and
+    shuffled as ``data.shuffle`` says; otherwise each iteration is one pass in the same order.
+    torch.distributed must be initialised where there are several ranks.
+    HiveError for a missing or empty folder, sizes that do not divide, an unknown template, streaming not installed.
+    """
+    from hive_ds.data.mds import SampleDataset, SampleLoader
+
+    _check(data, micro_batch_size, global_batch_size, find_world().size)
+    folder = folder or (data.train if train else data.validation)
+    if not folder:
+        raise HiveError("data.validation is not set: expected an MDS folder to validate on")
+    encoder = SampleEncoder(
+        prepare_tokenizer(tokenizer), image_processor, data.template, data.image_position, data.max_length
+    )
+    dataset = SampleDataset(
+        folder,
+        cache=data.cache,
+        prepare=encoder,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        shuffle=data.shuffle and train,
+        seed=seed,
+    )
+    return SampleLoader(
+        dataset,
+        collate_fn=partial(collate, dummy=dummy_images(image_processor)),
+        num_workers=data.num_workers,
+        endless=train,
+        max_bad_share=data.max_bad_share,
+    )
+
+
+def _check(data: DataConfig, micro_batch_size: int, global_batch_size: int, ranks: int) -> None:
+    if micro_batch_size < 1 or global_batch_size % (micro_batch_size * ranks) or global_batch_size < 1:
+        raise HiveError(
+            f"global_batch_size {global_batch_size}: expected a multiple of micro_batch_size {micro_batch_size} x "
+            f"{ranks} ranks"
+        )
+    if data.template not in TEMPLATES:
+        raise HiveError(f"data.template {data.template!r}: expected one of {', '.join(TEMPLATES)}")
+    if data.image_position not in IMAGE_POSITIONS:
+        raise HiveError(f"data.image_position {data.image_position!r}: expected one of {', '.join(IMAGE_POSITIONS)}")

@@ -1,0 +1,68 @@
+"""One rank of `test_data_ranks`: run loaders over a folder and write what each step saw.
+
+usage: rank_main.py PLAN OUT, with RANK, WORLD_SIZE and the ranks of the machine set as a launcher does.
+PLAN is a JSON list of runs: name, folder, micro, global_batch, workers, steps, save_at, resume (the name of a run whose saved
+state to start from, an earlier plan's included), max_bad_share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+from tiny_data import make_image_processor, make_tokenizer
+
+from hive_ds.config import DataConfig
+from hive_ds.data.loader import build_loader
+
+
+def run(plan: dict, states: Path) -> dict:
+    data = DataConfig(
+        train=plan["folder"], num_workers=plan["workers"], max_bad_share=plan.get("max_bad_share", 0.0)
+    )
+    loader = build_loader(
+        data,
+        make_tokenizer("llama3"),
+        make_image_processor(),
+        micro_batch_size=plan["micro"],
+        global_batch_size=plan["global_batch"],
+        seed=7,
+        train=True,
+    )
+    if "resume" in plan:
+        loader.load_state_dict(json.loads((states / f"{plan['resume']}.json").read_text()))
+    accumulation = plan["global_batch"] // plan["micro"] // int(os.environ.get("WORLD_SIZE", "1"))
+    steps, bad = [], []
+    batches = iter(loader)
+    for step in range(plan["steps"]):
+        step_batches = [next(batches) for _ in range(accumulation)]
+        steps.append([name for batch in step_batches for name in batch.sample_ids])
+        bad += [asdict(item) for batch in step_batches for item in batch.bad]
+        if step + 1 == plan.get("save_at"):
+            state = loader.state_dict()
+            if os.environ.get("RANK", "0") == "0":
+                (states / f"{plan['name']}.json").write_text(json.dumps(state))
+    return {"steps": steps, "bad": bad, "length": len(loader), "state": loader.state_dict()}
+
+
+def main() -> None:
+    plan, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{out.parent}/store{size}", rank=rank, world_size=size)
+    results = {}
+    for item in plan:
+        results[item["name"]] = run(item, out.parent)
+        if size > 1:
+            dist.barrier()
+    out.with_suffix(f".{rank}").write_text(json.dumps(results))
+    if size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The order of samples does not depend on how the global batch is split, nor on an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_data import make_samples
+
+from hive_ds.data.mds import write_mds
+
+NUMBER, GLOBAL, STEPS = 22, 4, 14  # 22 samples: six steps an epoch, of which the last is filled up
+BAD = (2, 3, 11)
+MAIN = Path(__file__).with_name("rank_main.py")
+
+
+def launch(plan: list[dict], out: Path, size: int) -> list[dict]:
+    """Run ``plan`` on ``size`` ranks, with the variables that the deepspeed launcher sets; one result a rank."""
+    out.with_suffix(".plan").write_text(json.dumps(plan))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "WORLD_"))}
+    clean |= {"TMPDIR": str(out.parent), "PYTHONPATH": str(MAIN.parent)}
+    processes = []
+    for rank in range(size):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
+        command = [sys.executable, str(MAIN), str(out.with_suffix(".plan")), str(out)]
+        processes.append(
+            subprocess.Popen(command, env=clean | (ranks if size > 1 else {}), stderr=subprocess.PIPE, text=True)
+        )
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    return [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """All runs, by name: one result per rank."""
+    root = tmp_path_factory.mktemp("ranks")
+    write_mds(make_samples(NUMBER), root / "good")
+    write_mds(make_samples(NUMBER, bad=BAD), root / "bad")
+    good = {"folder": str(root / "good"), "global_batch": GLOBAL, "steps": STEPS}
+    rest = {**good, "steps": STEPS - 8}
+    alone = [
+        {"name": "1x4x1", "micro": 4, "workers": 0, "save_at": 8, **good},
+        {"name": "1x2x2", "micro": 2, "workers": 2, "save_at": 8, **good},
+        {"name": "1x4x1 resumed", "micro": 4, "workers": 2, "resume": "1x4x1", **rest},
+        {"name": "bad alone", "micro": 2, "workers": 0, "max_bad_share": 1.0, **good, "folder": str(root / "bad")},
+    ]
+    pair = [
+        {"name": "2x2x1", "micro": 2, "workers": 2, "save_at": 8, **good},
+        {"name": "2x1x2", "micro": 1, "workers": 0, "save_at": 8, **good},
+        {"name": "2x1x2 resumed", "micro": 1, "workers": 2, "resume": "2x2x1", **rest},
+        {"name": "2x2x1 resumed", "micro": 2, "workers": 0, "resume": "1x2x2", **rest},
+        {"name": "bad", "micro": 2, "workers": 2, "max_bad_share": 1.0, **good, "folder": str(root / "bad")},
+    ]
+    one = launch(alone, root / "one", 1)
+    two = launch(pair, root / "two", 2)
+    return {
+        name: [result[name] for result in ranks] for ranks in (one, two) for name in ranks[0]
+    }
+
+
+def steps(results: list[dict]) -> list[list[str]]:
+    """Samples of every step over all ranks, sorted."""
+    return [sorted(sum(parts, [])) for parts in zip(*(result["steps"] for result in results), strict=True)]
+
+
+@pytest.mark.parametrize("layout", ["1x2x2", "2x2x1", "2x1x2"])
+def test_every_layout_sees_the_same_samples_in_every_step(runs: dict[str, list[dict]], layout: str) -> None:
+    assert steps(runs[layout]) == steps(runs["1x4x1"])
+
+
+@pytest.mark.parametrize("name", ["1x4x1 resumed", "2x1x2 resumed", "2x2x1 resumed"])
+def test_resumed_run_goes_on_at_the_exact_sample(runs: dict[str, list[dict]], name: str) -> None:
+    assert steps(runs[name]) == steps(runs["1x4x1"])[8:]
+
+
+def test_epoch_holds_every_sample_and_is_shuffled_anew(runs: dict[str, list[dict]]) -> None:
+    seen = steps(runs["1x4x1"])
+    first, second = sum(seen[:6], []), sum(seen[6:12], [])
+    assert len(set(first)) == len(set(second)) == NUMBER
+    assert first != second
+    assert all(len(step) == GLOBAL for step in seen)
+
+
+def test_ranks_read_disjoint_samples_and_take_equal_steps(runs: dict[str, list[dict]]) -> None:
+    first, second = (sum(result["steps"][:5], []) for result in runs["2x2x1"])
+    assert len(first) == len(second) == 10
+    assert len({*first, *second}) >= 19  # one sample of the first five steps at most is drawn twice
+    assert [result["length"] for result in runs["2x2x1"]] == [6, 6]
+    assert [result["length"] for result in runs["2x1x2"]] == [12, 12]
+
+
+def test_saved_position_is_the_same_on_every_rank(runs: dict[str, list[dict]]) -> None:
+    assert runs["2x2x1"][0]["state"] == runs["2x2x1"][1]["state"] == runs["1x4x1"][0]["state"]
+
+
+def test_bad_samples_are_replaced_alike_in_every_layout(runs: dict[str, list[dict]]) -> None:
+    assert steps(runs["bad"]) == steps(runs["bad alone"])
+    clean, mended = sum(steps(runs["1x4x1"]), []), sum(steps(runs["bad"]), [])
+    names = {f"s{index:03d}" for index in BAD}
+    assert not names & set(mended)
+    bad = sum((result["bad"] for result in runs["bad"]), [])
+    # s002 is followed by another bad one, so both are named whenever s002 was due.
+    due = {name: clean.count(name) for name in names}
+    named = {name: [item["id"] for item in bad].count(name) for name in names}
+    assert named == {**due, "s003": due["s003"] + due["s002"]}
+    assert all("cannot be read" in item["reason"] for item in bad)
