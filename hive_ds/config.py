@@ -24,9 +24,10 @@ from hive_ds.checks import (
     one_of,
 )
 from hive_ds.errors import HiveError
+from hive_ds.stages import STAGES
 
-STAGE_NAMES = ("connector_pretraining", "modality_adaptation", "vision_finetuning")
-"""Names of the stages a recipe may describe, in order; stage N of the command line is the N-th."""
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+"""The stages that a recipe may describe."""
 
 
 @dataclass(frozen=True)
@@ -161,5 +162,5 @@ class Recipe:
     model: ModelConfig
     data: DataConfig
     stages: Annotated[dict[str, StageConfig], keys_from(*STAGE_NAMES)]
-    """By stage name: ``connector_pretraining``, ``modality_adaptation``, ``vision_finetuning``."""
+    """By stage name (`hive_ds.stages`)."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -85,10 +85,10 @@ def _yaml_lines(value: Any, prefix: str = "", indent: str = "") -> Iterator[tupl
     pairs = [(spec.name, getattr(value, spec.name)) for spec in fields(value)] if is_dataclass(value) else value.items()
     for name, item in pairs:
         if is_dataclass(item) or (isinstance(item, dict) and item):
-            yield "", f"{indent}{name}:"
+            yield "", f"{indent}{_yaml_value(name)}:"
             yield from _yaml_lines(item, f"{prefix}{name}.", indent + "  ")
         else:
-            yield f"{prefix}{name}", f"{indent}{name}: {_yaml_value(item)}"
+            yield f"{prefix}{name}", f"{indent}{_yaml_value(name)}: {_yaml_value(item)}"
 
 
 def _yaml_value(value: Any) -> str:

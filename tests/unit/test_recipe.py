@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hive_ds.config import STAGE_NAMES
+from hive_ds.errors import HiveError
+from hive_ds.recipe import RECIPES, dump_recipe, load_recipe, recipe_names, resolve
+
+PAPER = "hive-siglip-l-mobilellm-600m"
+
+# Stages 1 to 3 of arXiv 2604.00086 and its published scripts:
+# lr, floor of the cosine, betas, decay, clip, global batch, epochs.
+PAPER_STAGES = {
+    "connector_pretraining": (1e-3, 0.1, (0.9, 0.999), 1e-5, 1.0, 256, 0.2),
+    "modality_adaptation": (1e-4, 0.1, (0.9, 0.95), 1e-5, 0.6, 1024, 1),
+    "vision_finetuning": (5e-6, 0.0, (0.9, 0.95), 1e-5, 0.8, 1024, 1),
+}
+
+
+def test_paper_recipe_has_the_papers_figures():
+    recipe = load_recipe(PAPER)
+    assert recipe.model.vision_encoder == "google/siglip-large-patch16-384"
+    assert recipe.model.language_model == "facebook/MobileLLM-600M"
+    assert recipe.model.routes.vision_blocks == (2, 5, 8, 11, 14, 17, 20, 23)
+    assert recipe.model.routes.language_layers == (4, 9, 14, 19, 24, 29, 34, 39)
+    assert (recipe.model.qk_norm, recipe.model.rope) == ("post_rope", "2d")
+    assert (recipe.data.template, recipe.data.max_length) == ("plain", 2048)
+    assert recipe.training.precision == "bf16"
+    assert {
+        name: (s.lr, s.min_lr_ratio, s.betas, s.weight_decay, s.clip, s.global_batch_size, s.epochs)
+        for name, s in recipe.stages.items()
+    } == PAPER_STAGES
+    for stage in recipe.stages.values():
+        assert (stage.warmup_ratio, stage.steps, stage.group_lr, stage.vision_layer_decay) == (0.03, None, {}, 1.0)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipe(name: str):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert tuple(recipe.stages) == STAGE_NAMES
+    comments = "\n".join(line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if line.startswith("#"))
+    for part in (recipe.model.vision_encoder, recipe.model.language_model):
+        if not part.startswith("runs/"):
+            assert re.search(rf"{re.escape(part)}\s+(Apache-2\.0|MIT|FAIR Noncommercial)", comments), part
+
+
+def test_precedence_and_origins(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text("base: tiny\nname: b\ntraining:\n  seed: 1\n  log_interval: 2\n  wandb: true\n")
+    child = tmp_path / "sub" / "child.yaml"
+    child.parent.mkdir()
+    child.write_text("base: ../base.yaml\nname: c\ntraining:\n  seed: 2\n  log_interval: 3\n")
+    recipe, origins = resolve(child, ["training.seed=3", "training.seed=4"])
+    training = recipe.training
+    assert (training.seed, training.log_interval, training.wandb, training.tensorboard) == (4, 3, True, False)
+    assert {
+        key.removeprefix("training."): origin for key, origin in origins.items() if key.startswith("training.")
+    } == {
+        "seed": "--set",
+        "log_interval": f"{child}:5",
+        "wandb": "base ../base.yaml:6",
+        "precision": "base tiny.yaml:" + _line("tiny", "  precision:"),
+        "checkpoint_interval": "base tiny.yaml:" + _line("tiny", "  checkpoint_interval:"),
+        "tensorboard": "default",
+        "ds_config": "default",
+        "validation_interval": "default",
+        "validation_batches": "default",
+        "max_skipped_steps": "default",
+    }
+    assert origins["name"] == f"{child}:2"
+
+
+def _line(recipe: str, start: str) -> str:
+    lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
+    return str(next(number for number, line in enumerate(lines, 1) if line.startswith(start)))
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("stages.vision_finetuning.lr=1e-3", lambda r: r.stages["vision_finetuning"].lr, 0.001),
+        ("stages.vision_finetuning.lr=2", lambda r: r.stages["vision_finetuning"].lr, 2.0),
+        ("stages.vision_finetuning.betas=[9e-1, .5]", lambda r: r.stages["vision_finetuning"].betas, (0.9, 0.5)),
+        ("stages.vision_finetuning.steps=null", lambda r: r.stages["vision_finetuning"].steps, None),
+        (
+            "stages.vision_finetuning.group_lr={a: 1e-4, b: 0}",
+            lambda r: r.stages["vision_finetuning"].group_lr,
+            {"a": 1e-4, "b": 0.0},
+        ),
+        ("stages.vision_finetuning.group_lr.a=1e-4", lambda r: r.stages["vision_finetuning"].group_lr, {"a": 1e-4}),
+        ("stages.vision_finetuning=null", lambda r: tuple(r.stages), STAGE_NAMES[:2]),
+        ("data.validation=", lambda r: r.data.validation, None),
+        ("data.validation=2024", lambda r: r.data.validation, "2024"),
+        ("name=no", lambda r: r.name, "no"),
+        ("name='null'", lambda r: r.name, "null"),
+        ("data.shuffle=no", lambda r: r.data.shuffle, False),
+        (
+            "model.routes={vision_blocks: [1, 1], language_layers: [2, 3]}",
+            lambda r: r.model.routes.vision_blocks,
+            (1, 1),
+        ),
+    ],
+)
+def test_set(override: str, read, expected):
+    value = read(load_recipe("tiny", [override]))
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+BAD_VALUES = {
+    "model.qk_norm=pre-rope": "model.qk_norm = pre-rope (--set): expected one of none, pre_rope, post_rope; did you"
+    " mean pre_rope?",
+    "stages.vision_finetuning.lr=-1e-3": "stages.vision_finetuning.lr = -1e-3 (--set): expected a number, > 0",
+    "stages.vision_finetuning.lr=0": "expected a number, > 0",
+    "stages.vision_finetuning.lr=nan": "expected a number",
+    "stages.vision_finetuning.lr=.inf": "expected a number",
+    "stages.vision_finetuning.lr=fast": "expected a number",
+    "stages.vision_finetuning.min_lr_ratio=1.5": "expected a number, from 0 to 1",
+    "stages.vision_finetuning.betas=[0.9, 1]": "expected a list of 2 values",
+    "stages.vision_finetuning.betas=[0.9]": "expected a list of 2 values",
+    "stages.vision_finetuning.group_lr={vision: -1}": "group_lr = {vision: -1}",
+    "stages.vision_finetuning.steps=1.5": "expected a whole number or null, >= 1",
+    "data.num_workers=yes": "data.num_workers = yes (--set): expected a whole number",
+    "data.shuffle=maybe": "expected true or false",
+    "data.train=[a]": "data.train = [a] (--set): expected text",
+    "data.train=": "data.train = null (--set): expected text",
+    "training=3": "training = 3 (--set): expected a mapping",
+    "model.routes.vision_blocks=[0, 1, 2]": "vision_blocks = [0, 1, 2] (--set): expected a list, each value a whole",
+    "model.routes.vision_blocks=[]": "at least one",
+    "model.routes.vision_blocks=[1, 2]": "2 vision_blocks but 3 language_layers; expected two lists of one length",
+    "model.routes={vision_blocks: [1, 1], language_layers: [2, 2]}": "block 1 -> layer 2 is listed more than once",
+    "stages.vision_finetuning.micro_batch_size=5": "is not divisible by micro_batch_size = 5",
+    "model.qknorm=none": "unknown key model.qknorm = none (--set); did you mean qk_norm?",
+    "stages.vision_finetune.lr=1": "key stages.vision_finetune = {lr: 1} (--set); did you mean vision_finetuning?",
+    "lr=1": "unknown key lr = 1 (--set); did you mean stages.<stage>.lr?",
+    "xyz=1": "unknown key xyz = 1 (--set); a recipe has name, description, model, data, stages, training",
+    "base=tiny": "unknown key base = tiny (--set)",
+    "model": "--set model: expected key=value",
+    "model..rope=1d": "--set model..rope=1d: expected key=value",
+    "name={": "--set name={: not valid YAML",
+    "name=*a": "recipes have no aliases",
+    "training={seed: 1, seed: 2}": "key seed was given before",
+}
+
+
+@pytest.mark.parametrize("override", BAD_VALUES)
+def test_wrong_value_is_named(override: str):
+    with pytest.raises(HiveError) as caught:
+        load_recipe("tiny", [override])
+    assert BAD_VALUES[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+BAD_FILES = {
+    "twice": ("name: a\ndata:\n  train: x\n  train: y\n", "{path}:4: key train was given before, at line 3"),
+    "syntax": ("name: [a\n", "{path}:2: not valid YAML"),
+    "list": ("- a\n", "recipe {path}: the file holds [a]; expected `key: value` lines"),
+    "empty": ("", "recipe {path}: the file holds null"),
+    "missing": (
+        "base: tiny\nstages:\n  vision_finetuning: null\nmodel: null\n",
+        "model = null ({path}:4): expected a mapping",
+    ),
+    "unknown": ("base: tiny\nmodle:\n  rope: 2d\n", "unknown key modle = {{rope: 2d}} ({path}:2); did you mean model?"),
+    "bare": ("name: a\n", "{path}: description is missing; expected text"),
+    "loop": ("base: ./loop.yaml\n", "its base leads back to itself (loop.yaml -> loop.yaml)"),
+    "base list": ("base: [tiny]\n", "base = [tiny] ({path}:1): expected the name or path of one recipe"),
+    "base name": ("base: tinny\n", "recipe tinny: expected one of"),
+    "key": ("[a]: 1\n", "{path}:1: a key is a list or a mapping"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_wrong_file_is_named(case: str, tmp_path: Path):
+    text, expected = BAD_FILES[case]
+    path = tmp_path / f"{case}.yaml"
+    path.write_text(text)
+    with pytest.raises(HiveError) as caught:
+        load_recipe(path)
+    assert expected.format(path=path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path):
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    for path, expected in [(tmp_path / "latin.yaml", "not UTF-8"), (tmp_path / "none.yaml", "no such file")]:
+        with pytest.raises(HiveError, match=expected):
+            load_recipe(path)
+    with pytest.raises(HiveError, match=r"recipe tinny: expected one of .*tiny.*; did you mean tiny\?"):
+        load_recipe("tinny")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_dump_is_a_recipe_again(name: str, tmp_path: Path):
+    recipe, origins = resolve(name)
+    for text in (dump_recipe(recipe), dump_recipe(recipe, origins)):
+        (tmp_path / "dumped.yaml").write_text(text)
+        assert load_recipe(tmp_path / "dumped.yaml") == recipe
+    shown = dump_recipe(recipe, origins).splitlines()
+    assert sum("  # " in line for line in shown) == len(origins)
+
+
+printable = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=40)
+numbers = st.floats(min_value=1e-300, max_value=1e300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=printable,
+    lr=numbers,
+    group_lr=st.dictionaries(printable, numbers, max_size=3),
+    steps=st.none() | st.integers(1),
+)
+def test_dump_keeps_any_value(tmp_path_factory, text: str, lr: float, group_lr: dict[str, float], steps: int | None):
+    recipe = load_recipe("tiny")
+    stage = replace(recipe.stages["vision_finetuning"], lr=lr, group_lr=group_lr, steps=steps)
+    changed = replace(recipe, name=text, data=replace(recipe.data, cache=text), stages={"vision_finetuning": stage})
+    path = tmp_path_factory.mktemp("dump") / "dumped.yaml"
+    path.write_text(dump_recipe(changed), encoding="utf-8")
+    assert load_recipe(path) == changed
