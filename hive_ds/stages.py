@@ -20,8 +20,6 @@ class ModuleGroup:
     name: str
     pattern: str
     """Regular expression that matches the whole parameter name."""
-    help: str
-    """One line for the start-up table."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,11 @@ def next_stage(stage: Stage) -> Stage | None:
 def hive_groups(language_layers: Iterable[int], last_vision_block: int) -> tuple[ModuleGroup, ...]:
     """The parameter groups of a HIVE model.
 
+    ``routed_attention``: q, k, v, o projections of routed LLM layers; ``image_kv``: the image keys' own projections
+    there; ``qk_norms``: the norms of queries and keys there; ``language_model``: the rest of the LLM.
+    ``vision_encoder`` ends with the last routed block; ``vision_tail`` is what comes after, which never runs and never
+    trains.
+
     Args:
         language_layers: routed LLM layers, counted from 0.
         last_vision_block: the deepest routed vision block, counted from 1; nothing after it gets a gradient.
@@ -72,20 +75,18 @@ def hive_groups(language_layers: Iterable[int], last_vision_block: int) -> tuple
     vision = r"vision_encoder\.(?:vision_model\.)?"
     used = rf"(?:encoder\.)?layers?\.{_one_of(range(last_vision_block))}\."
     return (
-        ModuleGroup("projectors", r"projectors\..+", "one small MLP per route"),
-        ModuleGroup("qk_norms", rf"{routed}[qk]_norm\..+", "query and key norms of routed layers"),
-        ModuleGroup("routed_attention", rf"{routed}[qkvo]_proj\..+", "self-attention of routed LLM layers"),
-        ModuleGroup("image_kv", rf"{routed}image_[kv]_proj\..+", "image keys and values of routed layers"),
-        ModuleGroup("language_model", rf"(?!{routed_parts})language_model\..+", "the rest of the LLM"),
+        ModuleGroup("projectors", r"projectors\..+"),
+        ModuleGroup("qk_norms", rf"{routed}[qk]_norm\..+"),
+        ModuleGroup("routed_attention", rf"{routed}[qkvo]_proj\..+"),
+        ModuleGroup("image_kv", rf"{routed}image_[kv]_proj\..+"),
+        ModuleGroup("language_model", rf"(?!{routed_parts})language_model\..+"),
         ModuleGroup(
             "vision_encoder",
             rf"{vision}(?:(?!embeddings\.mask_token)embeddings\.|pre_layrnorm\.|{used}).+",
-            f"embeddings and blocks 1 to {last_vision_block}",
         ),
         ModuleGroup(
             "vision_tail",
             rf"{vision}(?:embeddings\.mask_token|(?:post_layernorm|layernorm|rms_norm|head|(?!{used})(?:encoder\.)?layers?)\..+)",
-            "after the last routed block: never runs, never trains",
         ),
     )
 

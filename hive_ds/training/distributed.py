@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +26,9 @@ TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait: the slowest thing between two is rank 0 writing a model."""
 
 _REPORTED = "hive_ds/error_reported"
+_REPORT_WAIT = timedelta(seconds=10)
+_store: list[dist.Store] = []
+"""The process group's key-value store, once there is one."""
 
 _LAUNCHERS = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
@@ -104,12 +109,13 @@ def start(world: World) -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     device = torch.device("cuda", world.local_rank) if gpu else torch.device("cpu")
     if world.size == 1:
-        store: Any = dist.HashStore()
+        store: dist.Store = dist.HashStore()
     else:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise HiveError(f"{world.size} ranks, but {' and '.join(missing)} not set: where is rank 0?")
         store, _, _ = next(dist.rendezvous("env://", world.rank, world.size))
+    _store.append(store)
     dist.init_process_group(
         "nccl" if gpu else "gloo",
         store=store,
@@ -119,6 +125,34 @@ def start(world: World) -> torch.device:
         device_id=device if gpu and world.size > 1 else None,
     )
     return device
+
+
+def report_error(error: HiveError, world: World, *, debug: bool) -> None:
+    """Print an error once: by rank 0 if it has it too, else by the rank that has it.
+
+    An error on one rank alone leaves the others waiting for it; the launcher ends them when this rank exits.
+    """
+    if not world.is_main and _main_reports(world):
+        return
+    if debug:
+        traceback.print_exception(error)
+    rank = "" if world.is_main else f" (rank {world.rank})"
+    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+    if world.is_main and _store:
+        _store[0].set(_REPORTED, "1")
+
+
+def _main_reports(world: World) -> bool:
+    """Whether rank 0 reports the error of this rank: without a process group all ranks have read the same input."""
+    if not _store:
+        return True
+    try:
+        _store[0].wait([_REPORTED], _REPORT_WAIT)
+    except dist.DistStoreError:
+        return False
+    except RuntimeError:  # the store went with rank 0, which had reported
+        return True
+    return True
 
 
 def stop() -> None:

@@ -6,6 +6,7 @@ also sets one is an error, so that no run trains with other numbers than its rec
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def read_policy(name_or_path: str) -> dict[str, Any]:
 def build_ds_config(
     policy: dict[str, Any], stage: StageConfig, training: TrainingConfig, *, num_ranks: int, log_folder: Path, job: str
 ) -> dict[str, Any]:
-    """Return ``policy`` with the recipe's values filled in.
+    """Return ``policy`` with the recipe's values filled in; HiveError where wandb is asked for and not installed.
 
     Args:
         policy: of `read_policy`.
@@ -104,6 +105,8 @@ def build_ds_config(
         log_folder: folder for TensorBoard files.
         job: name of the run in TensorBoard and wandb.
     """
+    if training.wandb and importlib.util.find_spec("wandb") is None:
+        raise HiveError("training.wandb is true, but wandb is not installed: pip install 'hive-ds[wandb]'")
     return {
         **policy,
         "train_batch_size": stage.global_batch_size,

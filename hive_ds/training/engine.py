@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -272,9 +272,9 @@ def _adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool)
 def _register_external_parameters(model: nn.Module) -> None:
     """Tell ZeRO-3 about weights that a module reads without calling the module that owns them."""
     for module in model.modules():
-        if hasattr(module, "external_parameters"):
-            for parameter in module.external_parameters():
-                deepspeed.zero.register_external_parameter(module, parameter)
+        declared: Callable[[], list[nn.Parameter]] = getattr(module, "external_parameters", list)
+        for parameter in declared():
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:

@@ -77,7 +77,8 @@ def _peak_rates(stage: Stage, module_groups: Sequence[ModuleGroup], config: Stag
             raise HiveError(f"group_lr: unknown group {name!r}; expected one of {', '.join(sorted(known))}")
         if rate and name not in stage.trains:
             raise HiveError(
-                f"group_lr: {name} = {rate}, but stage {stage.number} ({stage.name}) trains only {', '.join(stage.trains)}"
+                f"group_lr: {name} = {rate}, but stage {stage.number} ({stage.name}) trains only "
+                f"{', '.join(stage.trains)}"
             )
     rates = {name: config.group_lr.get(name, config.lr) for name in stage.trains}
     return {name: rate for name, rate in rates.items() if rate}

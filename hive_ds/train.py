@@ -1,0 +1,265 @@
+"""Train one stage: ``deepspeed --module hive_ds.train --recipe R --stage N --run RUN`` (also torchrun, srun, mpirun).
+
+Recipe, ranks, model, stage, data, engine, resume, loop, hand-over: `train` is the table of contents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hive_ds.config import Recipe, StageConfig
+from hive_ds.data.loader import build_loader
+from hive_ds.errors import HiveError
+from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.loading import build_model, load_model
+from hive_ds.processing import HiveProcessor
+from hive_ds.recipe import dump_recipe, load_recipe
+from hive_ds.stages import STAGES, Stage, hive_groups, next_stage, stage_by_number
+from hive_ds.training.checkpoint import (
+    RunIdentity,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    save_model,
+)
+from hive_ds.training.distributed import World, from_main, read_world, report_error, start, stop
+from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
+from hive_ds.training.engine import Engine
+from hive_ds.training.flops import FlopCounter, matmul_rate
+from hive_ds.training.groups import StagePlan, plan_stage
+from hive_ds.training.loop import Job
+from hive_ds.training.loop import train as run_loop
+from hive_ds.training.metrics import Meter, MetricsLog
+from hive_ds.training.run_folder import StageFolder
+from hive_ds.training.schedule import Schedule
+from hive_ds.training.table import print_plan
+
+if TYPE_CHECKING:
+    from hive_ds.data.mds import SampleLoader
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, train, and return the exit code: 2 for wrong input, reported once in one line."""
+    options = _parse(arguments)
+    world = World()
+    try:
+        world = read_world(os.environ)
+        train(options, world)
+    except HiveError as error:
+        report_error(error, world, debug=options.debug)
+        return 2
+    stop()
+    return 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step of `train` needs to know."""
+
+    recipe: Recipe
+    stage: Stage
+    config: StageConfig
+    folder: StageFolder
+    world: World
+    device: torch.device
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+
+def train(options: argparse.Namespace, world: World) -> None:
+    """Train one stage from its start, or from its newest checkpoint, to its end."""
+    recipe, stage, config = _read_recipe(options)
+    accumulation_steps(config, world.size)
+    policy = read_policy(recipe.training.ds_config)
+    run = Run(recipe, stage, config, StageFolder(Path(options.run), stage), world, start(world))
+    if from_main(run.folder.done.is_file()):
+        run.say(f"stage {stage.number} of {options.run} is done already; {_next_command(options, stage)}")
+        return
+    model, processor = _load_model(run)
+    plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), config)
+    _warn_untrained_blocks(run, model)
+    loader, validation = _load_data(run, processor)
+    ds_config = _write_inputs(run, policy)
+    job, first_step = _start_job(run, model, plan, loader, validation, ds_config)
+    run_loop(job, first_step)
+    save_model(run.folder.model, job.engine, processor, world)
+    _finish(run, job)
+    run.say(f"stage {stage.number} is done: {run.folder.model}\n{_next_command(options, stage)}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    numbers = ", ".join(f"{stage.number} {stage.name}" for stage in STAGES)
+    parser = argparse.ArgumentParser(prog="hive_ds.train", description="Train one stage of a recipe.")
+    parser.add_argument("--recipe", required=True, help="name of a recipe, or the path of a YAML file")
+    parser.add_argument("--stage", required=True, type=int, help=numbers)
+    parser.add_argument("--run", required=True, help="folder of the run; stage N starts from RUN/stage{N-1}/model")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(arguments)
+
+
+def _read_recipe(options: argparse.Namespace) -> tuple[Recipe, Stage, StageConfig]:
+    recipe = load_recipe(options.recipe, options.set)
+    stage = stage_by_number(options.stage)
+    if stage.name not in recipe.stages:
+        raise HiveError(f"recipe {recipe.name} has no stage {stage.name}; it has {', '.join(recipe.stages)}")
+    return recipe, stage, recipe.stages[stage.name]
+
+
+def _load_model(run: Run) -> tuple[HiveForCausalLM, HiveProcessor]:
+    """The model with the previous stage's weights, or the recipe's base models for stage 1, and its processor."""
+    recipe, image_kv = run.recipe, run.stage.image_kv
+    torch.manual_seed(recipe.training.seed)
+    weights = run.folder.start_weights()
+    if weights is None:
+        model = build_model(recipe.model, image_kv=image_kv, max_length=recipe.data.max_length)
+        processor = HiveProcessor.from_base_models(recipe.model.vision_encoder, recipe.model.language_model)
+    else:
+        model, report = load_model(weights, recipe.model, image_kv=image_kv)
+        processor = HiveProcessor.from_pretrained(weights)
+        run.say(f"{weights}: {report}")
+    if recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train(), processor
+
+
+def _load_data(run: Run, processor: HiveProcessor) -> tuple[SampleLoader, dict[str, SampleLoader]]:
+    """The training loader, and those of the validation losses by name."""
+    data, config = run.recipe.data, run.config
+
+    def build(folder: str, global_batch_size: int, *, train: bool) -> SampleLoader:
+        return build_loader(
+            data,
+            processor.tokenizer,
+            processor.image_processor,
+            micro_batch_size=config.micro_batch_size,
+            global_batch_size=global_batch_size,
+            seed=run.recipe.training.seed,
+            train=train,
+            folder=folder,
+        )
+
+    folders = {"loss": data.validation, "text_loss": data.text_validation}
+    one_batch_each = config.micro_batch_size * run.world.size
+    validation = {name: build(path, one_batch_each, train=False) for name, path in folders.items() if path}
+    return build(data.train, config.global_batch_size, train=True), validation
+
+
+def _write_inputs(run: Run, policy: dict[str, Any]) -> dict[str, Any]:
+    """Write the resolved recipe and the DeepSpeed config to the run folder; return the latter."""
+    ds_config = build_ds_config(
+        policy,
+        run.config,
+        run.recipe.training,
+        num_ranks=run.world.size,
+        log_folder=run.folder.path / "tensorboard",
+        job=run.recipe.name,
+    )
+    if run.world.is_main:
+        run.folder.path.mkdir(parents=True, exist_ok=True)
+        (run.folder.path / "recipe.yaml").write_text(dump_recipe(run.recipe))
+        (run.folder.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+    return ds_config
+
+
+def _start_job(
+    run: Run,
+    model: HiveForCausalLM,
+    plan: StagePlan,
+    loader: SampleLoader,
+    validation: dict[str, SampleLoader],
+    ds_config: dict[str, Any],
+) -> tuple[Job, int]:
+    """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
+    world, device, training, config = run.world, run.device, run.recipe.training, run.config
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    flops = FlopCounter(model, plan)
+    identity = RunIdentity.of(plan, training, config, ranks=world.size, ds_config=ds_config)
+    engine = Engine(model, plan.groups, ds_config, config, world=world, device=device)
+    if world.is_main:
+        print_plan(plan, sizes, engine)
+    torch.manual_seed(training.seed + world.rank)
+    first_step = _resume(run, engine, identity, loader)
+    rate = matmul_rate(device, engine.dtype)
+    metrics = MetricsLog(run.folder.metrics, world, first_step)
+    metrics.write("start", first_step, ranks=world.size, device=_device_name(device), matmul_flops_per_second=rate)
+    job = Job(
+        engine=engine,
+        loader=loader,
+        validation=validation,
+        schedule=Schedule(_num_steps(config, loader, engine), config.warmup_ratio, config.min_lr_ratio),
+        training=training,
+        metrics=metrics,
+        meter=Meter(world.size, rate, device, samples=first_step * config.global_batch_size),
+        flops=flops,
+        patch_size=model.config.vision_config.patch_size,
+        world=world,
+        device=device,
+        save=lambda step: save_checkpoint(run.folder.path, step, engine, identity, loader.state_dict(), world),
+    )
+    return job, first_step
+
+
+def _resume(run: Run, engine: Engine, identity: RunIdentity, loader: SampleLoader) -> int:
+    """Load the newest complete checkpoint, if there is one; return the steps it has done."""
+    checkpoint = newest_checkpoint(run.folder.path, run.world, run.say)
+    if checkpoint is None:
+        return 0
+    step, position = load_checkpoint(checkpoint, engine, identity, run.world)
+    loader.load_state_dict(position)
+    run.say(f"resumed from {checkpoint}")
+    return step
+
+
+def _finish(run: Run, job: Job) -> None:
+    job.metrics.write("end", job.schedule.steps, skipped_steps=job.engine.skipped_steps)
+    if run.world.is_main:
+        run.folder.done.touch()
+    job.engine.close()
+
+
+def _num_steps(config: StageConfig, loader: SampleLoader, engine: Engine) -> int:
+    """Optimizer steps of the stage: as the recipe says, or its epochs over the data."""
+    return config.steps or max(1, round(config.epochs * len(loader) / engine.accumulation))
+
+
+def _warn_untrained_blocks(run: Run, model: HiveForCausalLM) -> None:
+    blocks = model.routes.untrained_blocks(model.config.vision_config.num_hidden_layers)
+    names = ", ".join(
+        [*(f"block {block}" for block in blocks), "the final norm and the pooling head, where there is one"]
+    )
+    run.say(f"warning: no gradient reaches these parts of the vision encoder: {names}")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _next_command(options: argparse.Namespace, stage: Stage) -> str:
+    following = next_stage(stage)
+    if following is None:
+        return f"next: hive-ds export --help, to make a stock vision encoder of {options.run}"
+    overrides = "".join(f" --set {value}" for value in options.set)
+    command = (
+        f"deepspeed --module hive_ds.train --recipe {options.recipe} --stage {following.number} --run {options.run}"
+    )
+    return f"next, {following.name}: {command}{overrides}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

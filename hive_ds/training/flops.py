@@ -1,0 +1,164 @@
+"""Model FLOPs of a batch in closed form, and how fast this device multiplies matrices.
+
+The count covers the matrix products that a step needs; recomputation under gradient checkpointing, norms, softmax and
+the optimizer are left out, as is usual for MFU. For a weight of n elements that acts on t tokens:
+
+    2nt forward, + 2nt where a gradient flows on to its input, + 2nt where the weight trains.
+
+Attention adds 4 * heads * head_dim * pairs forward and twice that backward, over the visible (query, key) pairs.
+Gradients flow through the LLM from its head down to the first routed layer, where image features enter; lower layers
+have a forward pass only, unless something below them trains.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hive_ds.training.groups import StagePlan
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """What a batch asks of the model."""
+
+    text_tokens: int
+    supervised_tokens: int
+    patches: int
+    """Patches of all images, the dummy image of a batch without images included."""
+    text_pairs: int
+    """Visible (text query, text key) pairs of one layer."""
+    image_pairs: int
+    """Visible (text query, patch) pairs of one routed block."""
+    encoder_pairs: int
+    """(patch, patch) pairs of one encoder block."""
+
+    @classmethod
+    def of(
+        cls,
+        text_lengths: Sequence[int],
+        image_offsets: Sequence[Sequence[int]],
+        supervised: int,
+        patches: Sequence[int],
+    ) -> BatchSize:
+        """Count a batch.
+
+        Args:
+            text_lengths: tokens of each sample.
+            image_offsets: media offsets of each sample's images.
+            supervised: tokens with a label.
+            patches: of each image, in the order of the offsets.
+        """
+        sizes = iter(patches)
+        image_pairs = sum(
+            (length - offset) * next(sizes)
+            for length, offsets in zip(text_lengths, image_offsets, strict=True)
+            for offset in offsets
+        )
+        return cls(
+            text_tokens=sum(text_lengths),
+            supervised_tokens=supervised,
+            patches=sum(patches),
+            text_pairs=sum(length * (length + 1) // 2 for length in text_lengths),
+            image_pairs=image_pairs,
+            encoder_pairs=sum(count**2 for count in patches),
+        )
+
+
+class FlopCounter:
+    """FLOPs of training on a batch, per model and stage.
+
+    Args:
+        model: a `HiveForCausalLM`, before it is partitioned.
+        plan: what trains.
+    """
+
+    def __init__(self, model: Any, plan: StagePlan) -> None:
+        text = model.config.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self._text_width: int = text.num_attention_heads * head_dim
+        self._vision_width: int = model.config.vision_config.hidden_size
+        self._trains = plan.trained_groups
+        blocks_by_layer = model.routes.blocks_by_layer
+        self._routes = {layer: len(blocks) for layer, blocks in blocks_by_layer.items()}
+        self._shared = not any(group == "image_kv" for group in plan.group_of.values())
+        self._layers: int = text.num_hidden_layers
+        self._blocks: int = model.last_vision_block
+        text_trains = "language_model" in self._trains
+        self._first_layer = 0 if text_trains else min(blocks_by_layer)
+        self._weights = [
+            (name, plan.group_of[name], parameter.numel())
+            for name, parameter in model.named_parameters()
+            if parameter.ndim > 1
+        ]
+        self._head = text.vocab_size * text.hidden_size
+
+    def count(self, batch: BatchSize) -> float:
+        """FLOPs of forward and backward over ``batch``."""
+        weights = sum(
+            2.0 * size * self._tokens(name, group, batch) * self._passes(name, group)
+            for name, group, size in self._weights
+        )
+        head = 2.0 * self._head * batch.supervised_tokens * (2 + ("language_model" in self._trains))
+        return weights + head + self._attention(batch)
+
+    def _tokens(self, name: str, group: str, batch: BatchSize) -> int:
+        """Tokens that the weight acts on in one forward pass."""
+        if group == "vision_tail" or "embed_tokens" in name or "lm_head" in name or "position_embedding" in name:
+            return 0  # never runs, looks rows up, or is counted as the head
+        if group in ("vision_encoder", "projectors"):
+            return batch.patches
+        routes = self._routes.get(_layer_of(name), 0)
+        if group == "image_kv":
+            return routes * batch.patches
+        if self._shared and routes and re.search(r"self_attn\.[kv]_proj\.", name):
+            return batch.text_tokens + routes * batch.patches
+        return batch.text_tokens
+
+    def _passes(self, name: str, group: str) -> int:
+        """1 for the forward pass, + 1 for the gradient of the input, + 1 for that of the weight."""
+        if group == "vision_encoder":
+            flows = "vision_encoder" in self._trains
+        elif group == "projectors":
+            flows = ".fc1." not in name or "vision_encoder" in self._trains
+        else:
+            flows = _layer_of(name) >= self._first_layer
+        return 1 + flows + (group in self._trains)
+
+    def _attention(self, batch: BatchSize) -> float:
+        per_pair = 4.0 * self._text_width
+        text = per_pair * batch.text_pairs * (self._layers + 2 * (self._layers - self._first_layer))
+        image = 3 * per_pair * batch.image_pairs * sum(self._routes.values())
+        passes = 3 if "vision_encoder" in self._trains else 1
+        encoder = passes * 4.0 * self._vision_width * batch.encoder_pairs * self._blocks
+        return text + image + encoder
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large square matrix product on this device, the best of five."""
+    size = 8192 if device.type == "cuda" else 512
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):  # the first one warms up
+        _wait(device)
+        start = time.perf_counter()
+        left @ right
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _layer_of(name: str) -> int:
+    match = re.search(r"language_model\.model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1

@@ -1,0 +1,183 @@
+"""The training loop: one for every stage and baseline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hive_ds.config import TrainingConfig
+from hive_ds.errors import HiveError
+from hive_ds.training.distributed import World, all_values, min_over_ranks, sum_over_ranks
+from hive_ds.training.engine import Engine, StepReport
+from hive_ds.training.flops import BatchSize, FlopCounter
+from hive_ds.training.metrics import LISTED_IN_MONITOR, Meter, MetricsLog, Totals
+from hive_ds.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a stage trains with."""
+
+    engine: Engine
+    loader: Any
+    """Endless iterable of `PackedBatch`, with ``state_dict``."""
+    validation: Mapping[str, Any]
+    """Metric name -> loader of a fixed set of batches."""
+    schedule: Schedule
+    training: TrainingConfig
+    metrics: MetricsLog
+    meter: Meter
+    flops: FlopCounter
+    patch_size: int
+    world: World
+    device: torch.device
+    save: Callable[[int], None]
+    """Write a checkpoint after so many steps."""
+
+
+def train(job: Job, first_step: int) -> None:
+    """Run the steps that are left, validating, logging and saving at the recipe's intervals and at the end.
+
+    Raises:
+        HiveError: too many steps in a row had a gradient that is not finite.
+    """
+    batches, steps, skipped_in_row = iter(job.loader), job.schedule.steps, 0
+    bar = tqdm(total=steps, initial=first_step, unit="step", disable=not job.world.is_main, dynamic_ncols=True)
+    job.meter.restart()
+    for step in range(first_step, steps):
+        done = step + 1
+        micro_batches, totals = _fetch(job, batches)
+        loss, report = _run_step(job, micro_batches, totals, step)
+        job.meter.add(totals, loss)
+        _report_bad_samples(job, done, micro_batches, totals)
+        skipped_in_row = _watch_skips(job, done, report, micro_batches, skipped_in_row)
+        bar.update()
+        if done % job.training.log_interval == 0 or done == steps:
+            _log(job, done, report, bar)
+        if _due(done, job.training.validation_interval, steps):
+            _validate(job, done)
+        if _due(done, job.training.checkpoint_interval, steps):
+            job.save(done)
+            job.meter.restart()
+    bar.close()
+
+
+def evaluate(job: Job, loader: Any) -> float:
+    """Mean loss over supervised tokens of the first batches of ``loader``, over all ranks."""
+    count = int(min_over_ranks([min(len(loader), job.training.validation_batches)], job.device)[0])
+    loss_sum, tokens = 0.0, 0.0
+    job.engine.model.eval()
+    for batch in islice(iter(loader), count):
+        output = job.engine.forward(**batch.model_inputs(job.device, job.engine.dtype), num_items_in_batch=1)
+        loss_sum += float(output.loss)
+        tokens += batch.supervised_tokens
+    job.engine.model.train()
+    loss_sum, tokens = sum_over_ranks([loss_sum, tokens], job.device)
+    return loss_sum / max(tokens, 1)
+
+
+def _fetch(job: Job, batches: Iterator[Any]) -> tuple[list[Any], Totals]:
+    """The micro-batches of one step, and sums over all ranks of what they hold."""
+    start = time.perf_counter()
+    micro_batches = [next(batches) for _ in range(job.engine.accumulation)]
+    own = Totals(wait=time.perf_counter() - start)
+    for batch in micro_batches:
+        size = batch_size(batch, job.patch_size)
+        own.add(
+            Totals(
+                supervised=size.supervised_tokens,
+                tokens=size.text_tokens,
+                images=batch.num_images,
+                samples=batch.num_samples,
+                cut=batch.num_cut,
+                bad=len(batch.bad),
+                flops=job.flops.count(size),
+            )
+        )
+    return micro_batches, Totals(*sum_over_ranks(own.vector(), job.device))
+
+
+def _run_step(job: Job, micro_batches: list[Any], totals: Totals, step: int) -> tuple[float, StepReport]:
+    """One optimizer step; returns the mean loss over all supervised tokens of all ranks and micro-batches."""
+    engine = job.engine
+    # Gradients are averaged over ranks and summed over micro-batches, hence this share of the tokens.
+    items = max(totals.supervised, 1) / job.world.size
+    loss_sum = torch.zeros((), device=job.device)
+    for index, batch in enumerate(micro_batches):
+        output = engine.forward(**batch.model_inputs(job.device, engine.dtype), num_items_in_batch=items)
+        engine.backward(output.loss, last=index == len(micro_batches) - 1)
+        loss_sum += output.loss.detach()
+    report = engine.step(job.schedule.factor(step))
+    return sum_over_ranks(loss_sum[None], job.device)[0] / job.world.size, report
+
+
+def _watch_skips(job: Job, done: int, report: StepReport, micro_batches: list[Any], in_row: int) -> int:
+    """Log a skipped step with the samples of every rank; returns how many were skipped in a row."""
+    if not report.skipped:
+        return 0
+    own = [sample for batch in micro_batches for sample in batch.sample_ids]
+    sample_ids = all_values(own)
+    job.metrics.write("skipped_step", done, sample_ids=sample_ids, grad_norms=report.grad_norms)
+    if in_row + 1 >= job.training.max_skipped_steps:
+        raise HiveError(
+            f"step {done}: the gradient was not finite for {in_row + 1} steps in a row (training.max_skipped_steps); "
+            f"samples of the last one, by rank: {sample_ids}"
+        )
+    return in_row + 1
+
+
+def _report_bad_samples(job: Job, done: int, micro_batches: list[Any], totals: Totals) -> None:
+    if totals.bad:  # the same on every rank
+        own = [{"id": bad.id, "reason": bad.reason} for batch in micro_batches for bad in batch.bad]
+        job.metrics.write("bad_samples", done, samples=[one for rank in all_values(own) for one in rank])
+
+
+def _log(job: Job, done: int, report: StepReport, bar: Any) -> None:
+    rates = job.engine.learning_rates()
+    values: dict[str, Any] = job.meter.read(job.schedule.steps - done)
+    values |= {
+        "lr": rates,
+        "grad_norm": report.grad_norm,
+        "grad_norms": report.grad_norms,
+        "skipped_steps": job.engine.skipped_steps,
+    }
+    job.metrics.write("train", done, **values)
+    if job.world.is_main:
+        events = {f"train/{name}": values[name] for name in LISTED_IN_MONITOR}
+        events |= {f"lr/{name}": rate for name, rate in rates.items()}
+        events |= {f"grad_norm/{name}": norm for name, norm in report.grad_norms.items()}
+        job.engine.write_events(events, done)
+        tokens_per_second = values["tokens_per_second_per_gpu"] * job.world.size
+        bar.set_postfix(
+            loss=f"{values['loss']:.3f}", lr=f"{max(rates.values()):.1e}", tokens_per_s=f"{tokens_per_second:.0f}"
+        )
+
+
+def _validate(job: Job, done: int) -> None:
+    losses = {name: evaluate(job, loader) for name, loader in job.validation.items()}
+    if losses:
+        job.metrics.write("validation", done, **losses)
+        if job.world.is_main:
+            job.engine.write_events({f"validation/{name}": loss for name, loss in losses.items()}, done)
+    job.meter.restart()
+
+
+def batch_size(batch: Any, patch_size: int) -> BatchSize:
+    """What a `PackedBatch` asks of the model."""
+    images = batch.images
+    if "spatial_shapes" in images:
+        patches = images["spatial_shapes"].prod(dim=1).tolist()
+    else:
+        count, _, height, width = images["pixel_values"].shape
+        patches = [(height // patch_size) * (width // patch_size)] * count
+    return BatchSize.of(batch.text_lengths, batch.image_offsets, batch.supervised_tokens, patches)
+
+
+def _due(done: int, interval: int, steps: int) -> bool:
+    return done == steps or (interval > 0 and done % interval == 0)

@@ -1,0 +1,171 @@
+"""What a run records: one JSONL file, always; TensorBoard and wandb through DeepSpeed's monitor.
+
+Every line has ``event`` and ``step`` (optimizer steps done). Events: ``start`` (the machine), ``train`` (the keys of
+`TRAIN_KEYS`), ``validation`` (``loss``, ``text_loss``), ``skipped_step`` (``sample_ids`` of every rank),
+``bad_samples`` (``samples``: id and reason), ``end``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hive_ds.training.distributed import World
+
+TRAIN_KEYS = {
+    "loss": "mean over supervised tokens of the steps since the last line, nats",
+    "lr": "learning rate of each optimizer group",
+    "grad_norm": "L2 norm of all gradients before clipping",
+    "grad_norms": "the same per module group",
+    "tokens_per_second_per_gpu": "text tokens",
+    "images_per_second_per_gpu": "images, dummies not counted",
+    "mfu": "model FLOPs per second over this device's measured matrix-product rate",
+    "data_wait_share": "share of the time spent waiting for data, mean over ranks",
+    "memory_gb": "peak memory of rank 0: allocated on its GPU, or resident on a CPU",
+    "skipped_steps": "steps so far whose gradient was not finite",
+    "supervised_share": "share of the text tokens that carry loss",
+    "samples": "samples so far",
+    "cut_samples": "of those, longer than data.max_length and cut at the end",
+    "bad_samples": "unreadable samples so far; each was replaced by another",
+    "seconds_per_step": "mean since the last line",
+    "eta_seconds": "time left at that pace",
+}
+"""Keys of a ``train`` line and what they mean."""
+
+LISTED_IN_MONITOR = ("loss", "grad_norm", "tokens_per_second_per_gpu", "images_per_second_per_gpu", "mfu", "memory_gb")
+
+
+class MetricsLog:
+    """The JSONL file of a stage; only rank 0 writes.
+
+    Args:
+        path: of the file.
+        world: this process among all.
+        first_step: steps done before this process; lines after it are an earlier attempt's and are dropped.
+    """
+
+    def __init__(self, path: Path, world: World, first_step: int) -> None:
+        self._path = path if world.is_main else None
+        if self._path and self._path.exists():
+            lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
+            kept = [line for line in lines if first_step or _step_of(line) < 0]
+            self._path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Append one line."""
+        if self._path:
+            line = json.dumps(_finite({"event": event, "step": step, "time": time.time(), **values}))
+            with self._path.open("a") as file:
+                file.write(f"{line}\n")
+
+
+@dataclass
+class Totals:
+    """Sums over all ranks, of one step or of the steps since the last line."""
+
+    supervised: float = 0.0
+    tokens: float = 0.0
+    images: float = 0.0
+    samples: float = 0.0
+    cut: float = 0.0
+    bad: float = 0.0
+    flops: float = 0.0
+    wait: float = 0.0
+    """Seconds that ranks waited for data."""
+
+    def vector(self) -> list[float]:
+        """The sums in order."""
+        return list(vars(self).values())
+
+    def add(self, other: Totals) -> None:
+        """Add another step's sums."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Meter:
+    """Turns steps into the numbers of a ``train`` line.
+
+    Args:
+        num_ranks: ranks of the run.
+        matmul_rate: FLOPs per second of one device.
+        device: where memory is measured.
+    """
+
+    num_ranks: int
+    matmul_rate: float
+    device: torch.device
+    samples: float = 0.0
+    cut_samples: float = 0.0
+    bad_samples: float = 0.0
+    _totals: Totals = field(default_factory=Totals)
+    _loss: float = 0.0
+    _steps: int = 0
+    _start: float = field(default_factory=time.perf_counter)
+
+    def add(self, totals: Totals, loss: float) -> None:
+        """Record one step: its sums and its mean loss."""
+        self._totals.add(totals)
+        self._loss += loss * totals.supervised
+        self._steps += 1
+        self.samples += totals.samples
+        self.cut_samples += totals.cut
+        self.bad_samples += totals.bad
+
+    def read(self, steps_left: int) -> dict[str, float]:
+        """The numbers since the last call, and start over."""
+        seconds = time.perf_counter() - self._start
+        totals, per_gpu = self._totals, seconds * self.num_ranks
+        values = {
+            "loss": self._loss / max(totals.supervised, 1),
+            "tokens_per_second_per_gpu": totals.tokens / per_gpu,
+            "images_per_second_per_gpu": totals.images / per_gpu,
+            "mfu": totals.flops / per_gpu / self.matmul_rate,
+            "data_wait_share": totals.wait / per_gpu,
+            "memory_gb": _peak_memory(self.device) / 1e9,
+            "supervised_share": totals.supervised / max(totals.tokens, 1),
+            "samples": self.samples,
+            "cut_samples": self.cut_samples,
+            "bad_samples": self.bad_samples,
+            "seconds_per_step": seconds / max(self._steps, 1),
+            "eta_seconds": seconds / max(self._steps, 1) * steps_left,
+        }
+        self._totals, self._loss, self._steps = Totals(), 0.0, 0
+        self.restart()
+        return values
+
+    def restart(self) -> None:
+        """Leave out the time since the last call: a validation or a checkpoint is not training."""
+        self._start = time.perf_counter()
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _step_of(line: str) -> float:
+    """Step of a line; infinite for a line that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: write null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
