@@ -8,8 +8,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .layout import AttentionLayout
 
-SHORT_QUERIES = 16
-"""Up to so many queries a sample, a text cache and image keys are read where they are; beyond, they are joined."""
+IN_PLACE_ELEMENTS = 2**18
+"""Elements of the joined keys from which on a step of one token reads cache and image keys where they are.
+
+Measured on one core (fp32 and bf16, head dims 64 and 128): at 3 million elements it takes less than half the time of
+joining them; at small sizes, and with more queries a sample, joining them for the fused kernel is faster.
+"""
 
 
 def dense_attention(
@@ -29,12 +33,19 @@ def dense_attention(
     if layout.max_seen and image_k is not None and image_v is not None:
         keys.append(layout.image_rows.pad(image_k))
         values.append(layout.image_rows.pad(image_v))
-    decode_in_place = k.ndim == 4 and len(keys) > 1 and layout.max_queries <= SHORT_QUERIES
-    if return_lse or decode_in_place:
+    if return_lse or (k.ndim == 4 and _better_in_place(keys, layout)):
         out, lse = _explicit(queries_BTHK, keys, values, layout, softmax_scale)
         return layout.query_rows.unpad(out).to(q.dtype), layout.query_rows.unpad(lse) if return_lse else None
     out = _fused(queries_BTHK, _join(keys, layout), _join(values, layout), layout, softmax_scale)
     return layout.query_rows.unpad(out), None
+
+
+def _better_in_place(keys: list[Tensor], layout: AttentionLayout) -> bool:
+    """Whether joining the pieces for the fused kernel would cost more than it saves. On a GPU it never does."""
+    if len(keys) == 1 or layout.max_queries > 1 or keys[0].is_cuda:
+        return False
+    rows = layout.num_samples * sum(piece.shape[1] for piece in keys)
+    return rows * keys[0][0, 0].numel() >= IN_PLACE_ELEMENTS
 
 
 def _text_pieces(x: Tensor, layout: AttentionLayout) -> list[Tensor]:
