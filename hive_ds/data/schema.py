@@ -44,7 +44,7 @@ class Sample:
 
 
 def _check(sample: Sample) -> None:
-    if not isinstance(sample.id, str) or not sample.id:
+    if not isinstance(sample.id, str) or not sample.id or not _is_unicode(sample.id):
         raise HiveError(f"sample id {sample.id!r}: expected a non-empty string")
     name = f"sample {sample.id!r}"
     for index, turn in enumerate(sample.turns):
@@ -52,6 +52,8 @@ def _check(sample: Sample) -> None:
             raise HiveError(f"{name}: turn {index} has role {turn.role!r}, expected one of {', '.join(ROLES)}")
         if not isinstance(turn.content, str):
             raise HiveError(f"{name}: turn {index} has content of type {type(turn.content).__name__}, expected str")
+        if not _is_unicode(turn.content):
+            raise HiveError(f"{name}: turn {index} holds half a surrogate pair, which is no text")
         if turn.role == "assistant" and IMAGE_TOKEN in turn.content:
             raise HiveError(f"{name}: turn {index} is the assistant's and holds {IMAGE_TOKEN}; only users show images")
     if not any(turn.role == "assistant" and turn.content.strip() for turn in sample.turns):
@@ -59,6 +61,14 @@ def _check(sample: Sample) -> None:
     placeholders = sum(turn.content.count(IMAGE_TOKEN) for turn in sample.turns)
     if placeholders != len(sample.images):
         raise HiveError(f"{name}: {placeholders} {IMAGE_TOKEN} in the text, but {len(sample.images)} images")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def caption_sample(id: str, image: bytes, caption: str, meta: dict[str, Any] | None = None) -> Sample:
