@@ -1,0 +1,166 @@
+"""HiveProcessor: texts with ``<image>`` and images -> the arguments of `HiveForCausalLM`, as in training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+
+from hive_ds.constants import IMAGE_TOKEN
+from hive_ds.data.images import ImageProcessor, decode_image, process_images, to_rgb
+from hive_ds.data.schema import Turn
+from hive_ds.data.text import IMAGE_POSITIONS, EncodedText, encode_text, prepare_tokenizer, render_chat
+from hive_ds.errors import HiveError
+from hive_ds.model.configuration import HiveConfig
+
+CONFIG_NAME = "processor_config.json"
+
+ImageInput = Image.Image | bytes | str | Path
+"""A PIL image, an encoded file's bytes, or its path."""
+
+
+class HiveProcessor:
+    """An image processor, a tokenizer with ``<image>``, and where an image at the front of a text goes.
+
+    Not a `ProcessorMixin`: that class stores its parts differently in transformers 4 and 5, while a folder saved
+    here loads in both (``preprocessor_config.json``, the tokenizer's files, ``processor_config.json``).
+    """
+
+    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase, image_position: str = "first") -> None:
+        if image_position not in IMAGE_POSITIONS:
+            raise HiveError(f"image_position {image_position!r}: expected one of {', '.join(IMAGE_POSITIONS)}")
+        self.image_processor: ImageProcessor = image_processor
+        self.tokenizer = prepare_tokenizer(tokenizer)
+        self.image_position = image_position
+        self.image_token = IMAGE_TOKEN
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: ImageInput | Sequence[Any] | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> BatchFeature:
+        """Encode prompts and the images that their ``<image>`` placeholders stand for.
+
+        ``text`` is one prompt or a list; ``images`` one image, a list in the order of the placeholders, or a list of
+        lists, one for each prompt. Prompts may be plain ("<image>", "<image>A photo of") or rendered by
+        `apply_chat_template`.
+
+        Returns ``input_ids`` and ``attention_mask`` (B,S) int64, padded on the left; ``image_offsets``, a list of media
+        offsets for each prompt, padding not counted; with images ``pixel_values`` (I,3,h,w) and what else the image
+        processor returns, prompt by prompt. HiveError where placeholders and images differ in number, or a prompt
+        is longer than ``max_length``.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        flat = self._flatten(texts, images)
+        rows = [encode_text(prompt, self.tokenizer, image_position=self.image_position) for prompt in texts]
+        for row in rows:
+            if max_length is not None and len(row.input_ids) > max_length:
+                raise HiveError(f"prompt of {len(row.input_ids)} tokens: expected at most {max_length}")
+        inputs = {**self._pad(rows), "image_offsets": [row.image_offsets for row in rows]}
+        if flat:
+            inputs |= process_images([_load(image) for image in flat], self.image_processor)
+        return BatchFeature(inputs)
+
+    def _flatten(self, texts: Sequence[str], images: ImageInput | Sequence[Any] | None) -> list[ImageInput]:
+        """Return the images in prompt order after counting them against the placeholders."""
+        given = [] if images is None else [images] if isinstance(images, ImageInput) else list(images)
+        expected = [prompt.count(IMAGE_TOKEN) for prompt in texts]
+        if any(isinstance(group, (list, tuple)) for group in given):
+            counts = [len(group) if isinstance(group, (list, tuple)) else 1 for group in given]
+            if counts != expected:
+                raise HiveError(f"images a prompt {counts}: expected {expected}, the {IMAGE_TOKEN} of each prompt")
+            return [image for group in given for image in (group if isinstance(group, (list, tuple)) else [group])]
+        if len(given) != sum(expected):
+            raise HiveError(f"{len(given)} images: expected {sum(expected)}, one for each {IMAGE_TOKEN}")
+        return given
+
+    def _pad(self, rows: Sequence[EncodedText]) -> dict[str, torch.Tensor]:
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        width = max(len(row.input_ids) for row in rows)
+        ids = torch.full((len(rows), width), pad or 0)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, width - len(row.input_ids) :] = torch.tensor(row.input_ids)
+            mask[index, width - len(row.input_ids) :] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        images: ImageInput | Sequence[Any] | None = None,
+        tokenize: bool = False,
+    ) -> str | BatchFeature:
+        """Render one conversation; with ``tokenize`` encode it, with its ``images``, as `__call__` does.
+
+        A message is ``{"role", "content"}``; content is text with ``<image>``, or Hugging Face's list of
+        ``{"type": "image"}`` and ``{"type": "text", "text": ...}`` parts, each image written on a line of its own.
+        HiveError where the tokenizer has no chat template.
+        """
+        turns = [Turn(message["role"], _content(message["content"])) for message in conversation]
+        text = render_chat(turns, self.tokenizer, for_answer=add_generation_prompt)
+        return self(text, images) if tokenize else text
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = True) -> str:
+        """Return the text of one sequence of ids."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def batch_decode(self, sequences: Any, *, skip_special_tokens: bool = True) -> list[str]:
+        """Return the text of every row of ids."""
+        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in sequences]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write image processor, tokenizer and ``processor_config.json`` to ``folder``."""
+        self.image_processor.save_pretrained(folder)  # type: ignore[attr-defined]
+        self.tokenizer.save_pretrained(folder)
+        config = {"processor_class": type(self).__name__, "image_position": self.image_position}
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        trust_remote_code: bool | None = None,
+        revision: str | None = None,
+        _from_auto: bool = False,
+    ) -> HiveProcessor:
+        """Load what `save_pretrained` wrote; the last three arguments are `AutoProcessor`'s and change nothing."""
+        config = Path(folder) / CONFIG_NAME
+        if not config.is_file():
+            raise HiveError(f"processor folder {folder}: holds no {CONFIG_NAME}")
+        position = json.loads(config.read_text()).get("image_position", "first")
+        return cls(AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), position)
+
+
+def _load(image: ImageInput) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, bytes):
+        return decode_image(image)
+    try:
+        return decode_image(Path(image).read_bytes())
+    except OSError as error:
+        raise HiveError(f"image {image}: {error.strerror}") from error
+
+
+def _content(content: str | Sequence[Mapping[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    lines = []
+    for part in content:
+        if part.get("type") not in ("image", "text"):
+            raise HiveError(f"content part of type {part.get('type')!r}: expected image or text")
+        lines.append(IMAGE_TOKEN if part["type"] == "image" else part["text"])
+    return "\n".join(lines)
+
+
+AutoProcessor.register(HiveConfig, HiveProcessor, exist_ok=True)
