@@ -86,7 +86,7 @@ def hierarchical_attention(
 
     if layout.num_queries == 0:
         q = _tie(q, k, v, image_k, image_v)
-        return (q, q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))) if return_lse else q
+        return (q, q.to(torch.promote_types(q.dtype, torch.float32)).sum(-1)) if return_lse else q
     if layout.max_seen == 0:
         q = _tie(q, image_k, image_v)
     attend = reference_attention if backend == "reference" else dense_attention

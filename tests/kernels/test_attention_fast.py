@@ -1,0 +1,240 @@
+"""The batched path: equal to the reference forward and backward, and the properties of the method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hive_ds.kernels import AttentionLayout, hierarchical_attention
+from hive_ds.kernels.testing import (
+    Inputs,
+    assert_as_exact,
+    assert_equal_results,
+    evaluate,
+    plain_attention,
+    random_inputs,
+)
+
+NO_IMAGE: tuple[list[list[int]], list[list[int]]] = ([[], [], []], [[], [], []])
+LAYOUTS = {
+    "no image, one length": ([4, 4, 4], *NO_IMAGE),
+    "no image, ragged": ([4, 1, 6], *NO_IMAGE),
+    "one sample": ([6], [[5]], [[2]]),
+    "one length, one image each": ([5, 5], [[3], [3]], [[0], [0]]),
+    "offset 0, middle, end": ([4, 5, 6], [[2], [3], [4]], [[0], [3], [6]]),
+    "several images": ([7, 3, 5], [[2, 5, 1], [], [3, 3]], [[0, 2, 7], [], [4, 4]]),
+    "an unseen image between seen ones": ([3, 4, 3], [[4], [4], [4]], [[1], [4], [0]]),
+    "empty text": ([0, 3, 0, 2], [[2], [], [], [3]], [[0], [], [], [1]]),
+    "all texts empty": ([0, 0], [[2], []], [[0], []]),
+    "no samples": ([], [], []),
+    "all images unseen": ([3, 2], [[2], [1, 2]], [[3], [2, 2]]),
+}
+NORMS = [("none", False), ("pre_rope", True), ("post_rope", True)]
+
+
+def compare(inputs: Inputs) -> None:
+    for return_lse in (False, True):
+        expected = evaluate(inputs, hierarchical_attention, return_lse=return_lse, backend="reference")
+        assert_equal_results(evaluate(inputs, hierarchical_attention, return_lse=return_lse), expected)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("qk_norm", "rotate"), NORMS)
+def test_equals_reference(name: str, qk_norm: str, rotate: bool) -> None:
+    layout = AttentionLayout.build(*LAYOUTS[name])
+    compare(random_inputs(layout, heads=6, groups=2, head_dim=16, qk_norm=qk_norm, rotate=rotate))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (1, 1), (6, 2), (7, 1), (14, 2)])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+def test_heads_and_head_dims(heads: int, groups: int, head_dim: int) -> None:
+    layout = AttentionLayout.build(*LAYOUTS["several images"])
+    compare(random_inputs(layout, heads=heads, groups=groups, head_dim=head_dim, qk_norm="post_rope", rotate=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize(("qk_norm", "rotate"), NORMS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_as_exact_as_plain_code(dtype: torch.dtype, return_lse: bool, qk_norm: str, rotate: bool, backend: str) -> None:
+    layout = AttentionLayout.build([40, 9, 64], [[49], [], [20, 30]], [[0], [], [10, 33]])
+    inputs = random_inputs(layout, heads=6, groups=2, head_dim=64, qk_norm=qk_norm, rotate=rotate)
+    actual = evaluate(inputs, hierarchical_attention, dtype=dtype, return_lse=return_lse, backend=backend)
+    plain = evaluate(inputs, plain_attention, dtype=dtype, return_lse=return_lse)
+    assert_as_exact(actual, plain, evaluate(inputs, plain_attention, return_lse=return_lse), dtype)
+
+
+def test_a_thousand_keys() -> None:
+    """Sizes at which the fused kernel works in several blocks of queries and of keys."""
+    layout = AttentionLayout.build([300, 411], [[576], [196, 729]], [[5], [0, 300]])
+    inputs = random_inputs(layout, heads=3, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
+    actual = evaluate(inputs, hierarchical_attention, dtype=torch.float32)
+    plain = evaluate(inputs, plain_attention, dtype=torch.float32)
+    assert_as_exact(actual, plain, evaluate(inputs, plain_attention), torch.float32)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_packed_equals_one_by_one(return_lse: bool) -> None:
+    layout = AttentionLayout.build([4, 0, 6, 3], [[2, 3], [1], [], [4]], [[1, 3], [0], [], [0]])
+    inputs = random_inputs(layout, heads=6, groups=2, head_dim=16, qk_norm="pre_rope", rotate=True)
+    options = {**inputs.tables, "qk_norm": "pre_rope", "return_lse": True}
+    packed, packed_lse = hierarchical_attention(**inputs.tensors, layout=layout, **options)
+    alone = []
+    for sample in range(layout.num_samples):
+        one = inputs.select(sample)
+        options = {**one.tables, "qk_norm": "pre_rope", "return_lse": True}
+        alone.append(hierarchical_attention(**one.tensors, layout=one.layout, **options))
+    torch.testing.assert_close(packed, torch.cat([out for out, _ in alone]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(packed_lse, torch.cat([lse for _, lse in alone]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_image_at_the_end_equals_no_image(backend: str) -> None:
+    """Moved to the text's end an image changes nothing and gets a gradient of exact zeros, whatever it holds."""
+    with_image = random_inputs(AttentionLayout.build([5, 3], [[], [4]], [[], [3]]), heads=2, groups=1, head_dim=8)
+    for name in ("image_k", "image_v"):
+        with_image.tensors[name].mul_(1e3)
+    without = random_inputs(AttentionLayout.build([5, 3], [[], []], [[], []]), heads=2, groups=1, head_dim=8)
+    for name in ("q", "k", "v"):
+        without.tensors[name].copy_(with_image.tensors[name])
+    for return_lse in (False, True):
+        seen = evaluate(with_image, hierarchical_attention, return_lse=return_lse, backend=backend)
+        for name in ("grad image_k", "grad image_v"):
+            gradient = seen.pop(name)
+            assert gradient.shape == (4, 1, 8)
+            assert torch.count_nonzero(gradient) == 0
+        unseen = evaluate(without, hierarchical_attention, return_lse=return_lse, backend=backend)
+        assert_equal_results(seen, {name: x for name, x in unseen.items() if name in seen}, tolerance=1e-14)
+
+
+def test_permuting_patches_changes_nothing() -> None:
+    inputs = random_inputs(
+        AttentionLayout.build([5], [[6]], [[2]]), heads=2, groups=1, head_dim=8, qk_norm="pre_rope", rotate=True
+    )
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+
+    def permuted(named: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x[order] if name.startswith("image") else x for name, x in named.items()}
+
+    shuffled = Inputs(inputs.layout, permuted(inputs.tensors), permuted(inputs.tables), inputs.qk_norm)
+    plain, moved = evaluate(inputs, hierarchical_attention), evaluate(shuffled, hierarchical_attention)
+    for name in ("grad image_k", "grad image_v"):
+        moved[name] = moved[name][order.argsort()]
+    assert_equal_results(moved, plain, tolerance=1e-13)
+
+
+def test_tokens_before_an_image_do_not_depend_on_it() -> None:
+    """Forward and backward, to the last bit."""
+    inputs = random_inputs(AttentionLayout.build([6, 4], [[5], [3]], [[3], [0]]), heads=2, groups=1, head_dim=8)
+
+    def outputs_and_gradient(image_scale: float) -> tuple[Tensor, Tensor]:
+        tensors = dict(inputs.tensors)
+        tensors["image_k"] = (tensors["image_k"] * image_scale).requires_grad_()
+        out = hierarchical_attention(**tensors, layout=inputs.layout)
+        assert isinstance(out, Tensor)
+        (gradient,) = torch.autograd.grad(out[:3].sum(), tensors["image_k"])
+        return out, gradient
+
+    (first, gradient), (second, _) = outputs_and_gradient(1.0), outputs_and_gradient(-7.0)
+    assert torch.equal(first[:3], second[:3])
+    assert not torch.equal(first[3], second[3])
+    assert torch.count_nonzero(gradient) == 0
+
+
+def test_a_sample_of_nan_stays_alone() -> None:
+    """Samples of unlike lengths share a rectangle, and nothing else."""
+    layout = AttentionLayout.build([2, 5, 4], [[3], [1], []], [[0], [2], []])
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=8)
+    for name, rows in (("q", 2), ("k", 2), ("v", 2), ("image_k", 3), ("image_v", 3)):
+        inputs.tensors[name][:rows] = float("nan")
+    for return_lse in (False, True):
+        found = evaluate(inputs, hierarchical_attention, return_lse=return_lse)
+        for name, x in found.items():
+            own = 3 if "image" in name else 2
+            assert x[:own].isnan().all(), name
+            assert x[own:].isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", ["several images", "no image, one length"])
+def test_inputs_need_not_be_contiguous(name: str) -> None:
+    inputs = random_inputs(AttentionLayout.build(*LAYOUTS[name]), heads=6, groups=2, head_dim=16)
+    strided = {key: x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for key, x in inputs.tensors.items()}
+    assert not strided["q"].is_contiguous()
+    other = Inputs(inputs.layout, strided, {}, "none")
+    assert_equal_results(
+        evaluate(other, hierarchical_attention), evaluate(inputs, hierarchical_attention), tolerance=1e-14
+    )
+
+
+def test_none_for_images_equals_empty_tensors() -> None:
+    inputs = random_inputs(AttentionLayout.build(*LAYOUTS["no image, ragged"]), heads=2, groups=1, head_dim=8)
+    q, k, v = (inputs.tensors[name] for name in "qkv")
+    expected = hierarchical_attention(**inputs.tensors, layout=inputs.layout)
+    assert torch.equal(hierarchical_attention(q, k, v, None, None, inputs.layout), expected)  # type: ignore[arg-type]
+
+
+def test_softmax_scale() -> None:
+    inputs = random_inputs(AttentionLayout.build([4, 2], [[3], []], [[1], []]), heads=2, groups=1, head_dim=8)
+    scaled = dict(inputs.tensors, q=inputs.tensors["q"] * 0.3 * 8**0.5)
+    for backend in ("auto", "reference"):
+        for return_lse in (False, True):
+            options = {"layout": inputs.layout, "backend": backend, "return_lse": return_lse}
+            torch.testing.assert_close(
+                hierarchical_attention(**inputs.tensors, softmax_scale=0.3, **options),
+                hierarchical_attention(**scaled, **options),
+            )
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    inputs = random_inputs(
+        AttentionLayout.build(*LAYOUTS["several images"]),
+        heads=6,
+        groups=2,
+        head_dim=16,
+        qk_norm="pre_rope",
+        rotate=True,
+    )
+
+    def checkpointed(**arguments: object) -> Tensor | tuple[Tensor, Tensor]:
+        return checkpoint(hierarchical_attention, use_reentrant=False, **arguments)
+
+    fresh = Inputs(AttentionLayout.build(*LAYOUTS["several images"]), inputs.tensors, inputs.tables, "pre_rope")
+    assert_equal_results(evaluate(fresh, checkpointed), evaluate(inputs, hierarchical_attention), tolerance=0)
+
+
+def test_a_layout_used_under_inference_mode_still_trains() -> None:
+    layout = AttentionLayout.build(*LAYOUTS["several images"])
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=8)
+    with torch.inference_mode():
+        hierarchical_attention(**inputs.tensors, layout=layout)
+    compare(inputs)
+
+
+def test_repeats_bit_for_bit() -> None:
+    inputs = random_inputs(
+        AttentionLayout.build(*LAYOUTS["several images"]),
+        heads=6,
+        groups=2,
+        head_dim=32,
+        qk_norm="pre_rope",
+        rotate=True,
+    )
+    first = evaluate(inputs, hierarchical_attention, dtype=torch.bfloat16)
+    second = evaluate(inputs, hierarchical_attention, dtype=torch.bfloat16)
+    assert_equal_results(first, second, tolerance=0)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    inputs = random_inputs(
+        AttentionLayout.build(*LAYOUTS["several images"]),
+        heads=6,
+        groups=2,
+        head_dim=16,
+        qk_norm="pre_rope",
+        rotate=True,
+    )
+    compiled = torch.compile(hierarchical_attention, backend="aot_eager", fullgraph=True)
+    expected = evaluate(inputs, hierarchical_attention)  # builds the layout's indices
+    assert_equal_results(evaluate(inputs, compiled), expected)
