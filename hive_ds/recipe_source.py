@@ -40,7 +40,7 @@ class Entry:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses aliases: they can nest without end, and a recipe has no use for them."""
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"alias *{self.peek_event().anchor}: recipes have no aliases")
         return super().compose_node(parent, index)
@@ -63,6 +63,7 @@ def _entry(node: yaml.Node, source: str, *, lines: bool) -> Entry:
         return Entry(dict(_items(node, source, lines=lines)), origin)
     if isinstance(node, yaml.SequenceNode):
         return Entry([_entry(child, source, lines=lines) for child in node.value], origin)
+    assert isinstance(node, yaml.ScalarNode)
     return Entry(node, origin)
 
 

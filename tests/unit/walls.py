@@ -1,7 +1,7 @@
 """Which part of the code may import which: the walls of CONTRIBUTING.md, checked on the syntax tree.
 
-Imports inside functions count. A wall between two parts of hive_ds also holds through third modules: what `data` imports
-may not import `model` either.
+Imports inside functions count. A wall between two parts of hive_ds also holds through third modules: what `data`
+imports may not import `model` either.
 """
 
 from __future__ import annotations
