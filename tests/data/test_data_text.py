@@ -1,0 +1,180 @@
+"""Tokens, media offsets and label masks on tokenizers of several kinds."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_data import TOKENIZERS, make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from hive_ds.constants import IGNORE_INDEX
+from hive_ds.data.schema import Sample, Turn, caption_sample
+from hive_ds.data.text import encode_prompt, encode_sample, encode_text, prepare_tokenizer, start_token_id
+from hive_ds.errors import HiveError
+
+KEEP_ALL = {"image_position": "first", "max_length": 10_000}
+# What a template writes after an answer to end it, and before it beyond the prompt.
+CLOSING = {"chatml": "<|im_end|>", "qwen3": "<|im_end|>", "llama2": " </s>", "llama3": "<|eot_id|>", "wordpiece": "[SEP]"}
+LETTERS = "abc  \n.é日🙂'"
+
+
+@cache
+def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    return prepare_tokenizer(make_tokenizer(kind))
+
+
+def conversation() -> Sample:
+    turns = (
+        Turn("user", "<image>\nWhat is in the picture?"),
+        Turn("assistant", "A red  square."),
+        Turn("user", "And <image>here?"),
+        Turn("assistant", "Two triangles,\nand a circle"),
+    )
+    return Sample("talk", turns, (b"1", b"2"))
+
+
+def runs(labels: list[int]) -> list[list[int]]:
+    """The supervised stretches."""
+    found: list[list[int]] = []
+    for index, label in enumerate(labels):
+        if label != IGNORE_INDEX:
+            if not index or labels[index - 1] == IGNORE_INDEX:
+                found.append([])
+            found[-1].append(label)
+    return found
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_chat_labels_are_the_answers_and_their_end(kind: str) -> None:
+    tok, sample = tokenizer(kind), conversation()
+    encoded = encode_sample(sample, tok, template="chat", **KEEP_ALL)
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    said = [tok.decode(run) for run in runs(encoded.labels)]
+    answers = [turn.content + CLOSING[kind] for turn in sample.turns if turn.role == "assistant"]
+    if kind == "qwen3":
+        answers[1] = "<think>\n\n</think>\n\n" + answers[1]
+    if kind == "llama3":
+        assert tok.convert_tokens_to_ids("<|eot_id|>") in encoded.labels
+    if kind == "wordpiece":  # its decoder guesses the spaces and has lost the case
+        said, answers = ([text.replace(" ", "").replace("\n", "").lower() for text in texts] for texts in (said, answers))
+    assert [text.strip() for text in said] == answers
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("answer", [1, 3])
+def test_prompt_at_inference_has_the_tokens_of_training(kind: str, answer: int) -> None:
+    tok, sample = tokenizer(kind), conversation()
+    encoded = encode_sample(sample, tok, template="chat", **KEEP_ALL)
+    prompt = encode_prompt(sample.turns[:answer], tok, template="chat", image_position="first")
+    length = len(prompt.input_ids)
+    assert encoded.input_ids[:length] == prompt.input_ids
+    assert encoded.image_offsets[: len(prompt.image_offsets)] == prompt.image_offsets
+    assert encoded.labels[length - 1] == IGNORE_INDEX != encoded.labels[length]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("position", ["first", "after_bos"])
+def test_caption_is_start_caption_end(kind: str, position: str) -> None:
+    tok, caption = tokenizer(kind), "A red square, and two small green triangles."
+    sample = caption_sample("c", b"1", f" {caption}\n")
+    encoded = encode_sample(sample, tok, template="plain", image_position=position, max_length=100)
+    words = tok(caption, add_special_tokens=False)["input_ids"]
+    start = tok.eos_token_id if kind in ("chatml", "qwen3") else tok.bos_token_id
+    assert encoded.input_ids == [start, *words, tok.eos_token_id]
+    assert encoded.labels == [IGNORE_INDEX, *words, tok.eos_token_id]
+    assert encoded.image_offsets == [0 if position == "first" else 1]
+    prompt = encode_prompt(sample.turns[:1], tok, template="plain", image_position=position)
+    assert (prompt.input_ids, prompt.image_offsets) == ([start], encoded.image_offsets)
+
+
+@pytest.mark.parametrize("kind", ["chatml", "llama3"])
+def test_media_offset_counts_the_tokens_before_the_placeholder(kind: str) -> None:
+    tok = tokenizer(kind)
+    parts = ["Left:", " then ", "", " and\nlast", "."]
+    encoded = encode_text("<image>".join(parts), tok)
+    pieces = [tok(part, add_special_tokens=False)["input_ids"] for part in parts]
+    ids = [start_token_id(tok)]
+    expected = []
+    for piece in pieces:
+        ids += piece
+        expected.append(len(ids))
+    assert encoded.input_ids == ids
+    assert encoded.image_offsets == expected[:-1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(["chatml", "qwen3", "llama3"]), data=st.data())
+def test_labels_spell_any_answer_exactly(kind: str, data: st.DataObject) -> None:
+    """Byte-level tokens lose nothing, so the labels of each answer decode to it: spaces, halves of characters, all."""
+    tok = tokenizer(kind)
+    words = st.text(LETTERS, min_size=1, max_size=12).filter(str.strip)
+    turns = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        turns += [Turn("user", data.draw(words)), Turn("assistant", data.draw(words))]
+    encoded = encode_sample(Sample("x", tuple(turns)), tok, template="chat", **KEEP_ALL)
+    said = [tok.decode(run, clean_up_tokenization_spaces=False) for run in runs(encoded.labels)]
+    answers = [turn.content for turn in turns if turn.role == "assistant"]
+    answers = [(text.strip() if kind == "llama3" else text) + CLOSING[kind] for text in answers]
+    if kind == "qwen3":
+        answers[-1] = "<think>\n\n</think>\n\n" + answers[-1]
+    assert said == answers
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(TOKENIZERS), template=st.sampled_from(["plain", "chat"]), data=st.data())
+def test_no_length_cuts_an_image_away_unnoticed(kind: str, template: str, data: st.DataObject) -> None:
+    tok = tokenizer(kind)
+    question = data.draw(st.lists(st.sampled_from(["red", "square", "<image>"]), max_size=8).map(" ".join))
+    answer = data.draw(st.lists(st.sampled_from(["blue", "circle"]), min_size=1, max_size=8).map(" ".join))
+    sample = Sample("long-one", (Turn("user", question), Turn("assistant", answer)), (b"1",) * question.count("<image>"))
+    whole = encode_sample(sample, tok, template=template, **KEEP_ALL)
+    length = data.draw(st.integers(1, len(whole.input_ids) + 2))
+    fits = all(offset < length for offset in whole.image_offsets)
+    supervised = any(label != IGNORE_INDEX for label in whole.labels[:length])
+    if fits and supervised:
+        encoded = encode_sample(sample, tok, template=template, image_position="first", max_length=length)
+        assert encoded.input_ids == whole.input_ids[:length]
+        assert encoded.labels == whole.labels[:length]
+        assert encoded.image_offsets == whole.image_offsets
+        assert encoded.cut == (length < len(whole.input_ids))
+    else:
+        with pytest.raises(HiveError, match="'long-one'"):
+            encode_sample(sample, tok, template=template, image_position="first", max_length=length)
+
+
+def test_unknown_first_word_does_not_pass_for_a_start_token() -> None:
+    tok = tokenizer("wordpiece")
+    assert encode_text("日 red", tok).input_ids[:2] == [tok.bos_token_id, tok.unk_token_id]
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "turns", "message"),
+    [
+        ("none", "chat", conversation().turns, "no chat template"),
+        ("forgetful", "chat", conversation().turns, "written otherwise"),
+        ("chatml", "chat", (Turn("assistant", "Hello."),), "starts with an answer"),
+        ("chatml", "plain", conversation().turns, "2 answers"),
+    ],
+)
+def test_what_cannot_be_encoded_is_named(kind: str, template: str, turns: tuple[Turn, ...], message: str) -> None:
+    images = (b"1",) * sum(turn.content.count("<image>") for turn in turns)
+    with pytest.raises(HiveError, match=f"'odd'.*{message}"):
+        encode_sample(Sample("odd", turns, images), tokenizer(kind), template=template, **KEEP_ALL)
+
+
+@pytest.mark.parametrize(
+    ("turns", "images", "message"),
+    [
+        ((Turn("user", "<image>"), Turn("assistant", "x")), (), "1 <image> in the text, but 0 images"),
+        ((Turn("user", "q"), Turn("assistant", "<image>")), (b"",), "assistant's"),
+        ((Turn("user", "q"), Turn("assistant", " ")), (), "nothing to learn"),
+        ((Turn("user", "q\ud83d"), Turn("assistant", "x")), (), "surrogate"),
+        ((Turn("system", "q"), Turn("assistant", "x")), (), "role 'system'"),  # type: ignore[arg-type]
+    ],
+)
+def test_sample_that_makes_no_sense_is_named(turns: tuple[Turn, ...], images: tuple[bytes, ...], message: str) -> None:
+    with pytest.raises(HiveError, match=f"'odd'.*{message}"):
+        Sample("odd", turns, images)
