@@ -8,7 +8,7 @@ Axes: T text token, N image token, D model, H query head, G key/value head, K he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,17 @@ class HeadRMSNorm(nn.Module):
 class HiveAttention(nn.Module):
     """Attention of one LLM layer, built around the layer's own projections."""
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: Any
+    k_norm: Any
+    image_k_proj: nn.Module
+    image_v_proj: nn.Module
+
     def __init__(
-        self, attention: nn.Module, layer: int, *, routed: bool, image_kv: str, qk_norm: str, eps: float, backend: str
+        self, attention: Any, layer: int, *, routed: bool, image_kv: str, qk_norm: str, eps: float, backend: str
     ) -> None:
         """Take over the projections of ``attention``.
 
@@ -140,7 +149,7 @@ class HiveAttention(nn.Module):
         q_weight, k_weight, eps = self._norm()
         k = finish_keys(k, k_weight, eps, self.qk_norm, hive.cos_TK, hive.sin_TK)
         k_BSGK, v_BSGK = cache.append_text(self.layer, k, v)
-        if image_k is not None:
+        if image_k is not None and image_v is not None:
             image_k = finish_keys(image_k, k_weight, eps, self.qk_norm, hive.image_cos_NK, hive.image_sin_NK)
             cache.image_keys[self.layer] = (image_k, image_v)
         image_k, image_v = cache.image_keys.get(self.layer, (None, None))
@@ -151,7 +160,7 @@ class HiveAttention(nn.Module):
         )  # fmt: skip
 
 
-def _linear_like(linear: nn.Linear) -> nn.Linear:
+def _linear_like(linear: Any) -> nn.Linear:
     return nn.Linear(
         linear.in_features,
         linear.out_features,

@@ -5,14 +5,13 @@ Source: arXiv 2604.00086. Axes: B row, S slot of a padded row, T text token, N i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hive_ds.constants import IGNORE_INDEX
@@ -20,15 +19,16 @@ from hive_ds.errors import HiveError
 from hive_ds.model.attention import AttentionCall, HiveAttention
 from hive_ds.model.cache import HiveCache
 from hive_ds.model.configuration import HiveConfig
+from hive_ds.model.generation import HiveGenerationMixin
 from hive_ds.model.inputs import AttentionContext, BatchContext, PackedText, PromptImages
 from hive_ds.model.language import check_language_model, decoder, sliding_window
 from hive_ds.model.positions import RotaryFrequencies
 from hive_ds.model.projector import Projector, projector_name
 from hive_ds.model.routes import Routes
-from hive_ds.model.vision import encode_images, vision_blocks, vision_class
+from hive_ds.model.vision import encode_images, tower_key_mapping, vision_blocks, vision_class
 
 
-class HiveForCausalLM(PreTrainedModel, GenerationMixin):
+class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
     """A vision encoder, projectors, and an LLM that attends to the encoder's blocks at its routed layers."""
 
     config_class = HiveConfig
@@ -71,6 +71,14 @@ class HiveForCausalLM(PreTrainedModel, GenerationMixin):
         if getattr(language_model, "generation_config", None) is not None:
             self.generation_config = language_model.generation_config
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **keywords: Any) -> Any:
+        """As transformers' own; folders saved under transformers 4 and 5 both load."""
+        if keywords.get("config") is None:
+            keywords["config"] = HiveConfig.from_pretrained(pretrained_model_name_or_path)
+        keywords.setdefault("key_mapping", tower_key_mapping(keywords["config"].vision_config))
+        return super().from_pretrained(pretrained_model_name_or_path, *arguments, **keywords)
 
     def _build_attention(self, attention: nn.Module, index: int) -> HiveAttention:
         return HiveAttention(
@@ -282,67 +290,6 @@ class HiveForCausalLM(PreTrainedModel, GenerationMixin):
         last[:, -keep:] = True
         kept = PackedText(text.input_ids_T, text.lengths, (text.mask_BS & last)[:, -keep:])
         return kept.padded(self.language_model.lm_head(hidden_TD[last[text.mask_BS]]))
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        *,
-        image_offsets: Sequence[Sequence[int]] | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        use_cache: bool = True,
-        **arguments: Any,
-    ) -> Any:
-        """Continue prompts: greedy, sampling or beams, as Hugging Face's ``generate``.
-
-        Args:
-            input_ids: (B, S) prompts, padded on the left.
-            image_offsets, pixel_values, pixel_attention_mask, spatial_shapes: as in `forward`.
-            use_cache: keep keys between steps.
-            arguments: every other argument of ``transformers.GenerationMixin.generate``.
-        """
-        self._warn_unseen_images(input_ids, image_offsets, arguments.get("attention_mask"))
-        images = self.encode_prompt_images(
-            pixel_values, image_offsets, len(input_ids), pixel_attention_mask, spatial_shapes
-        )
-        if use_cache:
-            arguments["past_key_values"] = HiveCache()
-        return super().generate(inputs=input_ids, prompt_images=images, use_cache=use_cache, **arguments)
-
-    def _warn_unseen_images(
-        self, input_ids: Tensor, image_offsets: Sequence[Sequence[int]] | None, attention_mask: Tensor | None
-    ) -> None:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        for row, (offsets, length) in enumerate(zip(image_offsets or (), mask.sum(dim=1).tolist(), strict=False)):
-            if offsets and offsets[-1] >= length:
-                warnings.warn(
-                    f"prompt {row} ends with an image (media offset {offsets[-1]}, {length} tokens): the token that "
-                    "predicts the first new one cannot see it; put text after the image",
-                    stacklevel=3,
-                )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: HiveCache | None = None,
-        attention_mask: Tensor | None = None,
-        prompt_images: PromptImages | None = None,
-        use_cache: bool = True,
-        logits_to_keep: int | None = None,
-        **unused: Any,
-    ) -> dict[str, Any]:
-        """Inputs of one step: with a cache only the tokens that it does not hold."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return {
-            "input_ids": input_ids[:, past:],
-            "attention_mask": attention_mask,
-            "prompt_images": prompt_images,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep or 0,
-        }
 
 
 AutoConfig.register("hive", HiveConfig)

@@ -201,7 +201,8 @@ def _layout(
 def _interleave(grids: Sequence[Sequence[Grid]], count: int, device: torch.device) -> Tensor:
     """Order that gathers, image by image, its patches of block 1, of block 2, and so on."""
     lengths = [rows * columns for one in grids for rows, columns in one]
-    total, start, order = sum(lengths), 0, []
+    total, start = sum(lengths), 0
+    order: list[Tensor] = []
     for length in lengths:
         order.extend(torch.arange(start, start + length) + block * total for block in range(count))
         start += length

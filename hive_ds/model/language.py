@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
 from hive_ds.errors import HiveError
+from hive_ds.model.positions import RotaryFrequencies
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv")
 SCALED_OUTSIDE_ATTENTION = ("embedding_multiplier", "scale_emb", "logits_scaling", "logit_scale")
 
 
-def decoder(language_model: transformers.PreTrainedModel) -> nn.Module:
+def decoder(language_model: transformers.PreTrainedModel) -> Any:
     """The LLM without its head: embeddings, layers, final norm, rotary embedding."""
     return language_model.model
 
@@ -65,7 +67,7 @@ def _refusal(config: transformers.PretrainedConfig, feature: str) -> HiveError:
     )
 
 
-def _check_attention(config: transformers.PretrainedConfig, attention: nn.Module | None) -> None:
+def _check_attention(config: transformers.PretrainedConfig, attention: Any) -> None:
     if attention is None:
         raise _refusal(config, "a decoder layer without `self_attn`")
     for name in FUSED_QKV:
@@ -86,7 +88,7 @@ def _check_attention(config: transformers.PretrainedConfig, attention: nn.Module
         raise _refusal(config, "a query norm over all heads at once")
 
 
-def _check_positions(config: transformers.PretrainedConfig, trunk: nn.Module) -> None:
+def _check_positions(config: transformers.PretrainedConfig, trunk: Any) -> None:
     if getattr(config, "alibi", False):
         raise _refusal(config, "ALiBi positions")
     rotary = getattr(trunk, "rotary_emb", None)
@@ -96,9 +98,9 @@ def _check_positions(config: transformers.PretrainedConfig, trunk: nn.Module) ->
     if rope_type in LENGTH_DEPENDENT_ROPE:
         raise _refusal(config, f"length-dependent rotary positions ({rope_type})")
     attention = trunk.layers[0].self_attn
-    frequencies = type(rotary)(config=config, device="cpu").inv_freq
-    if 2 * len(frequencies) != attention.head_dim:
-        raise _refusal(config, f"partial rotary positions ({2 * len(frequencies)} of {attention.head_dim} dimensions)")
+    rotated = 2 * len(RotaryFrequencies(rotary).inv_freq)
+    if rotated != attention.head_dim:
+        raise _refusal(config, f"partial rotary positions ({rotated} of {attention.head_dim} dimensions)")
     if not _rotates_halves(attention):
         raise _refusal(config, "interleaved rotary positions")
     if any(not getattr(layer.self_attn, "use_rope", True) for layer in trunk.layers):
@@ -108,7 +110,8 @@ def _check_positions(config: transformers.PretrainedConfig, trunk: nn.Module) ->
 def _rotates_halves(attention: nn.Module) -> bool:
     """Ask the LLM's own code how it pairs dimensions: halves (Llama) or neighbours."""
     rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
-    return rotate is not None and rotate(torch.tensor([0.0, 1.0, 2.0, 3.0])).tolist() == [-2.0, -3.0, 0.0, 1.0]
+    with torch.device("cpu"):  # the model may be under construction on the meta device
+        return rotate is not None and rotate(torch.tensor([0.0, 1.0, 2.0, 3.0])).tolist() == [-2.0, -3.0, 0.0, 1.0]
 
 
 def _check_scaling(config: transformers.PretrainedConfig) -> None:

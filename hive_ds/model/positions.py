@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Grid = tuple[int, int]
 """Patches of an image: (rows, columns)."""
@@ -120,9 +121,10 @@ class RotaryFrequencies:
     collide.
     """
 
-    def __init__(self, rotary_embedding: nn.Module) -> None:
+    def __init__(self, rotary_embedding: Any) -> None:
         """Read the frequencies of a Hugging Face rotary module by building it afresh on the CPU."""
-        fresh = type(rotary_embedding)(config=rotary_embedding.config, device="cpu")
+        with torch.device("cpu"):
+            fresh = type(rotary_embedding)(config=rotary_embedding.config)
         self.inv_freq: Tensor = fresh.inv_freq.detach().float()
         self.attention_scaling = float(fresh.attention_scaling)
 

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -27,15 +28,17 @@ class VisionFamily:
     """Name of the vision tower's class in transformers."""
     has_cls: bool
     """A CLS token (and registers, where the config names them) stands before the patches."""
+    nested_in_v4: bool
+    """transformers 4 wraps the tower in one more module, `vision_model`; transformers 5 does not."""
 
 
 FAMILIES = {
-    "siglip_vision_model": VisionFamily("SiglipVisionModel", has_cls=False),
-    "siglip2_vision_model": VisionFamily("Siglip2VisionModel", has_cls=False),
-    "clip_vision_model": VisionFamily("CLIPVisionModel", has_cls=True),
-    "dinov2": VisionFamily("Dinov2Model", has_cls=True),
-    "dinov2_with_registers": VisionFamily("Dinov2WithRegistersModel", has_cls=True),
-    "aimv2_vision_model": VisionFamily("Aimv2VisionModel", has_cls=False),
+    "siglip_vision_model": VisionFamily("SiglipVisionModel", has_cls=False, nested_in_v4=True),
+    "siglip2_vision_model": VisionFamily("Siglip2VisionModel", has_cls=False, nested_in_v4=True),
+    "clip_vision_model": VisionFamily("CLIPVisionModel", has_cls=True, nested_in_v4=True),
+    "dinov2": VisionFamily("Dinov2Model", has_cls=True, nested_in_v4=False),
+    "dinov2_with_registers": VisionFamily("Dinov2WithRegistersModel", has_cls=True, nested_in_v4=False),
+    "aimv2_vision_model": VisionFamily("Aimv2VisionModel", has_cls=False, nested_in_v4=False),
 }
 
 
@@ -69,6 +72,17 @@ def vision_config_of(config: transformers.PretrainedConfig) -> transformers.Pret
 def vision_class(config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
     """The transformers class that holds the vision tower of ``config``."""
     return getattr(transformers, FAMILIES[vision_config_of(config).model_type].model_class)
+
+
+def tower_key_mapping(config: transformers.PretrainedConfig) -> dict[str, str]:
+    """Patterns that turn either saved form of a HIVE model's tower names into that of the installed transformers.
+
+    transformers 4 nests SigLIP and CLIP towers one level deeper (``vision_model``) than transformers 5.
+    """
+    nested = transformers.__version__.startswith("4.") and FAMILIES[config.model_type].nested_in_v4
+    if nested:
+        return {r"^vision_encoder\.(?!vision_model\.)": "vision_encoder.vision_model."}
+    return {r"^vision_encoder\.vision_model\.": "vision_encoder."}
 
 
 def vision_blocks(encoder: nn.Module) -> nn.ModuleList:
@@ -112,9 +126,8 @@ def encode_images(
     return VisionFeatures(by_block, grids)
 
 
-def _trunk(encoder: nn.Module) -> nn.Module:
-    """transformers 4 nests SigLIP and CLIP towers one level deeper than transformers 5."""
-    return getattr(encoder, "vision_model", encoder)
+def _trunk(encoder: nn.Module) -> Any:
+    return getattr(encoder, "vision_model", encoder)  # see `VisionFamily.nested_in_v4`
 
 
 def _embed(encoder: transformers.PreTrainedModel, pixel_values: Tensor, spatial_shapes: Tensor | None) -> Tensor:

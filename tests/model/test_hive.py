@@ -121,7 +121,9 @@ def test_cached_equals_chunked_equals_one_pass(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES[:3])
-@pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}])
+@pytest.mark.parametrize(
+    "how", [{"num_beams": 1}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}]
+)
 def test_generate_is_the_same_with_and_without_cache(family, how):
     model = tiny_hive(family)
     rows = padded(packed(), "left")

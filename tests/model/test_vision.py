@@ -40,7 +40,10 @@ def test_variable_resolution_equals_hidden_states_and_single_images():
     torch.testing.assert_close(features.by_block[3], stock[3][mask.bool()], rtol=1e-5, atol=1e-5)
     for image in range(3):
         alone = encode_images(
-            encoder, (2, 3), pixels[image : image + 1], **{name: value[image : image + 1] for name, value in both.items()}
+            encoder,
+            (2, 3),
+            pixels[image : image + 1],
+            **{name: value[image : image + 1] for name, value in both.items()},
         )
         start = int(counts[:image].sum())
         together = features.by_block[3][start : start + int(counts[image])]

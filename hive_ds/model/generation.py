@@ -1,0 +1,82 @@
+"""Text generation: Hugging Face's loop over a model whose images are encoded once, before it starts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from hive_ds.model.cache import HiveCache
+from hive_ds.model.inputs import PromptImages
+
+if TYPE_CHECKING:
+    from hive_ds.model.hive import HiveForCausalLM
+
+
+class HiveGenerationMixin(GenerationMixin):
+    """`generate` for `HiveForCausalLM`."""
+
+    @torch.no_grad()
+    def generate(
+        self: HiveForCausalLM,
+        input_ids: Tensor,
+        *,
+        image_offsets: Sequence[Sequence[int]] | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        use_cache: bool = True,
+        **arguments: Any,
+    ) -> Any:
+        """Continue prompts: greedy, sampling or beams, as Hugging Face's ``generate``.
+
+        Args:
+            input_ids: (B, S) prompts, padded on the left.
+            image_offsets, pixel_values, pixel_attention_mask, spatial_shapes: as in `forward`.
+            use_cache: keep keys between steps.
+            arguments: every other argument of ``transformers.GenerationMixin.generate``.
+        """
+        self._warn_unseen_images(input_ids, image_offsets, arguments.get("attention_mask"))
+        images = self.encode_prompt_images(
+            pixel_values, image_offsets, len(input_ids), pixel_attention_mask, spatial_shapes
+        )
+        if use_cache:
+            arguments["past_key_values"] = HiveCache()
+        return super().generate(inputs=input_ids, prompt_images=images, use_cache=use_cache, **arguments)
+
+    def _warn_unseen_images(
+        self, input_ids: Tensor, image_offsets: Sequence[Sequence[int]] | None, attention_mask: Tensor | None
+    ) -> None:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        for row, (offsets, length) in enumerate(zip(image_offsets or (), mask.sum(dim=1).tolist(), strict=False)):
+            if offsets and offsets[-1] >= length:
+                warnings.warn(
+                    f"prompt {row} ends with an image (media offset {offsets[-1]}, {length} tokens): the token that "
+                    "predicts the first new one cannot see it; put text after the image",
+                    stacklevel=3,
+                )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: HiveCache | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_images: PromptImages | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int | None = None,
+        **unused: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one step: with a cache only the tokens that it does not hold."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return {
+            "input_ids": input_ids[:, past:],
+            "attention_mask": attention_mask,
+            "prompt_images": prompt_images,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep or 0,
+        }

@@ -1,0 +1,92 @@
+"""LLMs that HIVE cannot reproduce are refused by name when the model is built."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+from tiny_models import text_config, tiny_hive, tiny_language_model
+from transformers import AutoModelForCausalLM
+
+from hive_ds.errors import HiveError
+from hive_ds.model.language import check_language_model
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+CASES = {
+    "gpt2": (
+        lambda: transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
+        "not `model.embed_tokens`",
+    ),
+    "opt": (
+        lambda: transformers.OPTConfig(
+            vocab_size=64,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        ),
+        "not `model.embed_tokens`",
+    ),
+    "phi3": (lambda: transformers.Phi3Config(**SMALL), "fused qkv projections"),
+    "stablelm": (
+        lambda: transformers.StableLmConfig(**{**SMALL, "partial_rotary_factor": 0.25}),
+        "partial rotary|no linear",
+    ),
+    "cohere": (lambda: transformers.CohereConfig(**SMALL), "interleaved rotary|without"),
+    "gemma2": (lambda: transformers.Gemma2Config(**SMALL), "soft-capping"),
+    "gemma": (lambda: transformers.GemmaConfig(**SMALL), "embeddings scaled"),
+    "granite": (lambda: transformers.GraniteConfig(**SMALL, embedding_multiplier=12.0), "embedding_multiplier"),
+    "olmo2": (lambda: transformers.Olmo2Config(**SMALL), "query norm over all heads|input_layernorm"),
+    "gpt_oss": (
+        lambda: transformers.GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1),
+        "attention sinks",
+    ),
+    "dropout": (lambda: text_config("llama", attention_dropout=0.1), "attention dropout of 0.1"),
+    "dynamic": (lambda: text_config("llama", rope_scaling=DYNAMIC), "length-dependent rotary positions"),
+    "smollm3": (lambda: transformers.SmolLM3Config(**SMALL, no_rope_layers=[1, 0]), "layers without rotary"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unsupported_llms_are_refused_by_name(case):
+    config, message = CASES[case]
+    model = AutoModelForCausalLM.from_config(config())
+    with pytest.raises(HiveError, match=rf"'{model.config.model_type}' is not supported: it has .*({message})"):
+        check_language_model(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_supported_llms_pass(family):
+    check_language_model(tiny_language_model(family), max_length=512)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_window_shorter_than_the_longest_text_is_refused(family):
+    changes = {"sliding_window": 64} | (
+        {"use_sliding_window": True, "max_window_layers": 0} if family == "qwen2" else {}
+    )
+    model = tiny_language_model(family, **changes)
+    check_language_model(model, max_length=64)
+    with pytest.raises(HiveError, match=r"sliding window of 64 tokens.*data.max_length of 65"):
+        check_language_model(model, max_length=65)
+
+
+def test_text_past_the_window_is_refused_at_run_time():
+    import torch
+
+    model = tiny_hive("mistral", text_changes={"sliding_window": 8})
+    model(torch.ones(1, 8, dtype=torch.int64))
+    with pytest.raises(HiveError, match="a text of 9 tokens is longer than the sliding window"):
+        model(torch.ones(1, 9, dtype=torch.int64))
