@@ -31,10 +31,15 @@ def check_number(name: str, value: float, low: float | None = None) -> float:
     return float(value)
 
 
+def check_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Refuse a tensor of no dtype among ``dtypes``."""
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} is {x.dtype}; expected one of {_choices(dtypes)}")
+
+
 def check_text(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> None:
     """Refuse q, k and v that do not fit the layout or each other."""
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q is {q.dtype}; expected one of {_choices(DTYPES)}")
+    check_dtype("q", q)
     if q.device != layout.device:
         raise ValueError(f"q is on {q.device}; expected {layout.device}, the layout's device")
     if q.ndim != 3 or q.shape[0] != layout.num_queries:
@@ -136,8 +141,7 @@ def check_weight(name: str, weight: Tensor | None, x: Tensor, qk_norm: str) -> N
         raise ValueError(f"{name} is a tensor; expected None, since qk_norm is 'none'")
     if weight.ndim != 1 or weight.shape[0] != head_dim:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}; expected ({head_dim},), the head dim")
-    if weight.dtype not in DTYPES:
-        raise ValueError(f"{name} is {weight.dtype}; expected one of {_choices(DTYPES)}")
+    check_dtype(name, weight)
     if weight.device != x.device:
         raise ValueError(f"{name} is on {weight.device}; expected {x.device}")
 
@@ -157,8 +161,7 @@ def check_tables(prefix: str, cos: Tensor | None, sin: Tensor | None, rows: int,
             form = f"({rows}, {head_dim}) or its first half ({rows}, {head_dim // 2})"
             raise ValueError(f"{name} has shape {tuple(table.shape)}; expected {form}")
         dtypes = DTYPES if table.shape[1] == head_dim else (torch.float32, torch.float64)
-        if table.dtype not in dtypes:
-            raise ValueError(f"{name} is {table.dtype}; expected one of {_choices(dtypes)}")
+        check_dtype(name, table, dtypes)
         if table.device != x.device:
             raise ValueError(f"{name} is on {table.device}; expected {x.device}")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from .checks import check_qk_norm, check_tables, check_weight
+from .checks import check_dtype, check_number, check_qk_norm, check_tables, check_weight
 
 
 def finish_keys(
@@ -36,6 +36,8 @@ def finish_keys(
     """
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (T, G, K)")
+    check_dtype("x", x)
+    check_number("eps", eps, low=0)
     check_qk_norm(qk_norm, cos)
     check_weight("weight", weight, x, qk_norm)
     check_tables("", cos, sin, x.shape[0], x)

@@ -75,7 +75,7 @@ def hierarchical_attention(
     check_images(image_k, image_v, k, layout)
     check_finishing(q, layout, qk_norm, q_norm_weight, k_norm_weight, cos, sin)
     check_image_tables(q, layout, cos, image_cos, image_sin)
-    check_number("norm_eps", norm_eps, low=0.0)
+    check_number("norm_eps", norm_eps, low=0)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale)
 
     q = finish(q, q_norm_weight, norm_eps, qk_norm, cos, sin)
