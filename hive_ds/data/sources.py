@@ -56,6 +56,8 @@ class LlavaSource:
             raise HiveError(f"LLaVA JSON {path}: is not JSON ({error})") from error
         if not isinstance(self._entries, list):
             raise HiveError(f"LLaVA JSON {path}: holds a {type(self._entries).__name__}, expected a list of samples")
+        if not self._entries:
+            raise HiveError(f"LLaVA JSON {path}: the list is empty, expected one sample at least")
 
     def __len__(self) -> int:
         return len(self._entries)
