@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hive_ds.cli import main
+from hive_ds.recipe import load_recipe, recipe_names
+
+HEAVY = {"torch", "transformers", "deepspeed", "streaming", "numpy"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import sys; from hive_ds.cli import main; sys.exit(main())"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True)
+
+
+def exit_code(*arguments: str) -> int | str | None:
+    """Exit code of the command, run in this process."""
+    try:
+        return main(arguments)
+    except SystemExit as exit:
+        return exit.code
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1
+    code = "import sys; from hive_ds.cli import build_parser; build_parser(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert HEAVY.isdisjoint(loaded)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("", "quickstart", "recipe", "recipe list", "recipe show"),
+        *("data", "data scenes", "data convert", "export", "export encoder"),
+    ],
+)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
+    assert exit_code(*command.split(), "--help") == 0
+    assert capsys.readouterr().out.startswith(f"usage: hive-ds {command}".rstrip())
+
+
+def test_recipe_list_names_every_recipe(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipe", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[: len(recipe_names())]] == recipe_names()
+
+
+def test_recipe_show_prints_a_recipe_with_origins(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["recipe", "show", "tiny", "--set", "training.seed=7", "--set", "model.rope=1d"]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load_recipe(tmp_path / "shown.yaml") == load_recipe("tiny", ["training.seed=7", "model.rope=1d"])
+    rows = [line.split("# ") for line in shown.splitlines() if "# " in line]
+    assert len({len(value) for value, _ in rows if len(value) < 60}) <= 1 + sum("description" in v for v, _ in rows)
+    origins = {value.split(":")[0].strip(): origin for value, origin in rows}
+    assert (origins["seed"], origins["rope"], origins["qk_norm"]) == ("--set", "--set", "default")
+    assert origins["precision"].startswith("tiny.yaml:")
+
+
+def test_data_commands_write_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["data", "scenes", f"{tmp_path}/scenes", "--num", "2", "--seed", "3"]) == 0
+    assert (tmp_path / "scenes" / "train" / "index.json").is_file()
+    assert f"wrote 2 scenes to {tmp_path}/scenes/train" in capsys.readouterr().out
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}]
+    samples = [{"id": name, "image": f"{name}.png", "conversations": turns} for name in "ab"]
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    assert main(["data", "convert", f"{tmp_path}/samples.json", str(tmp_path), f"{tmp_path}/converted"]) == 0
+    assert "1 samples, 1 images" in capsys.readouterr().out
+    (rejected,) = (tmp_path / "converted" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["id"] == "b"
+
+
+WRONG = {
+    "unknown recipe": (["recipe", "show", "tinny"], "recipe tinny: expected one of"),
+    "unknown key": (["recipe", "show", "tiny", "--set", "model.qknorm=none"], "unknown key model.qknorm"),
+    "wrong value": (["recipe", "show", "tiny", "--set", "model.rope=3d"], "expected one of 2d, 1d"),
+    "no command": ([], "the following arguments are required: COMMAND"),
+    "unknown command": (["recipes"], "invalid choice: 'recipes'"),
+    "not a number": (["data", "scenes", "out", "--num", "many"], "invalid int value: 'many'"),
+    "no scenes": (["data", "scenes", "{tmp}/out", "--num", "0"], "num is 0, expected at least 1"),
+    "missing json": (["data", "convert", "{tmp}/none.json", "{tmp}", "{tmp}/out"], "none.json"),
+    "empty dataset": (["data", "convert", "{tmp}/empty.json", "{tmp}", "{tmp}/out"], "empty.json"),
+    "missing images": (["data", "convert", "{tmp}/one.json", "{tmp}/none", "{tmp}/out"], "{tmp}/none"),
+    "no model": (["export", "encoder", "{tmp}", "{tmp}/out"], "neither a model folder"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sample = {"id": "a", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}]}
+    (tmp_path / "one.json").write_text(json.dumps([sample]))
+    (tmp_path / "empty.json").write_text("[]")
+    arguments, expected = WRONG[case]
+    assert exit_code(*(argument.format(tmp=tmp_path) for argument in arguments)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert expected.format(tmp=tmp_path) in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_trace(place: str):
+    command = ["recipe", "show", "tinny"]
+    done = run("--debug", *command) if place == "before" else run(*command, "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: recipe tinny")
