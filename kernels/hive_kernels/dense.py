@@ -41,7 +41,7 @@ def dense_attention(
 
 
 def _better_in_place(keys: list[Tensor], layout: AttentionLayout) -> bool:
-    """Whether joining the pieces for the fused kernel would cost more than it saves. On a GPU it never does."""
+    """Whether joining the pieces for the fused kernel would cost more than it saves. On a GPU, launches cost more."""
     if len(keys) == 1 or layout.max_queries > 1 or keys[0].is_cuda:
         return False
     rows = layout.num_samples * sum(piece.shape[1] for piece in keys)

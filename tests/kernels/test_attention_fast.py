@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -197,8 +199,8 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         rotate=True,
     )
 
-    def checkpointed(**arguments: object) -> Tensor | tuple[Tensor, Tensor]:
-        return checkpoint(hierarchical_attention, use_reentrant=False, **arguments)
+    def checkpointed(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+        return checkpoint(lambda: hierarchical_attention(**arguments), use_reentrant=False)
 
     fresh = Inputs(AttentionLayout.build(*LAYOUTS["several images"]), inputs.tensors, inputs.tables, "pre_rope")
     assert_equal_results(evaluate(fresh, checkpointed), evaluate(inputs, hierarchical_attention), tolerance=0)
@@ -238,3 +240,18 @@ def test_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(hierarchical_attention, backend="aot_eager", fullgraph=True)
     expected = evaluate(inputs, hierarchical_attention)  # builds the layout's indices
     assert_equal_results(evaluate(inputs, compiled), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU: run `make gpu-suite` on a machine with one"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize(("qk_norm", "rotate"), NORMS)
+def test_on_a_gpu(dtype: torch.dtype, return_lse: bool, qk_norm: str, rotate: bool) -> None:
+    layout = AttentionLayout.build([40, 9, 64], [[49], [], [20, 30]], [[0], [], [10, 33]], device="cuda")
+    inputs = random_inputs(layout, heads=6, groups=2, head_dim=64, qk_norm=qk_norm, rotate=rotate)
+    actual = evaluate(inputs, hierarchical_attention, dtype=dtype, return_lse=return_lse)
+    plain = evaluate(inputs, plain_attention, dtype=dtype, return_lse=return_lse)
+    assert_as_exact(actual, plain, evaluate(inputs, plain_attention, return_lse=return_lse), dtype)
