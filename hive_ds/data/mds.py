@@ -27,7 +27,7 @@ from hive_ds.errors import HiveError
 find_world()  # streaming needs LOCAL_WORLD_SIZE, which the deepspeed launcher does not set
 
 try:
-    from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+    from streaming import LocalDataset, MDSWriter, StreamingDataLoader, StreamingDataset
 except ImportError as error:
     raise HiveError(
         f"MDS shards need mosaicml-streaming ({error}): pip install 'hive-ds[streaming]' (it pins transformers < 5)"
@@ -91,6 +91,14 @@ def write_mds(samples: Iterable[Sample], folder: str | Path) -> int:
         for sample in samples:
             writer.write(sample)
     return writer.num_samples
+
+
+def read_mds(folder: str | Path) -> list[Sample]:
+    """Read all samples of a local folder of MDS shards, in order; HiveError where there is none."""
+    if not (Path(folder) / "index.json").is_file():
+        raise HiveError(f"MDS folder {folder}: holds no index.json")
+    dataset = LocalDataset(str(folder))
+    return [from_columns(dataset.get_item(index)) for index in range(len(dataset))]
 
 
 CANONICAL_NODES = 1

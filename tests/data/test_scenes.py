@@ -1,0 +1,156 @@
+"""Scenes: the same every time, and every answer follows from the description, worked out here in another way."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hive_ds.data.scenes import ANSWERS, COLOURS, MOST_ITEMS, Item, all_questions, caption, make_scene
+from hive_ds.data.scenes_drawing import draw_scene
+from hive_ds.data.scenes_samples import question_samples, scene_samples, text_samples, write_scenes
+from hive_ds.errors import HiveError
+
+STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
+
+
+def holders(scene: dict, **attributes: str) -> list[dict]:
+    return [item for item in scene["items"] if all(item[key] == value for key, value in attributes.items())]
+
+
+def only(scene: dict, **attributes: str) -> dict:
+    (item,) = holders(scene, **attributes)  # a question about one shape is asked only where there is one
+    return item
+
+
+def singular(word: str) -> str:
+    return re.sub(r"es$", "", word) if word.endswith("sses") else word[:-1]
+
+
+def is_right(scene: dict, question: str, answer: str) -> bool:
+    """Judge an answer from the scene's description and the words of the question alone."""
+    words = question.rstrip("?").split()
+    match words:
+        case ["what", "colour", "is", "the", shape]:
+            return only(scene, shape=shape)["colour"] == answer
+        case ["what", "shape", "is", colour]:
+            return only(scene, colour=colour)["shape"] == answer
+        case ["what", "size", "is", "the", shape]:
+            return only(scene, shape=shape)["size"] == answer
+        case ["how", "many", "shapes", "are", colour]:
+            return len(holders(scene, colour=colour)) == int(answer)
+        case ["how", "many", shapes, "are", "there"]:
+            return len(holders(scene, shape=singular(shapes))) == int(answer)
+        case ["where", "is", "the", shape, "from", "the", other]:
+            here, there = only(scene, shape=shape), only(scene, shape=other)
+            apart = (here["row"] - there["row"], here["column"] - there["column"])
+            return tuple(np.sign(apart)) == STEPS[answer]
+        case ["what", "does", "the", "text", "say"]:
+            return scene["word"] == answer
+    raise AssertionError(f"unknown question {question!r}")
+
+
+def question_of(content: str) -> str:
+    """The last sentence, without what is shown or told before it."""
+    return re.split(r"<image>|\. ", content)[-1]
+
+
+def test_every_answer_follows_from_the_scene() -> None:
+    seen = Counter()
+    for index in range(300):
+        made = make_scene(3, "check", index, questions=6)
+        scene = made.scene.as_dict()
+        assert 2 <= len(made.scene.items) <= MOST_ITEMS
+        for question in all_questions(made.scene):
+            assert is_right(scene, question.text, question.answer), (question, scene)
+            assert not any(
+                is_right(scene, question.text, other) for other in ANSWERS[question.kind] if other != question.answer
+            )
+            seen[question.kind, question.answer] += 1
+    assert set(seen) == {(kind, answer) for kind, answers in ANSWERS.items() for answer in answers}
+
+
+def test_shapes_keep_apart_and_lie_where_the_description_says() -> None:
+    for index in range(40):
+        scene = make_scene(0, "apart", index, questions=1).scene
+        cells = [(item.row, item.column) for item in scene.items] + [scene.word_cell]
+        assert len(set(cells)) == len(cells)
+        pixels = np.asarray(draw_scene(scene, 64)).astype(int)
+        for item in scene.items:
+            assert nearest_colour(pixels, item) == item.colour
+    assert draw_scene(scene, 128).size == (128, 128)
+
+
+def nearest_colour(pixels: np.ndarray, item: Item) -> str:
+    """The colour on the item: a ring's is beside its centre."""
+    x, y = item.x * 64, item.y * 64
+    beside = {"small": 2.4, "medium": 3.7, "large": 5.3}[item.size] if item.shape == "ring" else 0
+    found = pixels[int(y), int(x + beside)]
+    return min(COLOURS, key=lambda name: int(np.abs(found - np.array(COLOURS[name])).sum()))
+
+
+def test_samples_are_a_function_of_seed_split_and_index() -> None:
+    first, again = list(scene_samples(1, "train", 4, 64)), list(scene_samples(1, "train", 4, 64))
+    assert first == again
+    assert list(scene_samples(1, "train", 2, 64)) == first[:2]
+    assert [s.images for s in scene_samples(2, "train", 4, 64)] != [s.images for s in first]
+    assert [s.images for s in scene_samples(1, "validation", 4, 64)] != [s.images for s in first]
+
+
+def test_turns_carry_their_answers_and_the_caption_comes_last() -> None:
+    for sample in [*scene_samples(0, "train", 12, 64), *text_samples(0, "text", 12)]:
+        said = [turn.content for turn in sample.turns if turn.role == "assistant"]
+        asked = [turn.content for turn in sample.turns if turn.role == "user"]
+        assert said == sample.meta["answers"]
+        if sample.images:
+            assert sample.meta["kinds"][-1] == "caption"
+            assert Image.open(io.BytesIO(sample.images[0])).size == (64, 64)
+            assert not any(said[-1] in content for content in asked)
+            for question, answer in list(zip(asked, said, strict=True))[:-1]:
+                assert is_right(sample.meta["scene"], question_of(question), answer)
+
+
+def test_a_told_scene_says_what_is_asked_about_it() -> None:
+    for index, sample in enumerate(text_samples(0, "text", 12)):
+        scene = make_scene(0, "text", index, questions=6).scene
+        assert sample.turns[0].content.startswith(caption(scene))
+        assert is_right(scene.as_dict(), question_of(sample.turns[0].content), sample.turns[1].content)
+
+
+def test_blind_guesses_score_low() -> None:
+    """The best answer without looking, even one chosen for each wording of a question, is right rarely."""
+    rows = [(s.meta["kind"], s.turns[0].content, s.meta["answer"]) for s in question_samples(0, "questions", 1440, 32)]
+    for kind, answers in ANSWERS.items():
+        of_kind = [(question, answer) for k, question, answer in rows if k == kind]
+        counts = Counter(answer for _, answer in of_kind)
+        assert set(counts) == set(answers)
+        assert max(counts.values()) - min(counts.values()) <= 1
+        half = len(of_kind) // 2
+        by_wording: dict[str, Counter] = {}
+        for question, answer in of_kind[:half]:
+            by_wording.setdefault(question, Counter())[answer] += 1
+        right = sum(
+            by_wording[question].most_common(1)[0][0] == answer
+            for question, answer in of_kind[half:]
+            if question in by_wording
+        )
+        assert right / half < 1 / len(answers) + 0.12, kind
+
+
+def test_folders_read_back(tmp_path) -> None:
+    mds = pytest.importorskip("hive_ds.data.mds", reason="needs mosaicml-streaming: pip install 'hive-ds[streaming]'")
+    folders = write_scenes(tmp_path / "data", 6, seed=5, held_out=3, num_text=4)
+    assert mds.read_mds(folders.train) == list(scene_samples(5, "train", 6, 64))
+    assert mds.read_mds(folders.questions) == list(question_samples(5, "questions", 3, 64))
+    assert len(mds.read_mds(folders.text)) == 4
+    assert len(mds.read_mds(folders.text_validation)) == len(mds.read_mds(folders.validation)) == 3
+    with pytest.raises(HiveError, match="not an empty folder"):
+        write_scenes(tmp_path / "data", 6, seed=5)
+    with pytest.raises(HiveError, match="num is 0"):
+        write_scenes(tmp_path / "none", 0)
+    with pytest.raises(HiveError, match="size is 8"):
+        write_scenes(tmp_path / "none", 1, size=8)
