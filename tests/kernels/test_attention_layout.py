@@ -111,3 +111,10 @@ def test_padding_there_and_back(lengths: list[int]) -> None:
     assert torch.equal(rows.unpad(padded), x)
     for line, length in zip(padded, lengths, strict=True):
         assert torch.count_nonzero(line[length:]) == 0
+
+
+def test_no_row_of_the_mask_sees_nothing() -> None:
+    """Not even padding, where a softmax over nothing would be NaN."""
+    layout = AttentionLayout.build([0, 3, 1], [[2], [], [1]], [[0], [], [1]])
+    assert layout.mask is not None
+    assert layout.mask.any(dim=-1).all()
