@@ -123,7 +123,8 @@ def test_a_told_scene_says_what_is_asked_about_it() -> None:
 
 def test_blind_guesses_score_low() -> None:
     """The best answer without looking, even one chosen for each wording of a question, is right rarely."""
-    rows = [(s.meta["kind"], s.turns[0].content, s.meta["answer"]) for s in question_samples(0, "questions", 1440, 32)]
+    questions = [make_scene(0, "questions", index, questions=1).questions[0] for index in range(1440)]
+    rows = [(question.kind, question.text, question.answer) for question in questions]
     for kind, answers in ANSWERS.items():
         of_kind = [(question, answer) for k, question, answer in rows if k == kind]
         counts = Counter(answer for _, answer in of_kind)

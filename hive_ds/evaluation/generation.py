@@ -1,0 +1,102 @@
+"""Answers by generation: batches of prompts through a model, and the check that it looks at the picture."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from hive_ds.data.schema import Sample
+from hive_ds.data.text import render_prompt
+from hive_ds.errors import HiveError
+from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.processing import HiveProcessor
+
+
+def answer_samples(
+    model: HiveForCausalLM,
+    processor: HiveProcessor,
+    samples: Sequence[Sample],
+    *,
+    template: str,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Greedy answers to the last question of every sample, in order.
+
+    A sample's own answer, if its last turn is one, is left out of the prompt.
+
+    Args:
+        model: in eval mode.
+        processor: the one it was trained with.
+        samples: conversations.
+        template: ``plain`` or ``chat``, as in `DataConfig`.
+        batch_size: prompts generated together; changes no answer but for rounding.
+        max_new_tokens: longest answer.
+        progress: called with (answered, all) after every batch.
+    """
+    answers: list[str] = []
+    for batch in _batches(samples, batch_size):
+        answers += _generate(model, processor, batch, template, max_new_tokens)
+        if progress:
+            progress(len(answers), len(samples))
+    return answers
+
+
+def truth(sample: Sample) -> str:
+    """What the sample's last turn answers.
+
+    Raises:
+        HiveError: it is not an answer.
+    """
+    last = sample.turns[-1]
+    if last.role != "assistant":
+        raise HiveError(f"sample {sample.id!r}: its last turn is the {last.role}'s, expected an answer to compare with")
+    return last.content
+
+
+def with_shuffled_images(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """The same questions, each over another sample's images: what is still right was guessed without looking.
+
+    Images move along one random cycle, so none stays. Samples must hold equally many images.
+
+    Raises:
+        HiveError: fewer than two samples, or unequal numbers of images.
+    """
+    if len(samples) < 2:
+        raise HiveError(f"{len(samples)} samples: expected at least 2 to shuffle images among")
+    if len({len(sample.images) for sample in samples}) > 1:
+        raise HiveError("samples with unequal numbers of images: their images cannot be shuffled among them")
+    order = list(range(len(samples)))
+    random.Random(seed).shuffle(order)
+    donors = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [replace(sample, images=samples[donors[index]].images) for index, sample in enumerate(samples)]
+
+
+def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sample]]:
+    for start in range(0, len(samples), batch_size):
+        yield samples[start : start + batch_size]
+
+
+@torch.no_grad()
+def _generate(
+    model: HiveForCausalLM, processor: HiveProcessor, batch: Sequence[Sample], template: str, max_new_tokens: int
+) -> list[str]:
+    prompts = []
+    for sample in batch:
+        turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
+        prompts.append(render_prompt(turns, processor.tokenizer, template=template))
+    inputs = processor(prompts, [image for sample in batch for image in sample.images] or None).to(model.device)
+    offsets = inputs.pop("image_offsets")
+    tokens = model.generate(
+        **inputs,
+        image_offsets=offsets,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    return [answer.strip() for answer in processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :])]

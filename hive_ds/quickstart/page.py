@@ -1,0 +1,171 @@
+"""One HTML page of a quickstart's results, with nothing to fetch: pictures and curves are inside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from hive_ds.data.schema import Sample
+from hive_ds.evaluation.scoring import exact_match
+from hive_ds.quickstart.plots import Line, line_plot
+from hive_ds.quickstart.questions import QuestionResults, table
+
+PICTURES_PER_KIND = 3
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #6b7280; --rule: #d9dde3; --good: #15803d;
+  --bad: #b42318; --one: #2563eb; --two: #d97706; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #14171b; --faint: #9aa3ae; --rule: #343a42;
+  --good: #4ade80; --bad: #f87171; --one: #7aa8ff; --two: #fbbf24; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
+  max-width: 60rem; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+p.headline { font-size: 1.15rem; } .faint { color: var(--faint); font-size: .9rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+tr.last td { font-weight: 600; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem; }
+figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; display: block; border-radius: 4px; }
+figcaption { font-size: .9rem; } .good { color: var(--good); } .bad { color: var(--bad); }
+pre { overflow-x: auto; border: 1px solid var(--rule); border-radius: 4px; padding: .6rem; font-size: .85rem; }
+svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; }
+"""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A finished stage: its name and the lines of its metrics.jsonl."""
+
+    name: str
+    lines: list[dict]
+
+    @classmethod
+    def read(cls, name: str, metrics: Path) -> StageRecord:
+        """Read ``metrics``; lines that are no JSON object (a kill cut them short) are left out."""
+        lines = []
+        for line in metrics.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+        return cls(name, lines)
+
+    def series(self, event: str, key: str) -> list[tuple[float, float]]:
+        """(step, value) of every line of ``event`` that has a finite ``key``."""
+        return [
+            (line["step"], line[key]) for line in self.lines if line["event"] == event and line.get(key) is not None
+        ]
+
+
+@dataclass(frozen=True)
+class PageContent:
+    """Everything on the page."""
+
+    results: QuestionResults
+    samples: Sequence[Sample]
+    """Those that were asked, in the order of ``results``."""
+    chance: dict[str, float]
+    stages: Sequence[StageRecord]
+    timings: Sequence[tuple[str, float]]
+    """Name and seconds of every step."""
+    facts: Sequence[str]
+    """Sentences on what was run: sizes, samples, seed."""
+    next_steps: Sequence[tuple[str, str]]
+    """What one may do next, and the command."""
+
+
+def render_page(content: PageContent) -> str:
+    """The page as HTML."""
+    sections = [
+        "<h1>HIVE quickstart</h1>",
+        headline(content.results),
+        "<h2>Answers to held-out questions</h2>",
+        _table(table(content.results, content.chance)),
+        '<p class="faint">Shuffled: the same model and questions, each question over another sample\'s picture. '
+        "Intervals are Wilson's, 95 %. A blind guess takes one of the kind's answers, all equally frequent.</p>",
+        "<h2>Loss of the three stages</h2>",
+        *(_curves(stage) for stage in content.stages),
+        "<h2>Pictures, questions, answers</h2>",
+        f'<p class="faint">The first {PICTURES_PER_KIND} of every kind, not chosen.</p>',
+        _pictures(content),
+        "<h2>What was run</h2>",
+        "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in content.facts) + "</ul>",
+        _table([["step", "seconds"], *([name, f"{seconds:.0f}"] for name, seconds in content.timings)]),
+        "<h2>What to do next</h2>",
+        *(f"<p>{escape(what)}</p><pre>{escape(command)}</pre>" for what, command in content.next_steps),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>HIVE quickstart</title><style>{STYLE}</style></head><body>\n"
+        + "\n".join(sections)
+        + "\n</body></html>\n"
+    )
+
+
+def headline(results: QuestionResults) -> str:
+    """One sentence with the result, whatever it is."""
+    right, shuffled = results.accuracy["all"], results.shuffled_accuracy["all"]
+    verdict = "it uses the picture" if right.interval[0] > shuffled.interval[1] else "this does not show that it looks"
+    return (
+        f'<p class="headline">The model answers <b>{100 * right.value:.1f} %</b> of {right.total} held-out questions '
+        f"with the right picture and <b>{100 * shuffled.value:.1f} %</b> with another one: "
+        f"{results.margin:+.1f} points, {verdict}.</p>"
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
+    for row in body:
+        mark = ' class="last"' if row[0] in ("all", "total") else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return '<div class="wide"><table>' + "".join(lines) + "</table></div>"
+
+
+def _curves(stage: StageRecord) -> str:
+    train = Line("training", "var(--one)", smoothed(stage.series("train", "loss")))
+    held_out = Line("held out", "var(--two)", stage.series("validation", "loss"), markers=True)
+    forgetting = stage.series("validation", "text_loss")
+    note = f" Loss on text alone at its end: {forgetting[-1][1]:.3f}." if forgetting else ""
+    return (
+        f"<h3>{escape(stage.name)}</h3>{line_plot([train, held_out], 'step', 'loss (nats per token)')}"
+        f'<p class="faint">Training loss is a running mean over 5 steps.{note}</p>'
+    )
+
+
+def smoothed(points: list[tuple[float, float]], window: int = 5) -> list[tuple[float, float]]:
+    """Mean of each value and up to ``window`` - 1 before it."""
+    values = [value for _, value in points]
+    means = [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])]
+    return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
+
+
+def _pictures(content: PageContent) -> str:
+    shown: dict[str, int] = {}
+    figures = []
+    for sample, kind, answer, truth in zip(
+        content.samples, content.results.kinds, content.results.answers, content.results.truths, strict=True
+    ):
+        shown[kind] = shown.get(kind, 0) + 1
+        if shown[kind] <= PICTURES_PER_KIND:
+            figures.append(_figure(sample, answer, truth))
+    return '<div class="grid">' + "".join(figures) + "</div>"
+
+
+def _figure(sample: Sample, answer: str, truth: str) -> str:
+    question = sample.turns[-2].content.replace("<image>", "").strip()
+    data = base64.b64encode(sample.images[0]).decode()
+    if exact_match(answer, truth):
+        said = f'<span class="good">{escape(answer)}</span>'
+    else:
+        said = f'<span class="bad">{escape(answer or "(nothing)")}</span>, truth: {escape(truth)}'
+    return (
+        f'<figure><img alt="a generated scene" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(question)}<br>{said}</figcaption></figure>"
+    )

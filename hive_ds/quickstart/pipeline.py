@@ -1,0 +1,282 @@
+"""The main job at toy size: scenes, base models, three stages, export, questions, page."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hive_ds.data.scenes import ANSWERS
+from hive_ds.data.scenes_samples import SceneFolders, write_scenes
+from hive_ds.data.schema import Sample
+from hive_ds.errors import HiveError
+from hive_ds.export import export_encoder
+from hive_ds.quickstart.base_models import (
+    pretrain_language_model,
+    pretrain_vision_encoder,
+    save_folder,
+    train_tokenizer,
+)
+from hive_ds.quickstart.page import PageContent, StageRecord, render_page
+from hive_ds.quickstart.questions import QuestionResults, ask, table
+from hive_ds.quickstart.settings import DEFAULT, RECIPE, Settings
+from hive_ds.quickstart.steps import Step, run_steps, seconds_of
+from hive_ds.recipe import load_recipe
+from hive_ds.stages import STAGES, Stage
+
+RANKS = 2
+
+
+def run_quickstart(out: str | Path, *, seed: int = 0, settings: Settings = DEFAULT) -> QuestionResults:
+    """Run every step that ``out`` does not hold yet; print and return the result.
+
+    Raises:
+        HiveError: ``out`` was made with another seed or other settings, or a training stage failed.
+    """
+    quickstart = Quickstart(Path(out), seed, settings)
+    quickstart.check_settings()
+    run_steps(quickstart.steps(), quickstart.markers)
+    results = QuestionResults.load(quickstart.answers)
+    print(_as_text(table(results, chance())))
+    print(f"\nright images over shuffled ones: {results.margin:+.1f} points\npage: {quickstart.page.resolve()}")
+    return results
+
+
+def chance() -> dict[str, float]:
+    """Share of right answers of a blind guess, by kind of question."""
+    return {kind: 1 / len(answers) for kind, answers in ANSWERS.items()}
+
+
+class Quickstart:
+    """The steps, and where each keeps its files below ``out``."""
+
+    def __init__(self, out: Path, seed: int, settings: Settings) -> None:
+        self.out, self.seed, self.settings = out, seed, settings
+        self.folders = SceneFolders(out / "data")
+        self.language_model = out / "base" / "language_model"
+        self.vision_encoder = out / "base" / "vision_encoder"
+        self.encoder = out / "encoder"
+        self.answers = out / "answers.json"
+        self.page = out / "index.html"
+        self.markers = out / "steps"
+
+    def steps(self) -> list[Step]:
+        """All steps, in order."""
+        return [
+            Step("scenes", "draw pictures with questions and answers", self._scenes, (self.folders.root,)),
+            Step("language model", "pretrain on text alone", self._language_model, (self.language_model,)),
+            Step("vision encoder", "pretrain on pictures and captions", self._vision_encoder, (self.vision_encoder,)),
+            *(Step(f"stage {stage.number}", stage.name, partial(self._train, stage)) for stage in STAGES),
+            Step("export", "write the encoder as a stock folder", self._export, (self.encoder,)),
+            Step("questions", "ask about held-out pictures, right and shuffled", self._questions),
+            Step("page", "write the page of results", self._page),
+        ]
+
+    def check_settings(self) -> None:
+        """Write the settings to a new folder; compare them with those of an old one."""
+        path = self.out / "quickstart.json"
+        wanted = json.loads(json.dumps({"seed": self.seed, **asdict(self.settings)}))
+        if not path.is_file():
+            self.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(wanted, indent=2) + "\n")
+            return
+        made_with = json.loads(path.read_text())
+        for name, value in wanted.items():
+            if made_with.get(name) != value:
+                raise HiveError(
+                    f"{self.out} was made with {name} {made_with.get(name)}, not {value}; "
+                    "choose another --out, or remove the folder"
+                )
+
+    def _scenes(self) -> None:
+        settings = self.settings
+        write_scenes(
+            self.folders.root,
+            settings.scenes,
+            self.seed,
+            size=settings.image_size,
+            held_out=settings.held_out,
+            num_text=settings.text,
+            progress=_bar("samples"),
+        )
+
+    def _language_model(self) -> None:
+        samples = _read(self.folders.text)
+        conversations = [[asdict(turn) for turn in sample.turns] for sample in samples]
+        texts = [turn["content"] for turns in conversations for turn in turns]
+        size = self.settings.language_model
+        tokenizer = train_tokenizer(texts, size.vocabulary)
+        model = pretrain_language_model(conversations, tokenizer, size, seed=self.seed, progress=_loss_bar())
+        save_folder(model, tokenizer, self.language_model)
+
+    def _vision_encoder(self) -> None:
+        from transformers import AutoTokenizer
+
+        samples = _read(self.folders.train)
+        encoder, processor = pretrain_vision_encoder(
+            [sample.images[0] for sample in samples],
+            [sample.turns[-1].content for sample in samples],
+            AutoTokenizer.from_pretrained(self.language_model),
+            self.settings.vision_encoder,
+            seed=self.seed,
+            progress=_loss_bar(),
+        )
+        save_folder(encoder, processor, self.vision_encoder)
+
+    def _train(self, stage: Stage) -> None:
+        command = self._command(stage)
+        print(" ".join(["deepspeed", *command]), flush=True)
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+        done = subprocess.run([*launcher, *command], env=_environment(), check=False)
+        if done.returncode:
+            raise HiveError(
+                f"stage {stage.number} ended with exit code {done.returncode}, its messages are above; "
+                "run the quickstart again to go on from here"
+            )
+
+    def _command(self, stage: Stage) -> list[str]:
+        """Arguments of the ``deepspeed`` launcher."""
+        overrides = [
+            f"model.vision_encoder={self.vision_encoder}",
+            f"model.language_model={self.language_model}",
+            f"data.train={self.folders.train}",
+            f"data.validation={self.folders.validation}",
+            f"data.text_validation={self.folders.text_validation}",
+            f"training.seed={self.seed}",
+            *self.settings.overrides,
+        ]
+        command = ["--num_accelerators", str(_ranks()), "--module", "hive_ds.train"]
+        command += ["--recipe", RECIPE, "--stage", str(stage.number), "--run", str(self.out)]
+        return command + [part for override in overrides for part in ("--set", override)]
+
+    def _export(self) -> None:
+        report = export_encoder(self.out, self.encoder)
+        print(f"{report.folder}: {report.model_class}, features equal to {report.largest_difference:.1e}")
+
+    def _questions(self) -> None:
+        results = ask(
+            self.out / f"stage{STAGES[-1].number}" / "model",
+            _read(self.folders.questions),
+            template=load_recipe(RECIPE).data.template,
+            seed=self.seed,
+            progress=_bar("answers"),
+        )
+        results.save(self.answers)
+
+    def _page(self) -> None:
+        timings = [(step.name, seconds_of(self.markers, step.name)) for step in self.steps()[:-1]]
+        timings.append(("total", sum(seconds for _, seconds in timings)))
+        content = PageContent(
+            results=QuestionResults.load(self.answers),
+            samples=_read(self.folders.questions),
+            chance=chance(),
+            stages=[
+                StageRecord.read(f"Stage {s.number}: {s.name}", self.out / f"stage{s.number}" / "metrics.jsonl")
+                for s in STAGES
+            ],
+            timings=timings,
+            facts=self._facts(),
+            next_steps=self._next_steps(),
+        )
+        self.page.write_text(render_page(content))
+
+    def _facts(self) -> list[str]:
+        settings, recipe = self.settings, load_recipe(RECIPE, self.settings.overrides)
+        llm, vision = settings.language_model, settings.vision_encoder
+        stages = ", ".join(
+            f"{name} {stage.steps} steps of {stage.global_batch_size}" for name, stage in recipe.stages.items()
+        )
+        return [
+            f"Seed {self.seed}; {settings.scenes} training scenes of {settings.image_size} x {settings.image_size} "
+            f"pixels, {settings.held_out} held-out questions, {settings.text} conversations without a picture.",
+            f"Language model: {llm.layers} layers, {llm.width} wide, pretrained {llm.steps} steps of {llm.batch} on "
+            "text alone.",
+            f"Vision encoder: {vision.blocks} blocks, {vision.width} wide, pretrained {vision.steps} steps of "
+            f"{vision.batch} with the sigmoid contrastive loss.",
+            f"Routes: vision blocks {list(recipe.model.routes.vision_blocks)} to language layers "
+            f"{list(recipe.model.routes.language_layers)}.",
+            f"Stages: {stages}; {_ranks()} ZeRO ranks, policy {recipe.training.ds_config}.",
+        ]
+
+    def _next_steps(self) -> list[tuple[str, str]]:
+        stage = STAGES[-1]
+        return [
+            (
+                "Use the trained encoder in plain transformers.",
+                "from transformers import SiglipVisionModel\n"
+                f'encoder = SiglipVisionModel.from_pretrained("{self.encoder}")',
+            ),
+            ("Change a value and train on your own (every value and its origin):", f"hive-ds recipe show {RECIPE}"),
+            (
+                "Bring your own pictures: LLaVA-format JSON and an image folder.",
+                "hive-ds data convert DATA.json IMAGES OUT",
+            ),
+            ("Run one stage by hand, as on a cluster.", " ".join(["deepspeed", *self._command(stage)])),
+        ]
+
+
+def _read(folder: Path) -> list[Sample]:
+    from hive_ds.data.mds import read_mds  # needs the [streaming] extra
+
+    return read_mds(folder)
+
+
+def _ranks() -> int:
+    return min(RANKS, torch.cuda.device_count()) if _uses_gpu() else RANKS
+
+
+def _uses_gpu() -> bool:
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def _environment() -> dict[str, str]:
+    """Of the launcher: programs beside this Python (ninja) are found, and ranks share the cores."""
+    threads = max(1, (os.cpu_count() or 1) // _ranks())
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": str(threads)}
+    return environment if _uses_gpu() else {**environment, "DS_ACCELERATOR": "cpu"}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _bar(unit: str) -> Callable[[int, int], None]:
+    bar = tqdm(unit=f" {unit}", dynamic_ncols=True)
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return update
+
+
+def _loss_bar() -> Callable[[int, int, float], None]:
+    bar = tqdm(unit=" steps", dynamic_ncols=True)
+
+    def update(step: int, steps: int, loss: float) -> None:
+        bar.total = steps
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bar.update(step - bar.n)
+        if step == steps:
+            bar.close()
+
+    return update
+
+
+def _as_text(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

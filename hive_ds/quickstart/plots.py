@@ -1,0 +1,70 @@
+"""Line plots as inline SVG: no library, no script, any width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 34
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named series of (x, y); with ``markers`` its points are dots."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float]]
+    markers: bool = False
+
+
+def line_plot(lines: Sequence[Line], x_label: str, y_label: str) -> str:
+    """An SVG of all lines over shared axes; a sentence instead if there is no point."""
+    points = [point for line in lines for point in line.points]
+    if not points:
+        return "<p>No values were logged.</p>"
+    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
+    y_ticks = ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for tick in y_ticks:
+        _, y = at(x_ticks[0], tick)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in x_ticks:
+        x, _ = at(tick, y_ticks[0])
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(f'<text x="4" y="12">{escape(y_label)}</text>')
+    for place, line in enumerate(lines):
+        parts += _draw(line, [at(*point) for point in line.points], WIDTH - RIGHT - 90 * (len(lines) - place))
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">' + "".join(parts) + "</svg>"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About ``count`` round numbers from at most ``low`` to at least ``high``, two or more."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / count
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 10) for index in range(first, max(last, first + 1) + 1)]
+
+
+def _draw(line: Line, points: Sequence[tuple[float, float]], legend_x: float) -> list[str]:
+    legend = f'<text x="{legend_x + 14}" y="12">{escape(line.name)}</text>'
+    key = f'<rect x="{legend_x}" y="4" width="10" height="8" fill="{line.colour}"/>'
+    if line.markers:
+        marks = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{line.colour}"/>' for x, y in points]
+    else:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        marks = [f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2"/>']
+    return [key, legend, *marks]

@@ -1,0 +1,37 @@
+"""What a quickstart runs with: the default, and a shorter one that only shows that everything works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hive_ds.quickstart.base_models import LanguageModelSize, VisionEncoderSize
+
+RECIPE = "tiny"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of data and base models; the three stages' numbers are the recipe's."""
+
+    scenes: int = 8000
+    held_out: int = 600
+    text: int = 4000
+    image_size: int = 64
+    language_model: LanguageModelSize = field(default_factory=LanguageModelSize)
+    vision_encoder: VisionEncoderSize = field(default_factory=VisionEncoderSize)
+    overrides: tuple[str, ...] = ()
+    """``--set`` options of the training command."""
+
+
+DEFAULT = Settings()
+
+_STAGES = ("connector_pretraining", "modality_adaptation", "vision_finetuning")
+SMOKE = Settings(
+    scenes=64,
+    held_out=24,
+    text=64,
+    language_model=LanguageModelSize(steps=3, batch=8),
+    vision_encoder=VisionEncoderSize(steps=3, batch=8),
+    overrides=tuple(f"stages.{stage}.steps=3" for stage in _STAGES),
+)
+"""The same path in a minute or two; learns nothing."""

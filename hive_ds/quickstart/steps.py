@@ -1,0 +1,50 @@
+"""Steps that are done once: a marker file for each, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pipeline."""
+
+    name: str
+    what: str
+    """What it does, for the reader of the terminal."""
+    run: Callable[[], None]
+    clears: tuple[Path, ...] = ()
+    """What an attempt that was stopped may have left, removed before the next one."""
+
+
+def run_steps(steps: Sequence[Step], markers: Path) -> None:
+    """Run, in order, the steps without a marker file in the folder ``markers``."""
+    markers.mkdir(parents=True, exist_ok=True)
+    for number, step in enumerate(steps, start=1):
+        label = f"[{number}/{len(steps)}] {step.name}"
+        marker = _marker(markers, step.name)
+        if marker.is_file():
+            print(f"{label}: done before", flush=True)
+            continue
+        print(f"{label}: {step.what}", flush=True)
+        for path in step.clears:
+            shutil.rmtree(path, ignore_errors=True)
+        start = time.perf_counter()
+        step.run()
+        seconds = time.perf_counter() - start
+        marker.write_text(json.dumps({"seconds": seconds}) + "\n")
+        print(f"{label}: {seconds:.0f} s", flush=True)
+
+
+def seconds_of(markers: Path, name: str) -> float:
+    """How long a finished step took, in the attempt that finished it."""
+    return json.loads(_marker(markers, name).read_text())["seconds"]
+
+
+def _marker(markers: Path, name: str) -> Path:
+    return markers / f"{name.replace(' ', '_')}.json"
