@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from hive_ds.config import Recipe, StageConfig
 from hive_ds.data.loader import build_loader
@@ -128,7 +129,7 @@ def _load_model(run: Run) -> tuple[HiveForCausalLM, HiveProcessor]:
     weights = run.folder.start_weights()
     if weights is None:
         model = build_model(recipe.model, image_kv=image_kv, max_length=recipe.data.max_length)
-        processor = HiveProcessor.from_base_models(recipe.model.vision_encoder, recipe.model.language_model)
+        processor = _base_processor(recipe)
     else:
         model, report = load_model(weights, recipe.model, image_kv=image_kv)
         processor = HiveProcessor.from_pretrained(weights)
@@ -136,6 +137,19 @@ def _load_model(run: Run) -> tuple[HiveForCausalLM, HiveProcessor]:
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train(), processor
+
+
+def _base_processor(recipe: Recipe) -> HiveProcessor:
+    """The image processor of the recipe's encoder and the tokenizer of its LLM."""
+    encoder, language_model = recipe.model.vision_encoder, recipe.model.language_model
+    try:
+        images, tokenizer = AutoImageProcessor.from_pretrained(encoder), AutoTokenizer.from_pretrained(language_model)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise HiveError(
+            f"no image processor in {encoder}, or no tokenizer in {language_model}: {first_line}"
+        ) from error
+    return HiveProcessor(images, tokenizer, recipe.data.image_position)
 
 
 def _load_data(run: Run, processor: HiveProcessor) -> tuple[SampleLoader, dict[str, SampleLoader]]:
@@ -187,12 +201,10 @@ def _start_job(
 ) -> tuple[Job, int]:
     """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
     world, device, training, config = run.world, run.device, run.recipe.training, run.config
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    flops = FlopCounter(model, plan)
     identity = RunIdentity.of(plan, training, config, ranks=world.size, ds_config=ds_config)
     engine = Engine(model, plan.groups, ds_config, config, world=world, device=device)
     if world.is_main:
-        print_plan(plan, sizes, engine)
+        print_plan(plan, engine)
     torch.manual_seed(training.seed + world.rank)
     first_step = _resume(run, engine, identity, loader)
     rate = matmul_rate(device, engine.dtype)
@@ -206,7 +218,7 @@ def _start_job(
         training=training,
         metrics=metrics,
         meter=Meter(world.size, rate, device, samples=first_step * config.global_batch_size),
-        flops=flops,
+        flops=FlopCounter(model, plan),
         patch_size=model.config.vision_config.patch_size,
         world=world,
         device=device,

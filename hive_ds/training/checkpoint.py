@@ -49,7 +49,7 @@ class RunIdentity:
     def of(
         cls, plan: StagePlan, training: TrainingConfig, config: StageConfig, *, ranks: int, ds_config: dict[str, Any]
     ) -> RunIdentity:
-        """The identity of a run, before its model is partitioned."""
+        """The identity of a run."""
         return cls(
             stage=plan.stage.name,
             ranks=ranks,
@@ -57,7 +57,7 @@ class RunIdentity:
             precision=training.precision,
             seed=training.seed,
             global_batch_size=config.global_batch_size,
-            parameters={name: list(p.shape) for group in plan.groups for name, p in group.parameters.items()},
+            parameters={name: list(plan.shapes[name]) for group in plan.groups for name in group.parameters},
             optimizer_groups=[group.name for group in plan.groups],
         )
 

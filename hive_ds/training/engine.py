@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
-from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks
+from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
 from hive_ds.training.groups import OptimizerGroup
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not uses_gpu():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before the import: DeepSpeed decides then
 
 import deepspeed
 import deepspeed.ops

@@ -12,6 +12,7 @@ have a forward pass only, unless something below them trains.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ class FlopCounter:
     """FLOPs of training on a batch, per model and stage.
 
     Args:
-        model: a `HiveForCausalLM`, before it is partitioned.
+        model: a `HiveForCausalLM`.
         plan: what trains.
     """
 
@@ -92,9 +93,7 @@ class FlopCounter:
         text_trains = "language_model" in self._trains
         self._first_layer = 0 if text_trains else min(blocks_by_layer)
         self._weights = [
-            (name, plan.group_of[name], parameter.numel())
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1
+            (name, plan.group_of[name], math.prod(shape)) for name, shape in plan.shapes.items() if len(shape) > 1
         ]
         self._head = text.vocab_size * text.hidden_size
 

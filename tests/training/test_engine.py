@@ -1,0 +1,78 @@
+"""The engine on 1 and 2 ranks: equal losses, and rows 1 to 3, 13 to 15, 19, 23, 25, 26 of the pitfalls."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_checks import IMAGES, STEPS
+from ranks import Verdict, check_names, launch_checks, passed
+from stage_helpers import CONFIG, make_model, step_batches
+
+from hive_ds.stages import hive_groups, stage_by_number
+from hive_ds.training.groups import plan_stage
+
+FILE = "engine_checks.py"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
+    return launch_checks(FILE, 1, tmp_path_factory.mktemp("alone"), ["check_losses", "check_generation"])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
+    return launch_checks(FILE, 2, tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[list[float]]:
+    """Loss and gradient norms of the same steps in plain PyTorch: one batch of four samples, one mean over tokens."""
+    model, stage = make_model(stage_by_number(3)), stage_by_number(3)
+    plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), CONFIG)
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.parameters.values()), "weight_decay": group.weight_decay} for group in plan.groups],
+        lr=CONFIG.lr,
+        betas=CONFIG.betas,
+        eps=CONFIG.eps,
+    )
+    rows = []
+    for step in range(STEPS):
+        (batch,) = step_batches(SimpleNamespace(world=SimpleNamespace(rank=0, size=1)), step, 4, IMAGES)
+        loss = model(**batch.model_inputs("cpu", torch.float32)).loss
+        loss.backward()
+        norms = {group.module_group: 0.0 for group in plan.groups}
+        for group in plan.groups:
+            norms[group.module_group] += sum(float(p.grad.norm() ** 2) for p in group.parameters.values())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append([loss.item(), *(square**0.5 for square in norms.values())])
+    return rows
+
+
+@pytest.mark.parametrize("ranks", ["1x4", "1x1", "2x2", "2x1"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_every_split_and_zero_stage_trains_as_plain_pytorch(
+    ranks: str, zero: int, alone: dict[str, Verdict], pair: dict[str, Verdict], reference: list[list[float]]
+) -> None:
+    losses = passed((alone if ranks.startswith("1") else pair)["check_losses"])
+    torch.testing.assert_close(
+        torch.tensor(losses[f"{ranks} zero{zero}"]), torch.tensor(reference), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_bf16_follows_fp32(zero: int, pair: dict[str, Verdict], reference: list[list[float]]) -> None:
+    losses = torch.tensor(passed(pair["check_bf16"])[f"zero{zero}"])
+    torch.testing.assert_close(losses, torch.tensor(reference), rtol=2e-2, atol=2e-3)
+
+
+def test_generation_under_zero3_equals_one_process(alone: dict[str, Verdict], pair: dict[str, Verdict]) -> None:
+    assert passed(pair["check_generation"]) == passed(alone["check_generation"])
+
+
+@pytest.mark.parametrize("name", [name for name in check_names(FILE) if name not in ("check_losses", "check_bf16")])
+def test_on_two_ranks(name: str, pair: dict[str, Verdict]) -> None:
+    passed(pair[name])
