@@ -20,10 +20,12 @@ from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    SiglipVisionModel,
 )
 
 from hive_ds.constants import IGNORE_INDEX
@@ -132,7 +134,7 @@ def pretrain_vision_encoder(
     *,
     seed: int,
     progress: Progress,
-) -> tuple[nn.Module, SiglipImageProcessor]:
+) -> tuple[SiglipVisionModel, SiglipImageProcessor]:
     """Train a SigLIP encoder against a small text tower with the sigmoid loss; return the encoder and its processor."""
     torch.manual_seed(seed)
     model = SiglipModel(_siglip_config(size, tokenizer))
@@ -150,7 +152,10 @@ def pretrain_vision_encoder(
         return model(input_ids=ids[indices], pixel_values=pixels[indices], return_loss=True).loss
 
     _train(model, loss_of, len(rows), size.steps, size.batch, size.lr, seed, progress)
-    return model.vision_model, processor
+    encoder = SiglipVisionModel(model.config.vision_config).eval()
+    trunk = getattr(encoder, "vision_model", encoder)  # transformers 5 has no inner module
+    trunk.load_state_dict(model.vision_model.state_dict())
+    return encoder, processor
 
 
 def _siglip_config(size: VisionEncoderSize, tokenizer: PreTrainedTokenizerFast) -> SiglipConfig:
@@ -219,7 +224,9 @@ def _train(
     model.eval()
 
 
-def save_folder(model: nn.Module, processor: SiglipImageProcessor | PreTrainedTokenizerFast, folder: Path) -> None:
+def save_folder(
+    model: PreTrainedModel, processor: SiglipImageProcessor | PreTrainedTokenizerFast, folder: Path
+) -> None:
     """Write model and processor as one stock Hugging Face folder."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
