@@ -1,6 +1,6 @@
 """Captioned scenes with known answers: a data set made here, so that what a model learned can be measured.
 
-A scene is a 4 x 4 grid that holds 2 to 4 shapes and usually one short word, over clutter. Every question has one right
+A scene is a 4 x 4 grid that holds 1 to 4 shapes and usually one short word, over clutter. Every question has one right
 answer that follows from the scene's description, and answers are balanced so that a blind guess scores low.
 Everything is a function of (seed, split, index).
 """
@@ -90,9 +90,9 @@ class SceneWithQuestions:
     questions: tuple[Question, ...]
 
 
-def random_scene(rng: random.Random, fewest: int = 2, most: int = MOST_ITEMS) -> Scene:
-    """Draw a scene of ``fewest`` to ``most`` shapes, often with a shape or colour repeated, or two shapes aligned."""
-    count = rng.randint(fewest, most)
+def random_scene(rng: random.Random, most: int = MOST_ITEMS) -> Scene:
+    """Draw a scene of 1 to ``most`` shapes, often with a shape or colour repeated, or two shapes aligned."""
+    count = rng.randint(1, most)
     cells = _cells(count + 1, rng)
     shapes = [rng.choice(SHAPES) for _ in range(count)]
     colours = [rng.choice(tuple(COLOURS)) for _ in range(count)]
