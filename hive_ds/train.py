@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer
 
 from hive_ds.config import Recipe, StageConfig
 from hive_ds.data.loader import build_loader
@@ -105,7 +104,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hive_ds.train", description="Train one stage of a recipe.")
     parser.add_argument("--recipe", required=True, help="name of a recipe, or the path of a YAML file")
     parser.add_argument("--stage", required=True, type=int, help=numbers)
-    parser.add_argument("--run", required=True, help="folder of the run; stage N starts from RUN/stage{N-1}/model")
+    parser.add_argument(
+        "--run",
+        "--run-folder",
+        required=True,
+        help="folder of the run; stage N starts from RUN/stage{N-1}/model. Under torchrun write --run-folder: it takes "
+        "--run for its own --run-path",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"
     )
@@ -129,7 +134,9 @@ def _load_model(run: Run) -> tuple[HiveForCausalLM, HiveProcessor]:
     weights = run.folder.start_weights()
     if weights is None:
         model = build_model(recipe.model, image_kv=image_kv, max_length=recipe.data.max_length)
-        processor = _base_processor(recipe)
+        processor = HiveProcessor.from_base_models(
+            recipe.model.vision_encoder, recipe.model.language_model, recipe.data.image_position
+        )
     else:
         model, report = load_model(weights, recipe.model, image_kv=image_kv)
         processor = HiveProcessor.from_pretrained(weights)
@@ -137,19 +144,6 @@ def _load_model(run: Run) -> tuple[HiveForCausalLM, HiveProcessor]:
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train(), processor
-
-
-def _base_processor(recipe: Recipe) -> HiveProcessor:
-    """The image processor of the recipe's encoder and the tokenizer of its LLM."""
-    encoder, language_model = recipe.model.vision_encoder, recipe.model.language_model
-    try:
-        images, tokenizer = AutoImageProcessor.from_pretrained(encoder), AutoTokenizer.from_pretrained(language_model)
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise HiveError(
-            f"no image processor in {encoder}, or no tokenizer in {language_model}: {first_line}"
-        ) from error
-    return HiveProcessor(images, tokenizer, recipe.data.image_position)
 
 
 def _load_data(run: Run, processor: HiveProcessor) -> tuple[SampleLoader, dict[str, SampleLoader]]:

@@ -69,7 +69,8 @@ def plan_stage(model: nn.Module, stage: Stage, module_groups: Sequence[ModuleGro
     if not by_name:
         raise HiveError(f"stage {stage.number} ({stage.name}): no parameter trains; its groups are {stage.trains}")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return StagePlan(stage, tuple(module_groups), group_of, shapes, list(by_name.values()))
+    groups = sorted(by_name.values(), key=lambda group: stage.trains.index(group.module_group))
+    return StagePlan(stage, tuple(module_groups), group_of, shapes, groups)
 
 
 def _peak_rates(stage: Stage, module_groups: Sequence[ModuleGroup], config: StageConfig) -> dict[str, float]:
