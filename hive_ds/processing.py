@@ -58,6 +58,8 @@ class HiveProcessor:
         is longer than ``max_length``.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise HiveError("no prompt: expected at least one text")
         flat = self._flatten(texts, images)
         rows = [encode_text(prompt, self.tokenizer, image_position=self.image_position) for prompt in texts]
         for row in rows:
