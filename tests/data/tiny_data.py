@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import transformers
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hive_ds.data.schema import Sample, Turn, caption_sample
@@ -76,6 +76,7 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(CORPUS, trainer)
     if kind == "llama3":
+        core.post_processor = processors.ByteLevel(trim_offsets=True)  # its offsets leave spaces out, as Llama 3's do
         extra = ["<|start_header_id|>", "<|end_header_id|>"]
         core.add_special_tokens([AddedToken(token, special=True) for token in extra])
         return PreTrainedTokenizerFast(
