@@ -1,6 +1,6 @@
 """Captioned scenes with known answers: a data set made here, so that what a model learned can be measured.
 
-A scene is a 4 x 4 grid that holds 1 to 4 shapes and usually one short word, over clutter. Every question has one right
+A scene is a 3 x 3 grid that holds 1 to 4 shapes and usually one short word, over clutter. Every question has one right
 answer that follows from the scene's description, and answers are balanced so that a blind guess scores low.
 Everything is a function of (seed, split, index).
 """
@@ -21,11 +21,11 @@ COLOURS = {
     "cyan": (70, 215, 225),
     "white": (250, 250, 250),
 }
-SIZES = {"small": 0.05, "medium": 0.078, "large": 0.11}
+SIZES = {"small": 0.075, "medium": 0.11, "large": 0.15}
 """Radius as a share of the image's side."""
 WORDS = ("be", "do", "go", "hi", "it", "no", "ox", "up")
 DIRECTIONS = ("left", "right", "above", "below")
-GRID = 4
+GRID = 3
 MOST_ITEMS = 4
 MOST_COUNTED = 3
 

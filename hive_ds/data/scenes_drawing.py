@@ -92,7 +92,7 @@ def _insets(inset: float) -> tuple[float, float, float, float]:
 def _draw_word(draw: ImageDraw.ImageDraw, word: str, cell: tuple[int, int], side: int, rng: random.Random) -> None:
     """Draw ``word`` into its cell, on whole glyph pixels so that its edges stay sharp."""
     pixel = GLYPH_PIXEL * side
-    cell_pixels = round(1 / (GRID * GLYPH_PIXEL))
+    cell_pixels = int(1 / (GRID * GLYPH_PIXEL))
     columns = len(word) * (GLYPH_WIDTH + 1) - 1
     left = cell[1] * cell_pixels + rng.randint(1, cell_pixels - columns - 1)
     top = cell[0] * cell_pixels + rng.randint(1, cell_pixels - GLYPH_HEIGHT - 1)

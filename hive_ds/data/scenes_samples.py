@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive_ds.constants import IMAGE_TOKEN
-from hive_ds.data.scenes import ANSWERS, Scene, caption, direction, make_scene
+from hive_ds.data.scenes import ANSWERS, Scene, SceneWithQuestions, caption, direction, make_scene
 from hive_ds.data.scenes_drawing import draw_scene, png
 from hive_ds.data.schema import Sample, Turn
 from hive_ds.errors import HiveError
@@ -112,10 +112,9 @@ def scene_samples(seed: int, split: str, num: int, size: int) -> Iterator[Sample
     """
     for index in range(num):
         made = make_scene(seed, split, index, questions=len(ANSWERS))
-        pairs = [(question.text, question.answer) for question in made.questions]
-        pairs.append((CAPTION_REQUEST, caption(made.scene)))
+        pairs = _questions_and_caption(made)
         meta = {
-            "kinds": [question.kind for question in made.questions] + ["caption"],
+            "kinds": _kinds(made),
             "answers": [answer for _, answer in pairs],
             "scene": made.scene.as_dict(),
         }
@@ -136,9 +135,9 @@ def text_samples(seed: int, split: str, num: int) -> Iterator[Sample]:
     """Yield conversations without a picture: the scene is told instead of shown, and the same questions follow."""
     for index in range(num):
         made = make_scene(seed, split, index, questions=len(ANSWERS))
-        pairs = [(question.text, question.answer) for question in made.questions]
+        pairs = _questions_and_caption(made)
         told = describe(made.scene, random.Random(f"{seed}/{split}/{index}/told"))
-        meta = {"kinds": [question.kind for question in made.questions], "answers": [answer for _, answer in pairs]}
+        meta = {"kinds": _kinds(made), "answers": [answer for _, answer in pairs]}
         yield Sample(f"{split}-{index}", _turns(pairs, prefix=f"{told} "), (), meta)
 
 
@@ -151,6 +150,14 @@ def describe(scene: Scene, rng: random.Random) -> str:
         if (where := direction(item, other)) is not None and item.name != other.name
     ]
     return " ".join([caption(scene), *rng.sample(related, min(2, len(related)))])
+
+
+def _questions_and_caption(made: SceneWithQuestions) -> list[tuple[str, str]]:
+    return [(question.text, question.answer) for question in made.questions] + [(CAPTION_REQUEST, caption(made.scene))]
+
+
+def _kinds(made: SceneWithQuestions) -> list[str]:
+    return [question.kind for question in made.questions] + ["caption"]
 
 
 def _turns(pairs: list[tuple[str, str]], *, prefix: str) -> tuple[Turn, ...]:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -29,6 +30,8 @@ from transformers import (
 )
 
 from hive_ds.constants import IGNORE_INDEX
+from hive_ds.data.schema import Sample
+from hive_ds.data.text import encode_sample
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
@@ -66,7 +69,7 @@ class VisionEncoderSize:
     heads: int = 4
     mlp: int = 384
     text_blocks: int = 2
-    text_positions: int = 40
+    text_positions: int = 16
     steps: int = 150
     batch: int = 64
     lr: float = 1e-3
@@ -92,14 +95,14 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def pretrain_language_model(
-    conversations: Sequence[list[dict[str, str]]],
+    samples: Sequence[Sample],
     tokenizer: PreTrainedTokenizerFast,
     size: LanguageModelSize,
     *,
     seed: int,
     progress: Progress,
 ) -> LlamaForCausalLM:
-    """Train a Llama from scratch on text: next-token loss on every token of every conversation."""
+    """Train a Llama from scratch on conversations without pictures; the loss is on the answers."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -116,11 +119,17 @@ def pretrain_language_model(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    rows = [tokenizer(tokenizer.apply_chat_template(turns, tokenize=False)).input_ids for turns in conversations]
+    rows = [
+        encode_sample(sample, tokenizer, template="chat", image_position="first", max_length=size.positions)
+        for sample in samples
+    ]
 
     def loss_of(indices: np.ndarray) -> torch.Tensor:
-        ids, mask = _pad([rows[index] for index in indices], tokenizer.pad_token_id)
-        return model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORE_INDEX)).loss
+        batch = [rows[index] for index in indices]
+        ids = _pad([row.input_ids for row in batch], tokenizer.pad_token_id)
+        labels = _pad([row.labels for row in batch], IGNORE_INDEX)
+        # Padding stands on the right, where causal attention keeps it from every token; no mask is needed.
+        return model(input_ids=ids, labels=labels).loss
 
     _train(model, loss_of, len(rows), size.steps, size.batch, size.lr, seed, progress)
     return model
@@ -185,11 +194,8 @@ def _pixels(encoded: bytes, processor: SiglipImageProcessor) -> torch.Tensor:
     return processor(image, return_tensors="pt")["pixel_values"][0]
 
 
-def _pad(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return ids, mask
+def _pad(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def _batches(count: int, batch: int, seed: int) -> Iterator[np.ndarray]:

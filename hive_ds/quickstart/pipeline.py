@@ -111,11 +111,10 @@ class Quickstart:
 
     def _language_model(self) -> None:
         samples = _read(self.folders.text)
-        conversations = [[asdict(turn) for turn in sample.turns] for sample in samples]
-        texts = [turn["content"] for turns in conversations for turn in turns]
+        texts = [turn.content for sample in samples for turn in sample.turns]
         size = self.settings.language_model
         tokenizer = train_tokenizer(texts, size.vocabulary)
-        model = pretrain_language_model(conversations, tokenizer, size, seed=self.seed, progress=_loss_bar())
+        model = pretrain_language_model(samples, tokenizer, size, seed=self.seed, progress=_loss_bar())
         save_folder(model, tokenizer, self.language_model)
 
     def _vision_encoder(self) -> None:
