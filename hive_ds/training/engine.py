@@ -28,7 +28,10 @@ if not uses_gpu():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
 
 # On CPUs, joining the process group would compile DeepSpeed's shared-memory all-reduce (g++, 52 s) and leave 66 MB a
 # rank in /dev/shm. It serves tensor-parallel inference only. DeepSpeed builds the ops this table calls compatible.
@@ -87,6 +90,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
         optimizer.state.clear()
+        self._engine.checkpoint_engine.load = _load_checkpoint_file
         self.model: Any = self._engine.module
         _register_external_parameters(self.model)
 
@@ -267,6 +271,12 @@ def _adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool)
         eps=stage.eps,
         fused=fused,
     )
+
+
+def _load_checkpoint_file(path: str, map_location: Any = None) -> Any:
+    """Read a file of a checkpoint without running code from it, which DeepSpeed's own reader would."""
+    with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _register_external_parameters(model: nn.Module) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +29,11 @@ from hive_ds.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from hive_ds.training.distributed import from_main
+from hive_ds.training.distributed import barrier, from_main
+from hive_ds.training.flops import FlopCounter
+from hive_ds.training.loop import Job, train
+from hive_ds.training.metrics import Meter, MetricsLog
+from hive_ds.training.schedule import Schedule
 
 STEPS = 20
 IMAGES = (1, 0, 2, 1)
@@ -55,6 +62,12 @@ def expect_error(call: Any) -> str:
     except HiveError as error:
         return str(error)
     raise AssertionError("no HiveError")
+
+
+def identity_of(ranks: Any, trainee: Any, config: Any, precision: str = "fp32") -> RunIdentity:
+    ds_config = {"zero_optimization": {"stage": trainee.engine.zero_stage}}
+    training = TrainingConfig(precision=precision)
+    return RunIdentity.of(trainee.plan, training, config, ranks=ranks.world.size, ds_config=ds_config)
 
 
 def trained_losses(ranks: Any, micro: int, zero: int, precision: str = "fp32") -> list[list[float]]:
@@ -187,9 +200,7 @@ def check_resume(ranks: Any) -> None:
         def build(seed: int, zero: int = zero, precision: str = precision, config: Any = config) -> tuple[Any, Any]:
             model = make_model(stage_by_number(3), seed=seed)
             trainee = make_trainee(ranks, stage=3, zero=zero, precision=precision, config=config, model=model)
-            training = TrainingConfig(precision=precision)
-            ds_config = {"zero_optimization": {"stage": zero}}
-            return trainee, RunIdentity.of(trainee.plan, training, config, ranks=ranks.world.size, ds_config=ds_config)
+            return trainee, identity_of(ranks, trainee, config, precision)
 
         straight, identity = build(seed=0)
         expected = []
@@ -209,6 +220,75 @@ def check_resume(ranks: Any) -> None:
             assert (loss, report.grad_norms) == expected[step], (zero, precision, step)
         assert not moved(wanted, state_of(resumed)), (zero, precision)
         resumed.engine.close()
+
+
+def check_incomplete_checkpoints(ranks: Any) -> None:
+    """Resume takes the newest complete checkpoint, says which it passed over, and reads none of another model."""
+    folder = ranks.folder / "incomplete"
+    trainee = make_trainee(ranks, config=config_for(2))
+    identity = identity_of(ranks, trainee, config_for(2))
+    for step in (1, 2, 3):
+        save_checkpoint(folder, step, trainee.engine, identity, {}, ranks.world)
+    assert (folder / "latest").read_text() == "step-000003"
+    if ranks.world.is_main:
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+        with (folder / "checkpoints" / "step-000003" / "rank-00001.pt").open("ab") as file:
+            file.write(b"x")
+    barrier()
+    warnings: list[str] = []
+    found = newest_checkpoint(folder, ranks.world, warnings.append)
+    assert found == folder / "checkpoints" / "step-000002"
+    if ranks.world.is_main:
+        assert len(warnings) == 1
+        assert "step-000003 is not complete and is passed over: rank-00001.pt has" in warnings[0]
+    other = make_trainee(ranks, stage=1, config=config_for(2))
+    wrong = identity_of(ranks, other, config_for(2))
+    message = expect_error(lambda: load_checkpoint(found, other.engine, wrong, ranks.world))
+    assert "written with stage modality_adaptation, this run has connector_pretraining" in message, message
+    widened = replace(identity, parameters={**identity.parameters, "more": [2]})
+    message = expect_error(lambda: load_checkpoint(found, trainee.engine, widened, ranks.world))
+    assert "it holds another model: 1 trained parameters differ, first more with shape None against [2]" in message
+    trainee.engine.close()
+    other.engine.close()
+
+
+def check_endless_skips(ranks: Any) -> None:
+    """Row 15: the loop counts skipped steps, logs the samples of every rank, and ends after so many in a row."""
+    trainee = make_trainee(ranks, stage=3, config=config_for(2))
+
+    def batches() -> Iterator[Any]:
+        for step in range(20):
+            for batch in step_batches(ranks, step, 2):
+                if step == 1 or step > 3:
+                    batch.images["pixel_values"][:] = float("nan")
+                yield batch
+
+    folder = ranks.folder / "skips"
+    folder.mkdir(exist_ok=True)
+    job = Job(
+        engine=trainee.engine,
+        loader=batches(),
+        validation={},
+        schedule=Schedule(20, 0.0, 0.0),
+        training=TrainingConfig(max_skipped_steps=3),
+        metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
+        meter=Meter(ranks.world.size, 1e12, ranks.device),
+        flops=FlopCounter(trainee.engine.model, trainee.plan),
+        patch_size=8,
+        world=ranks.world,
+        device=ranks.device,
+        save=lambda step: None,
+    )
+    message = expect_error(lambda: train(job, 0))
+    assert message.startswith("step 7: the gradient was not finite for 3 steps in a row"), message
+    assert "[['s0', 's1'], ['s2', 's3']]" in message
+    if ranks.world.is_main:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        skips = [line for line in lines if line["event"] == "skipped_step"]
+        assert [line["step"] for line in skips] == [2, 5, 6, 7]
+        assert skips[0]["sample_ids"] == [["s0", "s1"], ["s2", "s3"]]
+        assert [line["skipped_steps"] for line in lines if line["event"] == "train"] == [0, 1, 1, 1, 2, 3]
+    trainee.engine.close()
 
 
 def check_generation(ranks: Any) -> list[list[int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from tiny_run import STEPS, TinyRun
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import assign_groups, hive_groups, stage_by_number
+from hive_ds.train import main
+from hive_ds.training.distributed import stop
 from hive_ds.training.metrics import TRAIN_KEYS
 
 EQUAL_ACROSS_ATTEMPTS = (
@@ -40,6 +44,16 @@ def straight(tiny: TinyRun) -> str:
     done = tiny.train(1, "straight")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the test call `main` in this process, and leave no process group and no launcher variables behind."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    yield
+    stop()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -140,16 +154,27 @@ def test_stages_follow_one_another(tiny: TinyRun, straight: str) -> None:
         (2, [], "stage 2 starts from .*stage1/model, but .* is not finished"),
         (4, [], "stage 4: expected one of 1"),
         (1, ["--set", "training.ds_config=zero7"], "ds_config 'zero7': no such file"),
-        (1, ["--set", "model.routes.vision_blocks=[1,9]"], "vision block 9 is out of range"),
+        (1, ["--set", "model.routes.vision_blocks=[1,9]"], "routes: vision block 9 is out of range"),
     ],
 )
-def test_wrong_input_is_one_line(tiny: TinyRun, stage: int, options: list[str], message: str) -> None:
-    done = tiny.train(stage, "wrong", *options, launcher="python")
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
-    assert line.startswith("error: ")
-    assert re.search(message, line), line
-    assert "Traceback" not in done.stderr
+def test_wrong_input_is_one_line(
+    tiny: TinyRun, one_rank: None, capsys: pytest.CaptureFixture[str], stage: int, options: list[str], message: str
+) -> None:
+    assert main(tiny.arguments(stage, "wrong", *options)) == 2
+    errors = capsys.readouterr().err
+    (line,) = [line for line in errors.splitlines() if "error" in line]
+    assert re.match(f"error: {message}", line), line
+    assert "Traceback" not in errors
+
+
+def test_checkpoint_of_another_run_is_refused(
+    tiny: TinyRun, straight: str, one_rank: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.root / "straight" / "stage1"
+    (tiny.root / "unfinished").mkdir()
+    shutil.copytree(folder, tiny.root / "unfinished" / "stage1", ignore=shutil.ignore_patterns("DONE"))
+    assert main(tiny.arguments(1, "unfinished")) == 2
+    assert "step-000012: it was written with ranks 2, this run has 1; use a new run folder" in capsys.readouterr().err
 
 
 def test_two_ranks_report_one_line_and_exit_with_two(tiny: TinyRun) -> None:
@@ -158,13 +183,3 @@ def test_two_ranks_report_one_line_and_exit_with_two(tiny: TinyRun) -> None:
     output = done.stdout + done.stderr
     assert output.count("error: global_batch_size 6 is not divisible by 2 ranks x micro_batch_size 2") == 1
     assert "Traceback" not in output
-
-
-def test_checkpoint_of_another_run_is_refused(tiny: TinyRun, straight: str) -> None:
-    (tiny.root / "straight" / "stage1" / "DONE").rename(tiny.root / "straight" / "stage1" / "NOT_DONE")
-    try:
-        done = tiny.train(1, "straight", launcher="python")
-    finally:
-        (tiny.root / "straight" / "stage1" / "NOT_DONE").rename(tiny.root / "straight" / "stage1" / "DONE")
-    assert done.returncode == 2
-    assert "it was written with ranks 2, this run has 1" in done.stderr

@@ -67,10 +67,13 @@ class TinyRun:
         (root / "recipe.yaml").write_text(RECIPE.format(root=root, steps=STEPS, interval=INTERVAL))
         return cls(root)
 
+    def arguments(self, stage: int, run: str, *options: str) -> list[str]:
+        """What follows the module's name; torchrun takes --run for its own."""
+        recipe = str(self.root / "recipe.yaml")
+        return ["--recipe", recipe, "--stage", str(stage), "--run-folder", str(self.root / run), *options]
+
     def command(self, stage: int, run: str, *options: str, launcher: str = "deepspeed", ranks: int = 2) -> list[str]:
         """The command line of a stage."""
-        folder = "--run-folder" if launcher == "torchrun" else "--run"
-        module = ["--recipe", str(self.root / "recipe.yaml"), "--stage", str(stage), folder, str(self.root / run)]
         binaries = Path(sys.executable).parent
         launch = {
             "deepspeed": [
@@ -82,9 +85,8 @@ class TinyRun:
                 "--module",
             ],
             "torchrun": [str(binaries / "torchrun"), "--nproc-per-node", str(ranks), "--standalone", "-m"],
-            "python": [sys.executable, "-m"],
         }[launcher]
-        return [*launch, "hive_ds.train", *module, *options]
+        return [*launch, "hive_ds.train", *self.arguments(stage, run, *options)]
 
     def train(self, stage: int, run: str, *options: str, **launch: Any) -> subprocess.CompletedProcess[str]:
         """Run a stage to its end."""
@@ -112,11 +114,19 @@ class TinyRun:
                 time.sleep(0.005)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self._remove_shared_memory()
 
     def metrics(self, run: str, stage: int, event: str) -> list[dict]:
         """Lines of one kind."""
         text = (self.root / run / f"stage{stage}" / "metrics.jsonl").read_text()
         return [line for line in map(json.loads, text.splitlines()) if line["event"] == event]
+
+    def _remove_shared_memory(self) -> None:
+        """Remove what killed ranks left in /dev/shm: blocks with the number of one that names this run's data."""
+        for block in Path("/dev/shm").glob("*_locals"):
+            if str(self.root).strip("/").encode() in block.read_bytes():
+                for other in block.parent.glob(f"{block.name.split('_')[0]}_*"):
+                    other.unlink(missing_ok=True)
 
     def _env(self) -> dict[str, str]:
         """Own folders for streaming and Triton, and no variables of an outer launcher."""
