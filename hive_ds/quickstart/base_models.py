@@ -113,6 +113,7 @@ def pretrain_language_model(
             num_attention_heads=size.heads,
             num_key_value_heads=size.kv_heads,
             max_position_embeddings=size.positions,
+            initializer_range=size.width**-0.5,  # the usual 0.02 is for widths of thousands and learns slowly here
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

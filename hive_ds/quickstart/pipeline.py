@@ -106,6 +106,7 @@ class Quickstart:
             size=settings.image_size,
             held_out=settings.held_out,
             num_text=settings.text,
+            num_captions=settings.captions,
             progress=_bar("samples"),
         )
 
@@ -120,7 +121,7 @@ class Quickstart:
     def _vision_encoder(self) -> None:
         from transformers import AutoTokenizer
 
-        samples = _read(self.folders.train)
+        samples = _read(self.folders.captions)
         encoder, processor = pretrain_vision_encoder(
             [sample.images[0] for sample in samples],
             [sample.turns[-1].content for sample in samples],
@@ -196,11 +197,11 @@ class Quickstart:
         )
         return [
             f"Seed {self.seed}; {settings.scenes} training scenes of {settings.image_size} x {settings.image_size} "
-            f"pixels, {settings.held_out} held-out questions, {settings.text} conversations without a picture.",
+            f"pixels, {settings.held_out} held-out questions.",
             f"Language model: {llm.layers} layers, {llm.width} wide, pretrained {llm.steps} steps of {llm.batch} on "
-            "text alone.",
+            f"text alone ({settings.text} conversations about scenes that are told, not shown).",
             f"Vision encoder: {vision.blocks} blocks, {vision.width} wide, pretrained {vision.steps} steps of "
-            f"{vision.batch} with the sigmoid contrastive loss.",
+            f"{vision.batch} with the sigmoid contrastive loss ({settings.captions} captioned pictures of one shape).",
             f"Routes: vision blocks {list(recipe.model.routes.vision_blocks)} to language layers "
             f"{list(recipe.model.routes.language_layers)}.",
             f"Stages: {stages}; {_ranks()} ZeRO ranks, policy {recipe.training.ds_config}.",

@@ -16,6 +16,7 @@ class Settings:
     scenes: int = 8000
     held_out: int = 600
     text: int = 4000
+    captions: int = 8000
     image_size: int = 64
     language_model: LanguageModelSize = field(default_factory=LanguageModelSize)
     vision_encoder: VisionEncoderSize = field(default_factory=VisionEncoderSize)
@@ -30,6 +31,7 @@ SMOKE = Settings(
     scenes=64,
     held_out=24,
     text=64,
+    captions=64,
     language_model=LanguageModelSize(steps=3, batch=8),
     vision_encoder=VisionEncoderSize(steps=3, batch=8),
     overrides=tuple(f"stages.{stage}.steps=3" for stage in _STAGES),
