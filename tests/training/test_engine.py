@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_checks import IMAGES, STEPS
+from engine_checks import BF16_STEPS, IMAGES, STEPS
 from ranks import Verdict, check_names, launch_checks, passed
 from stage_helpers import CONFIG, make_model, step_batches
 
@@ -52,8 +52,11 @@ def reference() -> list[list[float]]:
     return rows
 
 
-@pytest.mark.parametrize("ranks", ["1x4", "1x1", "2x2", "2x1"])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("ranks", "zero"),
+    [(f"1x{micro}", zero) for micro in (4, 1) for zero in (0, 3)]
+    + [(f"2x{micro}", zero) for micro in (2, 1) for zero in (0, 1, 2, 3)],
+)
 def test_every_split_and_zero_stage_trains_as_plain_pytorch(
     ranks: str, zero: int, alone: dict[str, Verdict], pair: dict[str, Verdict], reference: list[list[float]]
 ) -> None:
@@ -66,7 +69,7 @@ def test_every_split_and_zero_stage_trains_as_plain_pytorch(
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bf16_follows_fp32(zero: int, pair: dict[str, Verdict], reference: list[list[float]]) -> None:
     losses = torch.tensor(passed(pair["check_bf16"])[f"zero{zero}"])
-    torch.testing.assert_close(losses, torch.tensor(reference), rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(losses, torch.tensor(reference[:BF16_STEPS]), rtol=2e-2, atol=2e-3)
 
 
 def test_generation_under_zero3_equals_one_process(alone: dict[str, Verdict], pair: dict[str, Verdict]) -> None:
