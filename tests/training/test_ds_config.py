@@ -53,7 +53,13 @@ def test_value_that_the_recipe_owns_is_named(tmp_path: Path, key: str, value: ob
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not readable as JSON"), ("[]", "expected a JSON object"), ('{"zero_optimization": {"stage": 4}}', "is 4;")],
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"zero_optimization": {"stage": 4}}', "is 4;"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}', "offload_param is not supported"),
+        ('{"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}', "needs ZeRO 2 or 3"),
+    ],
 )
 def test_wrong_policy_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "wrong.json"
