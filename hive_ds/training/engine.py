@@ -1,4 +1,4 @@
-"""DeepSpeed, behind six methods: the one file that imports it.
+"""DeepSpeed, behind one class: the one file that imports it.
 
 The engine takes a model whose stage is planned (`hive_ds.training.groups`), partitions it under ZeRO 0 to 3 and runs
 forward, backward and step on it. It checks what DeepSpeed leaves unsaid: a parameter that gets no gradient, a parameter

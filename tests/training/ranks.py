@@ -35,18 +35,21 @@ class Verdict:
     """What rank 0 returned."""
 
 
-def check_names(file: str) -> list[str]:
-    """Names of the checks in ``file``, in order, without importing it."""
-    lines = (HERE / file).read_text().splitlines()
-    return [line[4 : line.index("(")] for line in lines if line.startswith("def check_")]
+def check_names(*modules: str) -> list[str]:
+    """``module.check`` of every check in these modules, in order, without importing them."""
+    return [
+        f"{module}.{line[4 : line.index('(')]}"
+        for module in modules
+        for line in (HERE / f"{module}.py").read_text().splitlines()
+        if line.startswith("def check_")
+    ]
 
 
-def launch_checks(file: str, num_ranks: int, folder: Path, names: list[str] | None = None) -> dict[str, Verdict]:
-    """Run the checks of ``file`` (all, or ``names``) on ``num_ranks`` ranks and return a verdict for each."""
-    names = names or check_names(file)
+def launch_checks(names: list[str], num_ranks: int, folder: Path) -> dict[str, Verdict]:
+    """Run these checks on ``num_ranks`` ranks, in one launch, and return a verdict for each."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
-    command += [__file__, file, str(folder), *names]
+    command += [__file__, str(folder), *names]
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "TMPDIR": tempfile.mkdtemp(dir=folder)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     verdicts: dict[str, Verdict] = {}
@@ -78,18 +81,18 @@ class Ranks:
     folder: Path
 
 
-def _main(file: str, folder: str, names: list[str]) -> None:
+def _main(folder: str, names: list[str]) -> None:
     from hive_ds.training import distributed
     from hive_ds.training.distributed import all_values, read_world, start, stop
 
     distributed.TIMEOUT = timedelta(seconds=60)  # ranks out of step end the launch, not the tests' patience
-    module = importlib.import_module(file.removesuffix(".py"))
     world = read_world(os.environ)
     ranks = Ranks(world, start(world), Path(folder))
     for name in names:
         error, value = None, None
         try:
-            value = getattr(module, name)(ranks)
+            module, check = name.split(".")
+            value = getattr(importlib.import_module(module), check)(ranks)
         except Exception:
             error = f"rank {world.rank}: {traceback.format_exc()}"
         report = json.dumps({"error": error, "value": value})
@@ -100,4 +103,4 @@ def _main(file: str, folder: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    _main(sys.argv[1], sys.argv[2:])

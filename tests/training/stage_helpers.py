@@ -13,12 +13,17 @@ from tiny_models import IMAGE_SIZE, VOCABULARY, tiny_hive
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.batch import PackedBatch
+from hive_ds.errors import HiveError
 from hive_ds.stages import Stage, hive_groups, stage_by_number
+from hive_ds.training.distributed import from_main, sum_over_ranks
 from hive_ds.training.ds_config import build_ds_config, read_policy
 from hive_ds.training.engine import Engine, StepReport
 from hive_ds.training.groups import StagePlan, plan_stage
+from hive_ds.training.loop import run_micro_batches
 
 GLOBAL_BATCH = 4
+COMBINATIONS = ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
+"""ZeRO stages and precisions: every code path of DeepSpeed once."""
 CONFIG = StageConfig(lr=2e-3, global_batch_size=GLOBAL_BATCH, micro_batch_size=1, weight_decay=0.1, clip=1.0)
 
 Drawn = tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]
@@ -111,9 +116,6 @@ def step_batches(ranks: Any, step: int, micro: int, images: Sequence[int] = (1, 
 
 def run_step(ranks: Any, trainee: Trainee, batches: list[PackedBatch], factor: float = 1.0) -> tuple[float, StepReport]:
     """One optimizer step through the loop's own code; returns the loss over all ranks and the report."""
-    from hive_ds.training.distributed import sum_over_ranks
-    from hive_ds.training.loop import run_micro_batches
-
     supervised = sum_over_ranks([sum(batch.supervised_tokens for batch in batches)], ranks.device)[0]
     loss = run_micro_batches(trainee.engine, batches, supervised)
     return loss, trainee.engine.step(factor)
@@ -122,3 +124,20 @@ def run_step(ranks: Any, trainee: Trainee, batches: list[PackedBatch], factor: f
 def config_for(micro: int, **changes: Any) -> StageConfig:
     """`CONFIG` with another micro-batch."""
     return replace(CONFIG, micro_batch_size=micro, **changes)
+
+
+def state_of(trainee: Any) -> dict[str, torch.Tensor]:
+    """All weights, on every rank."""
+    return from_main(trainee.engine.gather_state())
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def expect_error(call: Any) -> str:
+    try:
+        call()
+    except HiveError as error:
+        return str(error)
+    raise AssertionError("no HiveError")

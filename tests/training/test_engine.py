@@ -13,17 +13,18 @@ from stage_helpers import CONFIG, make_model, step_batches
 from hive_ds.stages import hive_groups, stage_by_number
 from hive_ds.training.groups import plan_stage
 
-FILE = "engine_checks.py"
+CHECKS = check_names("engine_checks", "checkpoint_checks")
+LOSSES, BF16, GENERATION = (f"engine_checks.check_{name}" for name in ("losses", "bf16", "generation"))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
-    return launch_checks(FILE, 1, tmp_path_factory.mktemp("alone"), ["check_losses", "check_generation"])
+    return launch_checks([LOSSES, GENERATION], 1, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
-    return launch_checks(FILE, 2, tmp_path_factory.mktemp("pair"))
+    return launch_checks(CHECKS, 2, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def reference() -> list[list[float]]:
 def test_every_split_and_zero_stage_trains_as_plain_pytorch(
     ranks: str, zero: int, alone: dict[str, Verdict], pair: dict[str, Verdict], reference: list[list[float]]
 ) -> None:
-    losses = passed((alone if ranks.startswith("1") else pair)["check_losses"])
+    losses = passed((alone if ranks.startswith("1") else pair)[LOSSES])
     torch.testing.assert_close(
         torch.tensor(losses[f"{ranks} zero{zero}"]), torch.tensor(reference), rtol=1e-5, atol=1e-5
     )
@@ -68,14 +69,14 @@ def test_every_split_and_zero_stage_trains_as_plain_pytorch(
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bf16_follows_fp32(zero: int, pair: dict[str, Verdict], reference: list[list[float]]) -> None:
-    losses = torch.tensor(passed(pair["check_bf16"])[f"zero{zero}"])
+    losses = torch.tensor(passed(pair[BF16])[f"zero{zero}"])
     torch.testing.assert_close(losses, torch.tensor(reference[:BF16_STEPS]), rtol=2e-2, atol=2e-3)
 
 
 def test_generation_under_zero3_equals_one_process(alone: dict[str, Verdict], pair: dict[str, Verdict]) -> None:
-    assert passed(pair["check_generation"]) == passed(alone["check_generation"])
+    assert passed(pair[GENERATION]) == passed(alone[GENERATION])
 
 
-@pytest.mark.parametrize("name", [name for name in check_names(FILE) if name not in ("check_losses", "check_bf16")])
+@pytest.mark.parametrize("name", [name for name in CHECKS if name not in (LOSSES, BF16, GENERATION)])
 def test_on_two_ranks(name: str, pair: dict[str, Verdict]) -> None:
     passed(pair[name])
