@@ -1,6 +1,6 @@
 """Captioned scenes with known answers: a data set made here, so that what a model learned can be measured.
 
-A scene is a 3 x 3 grid that holds 1 to 4 shapes and usually one short word, over clutter. Every question has one right
+A scene is a 4 x 4 grid that holds 1 to 4 shapes and usually one short word, over clutter. Every question has one right
 answer that follows from the scene's description, and answers are balanced so that a blind guess scores low.
 Everything is a function of (seed, split, index).
 """
@@ -21,11 +21,14 @@ COLOURS = {
     "cyan": (70, 215, 225),
     "white": (250, 250, 250),
 }
-SIZES = {"small": 0.075, "medium": 0.11, "large": 0.15}
+SIZES = {"small": 0.053, "medium": 0.08, "large": 0.107}
 """Radius as a share of the image's side."""
 WORDS = ("be", "do", "go", "hi", "it", "no", "ox", "up")
 DIRECTIONS = ("left", "right", "above", "below")
-GRID = 3
+GRID = 4
+JITTER = 1 / 64
+"""How far a shape may lie from the middle of its cell, as a share of the image's side. Tiny encoders see shapes that
+keep to a grid within minutes, and shapes anywhere not within an hour."""
 MOST_ITEMS = 4
 MOST_COUNTED = 3
 
@@ -119,10 +122,9 @@ def _cells(count: int, rng: random.Random) -> list[tuple[int, int]]:
 
 def _place(shape: str, colour: str, cell: tuple[int, int], rng: random.Random) -> Item:
     size = rng.choice(tuple(SIZES))
-    slack = 0.5 / GRID - SIZES[size]
     row, column = cell
-    x = (column + 0.5) / GRID + rng.uniform(-slack, slack)
-    y = (row + 0.5) / GRID + rng.uniform(-slack, slack)
+    x = (column + 0.5) / GRID + rng.uniform(-JITTER, JITTER)
+    y = (row + 0.5) / GRID + rng.uniform(-JITTER, JITTER)
     return Item(shape, colour, size, row, column, round(x, 4), round(y, 4))
 
 
