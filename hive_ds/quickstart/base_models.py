@@ -47,15 +47,15 @@ class LanguageModelSize:
     """Shape and training length of the tiny LLM."""
 
     vocabulary: int = 512
-    layers: int = 6
+    layers: int = 4
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
     mlp: int = 384
     positions: int = 512
-    steps: int = 400
-    batch: int = 32
-    lr: float = 2e-3
+    steps: int = 200
+    batch: int = 16
+    lr: float = 3e-3
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,15 @@ class VisionEncoderSize:
 
     image: int = 64
     patch: int = 8
-    blocks: int = 6
-    width: int = 128
+    blocks: int = 4
+    width: int = 96
     heads: int = 4
-    mlp: int = 384
+    mlp: int = 288
     text_blocks: int = 2
     text_positions: int = 16
-    steps: int = 150
-    batch: int = 64
+    """Longer ones slow learning: SigLIP's text tower reads the last position, padding or not."""
+    steps: int = 300
+    batch: int = 48
     lr: float = 1e-3
 
 
