@@ -1,6 +1,6 @@
 """Captioned scenes with known answers: a data set made here, so that what a model learned can be measured.
 
-A scene is a 4 x 4 grid that holds 1 to 4 shapes and usually one short word, over clutter. Every question has one right
+A scene is a 4 x 4 grid that holds 1 to 3 shapes and usually one short word, over clutter. Every question has one right
 answer that follows from the scene's description, and answers are balanced so that a blind guess scores low.
 Everything is a function of (seed, split, index).
 """
@@ -29,7 +29,7 @@ GRID = 4
 JITTER = 1 / 64
 """How far a shape may lie from the middle of its cell, as a share of the image's side. Tiny encoders see shapes that
 keep to a grid within minutes, and shapes anywhere not within an hour."""
-MOST_ITEMS = 4
+MOST_ITEMS = 3
 MOST_COUNTED = 3
 
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -94,8 +94,8 @@ class SceneWithQuestions:
 
 
 def random_scene(rng: random.Random, most: int = MOST_ITEMS) -> Scene:
-    """Draw a scene of 1 to ``most`` shapes, often with a shape or colour repeated, or two shapes aligned."""
-    count = rng.randint(1, most)
+    """Draw a scene of 1 to ``most`` shapes, fewer more often; some share a shape or a colour, or are aligned."""
+    count = min(rng.randint(1, most), rng.randint(1, most))
     cells = _cells(count + 1, rng)
     shapes = [rng.choice(SHAPES) for _ in range(count)]
     colours = [rng.choice(tuple(COLOURS)) for _ in range(count)]

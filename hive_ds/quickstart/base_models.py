@@ -53,7 +53,7 @@ class LanguageModelSize:
     kv_heads: int = 2
     mlp: int = 384
     positions: int = 512
-    steps: int = 200
+    steps: int = 300
     batch: int = 16
     lr: float = 3e-3
 
