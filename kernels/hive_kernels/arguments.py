@@ -52,7 +52,8 @@ class KernelArguments(NamedTuple):
     @property
     def one_pass(self) -> bool:
         """Whether one program of the backward kernel takes all rows of a sample and group."""
-        return self.max_rows <= self.tile("backward short").rows
+        most = self.tile("backward short").rows
+        return most > 0 and self.max_rows <= most
 
     @property
     def forward_tile(self) -> Tile:

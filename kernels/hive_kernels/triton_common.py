@@ -9,7 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernel_cache import use_local_cache
 from .tiles import INTERPRETED
+
+use_local_cache()  # before anything is compiled: every kernel module imports this one
 
 UPCAST_BF16 = tl.constexpr(INTERPRETED)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)

@@ -67,7 +67,7 @@ def _short_pass(
     work = a.backward_work
     q_partials, k_partials = (_partials(a, len(work)) for _ in "qk")
     tile = a.tile("backward short")
-    tile = tile._replace(rows=max(16, triton.next_power_of_2(a.max_rows)))
+    tile = tile._replace(rows=min(tile.rows, max(64, triton.next_power_of_2(a.max_rows))))
     if len(work):
         hierarchical_attention_short_gradient_kernel[(len(work) * a.groups,)](
             q, k, v, image_k, image_v, out, dout, lse, dlse, *gradients, q_partials, k_partials, *_tables(a),

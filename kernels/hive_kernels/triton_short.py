@@ -35,9 +35,9 @@ def visit_source(
     for start in range(first, last, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         key_ok = key < last
-        raw_low, raw_high = load_halves(k, key * stride_k, key_ok, HALF, BLOCK_H, MASKED)
+        k_low, k_high = load_halves(k, key * stride_k, key_ok, HALF, BLOCK_H, MASKED)
         cos_tile, sin_tile = load_tables(cos, sin, key, key_ok, HALF, BLOCK_H, ROTATE, MASKED)
-        k_low, k_high = finish_tile(raw_low, raw_high, cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE)
+        k_low, k_high = finish_tile(k_low, k_high, cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE)
         values = load_rows(v + key[:, None] * stride_v + columns[None, :], key_ok, columns, 2 * HALF, MASKED)
         scores = dot(k_high, tl.trans(q_high), dot(k_low, tl.trans(q_low)))
         weights = tl.exp2(scores * scale - lse[None, :])
@@ -47,8 +47,11 @@ def visit_source(
         d_scores = (weights * (dot(values, tl.trans(dout)) - delta[None, :])).to(k_low.dtype)
         dq_low = dot(tl.trans(d_scores), k_low, dq_low)
         dq_high = dot(tl.trans(d_scores), k_high, dq_high)
+        # Read again instead of kept in registers through the products.
+        k_low, k_high = load_halves(k, key * stride_k, key_ok, HALF, BLOCK_H, MASKED)
+        cos_tile, sin_tile = load_tables(cos, sin, key, key_ok, HALF, BLOCK_H, ROTATE, MASKED)
         dk_low, dk_high, own_low, own_high = finish_gradient(
-            dot(d_scores, q_low) * (scale * LN2), dot(d_scores, q_high) * (scale * LN2), raw_low, raw_high,
+            dot(d_scores, q_low) * (scale * LN2), dot(d_scores, q_high) * (scale * LN2), k_low, k_high,
             cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE,
         )  # fmt: skip
         dw_low += own_low
