@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from hive_ds.kernels import AttentionLayout, checks, hierarchical_attention
@@ -76,7 +76,7 @@ class Peer:
 
     def compiled(self, function: Function) -> Function:
         """``function``, compiled on a GPU; on a CPU compiling would take longer than all the tiny shapes."""
-        return torch.compile(function, dynamic=False) if self.case.device.type == "cuda" else function
+        return cast(Function, torch.compile(function, dynamic=False)) if self.case.device.type == "cuda" else function
 
 
 class Ours(Peer):
@@ -212,9 +212,9 @@ class Flex(_Padded):
         return "FlexAttention has no backward on a CPU" if backward else None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._flex(q, k, v, block_mask=self._block_mask, enable_gqa=True)  # type: ignore[return-value]
+        return self._flex(q, k, v, block_mask=self._block_mask, enable_gqa=True)
 
-    def _new_mask(self) -> object:
+    def _new_mask(self) -> BlockMask:
         sizes = (self.layout.max_queries, self.num_image + self.layout.max_text)
         return self._build(self._visible, None if self._alike else self.count, None, *sizes, self.case.device)
 
