@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class Case:
     device: torch.device
     dtype: torch.dtype
     layout: AttentionLayout = field(init=False)
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What peers of one kind have in common: compiled functions, which take seconds each."""
 
     def __post_init__(self) -> None:
         self.layout = self.shape.layout(self.device)

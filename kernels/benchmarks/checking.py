@@ -12,7 +12,7 @@ from hive_ds.kernels.finish import finish
 from hive_ds.kernels.testing import Results, assert_as_exact, plain_attention
 
 from .case import TABLES, Arguments, Case, require_gradients
-from .peers import EPS, Peer
+from .peer import EPS, Peer
 
 
 class Check:

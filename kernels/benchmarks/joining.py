@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -59,6 +58,13 @@ class Varlen:
     num_sources: int
     device: torch.device
 
+    def __post_init__(self) -> None:
+        # All once a layout: neither timed nor compiled code shall make them.
+        self.max_q, self.max_k = max(self.query_lengths), max(self.key_lengths)
+        self.cu_q, self.cu_k = (_cumulative(x, self.device) for x in (self.query_lengths, self.key_lengths))
+        self.gather = self._gather()
+        """`Gather`'s two index tables; None where the keys are the sources as they stand."""
+
     @classmethod
     def joint(cls, layout: AttentionLayout) -> Varlen:
         """One call over text and image keys in media order, with bottom-right causal pieces."""
@@ -82,29 +88,7 @@ class Varlen:
         lengths = [piece.num_images for piece in found]
         return cls([piece.last - piece.first for piece in found], lengths, rows, layout.num_image, layout.device)
 
-    @cached_property
-    def cu_q(self) -> Tensor:
-        """int32 (pieces + 1,) first query of each piece."""
-        return _cumulative(self.query_lengths, self.device)
-
-    @cached_property
-    def cu_k(self) -> Tensor:
-        """int32 (pieces + 1,) first key of each piece."""
-        return _cumulative(self.key_lengths, self.device)
-
-    @property
-    def max_q(self) -> int:
-        """Longest piece of queries."""
-        return max(self.query_lengths)
-
-    @property
-    def max_k(self) -> int:
-        """Longest piece of keys."""
-        return max(self.key_lengths)
-
-    @cached_property
-    def gather(self) -> tuple[Tensor, Tensor] | None:
-        """`Gather`'s two index tables; None where the keys are the sources as they stand."""
+    def _gather(self) -> tuple[Tensor, Tensor] | None:
         if self.rows == list(range(self.num_sources)):
             return None
         used: list[list[int]] = [[] for _ in range(self.num_sources)]
@@ -147,6 +131,15 @@ def first_queries(layout: AttentionLayout) -> Tensor:
         for sizes, offsets in zip(layout.image_lengths, layout.image_offsets, strict=True)
     ]
     return torch.tensor(lines, device=layout.device)
+
+
+def visible_pairs(layout: AttentionLayout) -> int:
+    """(query, key) pairs of a layout without decoding, counted from `first_queries`: a second way to `Shape.pairs`."""
+    first = first_queries(layout)
+    lengths = torch.tensor(layout.text_lengths)
+    position = torch.arange(layout.max_text)
+    seen = first[:, None, :] <= position[:, None]
+    return int((seen & (position < lengths[:, None])[:, :, None]).sum())
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 
 from .case import Case
 from .checking import Check
-from .peers import PEERS, Peer
+from .peer import Peer
+from .peers import PEERS
 from .records import Record
 from .shapes import Shape
 from .timing import Clock, clock, interleaved, peak_bytes, spread

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,10 +23,12 @@ import torch
 
 from . import records
 
-SECONDS = 520.0
+SECONDS = 500.0
 """For all steps of a part together."""
-RESERVE = 60.0
-"""Of these, left to end the last timing, measure the device's ceilings and print."""
+RESERVE = 90.0
+"""Of these, left to end the shape that is being timed: compiling its peers takes a minute."""
+GRACE = 20.0
+"""Beyond that, for a step that outlasts its limit to print what it has."""
 SANITIZER_FAILURE = 9
 
 
@@ -43,21 +46,32 @@ class Step:
     seconds: float = 0.0
     tests: dict[str, int] = field(default_factory=dict)
 
-    def run(self, environment: dict[str, str], left: float) -> None:
-        """Run it, its output to this terminal, for no longer than ``left`` seconds."""
+    def run(self, environment: dict[str, str], folder: Path, left: float) -> None:
+        """Run it in ``folder``, its output to this terminal, for no longer than ``left`` seconds."""
         print(f"\n=== {self.name}", flush=True)
         start = time.perf_counter()
         # A group of its own: a run that outlasts its limit is ended with all that it started.
-        process = subprocess.Popen(self.command, env=environment | self.environment, start_new_session=True)
+        process = subprocess.Popen(self.command, env=environment | self.environment, cwd=folder, start_new_session=True)
         try:
             code = process.wait(timeout=max(1.0, min(self.limit, left)))
             self.verdict = "passed" if code == 0 else "failed"
             self.detail = "" if code == 0 else f"exit status {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
             self.verdict, self.detail = "timed out", f"after {min(self.limit, left):.0f} s"
         self.seconds = round(time.perf_counter() - start, 1)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)  # pytest ends with its summary
+    try:
+        process.wait(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def importable(folder: Path) -> Path:
@@ -76,6 +90,8 @@ def child_environment(tree: Path, part: str) -> dict[str, str]:
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([str(tree), str(records.ROOT / "kernels")])
     environment["PYTHONSAFEPATH"] = "1"  # the clone's hive_ds/ has no kernels/: the current folder must not be searched
+    if environment.get("OUT"):
+        environment["OUT"] = str(Path(environment["OUT"]).absolute())
     environment["HIVE_SUITE_COMMAND"] = f"make gpu-suite PART={part}"
     if os.environ.get("SHAPES"):
         environment["HIVE_BENCH_SHAPES"] = os.environ["SHAPES"]
@@ -114,7 +130,7 @@ def bench(xml: Path) -> list[Step]:
     return [pytest_step("benchmark", SECONDS, xml / "bench.xml", str(records.ROOT / "kernels" / "benchmarks"))]
 
 
-def run(steps: list[Step], environment: dict[str, str], xml: Path) -> None:
+def run(steps: list[Step], environment: dict[str, str], tree: Path) -> None:
     """Every step in turn, until the time for all is used up."""
     deadline = time.perf_counter() + SECONDS
     for step in steps:
@@ -127,11 +143,11 @@ def run(steps: list[Step], environment: dict[str, str], xml: Path) -> None:
         elif sanitizing and shutil.which(step.command[0]) is None:
             step.detail = "compute-sanitizer is not installed"
         else:
-            step.run(environment, left)
-            _count_tests(step, xml)
+            step.run(environment, tree, left)
+            _count_tests(step)
 
 
-def _count_tests(step: Step, xml: Path) -> None:
+def _count_tests(step: Step) -> None:
     name = next((a.partition("=")[2] for a in step.command if a.startswith("--junitxml=")), "")
     if not name or not Path(name).exists():
         return
@@ -159,7 +175,7 @@ def main() -> int:
         tree.mkdir()
         environment = child_environment(importable(tree), part)
         steps = checks(xml) if part == "checks" else bench(xml)
-        run(steps, environment, xml)
+        run(steps, environment, tree)
     print()
     for step in steps:
         counts = ", ".join(f"{count} {key}" for key, count in step.tests.items())

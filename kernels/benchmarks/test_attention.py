@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 EAGER_CALLS, ROUNDS = (10, 3) if torch.cuda.is_available() else (1, 1)
 """Eager calls of one round, waited for together."""
+OVERDUE = "the time set by HIVE_BENCH_SECONDS is used up; SHAPES=... times the rest in another run"
 TIMED = [(shape.name, direction, peer) for shape in SHAPES.values() for direction in shape.directions for peer in PEERS]
 
 
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_agrees_with_the_reference(bench: Bench, shape: str, peer: str) -> None:
+    if bench.overdue and shape not in bench.measured:
+        pytest.skip(OVERDUE)
     assert bench.measurement(shape).verdict(peer) == "passed"
 
 
@@ -32,7 +35,7 @@ def test_time(bench: Bench, benchmark: BenchmarkFixture, shape: str, direction: 
     """The fixture times eager calls; the times of graph replays come from `Measurement`, all peers interleaved."""
     assert direction in DIRECTIONS
     if bench.overdue:
-        pytest.skip("the time set by HIVE_BENCH_SECONDS is used up")
+        pytest.skip(OVERDUE)
     measurement = bench.measurement(shape)
     row = measurement.row(peer, direction)
     bench.rows.append(row)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .case import Arguments, Case, require_gradients
-from .peers import Peer
+from .case import Arguments, require_gradients
+from .peer import Peer
 
 Step = Callable[[int], object]
 """One call on the copy of the inputs with that number."""
@@ -86,7 +86,7 @@ class EventClock(Clock):
     def __init__(self, steps: Steps) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=steps.peer.case.device)
         super().__init__(steps)
-        self.calls = len(steps)
+        self.calls = len(steps) if steps.peer.graphed else 1
         for _ in range(2):
             self.sample()
 
@@ -203,13 +203,13 @@ def eager_calls(peer: Peer, direction: str, calls: int) -> Callable[[], None]:
     return go
 
 
-def ceilings(case: Case) -> dict[str, float]:
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """This device's measured rates: bytes/s of a large copy (read and written), FLOP/s of a large matrix product."""
-    cuda = case.device.type == "cuda"
+    cuda = device.type == "cuda"
     size, side = (2**31, 8192) if cuda else (2**25, 256)
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=case.device)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    left, right = (torch.randn(side, side, device=case.device).to(case.dtype) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     copy = _median_seconds(lambda: target.copy_(source), cuda)
     product = _median_seconds(lambda: left @ right, cuda)
     return {"bytes_per_second": 2 * size / copy, "flops_per_second": 2 * side**3 / product}

@@ -3,5 +3,6 @@
 from .finish import finish_keys
 from .layout import AttentionLayout
 from .op import hierarchical_attention
+from .warmup import warm_up
 
-__all__ = ["AttentionLayout", "finish_keys", "hierarchical_attention"]
+__all__ = ["AttentionLayout", "finish_keys", "hierarchical_attention", "warm_up"]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -94,16 +100,6 @@ def compile_kernel(
     return Compiled(kind, target, head_dim, forms[assembly], forms[binary], compiled.metadata.shared)
 
 
-def table(head_dims: tuple[int, ...] = (64, 128)) -> Iterator[Compiled]:
-    """Every kernel of every architecture at these head dims, bf16, norm before rotation."""
-    for target in TARGETS:
-        for kind in KERNELS:
-            for head_dim in head_dims:
-                compiled = compile_kernel(kind, target, head_dim)
-                if compiled is not None:
-                    yield compiled
-
-
 def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
@@ -118,3 +114,35 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
 
 def _aligned(name: str, kind: str) -> bool:
     return (kind.startswith("*") and name not in IN_INT32) or name.startswith(("stride", "cache"))
+
+
+def resources(compiled: Compiled) -> dict[str, int]:
+    """Registers a thread and bytes of stack (spilled registers), as the assembler reports them."""
+    if not compiled.target.startswith("sm"):
+        found = [re.search(rf"\.{name}:\s*(\d+)", compiled.assembly) for name in ("vgpr_count", "vgpr_spill_count")]
+        registers, spilled = (int(match[1]) if match else 0 for match in found)
+        return {"registers": registers, "stack": 4 * spilled}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.binary)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert match is not None, report
+    return {"registers": int(match[1]), "stack": int(match[2])}
+
+
+def main() -> None:
+    """Print one line of JSON for each kernel, those of the architectures and head dims named as arguments."""
+    targets = [name for name in sys.argv[1:] if name in TARGETS] or list(TARGETS)
+    kinds = [name for name in sys.argv[1:] if name in KERNELS] or list(KERNELS)
+    head_dims = [int(name) for name in sys.argv[1:] if name.isdigit()] or [64, 128]
+    for target, kind, head_dim in product(targets, kinds, head_dims):
+        compiled = compile_kernel(kind, target, head_dim)
+        if compiled is not None:
+            names = {"target": target, "kind": kind, "head_dim": head_dim, "shared": compiled.shared}
+            print(json.dumps(names | resources(compiled)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
