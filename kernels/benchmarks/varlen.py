@@ -126,16 +126,16 @@ def flash_backward(
 
 
 def loop_forward(q: Tensor, k: Tensor, v: Tensor, plan: Varlen, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """`flash_forward` piece by piece, for machines without a flash kernel; differentiable."""
+    """`flash_forward` piece by piece in fp32, for machines without a flash kernel; differentiable."""
     outs, lses = [], []
-    for queries, keys, values in _split(q, k, v, plan):
+    for queries, keys, values in _split(_wide(q), _wide(k), _wide(v), plan):
         scores = _scores(queries, keys, causal)
         lse = torch.logsumexp(scores, dim=-1)
         # A query without a key has lse -inf; its output is zero, as a flash kernel's.
         weights = torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min)[:, :, None])
         outs.append(torch.einsum("hts,shk->thk", weights, _heads(values, q)))
         lses.append(lse)
-    return torch.cat(outs), torch.cat(lses, dim=1)
+    return torch.cat(outs).to(q.dtype), torch.cat(lses, dim=1)
 
 
 def loop_backward(
@@ -143,6 +143,8 @@ def loop_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`flash_backward` piece by piece."""
     found: list[list[Tensor]] = [[], [], []]
+    dtype = q.dtype
+    gradient, q, k, v, out = (_wide(x) for x in (gradient, q, k, v, out))
     delta = (gradient * out).sum(-1).T
     counts = plan.query_lengths
     rows = zip(gradient.split(counts), lse.split(counts, 1), delta.split(counts, 1), strict=True)
@@ -154,7 +156,12 @@ def loop_backward(
         for target, left, right in ((1, d_scores, queries), (2, weights, d_out)):
             every_head = torch.einsum("hts,thk->shk", left, right)
             found[target].append(every_head.unflatten(1, (k.shape[1], -1)).sum(2))
-    return torch.cat(found[0]), torch.cat(found[1]), torch.cat(found[2])
+    dq, dk, dv = (torch.cat(parts).to(dtype) for parts in found)
+    return dq, dk, dv
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _split(q: Tensor, k: Tensor, v: Tensor, plan: Varlen) -> zip[tuple[Tensor, ...]]:

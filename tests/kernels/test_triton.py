@@ -236,7 +236,7 @@ def test_none_for_images_equals_empty_tensors() -> None:
 
 
 def small_inputs() -> Inputs:
-    layout = AttentionLayout.build([5, 3], [[2], [4]], [[1], [0]], device=DEVICE)
+    layout = AttentionLayout.build([3, 2], [[2], [1]], [[1], [0]], device=DEVICE)
     return random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
 
 
