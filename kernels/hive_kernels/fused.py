@@ -60,12 +60,14 @@ def fused_attention(
         if image_cos is not None and image_sin is not None:
             image_cos, image_sin = image_cos.index_select(0, rows), image_sin.index_select(0, rows)
     half = q.shape[-1] // 2
-    tables = [None if x is None else x[:, :half].float().contiguous() for x in (cos, sin, image_cos, image_sin)]
+    cos, sin, image_cos, image_sin = (
+        None if x is None else x[:, :half].float().contiguous() for x in (cos, sin, image_cos, image_sin)
+    )
     pack = q.shape[1] // k.shape[-2]
     schedule = layout.schedule
     empty = schedule.samples[:0]
     arguments = KernelArguments(
-        q, k, v, image_k, image_v, q_norm_weight, k_norm_weight, *tables,
+        q, k, v, image_k, image_v, q_norm_weight, k_norm_weight, cos, sin, image_cos, image_sin,
         samples=schedule.samples, seen=schedule.seen, first_token=empty, row_work=empty, backward_work=empty,
         key_work=empty, scale=softmax_scale, eps=norm_eps, qk_norm=qk_norm, decoding=layout.decoding,
         max_rows=layout.max_queries * pack, pairs=schedule.pairs,

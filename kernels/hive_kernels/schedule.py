@@ -16,7 +16,7 @@ from .padding import packed_starts
 Integers = npt.NDArray[np.int64]
 
 NOT_LISTED = 2**31 - 1
-"""First token that sees an image key which belongs to no sample of the layout (`AttentionLayout.select` left it out)."""
+"""First token that sees an image key of no sample of the layout (`AttentionLayout.select` left it out)."""
 
 
 class Schedule:

@@ -31,14 +31,19 @@ SHORT_ROWS = 256
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942", "interpreter")
 KINDS = ("forward short", "forward", "decode", "backward short", "keys", "queries")
-"""Kernels: forward with keys finished inside, forward on finished keys, one query token a sample; backward of short text
-in one pass, and of long text in two. The rows of "backward short" are the most that it takes."""
+"""Kernels: forward with keys finished inside, forward on finished keys, one query token a sample; backward of short
+text in one pass, and of long text in two. The rows of "backward short" are the most that it takes."""
 
 _AMPERE = {
     "forward short": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 16, 8, 1)},
     "forward": {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
     "decode": {32: Tile(16, 64, 4, 3), 64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 2)},
-    "backward short": {32: Tile(128, 32, 8, 1), 64: Tile(128, 32, 8, 1), 128: Tile(0, 16, 8, 1), 256: Tile(0, 16, 8, 1)},
+    "backward short": {
+        32: Tile(128, 32, 8, 1),
+        64: Tile(128, 32, 8, 1),
+        128: Tile(0, 16, 8, 1),
+        256: Tile(0, 16, 8, 1),
+    },
     "keys": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
     "queries": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
 }
@@ -46,13 +51,16 @@ _HOPPER = {
     "forward short": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 1)},
     "forward": {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
     "decode": {32: Tile(16, 64, 4, 3), 64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 2)},
-    "backward short": {32: Tile(256, 64, 8, 1), 64: Tile(256, 64, 8, 1), 128: Tile(0, 32, 8, 1), 256: Tile(0, 16, 8, 1)},
+    "backward short": {
+        32: Tile(256, 64, 8, 1),
+        64: Tile(256, 64, 8, 1),
+        128: Tile(0, 32, 8, 1),
+        256: Tile(0, 16, 8, 1),
+    },
     "keys": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
     "queries": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
 }
-_CDNA3 = {
-    kind: {width: tile._replace(stages=1) for width, tile in tiles.items()} for kind, tiles in _AMPERE.items()
-}
+_CDNA3 = {kind: {width: tile._replace(stages=1) for width, tile in tiles.items()} for kind, tiles in _AMPERE.items()}
 # Small, so that small shapes have several tiles of each sort.
 _INTERPRETER = {kind: {width: Tile(16, 16, 1, 1) for width in (32, 64, 128, 256)} for kind in KINDS} | {
     "backward short": {width: Tile(32, 16, 1, 1) for width in (32, 64, 128, 256)}

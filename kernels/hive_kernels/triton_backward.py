@@ -1,8 +1,8 @@
-"""Backward kernels of long text, two passes: gradients of keys and values, then of queries. Nothing is added up in memory.
+"""Backward kernels of long text, two passes: gradients of keys and values, then of queries.
 
-The program that owns a tile of keys goes over all rows that see it, all heads of the group among them, and writes dK and
-dV once; the program that owns a tile of rows goes over the keys it sees and writes dQ once. Each norms and rotates its
-own tile, back again at the end, and reads the other side finished.
+The program that owns a tile of keys goes over all rows that see it, all heads of the group among them, and writes dK
+and dV once; the program that owns a tile of rows goes over the keys it sees and writes dQ once: nothing is added up in
+memory. Each norms and rotates its own tile, back again at the end, and reads the other side finished.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from .triton_forward import SAMPLE_COLUMNS
 
 
 @triton.jit(do_not_specialize=["count"])
-def delta_kernel(
-    out, dout, dlse, delta, count, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def delta_kernel(out, dout, dlse, delta, count, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):
     """Of each of ``count`` rows: the sum of out * dout, minus the gradient of lse."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < count

@@ -112,9 +112,7 @@ def rms_norm(low, high, w_low, w_high, eps, HALF: tl.constexpr):
 
 
 @triton.jit
-def finish_tile(
-    low, high, cos, sin, w_low, w_high, eps, HALF: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr
-):
+def finish_tile(low, high, cos, sin, w_low, w_high, eps, HALF: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr):
     """Norm and rotate rows in fp32; the result has the dtype that came in."""
     dtype: tl.constexpr = low.dtype
     if (NORM != NORM_NONE) or ROTATE:

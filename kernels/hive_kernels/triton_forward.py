@@ -1,7 +1,7 @@
 """Forward kernels: attention over text and image keys in one softmax, and norm and rotation on their own.
 
-A row of a tile is one query head of one token: row r of a sample and group is token r // P, head r % P of the group's P.
-A K/V tile is thus read once for all heads of its group.
+A row of a tile is one query head of one token: row r of a sample and group is token r // P, head r % P of the group's
+P. A K/V tile is thus read once for all heads of its group.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def forward(a: KernelArguments) -> tuple[Tensor, Tensor]:
         with _device_of(q):
             hierarchical_attention_forward_kernel[(len(work) * a.groups,)](
                 q, k, v, image_k, image_v, out, lse, *_tables(a), _or(a.q_weight, q), _or(a.k_weight, q),
-                work, a.samples, a.seen, a.scale * LOG2E.value, a.eps, k.stride(0) if cache else 0, v.stride(0) if cache else 0,
+                work, a.samples, a.seen, a.scale * LOG2E.value, a.eps,
+                k.stride(0) if cache else 0, v.stride(0) if cache else 0,
                 *_strides(q, k, v, image_k, image_v), **_shape(a), **_blocks(a.forward_tile),
                 FINISH_KEYS=a.fused, CACHE=cache,
             )  # fmt: skip

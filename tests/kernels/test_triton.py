@@ -1,4 +1,4 @@
-"""The Triton kernels against float64: every branch on small shapes, under Triton's interpreter where there is no GPU."""
+"""The Triton kernels against float64: every branch on small shapes, interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -228,9 +228,7 @@ def test_shared_images_add_up() -> None:
 
 def test_none_for_images_equals_empty_tensors() -> None:
     layout = AttentionLayout.build(*LAYOUTS["no image, ragged"], device=DEVICE)
-    tensors = {
-        name: x.float() for name, x in random_inputs(layout, heads=2, groups=1, head_dim=32).tensors.items()
-    }
+    tensors = {name: x.float() for name, x in random_inputs(layout, heads=2, groups=1, head_dim=32).tensors.items()}
     expected = triton_attention(**tensors, layout=layout)
     assert torch.equal(triton_attention(*(tensors[name] for name in "qkv"), None, None, layout), expected)
 

@@ -20,9 +20,7 @@ def check_drawn(data: st.DataObject) -> None:
     qk_norm, rotate = data.draw(st.sampled_from([("none", False), ("pre_rope", True), ("post_rope", True)]))
     heads, groups = data.draw(st.sampled_from([(1, 1), (3, 1), (4, 2)]))
     seed = data.draw(st.integers(0, 99))
-    inputs = random_inputs(
-        layout, heads=heads, groups=groups, head_dim=8, qk_norm=qk_norm, rotate=rotate, seed=seed
-    )
+    inputs = random_inputs(layout, heads=heads, groups=groups, head_dim=8, qk_norm=qk_norm, rotate=rotate, seed=seed)
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
     exact = evaluate(inputs, plain_attention, return_lse=True)
     plain = evaluate(inputs, plain_attention, return_lse=True, dtype=dtype)

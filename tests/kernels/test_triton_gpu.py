@@ -26,13 +26,20 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available() or fused.INTERPRETED or not fused.INSTALLED,
-        reason="needs a CUDA GPU and Triton: run `TRITON_INTERPRET=0 pytest -m gpu tests/kernels` on a machine with one",
+        reason="needs a CUDA GPU and Triton: run `make gpu-suite` on a machine with one",
     ),
 ]
 
 SHAPES = {
     "a": ([64] * 4, [[576]] * 4, [[0]] * 4, 18, 6, 64),
-    "a, mixed": ([8, 128, 64, 33, 85], [[576], [576], [], [576], [100, 200]], [[0], [50], [], [33], [0, 40]], 18, 6, 64),
+    "a, mixed": (
+        [8, 128, 64, 33, 85],
+        [[576], [576], [], [576], [100, 200]],
+        [[0], [50], [], [33], [0, 40]],
+        18,
+        6,
+        64,
+    ),
     "b": ([256] * 2, [[729]] * 2, [[0], [100]], 14, 2, 64),
     "b, mixed": ([256, 19, 400], [[729], [], [729, 196]], [[7], [], [0, 250]], 14, 2, 64),
     "c": ([1024], [[1024]], [[300]], 32, 8, 128),
