@@ -96,9 +96,8 @@ def child_environment(tree: Path, part: str) -> dict[str, str]:
     if os.environ.get("SHAPES"):
         environment["HIVE_BENCH_SHAPES"] = os.environ["SHAPES"]
     environment["HIVE_BENCH_SECONDS"] = str(SECONDS - RESERVE)
-    if not torch.cuda.is_available():
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return environment
+    cuda = torch.cuda.is_available()
+    return environment | ({"TRITON_INTERPRET": "0"} if cuda else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 
 
 def pytest_step(name: str, limit: float, xml: Path, *arguments: str) -> Step:
