@@ -97,19 +97,20 @@ def picture(record: Record, path: Path) -> None:
     from matplotlib import pyplot
 
     directions = [d for d in ("forward", "backward") if any(d in shape["work"] for shape in record["shapes"].values())]
-    figure, panels = pyplot.subplots(1, len(directions), figsize=(6.5 * len(directions), 5), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(directions), figsize=(6.5 * len(directions), 5.5), squeeze=False)
     for panel, direction in zip(panels[0], directions, strict=True):
         _roof(panel, record, direction)
         peers = dict.fromkeys(row["peer"] for row in record["rows"])
         for number, peer in enumerate(peers):
             _points(panel, record, direction, peer, number)
-        panel.set(xscale="log", yscale="log", xlabel="FLOP per byte, at least", title=direction)
+        panel.set(xscale="log", yscale="log", xlabel="FLOP per byte of the floor", title=direction)
+        panel.set_ylim(top=8 * record["ceilings"]["flops_per_second"] / 1e12)  # room for names
         panel.grid(True, which="both", alpha=0.2)
     panels[0][0].set_ylabel("TFLOP/s")
-    panels[0][0].legend(fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=8, fontsize=8)
     note = " (tiny shapes, no GPU)" if record["tiny"] else ""
     figure.suptitle(f"{record['device']['name']}{note}, commit {record['commit'][:10]}, {record['date'][:10]}")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))  # the legend below
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -127,12 +128,13 @@ def _roof(panel: object, record: Record, direction: str) -> None:
     at = [at[0] / 2, *at, at[-1] * 2]
     roof = [min(rates["flops_per_second"], x * rates["bytes_per_second"]) / 1e12 for x in at]
     panel.plot(at, roof, color="black", label="floor")  # type: ignore[attr-defined]
+    labels: dict[float, list[str]] = {}
     for name in names:
-        x = _intensity(record, name, direction)
-        panel.annotate(  # type: ignore[attr-defined]
-            name, (x, min(rates["flops_per_second"], x * rates["bytes_per_second"]) / 1e12), fontsize=7,
-            xytext=(0, 4), textcoords="offset points", ha="center",
-        )  # fmt: skip
+        labels.setdefault(float(f"{_intensity(record, name, direction):.1e}"), []).append(name)
+    for x, alike in labels.items():
+        y = min(rates["flops_per_second"], x * rates["bytes_per_second"]) / 1e12
+        text = ", ".join(alike)
+        panel.annotate(text, (x, y), xytext=(0, 5), textcoords="offset points", fontsize=7, rotation=75)  # type: ignore[attr-defined]
 
 
 def _points(panel: object, record: Record, direction: str, peer: str, number: int) -> None:
