@@ -63,23 +63,62 @@ def fused_attention(
     cos, sin, image_cos, image_sin = (
         None if x is None else x[:, :half].float().contiguous() for x in (cos, sin, image_cos, image_sin)
     )
-    pack = q.shape[1] // k.shape[-2]
-    schedule = layout.schedule
-    empty = schedule.samples[:0]
-    arguments = KernelArguments(
-        q, k, v, image_k, image_v, q_norm_weight, k_norm_weight, cos, sin, image_cos, image_sin,
-        samples=schedule.samples, seen=schedule.seen, first_token=empty, row_work=empty, backward_work=empty,
-        key_work=empty, scale=softmax_scale, eps=norm_eps, qk_norm=qk_norm, decoding=layout.decoding,
-        max_rows=layout.max_queries * pack, pairs=schedule.pairs,
+    arguments = _arguments(
+        (q, k, v, image_k, image_v, q_norm_weight, k_norm_weight, cos, sin, image_cos, image_sin),
+        layout, softmax_scale, norm_eps, qk_norm,
     )  # fmt: skip
-    arguments = arguments._replace(row_work=schedule.row_work(pack, arguments.forward_tile.rows))
-    if not layout.decoding and arguments.one_pass:
-        arguments = arguments._replace(backward_work=schedule.sample_work())
-    elif not layout.decoding:
-        arguments = arguments._replace(
-            first_token=schedule.first_token,
-            backward_work=schedule.row_work(pack, arguments.tile("queries").rows),
-            key_work=schedule.key_work(arguments.tile("keys").keys),
-        )
     out, lse = attention_op(*arguments)
     return out, lse
+
+
+def _arguments(
+    tensors: tuple[Tensor | None, ...], layout: AttentionLayout, scale: float, eps: float, qk_norm: str
+) -> KernelArguments:
+    """What the op takes: ``tensors`` are its first eleven."""
+    schedule = layout.schedule
+    empty = schedule.samples[:0]
+    q, k = tensors[:2]
+    assert q is not None
+    assert k is not None
+    arguments = KernelArguments(  # type: ignore[call-arg]
+        *tensors,  # type: ignore[arg-type]
+        *(schedule.samples, schedule.seen, empty, empty, empty, empty),
+        *(scale, eps, qk_norm, layout.decoding),  # type: ignore[arg-type]
+        layout.max_queries * (q.shape[1] // k.shape[-2]),
+        schedule.pairs,
+    )
+    return _with_work(arguments, layout)
+
+
+def _with_work(arguments: KernelArguments, layout: AttentionLayout) -> KernelArguments:
+    """The arguments with the lists of work for the tiles that serve them."""
+    schedule, pack = layout.schedule, arguments.q.shape[1] // arguments.groups
+    arguments = arguments._replace(row_work=schedule.row_work(pack, arguments.forward_tile.rows))
+    if layout.decoding:
+        return arguments
+    if arguments.one_pass:
+        return arguments._replace(backward_work=schedule.sample_work())
+    return arguments._replace(
+        first_token=schedule.first_token,
+        backward_work=schedule.row_work(pack, arguments.tile("queries").rows),
+        key_work=schedule.key_work(arguments.tile("keys").keys),
+    )
+
+
+def prepare_layout(layout: AttentionLayout, *, heads: int, groups: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Build, once a batch, what calls with this layout read: before a region that is compiled or captured in a graph.
+
+    Eager calls build it by themselves the first time. torch.compile cannot trace it, and a CUDA graph cannot hold the
+    copy to the device.
+
+    Args:
+        layout: of the batch.
+        heads: query heads (H).
+        groups: key/value heads (G).
+        head_dim: K.
+        dtype: of q.
+    """
+    layout.max_seen, layout.num_queries, layout.num_text, layout.max_text  # noqa: B018 (kept by the layout)
+    layout = layout.unshared[1] if layout.shares_images and not layout.decoding else layout
+    q, k = (torch.empty(0, count, head_dim, dtype=dtype, device=layout.device) for count in (heads, groups))
+    _arguments((q, k, k, k, k, *[None] * 6), layout, 1.0, 0.0, "none")

@@ -60,7 +60,10 @@ _HOPPER = {
     "keys": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
     "queries": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
 }
-_CDNA3 = {kind: {width: tile._replace(stages=1) for width, tile in tiles.items()} for kind, tiles in _AMPERE.items()}
+# With 4 warps a thread has 512 registers; the one-pass backward spills all the same.
+_CDNA3 = {
+    kind: {width: tile._replace(warps=4, stages=1) for width, tile in tiles.items()} for kind, tiles in _AMPERE.items()
+} | {"backward short": {width: Tile(0, 16, 4, 1) for width in (32, 64, 128, 256)}}
 # Small, so that small shapes have several tiles of each sort.
 _INTERPRETER = {kind: {width: Tile(16, 16, 1, 1) for width in (32, 64, 128, 256)} for kind in KINDS} | {
     "backward short": {width: Tile(32, 16, 1, 1) for width in (32, 64, 128, 256)}

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from hive_ds.kernels import AttentionLayout, hierarchical_attention, tiles
+from hive_ds.kernels import AttentionLayout, hierarchical_attention, prepare_layout, tiles
 from hive_ds.kernels.testing import (
     LAYOUTS,
     Inputs,
@@ -253,6 +254,22 @@ def test_compiles_without_a_graph_break(return_lse: bool) -> None:
     expected = evaluate(inputs, triton_attention, **options)  # builds the layout's tables
     compiled = torch.compile(triton_attention, backend="aot_eager", fullgraph=True)
     assert_equal_results(evaluate(inputs, compiled, **options), expected, tolerance=0)
+
+
+def test_fresh_layouts_stop_compiling_anew() -> None:
+    """Prepared outside, a layout is read without a graph break; after three the lengths are no constants any more."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(triton_attention, backend=counter, fullgraph=True)
+    counts = []
+    for lengths in ([3, 2], [4, 1], [5, 2, 3], [7, 7, 1], [2, 9, 4, 4]):
+        layout = AttentionLayout.build(lengths, [[2]] * len(lengths), [[1]] * len(lengths), device=DEVICE)
+        prepare_layout(layout, heads=2, groups=1, head_dim=32, dtype=torch.float32)
+        inputs = random_inputs(layout, heads=2, groups=1, head_dim=32)
+        expected = evaluate(inputs, triton_attention, dtype=torch.float32)
+        assert_equal_results(evaluate(inputs, compiled, dtype=torch.float32), expected, tolerance=0)
+        counts.append(counter.frame_count)
+    assert counts[2:] == [counts[2]] * 3
 
 
 def test_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch, passes: str) -> None:

@@ -6,16 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
-STACK: dict[tuple[str, str, int], int] = {}
-"""Bytes of spilled registers that are known and accepted; 0 elsewhere. Seen with triton 3.9."""
+STACK = {
+    ("sm_80", "forward", 64): 8,
+    ("sm_80", "backward short", 64): 72,
+    ("sm_80", "keys", 64): 8,
+    ("sm_80", "keys", 128): 176,
+    ("sm_90", "backward short", 64): 640,
+    ("sm_90", "keys", 64): 56,
+    ("sm_90", "keys", 128): 48,
+}
+"""Bytes of spilled registers a thread that are known; none elsewhere. Seen with triton 3.9."""
 
 
-def compile_table(*chosen: str) -> list[dict[str, object]]:
+def compile_table(*chosen: str) -> list[dict[str, Any]]:
     # A process of its own: this one's kernels may be the interpreter's.
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "hive_ds.kernels.compiling", *chosen],
@@ -27,12 +36,12 @@ def compile_table(*chosen: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-def check(lines: list[dict[str, object]], shared_memory: int) -> None:
+def check(lines: list[dict[str, Any]], shared_memory: int) -> None:
     for line in lines:
         print(line)
     for line in lines:
-        assert line["stack"] <= STACK.get((line["target"], line["kind"], line["head_dim"]), 0), line  # type: ignore[operator, call-overload]
-        assert line["shared"] <= shared_memory, line  # type: ignore[operator]
+        assert line["stack"] <= STACK.get((line["target"], line["kind"], line["head_dim"]), 0), line
+        assert line["shared"] <= shared_memory, line
 
 
 def test_hopper() -> None:
