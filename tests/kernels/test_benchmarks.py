@@ -119,6 +119,15 @@ def test_a_step_that_hangs_or_fails_is_red(tmp_path: Path) -> None:
     assert (hangs.verdict, fails.verdict, fails.detail) == ("timed out", "failed", "exit status 3")
 
 
+def test_steps_import_this_clone(tmp_path: Path) -> None:
+    """Whatever is installed, and where nothing is."""
+    environment = suite.child_environment(suite.importable(tmp_path), "checks")
+    code = "import hive_ds.kernels, benchmarks; print(hive_ds.kernels.__file__, benchmarks.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    expected = [tmp_path / "hive_ds/kernels/__init__.py", ROOT / "kernels/benchmarks/__init__.py"]
+    assert done.stdout.split() == [str(path) for path in expected], done.stderr
+
+
 @pytest.mark.parametrize("part", ["checks", "bench"])
 def test_the_suite_runs_without_a_gpu(part: str, tmp_path: Path) -> None:
     """The very commands of a machine with a GPU, on tiny shapes and under Triton's interpreter."""
