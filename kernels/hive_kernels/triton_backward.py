@@ -14,16 +14,16 @@ from .triton_common import (
     LN2,
     LOG2E,
     dot,
-    finish_gradient,
-    finish_tile,
+    load_finished,
     load_halves,
     load_rows,
-    load_tables,
     load_weight,
+    read_sample,
     store_halves,
+    store_rows,
     store_weight_gradient,
+    through_finish,
 )
-from .triton_forward import SAMPLE_COLUMNS
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -70,6 +70,42 @@ def visit_rows(
     return dk_low, dk_high, dv
 
 
+@triton.jit
+def key_tile_gradients(
+    q, k, v, dout, lse, delta, cos, sin, k_weight, seen, place, is_image, key, key_ok, some, every, tokens, scale, eps,
+    stride_k, stride_v, HEADS: tl.constexpr, PACK: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values, and of the norm weight: of tokens from ``some`` on, all from ``every``."""
+    w_low, w_high = load_weight(k_weight, HALF, BLOCK_H, NORM)
+    k_low, k_high = load_finished(
+        k, key * stride_k, cos, sin, key, key_ok, w_low, w_high, eps, HALF, BLOCK_H, NORM, ROTATE, True
+    )
+    columns = tl.arange(0, BLOCK_K)
+    values = load_rows(v + key[:, None] * stride_v + columns[None, :], key_ok, columns, 2 * HALF, True)
+    dk_low = tl.zeros([key.shape[0], BLOCK_H], tl.float32)
+    dk_high = tl.zeros([key.shape[0], BLOCK_H], tl.float32)
+    dv = tl.zeros([key.shape[0], BLOCK_K], tl.float32)
+    rows = tokens * PACK
+    first = rows if some == tokens else some * PACK // BLOCK_M * BLOCK_M
+    full = tl.minimum((every * PACK + BLOCK_M - 1) // BLOCK_M * BLOCK_M, rows)
+    q += place * (2 * HALF)
+    dout += place * (2 * HALF)
+    dk_low, dk_high, dv = visit_rows(
+        dk_low, dk_high, dv, k_low, k_high, values, key, q, dout, lse + place, delta + place,
+        seen, is_image, first, full, rows, scale, HEADS, PACK, HALF, BLOCK_H, BLOCK_K, BLOCK_M, True,
+    )  # fmt: skip
+    dk_low, dk_high, dv = visit_rows(
+        dk_low, dk_high, dv, k_low, k_high, values, key, q, dout, lse + place, delta + place,
+        seen, is_image, full, rows, rows, scale, HEADS, PACK, HALF, BLOCK_H, BLOCK_K, BLOCK_M, False,
+    )  # fmt: skip
+    dk_low, dk_high, dw_low, dw_high = through_finish(
+        dk_low * (scale * LN2), dk_high * (scale * LN2), k, key * stride_k, cos, sin, key, key_ok, w_low, w_high, eps,
+        HALF, BLOCK_H, NORM, ROTATE, True,
+    )  # fmt: skip
+    return dk_low, dk_high, dv, dw_low, dw_high
+
+
 @triton.jit(do_not_specialize=["work", "samples", "seen", "first_token"])
 def hierarchical_attention_key_gradient_kernel(
     q, k, v, image_k, image_v, dout, lse, delta, dk, dv, dimage_k, dimage_v, partials,
@@ -87,78 +123,39 @@ def hierarchical_attention_key_gradient_kernel(
     item = work + program // GROUPS * 3
     is_image = tl.load(item + 2) != 0
     PACK: tl.constexpr = HEADS // GROUPS
-    entry = samples + tl.load(item) * SAMPLE_COLUMNS
-    first_query = tl.load(entry).to(tl.int64)
-    tokens = tl.load(entry + 1)
+    first_query, tokens, first_text, _, first_image, patches = read_sample(samples, tl.load(item))
     start = tl.load(item + 1) * BLOCK_N
     key = start + tl.arange(0, BLOCK_N)
     if is_image:
-        first_key = tl.load(entry + 4).to(tl.int64)
-        count = tl.load(entry + 5)
-        last = tl.minimum(start + BLOCK_N, count) - 1
+        count = patches
         # The first token that sees any key of the tile, and the first that sees all of them.
-        some = tl.minimum(tl.load(first_token + first_key + start), tokens)
-        every = tl.minimum(tl.load(first_token + first_key + last), tokens)
-        k_base = image_k + first_key * stride_it + group * stride_ih
-        v_base = image_v + first_key * stride_jt + group * stride_jh
-        stride_k = stride_it
-        stride_v = stride_jt
-        cos_base = image_cos + first_key * HALF
-        sin_base = image_sin + first_key * HALF
-        dk_base = dimage_k + (first_key * GROUPS + group) * (2 * HALF)
-        dv_base = dimage_v + (first_key * GROUPS + group) * (2 * HALF)
+        some = tl.minimum(tl.load(first_token + first_image + start), tokens)
+        every = tl.minimum(tl.load(first_token + first_image + tl.minimum(start + BLOCK_N, count) - 1), tokens)
+        k = image_k + first_image * stride_it + group * stride_ih
+        v = image_v + first_image * stride_jt + group * stride_jh
+        cos = image_cos + first_image * HALF
+        sin = image_sin + first_image * HALF
+        dk = dimage_k + (first_image * GROUPS + group) * (2 * HALF)
+        dv = dimage_v + (first_image * GROUPS + group) * (2 * HALF)
+        stride_kt = stride_it
+        stride_vt = stride_jt
     else:
-        first_key = tl.load(entry + 2).to(tl.int64)
         count = tokens
         some = start
         every = tl.minimum(start + BLOCK_N, count) - 1
-        k_base = k + first_key * stride_kt + group * stride_kh
-        v_base = v + first_key * stride_vt + group * stride_vh
-        stride_k = stride_kt
-        stride_v = stride_vt
-        cos_base = cos + first_key * HALF
-        sin_base = sin + first_key * HALF
-        dk_base = dk + (first_key * GROUPS + group) * (2 * HALF)
-        dv_base = dv + (first_key * GROUPS + group) * (2 * HALF)
-    key_ok = key < count
-
-    k_low, k_high = load_halves(k_base, key * stride_k, key_ok, HALF, BLOCK_H, True)
-    cos_tile, sin_tile = load_tables(cos_base, sin_base, key, key_ok, HALF, BLOCK_H, ROTATE, True)
-    w_low, w_high = load_weight(k_weight, HALF, BLOCK_H, NORM)
-    k_low, k_high = finish_tile(k_low, k_high, cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE)
-    columns = tl.arange(0, BLOCK_K)
-    values = load_rows(v_base + key[:, None] * stride_v + columns[None, :], key_ok, columns, 2 * HALF, True)
-
-    dk_low = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    dk_high = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    dv_tile = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    rows = tokens * PACK
-    first = rows if some == tokens else some * PACK // BLOCK_M * BLOCK_M
-    full = tl.minimum((every * PACK + BLOCK_M - 1) // BLOCK_M * BLOCK_M, rows)
-    place = first_query * HEADS + group * PACK
-    q += place * (2 * HALF)
-    dout += place * (2 * HALF)
-    dk_low, dk_high, dv_tile = visit_rows(
-        dk_low, dk_high, dv_tile, k_low, k_high, values, key, q, dout, lse + place, delta + place,
-        seen + first_query, is_image, first, full, rows, scale, HEADS, PACK, HALF, BLOCK_H, BLOCK_K, BLOCK_M, True,
+        k += first_text * stride_kt + group * stride_kh
+        v += first_text * stride_vt + group * stride_vh
+        cos += first_text * HALF
+        sin += first_text * HALF
+        dk += (first_text * GROUPS + group) * (2 * HALF)
+        dv += (first_text * GROUPS + group) * (2 * HALF)
+    dk_low, dk_high, dv_tile, dw_low, dw_high = key_tile_gradients(
+        q, k, v, dout, lse, delta, cos, sin, k_weight, seen + first_query, first_query * HEADS + group * PACK, is_image,
+        key, key < count, some, every, tokens, scale, eps, stride_kt, stride_vt,
+        HEADS, PACK, HALF, BLOCK_H, BLOCK_K, BLOCK_M, NORM, ROTATE,
     )  # fmt: skip
-    dk_low, dk_high, dv_tile = visit_rows(
-        dk_low, dk_high, dv_tile, k_low, k_high, values, key, q, dout, lse + place, delta + place,
-        seen + first_query, is_image, full, rows, rows, scale, HEADS, PACK, HALF, BLOCK_H, BLOCK_K, BLOCK_M, False,
-    )  # fmt: skip
-
-    tl.store(
-        dv_base + key[:, None] * (GROUPS * 2 * HALF) + columns[None, :],
-        dv_tile.to(dv.dtype.element_ty),
-        mask=key_ok[:, None] & (columns < 2 * HALF)[None, :],
-    )
-    k_low, k_high = load_halves(k_base, key * stride_k, key_ok, HALF, BLOCK_H, True)
-    cos_tile, sin_tile = load_tables(cos_base, sin_base, key, key_ok, HALF, BLOCK_H, ROTATE, True)
-    dk_low, dk_high, dw_low, dw_high = finish_gradient(
-        dk_low * (scale * LN2), dk_high * (scale * LN2), k_low, k_high, cos_tile, sin_tile, w_low, w_high, eps,
-        HALF, NORM, ROTATE,
-    )  # fmt: skip
-    store_halves(dk_base, key * (GROUPS * 2 * HALF), key_ok, dk_low, dk_high, HALF)
+    store_rows(dv, key * (GROUPS * 2 * HALF), key < count, dv_tile, 2 * HALF)
+    store_halves(dk, key * (GROUPS * 2 * HALF), key < count, dk_low, dk_high, HALF)
     if NORM:
         store_weight_gradient(partials, program, dw_low, dw_high, HALF)
 
@@ -185,6 +182,23 @@ def visit_keys(
     return dq_low, dq_high
 
 
+@triton.jit
+def visit_key_source(
+    dq_low, dq_high, q_low, q_high, dout, lse, delta, k, v, limit, full, last, scale, stride_k, stride_v,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Go over one source: all rows see ``full`` keys, each those before its ``limit``, none those from ``last`` on."""
+    full = full // BLOCK_N * BLOCK_N
+    dq_low, dq_high = visit_keys(
+        dq_low, dq_high, q_low, q_high, dout, lse, delta, k, v, limit, 0, full, scale,
+        stride_k, stride_v, HALF, BLOCK_H, BLOCK_K, BLOCK_N, False,
+    )  # fmt: skip
+    return visit_keys(
+        dq_low, dq_high, q_low, q_high, dout, lse, delta, k, v, limit, full, last, scale,
+        stride_k, stride_v, HALF, BLOCK_H, BLOCK_K, BLOCK_N, True,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["work", "samples", "seen"])
 def hierarchical_attention_query_gradient_kernel(
     q, k, v, image_k, image_v, dout, lse, delta, dq, partials, cos, sin, q_weight, work, samples, seen, scale, eps,
@@ -198,27 +212,24 @@ def hierarchical_attention_query_gradient_kernel(
     item = work + program // GROUPS * 2
     tile = tl.load(item + 1)
     PACK: tl.constexpr = HEADS // GROUPS
-    entry = samples + tl.load(item) * SAMPLE_COLUMNS
-    first_query = tl.load(entry).to(tl.int64)
-    rows = tl.load(entry + 1) * PACK
-    first_text = tl.load(entry + 2).to(tl.int64)
-    first_image = tl.load(entry + 4).to(tl.int64)
-
+    first_query, tokens, first_text, _, first_image, _ = read_sample(samples, tl.load(item))
+    rows = tokens * PACK
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < rows
     row = tl.minimum(row, rows - 1)
     token = row // PACK
-    head = row % PACK
-    q += first_query * stride_qt + group * PACK * stride_qh
+    head = group * PACK + row % PACK
+    q += first_query * stride_qt
     cos += first_query * HALF
     sin += first_query * HALF
-    q_low, q_high = load_halves(q, token * stride_qt + head * stride_qh, row_ok, HALF, BLOCK_H, True)
-    cos_tile, sin_tile = load_tables(cos, sin, token, row_ok, HALF, BLOCK_H, ROTATE, True)
+    offsets = token * stride_qt + head * stride_qh
     w_low, w_high = load_weight(q_weight, HALF, BLOCK_H, NORM)
-    q_low, q_high = finish_tile(q_low, q_high, cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE)
+    q_low, q_high = load_finished(
+        q, offsets, cos, sin, token, row_ok, w_low, w_high, eps, HALF, BLOCK_H, NORM, ROTATE, True
+    )
     columns = tl.arange(0, BLOCK_K)
-    place = token * HEADS + group * PACK + head
-    dout += first_query * HEADS * (2 * HALF)
+    place = token * HEADS + head
+    dout += first_query * (HEADS * 2 * HALF)
     dout_tile = load_rows(dout + place[:, None] * (2 * HALF) + columns[None, :], row_ok, columns, 2 * HALF, True)
     lse_row = tl.load(lse + first_query * HEADS + place, mask=row_ok, other=float("inf")) * LOG2E
     delta_row = tl.load(delta + first_query * HEADS + place, mask=row_ok, other=0.0)
@@ -228,38 +239,23 @@ def hierarchical_attention_query_gradient_kernel(
     first_token = tile * BLOCK_M // PACK
     last_token = (tl.minimum(tile * BLOCK_M + BLOCK_M, rows) - 1) // PACK
     stride_k: tl.constexpr = GROUPS * 2 * HALF
-    k += first_text * stride_k + group * (2 * HALF)
-    v += first_text * stride_vt + group * stride_vh
-    full = (first_token + 1) // BLOCK_N * BLOCK_N
-    dq_low, dq_high = visit_keys(
-        dq_low, dq_high, q_low, q_high, dout_tile, lse_row, delta_row, k, v, token + 1, 0, full, scale,
-        stride_k, stride_vt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, False,
+    dq_low, dq_high = visit_key_source(
+        dq_low, dq_high, q_low, q_high, dout_tile, lse_row, delta_row,
+        k + first_text * stride_k + group * (2 * HALF), v + first_text * stride_vt + group * stride_vh,
+        token + 1, first_token + 1, last_token + 1, scale, stride_k, stride_vt, HALF, BLOCK_H, BLOCK_K, BLOCK_N,
     )  # fmt: skip
-    dq_low, dq_high = visit_keys(
-        dq_low, dq_high, q_low, q_high, dout_tile, lse_row, delta_row, k, v, token + 1, full, last_token + 1, scale,
-        stride_k, stride_vt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, True,
-    )  # fmt: skip
-    image_k += first_image * stride_k + group * (2 * HALF)
-    image_v += first_image * stride_jt + group * stride_jh
-    limit = tl.load(seen + first_query + token)
-    full = tl.load(seen + first_query + first_token) // BLOCK_N * BLOCK_N
-    end = tl.load(seen + first_query + last_token)
-    dq_low, dq_high = visit_keys(
-        dq_low, dq_high, q_low, q_high, dout_tile, lse_row, delta_row, image_k, image_v, limit, 0, full, scale,
-        stride_k, stride_jt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, False,
-    )  # fmt: skip
-    dq_low, dq_high = visit_keys(
-        dq_low, dq_high, q_low, q_high, dout_tile, lse_row, delta_row, image_k, image_v, limit, full, end, scale,
-        stride_k, stride_jt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, True,
+    seen += first_query
+    dq_low, dq_high = visit_key_source(
+        dq_low, dq_high, q_low, q_high, dout_tile, lse_row, delta_row,
+        image_k + first_image * stride_k + group * (2 * HALF), image_v + first_image * stride_jt + group * stride_jh,
+        tl.load(seen + token), tl.load(seen + first_token), tl.load(seen + last_token), scale,
+        stride_k, stride_jt, HALF, BLOCK_H, BLOCK_K, BLOCK_N,
     )  # fmt: skip
 
-    q_low, q_high = load_halves(q, token * stride_qt + head * stride_qh, row_ok, HALF, BLOCK_H, True)
-    cos_tile, sin_tile = load_tables(cos, sin, token, row_ok, HALF, BLOCK_H, ROTATE, True)
-    dq_low, dq_high, dw_low, dw_high = finish_gradient(
-        dq_low * (scale * LN2), dq_high * (scale * LN2), q_low, q_high, cos_tile, sin_tile, w_low, w_high, eps,
-        HALF, NORM, ROTATE,
+    dq_low, dq_high, dw_low, dw_high = through_finish(
+        dq_low * (scale * LN2), dq_high * (scale * LN2), q, offsets, cos, sin, token, row_ok, w_low, w_high, eps,
+        HALF, BLOCK_H, NORM, ROTATE, True,
     )  # fmt: skip
-    dq += first_query * HEADS * (2 * HALF)
-    store_halves(dq, place * (2 * HALF), row_ok, dq_low, dq_high, HALF)
+    store_halves(dq + first_query * (HEADS * 2 * HALF), place * (2 * HALF), row_ok, dq_low, dq_high, HALF)
     if NORM:
         store_weight_gradient(partials, program, dw_low, dw_high, HALF)

@@ -174,3 +174,43 @@ def store_weight_gradient(partials, program, low, high, HALF: tl.constexpr):
     pointers = partials + program.to(tl.int64) * (2 * HALF) + columns
     tl.store(pointers, low, mask=columns < HALF)
     tl.store(pointers + HALF, high, mask=columns < HALF)
+
+
+@triton.jit
+def load_finished(
+    base, offsets, cos, sin, rows, row_ok, w_low, w_high, eps,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows at ``base + offsets``, normed and rotated by rows ``rows`` of the tables."""
+    low, high = load_halves(base, offsets, row_ok, HALF, BLOCK_H, MASKED)
+    cos_tile, sin_tile = load_tables(cos, sin, rows, row_ok, HALF, BLOCK_H, ROTATE, MASKED)
+    return finish_tile(low, high, cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE)
+
+
+@triton.jit
+def through_finish(
+    d_low, d_high, base, offsets, cos, sin, rows, row_ok, w_low, w_high, eps,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `load_finished`'s rows and weight. Rows are read again: cheaper than registers that hold them."""
+    low, high = load_halves(base, offsets, row_ok, HALF, BLOCK_H, MASKED)
+    cos_tile, sin_tile = load_tables(cos, sin, rows, row_ok, HALF, BLOCK_H, ROTATE, MASKED)
+    return finish_gradient(d_low, d_high, low, high, cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE)
+
+
+@triton.jit
+def store_rows(base, offsets, row_ok, tile, WIDTH: tl.constexpr):
+    """Write whole rows, cast to the dtype that ``base`` points to."""
+    columns = tl.arange(0, tile.shape[1])
+    mask = row_ok[:, None] & (columns < WIDTH)[None, :]
+    tl.store(base + offsets[:, None] + columns[None, :], tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def read_sample(samples, sample):
+    """A line of the table: first row of q, rows of q, first text key, text keys, first image key, image keys."""
+    entry = samples + sample * 6
+    first_query = tl.load(entry).to(tl.int64)
+    first_text = tl.load(entry + 2).to(tl.int64)
+    first_image = tl.load(entry + 4).to(tl.int64)
+    return first_query, tl.load(entry + 1), first_text, tl.load(entry + 3), first_image, tl.load(entry + 5)

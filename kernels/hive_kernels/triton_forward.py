@@ -9,10 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import LN2, dot, finish_tile, load_halves, load_rows, load_tables, load_weight, store_halves
-
-SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(6)
-"""Of the table of samples: first row of q, rows of q, first text key, text keys, first image key, image keys."""
+from .triton_common import LN2, dot, load_finished, load_rows, load_weight, read_sample, store_halves, store_rows
 
 
 @triton.jit
@@ -26,9 +23,9 @@ def attend_keys(
     for start in range(first, last, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         key_ok = key < last
-        k_low, k_high = load_halves(k, key * stride_k, key_ok, HALF, BLOCK_H, MASKED)
-        cos_tile, sin_tile = load_tables(cos, sin, key, key_ok, HALF, BLOCK_H, ROTATE, MASKED)
-        k_low, k_high = finish_tile(k_low, k_high, cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE)
+        k_low, k_high = load_finished(
+            k, key * stride_k, cos, sin, key, key_ok, w_low, w_high, eps, HALF, BLOCK_H, NORM, ROTATE, MASKED
+        )
         scores = dot(q_high, tl.trans(k_high), dot(q_low, tl.trans(k_low)))
         if MASKED:
             scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
@@ -40,6 +37,24 @@ def attend_keys(
         acc = dot(weights.to(values.dtype), values, acc * decay[:, None])
         highest = higher
     return acc, total, highest
+
+
+@triton.jit
+def attend_source(
+    acc, total, highest, q_low, q_high, k, v, cos, sin, w_low, w_high, limit, full, last, scale, eps,
+    stride_k, stride_v, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Go over one source: all rows see ``full`` keys, each those before its ``limit``, none those from ``last`` on."""
+    full = full // BLOCK_N * BLOCK_N
+    acc, total, highest = attend_keys(
+        acc, total, highest, q_low, q_high, k, v, cos, sin, w_low, w_high, limit, 0, full, scale, eps,
+        stride_k, stride_v, HALF, BLOCK_H, BLOCK_K, BLOCK_N, NORM, ROTATE, False,
+    )  # fmt: skip
+    return attend_keys(
+        acc, total, highest, q_low, q_high, k, v, cos, sin, w_low, w_high, limit, full, last, scale, eps,
+        stride_k, stride_v, HALF, BLOCK_H, BLOCK_K, BLOCK_N, NORM, ROTATE, True,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["work", "samples", "seen"])
@@ -61,27 +76,22 @@ def hierarchical_attention_forward_kernel(
     sample = tl.load(work + program // GROUPS * 2)
     tile = tl.load(work + program // GROUPS * 2 + 1)
     PACK: tl.constexpr = HEADS // GROUPS
-    entry = samples + sample * SAMPLE_COLUMNS
-    first_query = tl.load(entry).to(tl.int64)
-    rows = tl.load(entry + 1) * PACK
-    first_text = tl.load(entry + 2).to(tl.int64)
-    before = tl.load(entry + 3) - tl.load(entry + 1)  # tokens of the sample that are not in q
-    first_image = tl.load(entry + 4).to(tl.int64)
+    first_query, queries, first_text, texts, first_image, _ = read_sample(samples, sample)
+    rows = queries * PACK
+    before = texts - queries  # tokens of the sample that are not in q
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < rows
     row = tl.minimum(row, rows - 1)  # rows of padding repeat the last one, and are not stored
     token = row // PACK
-    head = row % PACK
-    q_low, q_high = load_halves(
-        q + first_query * stride_qt + group * PACK * stride_qh,
-        token * stride_qt + head * stride_qh, row_ok, HALF, BLOCK_H, True,
-    )  # fmt: skip
-    cos_tile, sin_tile = load_tables(
-        q_cos + first_query * HALF, q_sin + first_query * HALF, token, row_ok, HALF, BLOCK_H, ROTATE, True
-    )
+    head = group * PACK + row % PACK
+    q_cos += first_query * HALF
+    q_sin += first_query * HALF
     w_low, w_high = load_weight(q_weight, HALF, BLOCK_H, NORM)
-    q_low, q_high = finish_tile(q_low, q_high, cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE)
+    q_low, q_high = load_finished(
+        q + first_query * stride_qt, token * stride_qt + head * stride_qh, q_cos, q_sin, token, row_ok, w_low, w_high,
+        eps, HALF, BLOCK_H, NORM, ROTATE, True,
+    )  # fmt: skip
 
     KEY_NORM: tl.constexpr = NORM if FINISH_KEYS else 0
     KEY_ROTATE: tl.constexpr = ROTATE and FINISH_KEYS
@@ -94,50 +104,29 @@ def hierarchical_attention_forward_kernel(
 
     # Text first: its first key is seen by every row, so that no maximum stays at minus infinity.
     if CACHE:
-        text_k = k + sample.to(tl.int64) * cache_k + group * stride_kh
-        text_v = v + sample.to(tl.int64) * cache_v + group * stride_vh
+        k += sample.to(tl.int64) * cache_k + group * stride_kh
+        v += sample.to(tl.int64) * cache_v + group * stride_vh
     else:
-        text_k = k + first_text * stride_kt + group * stride_kh
-        text_v = v + first_text * stride_vt + group * stride_vh
-    text_cos = q_cos + first_query * HALF
-    text_sin = q_sin + first_query * HALF
-    limit = before + token + 1
-    end = before + last_token + 1
-    full = (before + first_token + 1) // BLOCK_N * BLOCK_N
-    acc, total, highest = attend_keys(
-        acc, total, highest, q_low, q_high, text_k, text_v, text_cos, text_sin, w_low, w_high, limit, 0, full,
-        scale, eps, stride_kt, stride_vt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, KEY_NORM, KEY_ROTATE, False,
+        k += first_text * stride_kt + group * stride_kh
+        v += first_text * stride_vt + group * stride_vh
+    acc, total, highest = attend_source(
+        acc, total, highest, q_low, q_high, k, v, q_cos, q_sin, w_low, w_high,
+        before + token + 1, before + first_token + 1, before + last_token + 1, scale, eps,
+        stride_kt, stride_vt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, KEY_NORM, KEY_ROTATE,
     )  # fmt: skip
-    acc, total, highest = attend_keys(
-        acc, total, highest, q_low, q_high, text_k, text_v, text_cos, text_sin, w_low, w_high, limit, full, end,
-        scale, eps, stride_kt, stride_vt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, KEY_NORM, KEY_ROTATE, True,
-    )  # fmt: skip
-
     # Images are in the order of their offsets: a token sees the first so many of its sample's image keys.
-    image_k += first_image * stride_it + group * stride_ih
-    image_v += first_image * stride_jt + group * stride_jh
-    image_cos += first_image * HALF
-    image_sin += first_image * HALF
-    limit = tl.load(seen + first_query + token)
-    end = tl.load(seen + first_query + last_token)
-    full = tl.load(seen + first_query + first_token) // BLOCK_N * BLOCK_N
-    acc, total, highest = attend_keys(
-        acc, total, highest, q_low, q_high, image_k, image_v, image_cos, image_sin, w_low, w_high, limit, 0, full,
-        scale, eps, stride_it, stride_jt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, KEY_NORM, KEY_ROTATE, False,
-    )  # fmt: skip
-    acc, total, highest = attend_keys(
-        acc, total, highest, q_low, q_high, image_k, image_v, image_cos, image_sin, w_low, w_high, limit, full, end,
-        scale, eps, stride_it, stride_jt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, KEY_NORM, KEY_ROTATE, True,
+    seen += first_query
+    acc, total, highest = attend_source(
+        acc, total, highest, q_low, q_high,
+        image_k + first_image * stride_it + group * stride_ih, image_v + first_image * stride_jt + group * stride_jh,
+        image_cos + first_image * HALF, image_sin + first_image * HALF, w_low, w_high,
+        tl.load(seen + token), tl.load(seen + first_token), tl.load(seen + last_token), scale, eps,
+        stride_it, stride_jt, HALF, BLOCK_H, BLOCK_K, BLOCK_N, KEY_NORM, KEY_ROTATE,
     )  # fmt: skip
 
-    columns = tl.arange(0, BLOCK_K)
-    place = token * HEADS + group * PACK + head
-    out += first_query * HEADS * (2 * HALF)
-    tl.store(
-        out + place[:, None] * (2 * HALF) + columns[None, :],
-        (acc / total[:, None]).to(out.dtype.element_ty),
-        mask=row_ok[:, None] & (columns < 2 * HALF)[None, :],
-    )
+    place = token * HEADS + head
+    out += first_query * (HEADS * 2 * HALF)
+    store_rows(out, place * (2 * HALF), row_ok, acc / total[:, None], 2 * HALF)
     tl.store(lse + first_query * HEADS + place, (highest + tl.log2(total)) * LN2, mask=row_ok)
 
 
@@ -152,8 +141,9 @@ def finish_kernel(
     row_ok = row < count
     token = row // HEADS
     head = row % HEADS
-    low, high = load_halves(x, token * stride_t + head * stride_h, row_ok, HALF, BLOCK_H, True)
-    cos_tile, sin_tile = load_tables(cos, sin, token, row_ok, HALF, BLOCK_H, ROTATE, True)
     w_low, w_high = load_weight(weight, HALF, BLOCK_H, NORM)
-    low, high = finish_tile(low, high, cos_tile, sin_tile, w_low, w_high, eps, HALF, NORM, ROTATE)
+    low, high = load_finished(
+        x, token * stride_t + head * stride_h, cos, sin, token, row_ok, w_low, w_high, eps,
+        HALF, BLOCK_H, NORM, ROTATE, True,
+    )  # fmt: skip
     store_halves(y, row * (2 * HALF), row_ok, low, high, HALF)
