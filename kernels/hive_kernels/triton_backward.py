@@ -76,7 +76,7 @@ def key_tile_gradients(
     stride_k, stride_v, HEADS: tl.constexpr, PACK: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values, and of the norm weight: of tokens from ``some`` on, all from ``every``."""
+    """Gradients of a tile of keys and values, and of the norm weight: of tokens from ``some`` on, all at ``every``."""
     w_low, w_high = load_weight(k_weight, HALF, BLOCK_H, NORM)
     k_low, k_high = load_finished(
         k, key * stride_k, cos, sin, key, key_ok, w_low, w_high, eps, HALF, BLOCK_H, NORM, ROTATE, True
