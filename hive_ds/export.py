@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,15 +55,28 @@ def export_encoder(source: str | Path, out: str | Path) -> ExportReport:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HiveError(f"export folder {out}: exists and is not an empty folder; name a new one or remove it")
     model = HiveForCausalLM.from_pretrained(folder).eval().float()
-    encoder = model.vision_encoder
     processor = AutoImageProcessor.from_pretrained(folder)
-    encoder.save_pretrained(out)
-    processor.save_pretrained(out)
-    difference = _largest_difference(model, out, processor)
+    aside = out.absolute().with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        report = _write(model, processor, aside, out)
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def _write(model: HiveForCausalLM, processor: BaseImageProcessor, aside: Path, out: Path) -> ExportReport:
+    """Write the folder ``aside``, which is to become ``out``, and check it."""
+    encoder = model.vision_encoder
+    encoder.save_pretrained(aside)
+    processor.save_pretrained(aside)
+    difference = _largest_difference(model, aside, processor)
     if not difference <= TOLERANCE:
         raise HiveError(
             f"export {out}: features read back differ by {difference:.1e}, expected at most {TOLERANCE:.0e}; "
-            "do not use this export"
+            "nothing was exported"
         )
     report = ExportReport(
         folder=out,
@@ -69,9 +84,9 @@ def export_encoder(source: str | Path, out: str | Path) -> ExportReport:
         num_blocks=encoder.config.num_hidden_layers,
         trained_blocks=model.last_vision_block,
         largest_difference=difference,
-        sha256=hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest(),
+        sha256=hashlib.sha256((aside / WEIGHTS).read_bytes()).hexdigest(),
     )
-    (out / "README.md").write_text(model_card(report, model))
+    (aside / "README.md").write_text(model_card(report, model))
     return report
 
 
@@ -125,7 +140,7 @@ def model_card(report: ExportReport, model: HiveForCausalLM) -> str:
         tail = (
             f"Blocks {report.trained_blocks + 1} to {report.num_blocks}, the final norm and the pooling head come "
             "after the last routed block: no gradient reached them. They are kept here as they were before training, "
-            f"and were never fitted to the trained blocks. Take `hidden_states[{report.trained_blocks}]` where in doubt."
+            f"and were never fitted to the trained ones. Take `hidden_states[{report.trained_blocks}]` where in doubt."
         )
     return f"""---
 library_name: transformers

@@ -58,6 +58,8 @@ class HiveProcessor:
         is longer than ``max_length``.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise HiveError("no prompt: expected at least one text")
         flat = self._flatten(texts, images)
         rows = [encode_text(prompt, self.tokenizer, image_position=self.image_position) for prompt in texts]
         for row in rows:
@@ -123,6 +125,19 @@ class HiveProcessor:
         self.tokenizer.save_pretrained(folder)
         config = {"processor_class": type(self).__name__, "image_position": self.image_position}
         (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_base_models(
+        cls, vision_encoder: str | Path, language_model: str | Path, image_position: str = "first"
+    ) -> HiveProcessor:
+        """Join the encoder's image processor and the LLM's tokenizer; each a Hugging Face name or a folder."""
+        try:
+            image_processor = AutoImageProcessor.from_pretrained(vision_encoder)
+            tokenizer = AutoTokenizer.from_pretrained(language_model)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise HiveError(f"processor of {vision_encoder} and {language_model}: {reason}") from error
+        return cls(image_processor, tokenizer, image_position)
 
     @classmethod
     def from_pretrained(

@@ -104,7 +104,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hive_ds.train", description="Train one stage of a recipe.")
     parser.add_argument("--recipe", required=True, help="name of a recipe, or the path of a YAML file")
     parser.add_argument("--stage", required=True, type=int, help=numbers)
-    parser.add_argument("--run", required=True, help="folder of the run; stage N starts from RUN/stage{N-1}/model")
+    parser.add_argument(
+        "--run",
+        "--run-folder",
+        required=True,
+        help="folder of the run; stage N starts from RUN/stage{N-1}/model. Under torchrun write --run-folder: it takes "
+        "--run for its own --run-path",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"
     )
@@ -128,7 +134,9 @@ def _load_model(run: Run) -> tuple[HiveForCausalLM, HiveProcessor]:
     weights = run.folder.start_weights()
     if weights is None:
         model = build_model(recipe.model, image_kv=image_kv, max_length=recipe.data.max_length)
-        processor = HiveProcessor.from_base_models(recipe.model.vision_encoder, recipe.model.language_model)
+        processor = HiveProcessor.from_base_models(
+            recipe.model.vision_encoder, recipe.model.language_model, recipe.data.image_position
+        )
     else:
         model, report = load_model(weights, recipe.model, image_kv=image_kv)
         processor = HiveProcessor.from_pretrained(weights)
@@ -187,12 +195,10 @@ def _start_job(
 ) -> tuple[Job, int]:
     """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
     world, device, training, config = run.world, run.device, run.recipe.training, run.config
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    flops = FlopCounter(model, plan)
     identity = RunIdentity.of(plan, training, config, ranks=world.size, ds_config=ds_config)
     engine = Engine(model, plan.groups, ds_config, config, world=world, device=device)
     if world.is_main:
-        print_plan(plan, sizes, engine)
+        print_plan(plan, engine)
     torch.manual_seed(training.seed + world.rank)
     first_step = _resume(run, engine, identity, loader)
     rate = matmul_rate(device, engine.dtype)
@@ -206,7 +212,7 @@ def _start_job(
         training=training,
         metrics=metrics,
         meter=Meter(world.size, rate, device, samples=first_step * config.global_batch_size),
-        flops=flops,
+        flops=FlopCounter(model, plan),
         patch_size=model.config.vision_config.patch_size,
         world=world,
         device=device,

@@ -6,13 +6,12 @@ the rest of the package works without.
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
 import shutil
 import signal
-import weakref
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -188,7 +187,7 @@ class SampleDataset(StreamingDataset):
 
 
 def _location(folder: str, cache: str | None) -> tuple[str | None, str]:
-    """Return streaming's remote and local folder for ``folder``; HiveError where it is no folder of shards, or an empty one."""
+    """Return streaming's remote and local folder for ``folder``; HiveError where it holds no samples."""
     if "://" in folder:
         if not cache:
             raise HiveError(f"data folder {folder} is remote: expected data.cache, a local folder for its shards")
@@ -297,25 +296,20 @@ class SampleLoader(StreamingDataLoader):
     def _get_batch_size(self, batch: PackedBatch) -> int:
         return batch.num_samples
 
-    def _get_iterator(self) -> Any:
-        iterator = super()._get_iterator()
-        if self.num_workers:
-            _WORKING.add(iterator)
-        return iterator
-
-
-_WORKING: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Iterators with worker processes. Workers ignore SIGTERM, by which Python would end them: so they are told to stop."""
-
-
-@atexit.register
-def _stop_workers() -> None:
-    for iterator in list(_WORKING):
-        iterator._shutdown_workers()
-
 
 def _start_worker(worker: int) -> None:
-    # The launcher sends SIGTERM, and a terminal SIGINT, to workers too; when to stop is the main process's decision.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Let a worker end when its parent says so, and not at a signal meant for the parent.
+
+    The launcher sends SIGTERM, and a terminal SIGINT, to workers too. Ignoring SIGTERM altogether would hang: torch
+    and multiprocessing end a worker by it when nothing else reaches it. So a thread reads who sent it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_parents_word, args=(os.getppid(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_at_parents_word(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,6 +1,6 @@
 """Captioned scenes with known answers: a data set made here, so that what a model learned can be measured.
 
-A scene is a 4 x 4 grid that holds 2 to 4 shapes and usually one short word, over clutter. Every question has one right
+A scene is a 4 x 4 grid that holds 1 to 3 shapes and usually one short word, over clutter. Every question has one right
 answer that follows from the scene's description, and answers are balanced so that a blind guess scores low.
 Everything is a function of (seed, split, index).
 """
@@ -21,12 +21,15 @@ COLOURS = {
     "cyan": (70, 215, 225),
     "white": (250, 250, 250),
 }
-SIZES = {"small": 0.05, "medium": 0.078, "large": 0.11}
+SIZES = {"small": 0.053, "medium": 0.08, "large": 0.107}
 """Radius as a share of the image's side."""
 WORDS = ("be", "do", "go", "hi", "it", "no", "ox", "up")
 DIRECTIONS = ("left", "right", "above", "below")
 GRID = 4
-MOST_ITEMS = 4
+JITTER = 1 / 64
+"""How far a shape may lie from the middle of its cell, as a share of the image's side. Tiny encoders see shapes that
+keep to a grid within minutes, and shapes anywhere not within an hour."""
+MOST_ITEMS = 3
 MOST_COUNTED = 3
 
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -90,9 +93,9 @@ class SceneWithQuestions:
     questions: tuple[Question, ...]
 
 
-def random_scene(rng: random.Random, fewest: int = 2, most: int = MOST_ITEMS) -> Scene:
-    """Draw a scene of ``fewest`` to ``most`` shapes, often with a shape or colour repeated, or two shapes aligned."""
-    count = rng.randint(fewest, most)
+def random_scene(rng: random.Random, most: int = MOST_ITEMS) -> Scene:
+    """Draw a scene of 1 to ``most`` shapes, fewer more often; some share a shape or a colour, or are aligned."""
+    count = min(rng.randint(1, most), rng.randint(1, most))
     cells = _cells(count + 1, rng)
     shapes = [rng.choice(SHAPES) for _ in range(count)]
     colours = [rng.choice(tuple(COLOURS)) for _ in range(count)]
@@ -119,10 +122,9 @@ def _cells(count: int, rng: random.Random) -> list[tuple[int, int]]:
 
 def _place(shape: str, colour: str, cell: tuple[int, int], rng: random.Random) -> Item:
     size = rng.choice(tuple(SIZES))
-    slack = 0.5 / GRID - SIZES[size]
     row, column = cell
-    x = (column + 0.5) / GRID + rng.uniform(-slack, slack)
-    y = (row + 0.5) / GRID + rng.uniform(-slack, slack)
+    x = (column + 0.5) / GRID + rng.uniform(-JITTER, JITTER)
+    y = (row + 0.5) / GRID + rng.uniform(-JITTER, JITTER)
     return Item(shape, colour, size, row, column, round(x, 4), round(y, 4))
 
 

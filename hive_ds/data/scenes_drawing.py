@@ -92,10 +92,11 @@ def _insets(inset: float) -> tuple[float, float, float, float]:
 def _draw_word(draw: ImageDraw.ImageDraw, word: str, cell: tuple[int, int], side: int, rng: random.Random) -> None:
     """Draw ``word`` into its cell, on whole glyph pixels so that its edges stay sharp."""
     pixel = GLYPH_PIXEL * side
-    cell_pixels = round(1 / (GRID * GLYPH_PIXEL))
     columns = len(word) * (GLYPH_WIDTH + 1) - 1
-    left = cell[1] * cell_pixels + rng.randint(1, cell_pixels - columns - 1)
-    top = cell[0] * cell_pixels + rng.randint(1, cell_pixels - GLYPH_HEIGHT - 1)
+    left, top = (
+        round((cell[axis] + 0.5) / (GRID * GLYPH_PIXEL) - length / 2) + rng.randint(-1, 1)
+        for axis, length in ((1, columns), (0, GLYPH_HEIGHT))
+    )
     for place, letter in enumerate(word):
         for line, bits in enumerate(int(part, 16) for part in GLYPHS[letter].split()):
             for bit in range(GLYPH_WIDTH):

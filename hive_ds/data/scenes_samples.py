@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive_ds.constants import IMAGE_TOKEN
-from hive_ds.data.scenes import ANSWERS, Scene, caption, direction, make_scene
+from hive_ds.data.scenes import ANSWERS, Scene, SceneWithQuestions, caption, direction, make_scene, random_scene
 from hive_ds.data.scenes_drawing import draw_scene, png
-from hive_ds.data.schema import Sample, Turn
+from hive_ds.data.schema import Sample, Turn, caption_sample
 from hive_ds.errors import HiveError
 
 CAPTION_REQUEST = "describe the picture."
@@ -40,6 +40,11 @@ class SceneFolders:
         return self.root / "questions"
 
     @property
+    def captions(self) -> Path:
+        """Pictures of one shape each with their captions: the encoder's pretraining."""
+        return self.root / "captions"
+
+    @property
     def text(self) -> Path:
         """Text alone, in the same words: descriptions with questions about them."""
         return self.root / "text"
@@ -58,6 +63,7 @@ def write_scenes(
     size: int = 64,
     held_out: int | None = None,
     num_text: int | None = None,
+    num_captions: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SceneFolders:
     """Write scenes as MDS shards; the same arguments give the same bytes.
@@ -69,6 +75,7 @@ def write_scenes(
         size: side of a picture in pixels.
         held_out: samples of each held-out folder (validation, questions, text_validation); default a tenth of ``num``.
         num_text: conversations without a picture; default ``num``.
+        num_captions: pictures of one shape with a caption; default ``num``.
         progress: called with (written, all) after every sample.
 
     Raises:
@@ -82,11 +89,13 @@ def write_scenes(
         raise HiveError(f"scenes: size is {size} pixels, expected at least {MIN_IMAGE_SIZE}")
     held_out = max(1, num // 10) if held_out is None else held_out
     num_text = num if num_text is None else num_text
+    num_captions = num if num_captions is None else num_captions
     folders = SceneFolders(Path(out))
     parts: list[tuple[int, Iterator[Sample], Path]] = [
         (num, scene_samples(seed, "train", num, size), folders.train),
         (held_out, scene_samples(seed, "validation", held_out, size), folders.validation),
         (held_out, question_samples(seed, "questions", held_out, size), folders.questions),
+        (num_captions, caption_samples(seed, "captions", num_captions, size), folders.captions),
         (num_text, text_samples(seed, "text", num_text), folders.text),
         (held_out, text_samples(seed, "text_validation", held_out), folders.text_validation),
     ]
@@ -112,10 +121,9 @@ def scene_samples(seed: int, split: str, num: int, size: int) -> Iterator[Sample
     """
     for index in range(num):
         made = make_scene(seed, split, index, questions=len(ANSWERS))
-        pairs = [(question.text, question.answer) for question in made.questions]
-        pairs.append((CAPTION_REQUEST, caption(made.scene)))
+        pairs = _questions_and_caption(made)
         meta = {
-            "kinds": [question.kind for question in made.questions] + ["caption"],
+            "kinds": _kinds(made),
             "answers": [answer for _, answer in pairs],
             "scene": made.scene.as_dict(),
         }
@@ -132,13 +140,21 @@ def question_samples(seed: int, split: str, num: int, size: int) -> Iterator[Sam
         yield Sample(f"{split}-{index}", turns, (png(draw_scene(made.scene, size)),), meta)
 
 
+def caption_samples(seed: int, split: str, num: int, size: int) -> Iterator[Sample]:
+    """Yield captioned pictures of one shape each."""
+    for index in range(num):
+        scene = random_scene(random.Random(f"{seed}/{split}/{index}"), most=1)
+        picture = png(draw_scene(scene, size))
+        yield caption_sample(f"{split}-{index}", picture, caption(scene), {"scene": scene.as_dict()})
+
+
 def text_samples(seed: int, split: str, num: int) -> Iterator[Sample]:
     """Yield conversations without a picture: the scene is told instead of shown, and the same questions follow."""
     for index in range(num):
         made = make_scene(seed, split, index, questions=len(ANSWERS))
-        pairs = [(question.text, question.answer) for question in made.questions]
+        pairs = _questions_and_caption(made)
         told = describe(made.scene, random.Random(f"{seed}/{split}/{index}/told"))
-        meta = {"kinds": [question.kind for question in made.questions], "answers": [answer for _, answer in pairs]}
+        meta = {"kinds": _kinds(made), "answers": [answer for _, answer in pairs]}
         yield Sample(f"{split}-{index}", _turns(pairs, prefix=f"{told} "), (), meta)
 
 
@@ -151,6 +167,14 @@ def describe(scene: Scene, rng: random.Random) -> str:
         if (where := direction(item, other)) is not None and item.name != other.name
     ]
     return " ".join([caption(scene), *rng.sample(related, min(2, len(related)))])
+
+
+def _questions_and_caption(made: SceneWithQuestions) -> list[tuple[str, str]]:
+    return [(question.text, question.answer) for question in made.questions] + [(CAPTION_REQUEST, caption(made.scene))]
+
+
+def _kinds(made: SceneWithQuestions) -> list[str]:
+    return [question.kind for question in made.questions] + ["caption"]
 
 
 def _turns(pairs: list[tuple[str, str]], *, prefix: str) -> tuple[Turn, ...]:

@@ -108,6 +108,8 @@ def _read_image(folder: Path, path: Any) -> bytes:
             raise HiveError(f"lies outside {folder}")
         data = file.read_bytes()
         decode_image(data)
-    except (HiveError, OSError, ValueError) as error:  # ValueError: a path with a null character
+    except OSError as error:
+        raise HiveError(f"image {path}: {error.strerror}") from error
+    except (HiveError, ValueError) as error:  # ValueError: a path with a null character
         raise HiveError(f"image {path}: {error}") from error
     return data

@@ -32,7 +32,7 @@ class EncodedText:
     """Tokens of one text without its placeholders.
 
     ``image_offsets[i]`` is the media offset of the i-th placeholder. ``extents[t]`` are the first and one past the
-    last character of token t; they tile the text.
+    last character of token t in the text; byte-level tokenizers may leave spaces out, so a space's may be empty.
     """
 
     input_ids: list[int]
@@ -101,11 +101,7 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, image_position
     if not ids or not _opens_with_special(body, ids[0], tokenizer):
         ids, spans = [start_token_id(tokenizer), *ids], [(0, 0), *spans]
     encoded = EncodedText([], [0 if image_position == "first" else 1] * front, [])
-    last = 0
     for token, (start, end) in zip(ids, spans, strict=True):
-        # Byte-level tokenizers leave leading spaces out of the offsets: count from the last token's end.
-        start, end = min(start, last), max(end, last)
-        last = end
         if token == image_id:
             encoded.image_offsets.append(len(encoded.input_ids))
         else:
@@ -199,7 +195,7 @@ def _encode_chat(
 
 
 def _is_inside(extent: Span, span: Span) -> bool:
-    """Whether a token holds a character of ``span``; a token without characters counts if it lies within."""
+    """Whether a token holds a character of ``span``; an empty extent counts if it lies within."""
     start, end = extent
     return span[0] < start < span[1] if start == end else max(start, span[0]) < min(end, span[1])
 

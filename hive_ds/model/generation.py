@@ -72,8 +72,9 @@ class HiveGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Inputs of one step: with a cache only the tokens that it does not hold."""
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # Under ZeRO-3 a finished rank calls the model until all have finished (synced_gpus): any token will do.
         return {
-            "input_ids": input_ids[:, past:],
+            "input_ids": input_ids[:, min(past, input_ids.shape[1] - 1) :],
             "attention_mask": attention_mask,
             "prompt_images": prompt_images,
             "past_key_values": past_key_values,

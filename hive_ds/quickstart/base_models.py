@@ -17,16 +17,21 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    SiglipVisionModel,
 )
 
 from hive_ds.constants import IGNORE_INDEX
+from hive_ds.data.schema import Sample
+from hive_ds.data.text import encode_sample
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
@@ -42,15 +47,15 @@ class LanguageModelSize:
     """Shape and training length of the tiny LLM."""
 
     vocabulary: int = 512
-    layers: int = 6
+    layers: int = 4
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
     mlp: int = 384
     positions: int = 512
-    steps: int = 400
-    batch: int = 32
-    lr: float = 2e-3
+    steps: int = 300
+    batch: int = 16
+    lr: float = 3e-3
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,15 @@ class VisionEncoderSize:
 
     image: int = 64
     patch: int = 8
-    blocks: int = 6
-    width: int = 128
+    blocks: int = 4
+    width: int = 96
     heads: int = 4
-    mlp: int = 384
+    mlp: int = 288
     text_blocks: int = 2
-    text_positions: int = 40
-    steps: int = 150
-    batch: int = 64
+    text_positions: int = 16
+    """Longer ones slow learning: SigLIP's text tower reads the last position, padding or not."""
+    steps: int = 300
+    batch: int = 48
     lr: float = 1e-3
 
 
@@ -90,14 +96,14 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def pretrain_language_model(
-    conversations: Sequence[list[dict[str, str]]],
+    samples: Sequence[Sample],
     tokenizer: PreTrainedTokenizerFast,
     size: LanguageModelSize,
     *,
     seed: int,
     progress: Progress,
 ) -> LlamaForCausalLM:
-    """Train a Llama from scratch on text: next-token loss on every token of every conversation."""
+    """Train a Llama from scratch on conversations without pictures; the loss is on the answers."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -108,17 +114,24 @@ def pretrain_language_model(
             num_attention_heads=size.heads,
             num_key_value_heads=size.kv_heads,
             max_position_embeddings=size.positions,
+            initializer_range=size.width**-0.5,  # the usual 0.02 is for widths of thousands and learns slowly here
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    rows = [tokenizer(tokenizer.apply_chat_template(turns, tokenize=False)).input_ids for turns in conversations]
+    rows = [
+        encode_sample(sample, tokenizer, template="chat", image_position="first", max_length=size.positions)
+        for sample in samples
+    ]
 
     def loss_of(indices: np.ndarray) -> torch.Tensor:
-        ids, mask = _pad([rows[index] for index in indices], tokenizer.pad_token_id)
-        return model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORE_INDEX)).loss
+        batch = [rows[index] for index in indices]
+        ids = _pad([row.input_ids for row in batch], tokenizer.pad_token_id)
+        labels = _pad([row.labels for row in batch], IGNORE_INDEX)
+        # Padding stands on the right, where causal attention keeps it from every token; no mask is needed.
+        return model(input_ids=ids, labels=labels).loss
 
     _train(model, loss_of, len(rows), size.steps, size.batch, size.lr, seed, progress)
     return model
@@ -132,7 +145,7 @@ def pretrain_vision_encoder(
     *,
     seed: int,
     progress: Progress,
-) -> tuple[nn.Module, SiglipImageProcessor]:
+) -> tuple[SiglipVisionModel, SiglipImageProcessor]:
     """Train a SigLIP encoder against a small text tower with the sigmoid loss; return the encoder and its processor."""
     torch.manual_seed(seed)
     model = SiglipModel(_siglip_config(size, tokenizer))
@@ -150,7 +163,10 @@ def pretrain_vision_encoder(
         return model(input_ids=ids[indices], pixel_values=pixels[indices], return_loss=True).loss
 
     _train(model, loss_of, len(rows), size.steps, size.batch, size.lr, seed, progress)
-    return model.vision_model, processor
+    encoder = SiglipVisionModel(model.config.vision_config).eval()
+    trunk = getattr(encoder, "vision_model", encoder)  # transformers 5 has no inner module
+    trunk.load_state_dict(model.vision_model.state_dict())
+    return encoder, processor
 
 
 def _siglip_config(size: VisionEncoderSize, tokenizer: PreTrainedTokenizerFast) -> SiglipConfig:
@@ -180,11 +196,8 @@ def _pixels(encoded: bytes, processor: SiglipImageProcessor) -> torch.Tensor:
     return processor(image, return_tensors="pt")["pixel_values"][0]
 
 
-def _pad(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return ids, mask
+def _pad(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def _batches(count: int, batch: int, seed: int) -> Iterator[np.ndarray]:
@@ -219,7 +232,9 @@ def _train(
     model.eval()
 
 
-def save_folder(model: nn.Module, processor: SiglipImageProcessor | PreTrainedTokenizerFast, folder: Path) -> None:
+def save_folder(
+    model: PreTrainedModel, processor: SiglipImageProcessor | PreTrainedTokenizerFast, folder: Path
+) -> None:
     """Write model and processor as one stock Hugging Face folder."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -17,15 +17,9 @@ from tqdm import tqdm
 
 from hive_ds.data.scenes import ANSWERS
 from hive_ds.data.scenes_samples import SceneFolders, write_scenes
-from hive_ds.data.schema import Sample
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder
-from hive_ds.quickstart.base_models import (
-    pretrain_language_model,
-    pretrain_vision_encoder,
-    save_folder,
-    train_tokenizer,
-)
+from hive_ds.quickstart.base_folders import make_base_models, read_samples
 from hive_ds.quickstart.page import PageContent, StageRecord, render_page
 from hive_ds.quickstart.questions import QuestionResults, ask, table
 from hive_ds.quickstart.settings import DEFAULT, RECIPE, Settings
@@ -73,8 +67,12 @@ class Quickstart:
         """All steps, in order."""
         return [
             Step("scenes", "draw pictures with questions and answers", self._scenes, (self.folders.root,)),
-            Step("language model", "pretrain on text alone", self._language_model, (self.language_model,)),
-            Step("vision encoder", "pretrain on pictures and captions", self._vision_encoder, (self.vision_encoder,)),
+            Step(
+                "base models",
+                "pretrain an LLM on text alone and an encoder on captioned pictures",
+                self._base_models,
+                (self.language_model, self.vision_encoder),
+            ),
             *(Step(f"stage {stage.number}", stage.name, partial(self._train, stage)) for stage in STAGES),
             Step("export", "write the encoder as a stock folder", self._export, (self.encoder,)),
             Step("questions", "ask about held-out pictures, right and shuffled", self._questions),
@@ -106,31 +104,13 @@ class Quickstart:
             size=settings.image_size,
             held_out=settings.held_out,
             num_text=settings.text,
+            num_captions=settings.captions,
             progress=_bar("samples"),
         )
 
-    def _language_model(self) -> None:
-        samples = _read(self.folders.text)
-        conversations = [[asdict(turn) for turn in sample.turns] for sample in samples]
-        texts = [turn["content"] for turns in conversations for turn in turns]
-        size = self.settings.language_model
-        tokenizer = train_tokenizer(texts, size.vocabulary)
-        model = pretrain_language_model(conversations, tokenizer, size, seed=self.seed, progress=_loss_bar())
-        save_folder(model, tokenizer, self.language_model)
-
-    def _vision_encoder(self) -> None:
-        from transformers import AutoTokenizer
-
-        samples = _read(self.folders.train)
-        encoder, processor = pretrain_vision_encoder(
-            [sample.images[0] for sample in samples],
-            [sample.turns[-1].content for sample in samples],
-            AutoTokenizer.from_pretrained(self.language_model),
-            self.settings.vision_encoder,
-            seed=self.seed,
-            progress=_loss_bar(),
-        )
-        save_folder(encoder, processor, self.vision_encoder)
+    def _base_models(self) -> None:
+        sizes = (self.settings.language_model, self.settings.vision_encoder)
+        make_base_models(self.folders, self.language_model, self.vision_encoder, sizes, self.seed)
 
     def _train(self, stage: Stage) -> None:
         command = self._command(stage)
@@ -165,7 +145,7 @@ class Quickstart:
     def _questions(self) -> None:
         results = ask(
             self.out / f"stage{STAGES[-1].number}" / "model",
-            _read(self.folders.questions),
+            read_samples(self.folders.questions),
             template=load_recipe(RECIPE).data.template,
             seed=self.seed,
             progress=_bar("answers"),
@@ -177,7 +157,7 @@ class Quickstart:
         timings.append(("total", sum(seconds for _, seconds in timings)))
         content = PageContent(
             results=QuestionResults.load(self.answers),
-            samples=_read(self.folders.questions),
+            samples=read_samples(self.folders.questions),
             chance=chance(),
             stages=[
                 StageRecord.read(f"Stage {s.number}: {s.name}", self.out / f"stage{s.number}" / "metrics.jsonl")
@@ -197,11 +177,11 @@ class Quickstart:
         )
         return [
             f"Seed {self.seed}; {settings.scenes} training scenes of {settings.image_size} x {settings.image_size} "
-            f"pixels, {settings.held_out} held-out questions, {settings.text} conversations without a picture.",
+            f"pixels, {settings.held_out} held-out questions.",
             f"Language model: {llm.layers} layers, {llm.width} wide, pretrained {llm.steps} steps of {llm.batch} on "
-            "text alone.",
+            f"text alone ({settings.text} conversations about scenes that are told, not shown).",
             f"Vision encoder: {vision.blocks} blocks, {vision.width} wide, pretrained {vision.steps} steps of "
-            f"{vision.batch} with the sigmoid contrastive loss.",
+            f"{vision.batch} with the sigmoid contrastive loss ({settings.captions} captioned pictures of one shape).",
             f"Routes: vision blocks {list(recipe.model.routes.vision_blocks)} to language layers "
             f"{list(recipe.model.routes.language_layers)}.",
             f"Stages: {stages}; {_ranks()} ZeRO ranks, policy {recipe.training.ds_config}.",
@@ -222,12 +202,6 @@ class Quickstart:
             ),
             ("Run one stage by hand, as on a cluster.", " ".join(["deepspeed", *self._command(stage)])),
         ]
-
-
-def _read(folder: Path) -> list[Sample]:
-    from hive_ds.data.mds import read_mds  # needs the [streaming] extra
-
-    return read_mds(folder)
 
 
 def _ranks() -> int:
@@ -259,19 +233,6 @@ def _bar(unit: str) -> Callable[[int, int], None]:
         bar.total = total
         bar.update(done - bar.n)
         if done == total:
-            bar.close()
-
-    return update
-
-
-def _loss_bar() -> Callable[[int, int, float], None]:
-    bar = tqdm(unit=" steps", dynamic_ncols=True)
-
-    def update(step: int, steps: int, loss: float) -> None:
-        bar.total = steps
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update(step - bar.n)
-        if step == steps:
             bar.close()
 
     return update

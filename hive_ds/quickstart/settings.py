@@ -13,9 +13,10 @@ RECIPE = "tiny"
 class Settings:
     """Sizes of data and base models; the three stages' numbers are the recipe's."""
 
-    scenes: int = 8000
+    scenes: int = 6000
     held_out: int = 600
-    text: int = 4000
+    text: int = 3200
+    captions: int = 6000
     image_size: int = 64
     language_model: LanguageModelSize = field(default_factory=LanguageModelSize)
     vision_encoder: VisionEncoderSize = field(default_factory=VisionEncoderSize)
@@ -30,6 +31,7 @@ SMOKE = Settings(
     scenes=64,
     held_out=24,
     text=64,
+    captions=64,
     language_model=LanguageModelSize(steps=3, batch=8),
     vision_encoder=VisionEncoderSize(steps=3, batch=8),
     overrides=tuple(f"stages.{stage}.steps=3" for stage in _STAGES),

@@ -49,7 +49,7 @@ class RunIdentity:
     def of(
         cls, plan: StagePlan, training: TrainingConfig, config: StageConfig, *, ranks: int, ds_config: dict[str, Any]
     ) -> RunIdentity:
-        """The identity of a run, before its model is partitioned."""
+        """The identity of a run."""
         return cls(
             stage=plan.stage.name,
             ranks=ranks,
@@ -57,7 +57,7 @@ class RunIdentity:
             precision=training.precision,
             seed=training.seed,
             global_batch_size=config.global_batch_size,
-            parameters={name: list(p.shape) for group in plan.groups for name, p in group.parameters.items()},
+            parameters={name: list(plan.shapes[name]) for group in plan.groups for name in group.parameters},
             optimizer_groups=[group.name for group in plan.groups],
         )
 
@@ -86,7 +86,8 @@ def save_checkpoint(
     torch.save({"loader": loader_state, "random": _random_state()}, aside / f"rank-{world.rank:05d}.pt")
     barrier()
     if world.is_main:
-        (aside / "state.json").write_text(json.dumps({"step": step, "identity": asdict(identity)}))
+        state = {"step": step, "skipped_steps": engine.skipped_steps, "identity": asdict(identity)}
+        (aside / "state.json").write_text(json.dumps(state))
         _publish(aside, final)
         _write_text(folder / "latest", final.name)
         for old in _step_folders(folder)[KEEP:]:
@@ -121,6 +122,7 @@ def load_checkpoint(path: Path, engine: Engine, identity: RunIdentity, world: Wo
                 f"checkpoint {path}: {_difference(name, saved, value)}; use a new run folder or change it back"
             )
     engine.load(path, _ENGINE)
+    engine.skipped_steps = state["skipped_steps"]
     mine = torch.load(path / f"rank-{world.rank:05d}.pt", weights_only=True)
     _restore_random_state(mine["random"])
     return state["step"], mine["loader"]

@@ -85,6 +85,11 @@ def read_world(env: Mapping[str, str]) -> World:
     return World()
 
 
+def uses_gpu() -> bool:
+    """Whether ranks run on GPUs: where there are any, unless DS_ACCELERATOR=cpu says otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def start(world: World) -> torch.device:
     """Join the process group (gloo on CPUs, nccl on GPUs) and return this rank's device.
 
@@ -98,7 +103,7 @@ def start(world: World) -> torch.device:
         ("LOCAL_WORLD_SIZE", world.local_size),
     ):
         os.environ[name] = str(value)
-    gpu = torch.cuda.is_available()
+    gpu = uses_gpu()
     if gpu:
         if world.local_rank >= torch.cuda.device_count():
             raise HiveError(

@@ -86,10 +86,19 @@ def read_policy(name_or_path: str) -> dict[str, Any]:
     for key, owner in _OWNERS.items():
         if key in policy:
             raise HiveError(f"ds_config {path} sets {key}, which belongs to {owner}; remove it from the file")
-    zero_stage = policy.get("zero_optimization", {}).get("stage", 0)
-    if zero_stage not in (0, 1, 2, 3):
-        raise HiveError(f"ds_config {path}: zero_optimization.stage is {zero_stage!r}; expected 0, 1, 2 or 3")
+    _check_zero(path, policy.get("zero_optimization", {}), policy.get("data_types", {}))
     return policy
+
+
+def _check_zero(path: Path, zero: dict[str, Any], data_types: dict[str, Any]) -> None:
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise HiveError(f"ds_config {path}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+    if stage < 2 and data_types.get("grad_accum_dtype"):
+        raise HiveError(f"ds_config {path}: data_types.grad_accum_dtype needs ZeRO 2 or 3, but the stage is {stage}")
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device", "none") != "none":
+            raise HiveError(f"ds_config {path}: zero_optimization.{key} is not supported by this version; remove it")
 
 
 def build_ds_config(

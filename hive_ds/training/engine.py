@@ -1,4 +1,4 @@
-"""DeepSpeed, behind six methods: the one file that imports it.
+"""DeepSpeed, behind one class: the one file that imports it.
 
 The engine takes a model whose stage is planned (`hive_ds.training.groups`), partitions it under ZeRO 0 to 3 and runs
 forward, backward and step on it. It checks what DeepSpeed leaves unsaid: a parameter that gets no gradient, a parameter
@@ -20,15 +20,18 @@ from torch import Tensor, nn
 
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
-from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks
+from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
 from hive_ds.training.groups import OptimizerGroup
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not uses_gpu():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before the import: DeepSpeed decides then
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
 
 # On CPUs, joining the process group would compile DeepSpeed's shared-memory all-reduce (g++, 52 s) and leave 66 MB a
 # rank in /dev/shm. It serves tensor-parallel inference only. DeepSpeed builds the ops this table calls compatible.
@@ -87,6 +90,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
         optimizer.state.clear()
+        self._engine.checkpoint_engine.load = _load_checkpoint_file
         self.model: Any = self._engine.module
         _register_external_parameters(self.model)
 
@@ -267,6 +271,12 @@ def _adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool)
         eps=stage.eps,
         fused=fused,
     )
+
+
+def _load_checkpoint_file(path: str, map_location: Any = None) -> Any:
+    """Read a file of a checkpoint without running code from it, which DeepSpeed's own reader would."""
+    with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _register_external_parameters(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ have a forward pass only, unless something below them trains.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ class FlopCounter:
     """FLOPs of training on a batch, per model and stage.
 
     Args:
-        model: a `HiveForCausalLM`, before it is partitioned.
+        model: a `HiveForCausalLM`.
         plan: what trains.
     """
 
@@ -89,50 +90,46 @@ class FlopCounter:
         self._shared = not any(group == "image_kv" for group in plan.group_of.values())
         self._layers: int = text.num_hidden_layers
         self._blocks: int = model.last_vision_block
-        text_trains = "language_model" in self._trains
-        self._first_layer = 0 if text_trains else min(blocks_by_layer)
+        self._first_layer = -1 if "language_model" in self._trains else min(blocks_by_layer)
         self._weights = [
-            (name, plan.group_of[name], parameter.numel())
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1
+            (name, plan.group_of[name], math.prod(shape))
+            for name, shape in plan.shapes.items()
+            if len(shape) > 1 and name.endswith("weight")
         ]
         self._head = text.vocab_size * text.hidden_size
 
     def count(self, batch: BatchSize) -> float:
         """FLOPs of forward and backward over ``batch``."""
-        weights = sum(
-            2.0 * size * self._tokens(name, group, batch) * self._passes(name, group)
-            for name, group, size in self._weights
-        )
+        weights = 0.0
+        for name, group, size in self._weights:
+            for tokens, flows in self._uses(name, group, batch):
+                weights += 2.0 * size * tokens * (1 + flows + (group in self._trains))
         head = 2.0 * self._head * batch.supervised_tokens * (2 + ("language_model" in self._trains))
-        return weights + head + self._attention(batch)
+        return weights + head + self.attention(batch)
 
-    def _tokens(self, name: str, group: str, batch: BatchSize) -> int:
-        """Tokens that the weight acts on in one forward pass."""
-        if group == "vision_tail" or "embed_tokens" in name or "lm_head" in name or "position_embedding" in name:
-            return 0  # never runs, looks rows up, or is counted as the head
-        if group in ("vision_encoder", "projectors"):
-            return batch.patches
-        routes = self._routes.get(_layer_of(name), 0)
-        if group == "image_kv":
-            return routes * batch.patches
-        if self._shared and routes and re.search(r"self_attn\.[kv]_proj\.", name):
-            return batch.text_tokens + routes * batch.patches
-        return batch.text_tokens
-
-    def _passes(self, name: str, group: str) -> int:
-        """1 for the forward pass, + 1 for the gradient of the input, + 1 for that of the weight."""
+    def _uses(self, name: str, group: str, batch: BatchSize) -> list[tuple[int, bool]]:
+        """For each input of a weight: its tokens, and whether a gradient flows on to it."""
+        if group == "vision_tail" or re.search("embed_tokens|lm_head|position_embedding", name):
+            return []  # never runs, is counted as the head, or looks rows up
         if group == "vision_encoder":
-            flows = "vision_encoder" in self._trains
-        elif group == "projectors":
-            flows = ".fc1." not in name or "vision_encoder" in self._trains
-        else:
-            flows = _layer_of(name) >= self._first_layer
-        return 1 + flows + (group in self._trains)
+            return [(batch.patches, "vision_encoder" in self._trains and "patch_embed" not in name)]
+        if group == "projectors":
+            return [(batch.patches, True)]
+        layer = _layer_of(name)
+        routes = self._routes.get(layer, 0)
+        if group == "image_kv":
+            return [(routes * batch.patches, True)]
+        # What enters the first of these layers is plain text, which asks for no gradient.
+        enters = layer == self._first_layer and re.search(r"self_attn\.[qkv]_proj\.", name)
+        uses = [(batch.text_tokens, layer >= self._first_layer and not enters)]
+        if self._shared and routes and re.search(r"self_attn\.[kv]_proj\.", name):
+            uses.append((routes * batch.patches, True))
+        return uses
 
-    def _attention(self, batch: BatchSize) -> float:
+    def attention(self, batch: BatchSize) -> float:
+        """The part of `count` that lies between queries, keys and values."""
         per_pair = 4.0 * self._text_width
-        text = per_pair * batch.text_pairs * (self._layers + 2 * (self._layers - self._first_layer))
+        text = per_pair * batch.text_pairs * (self._layers + 2 * (self._layers - max(self._first_layer, 0)))
         image = 3 * per_pair * batch.image_pairs * sum(self._routes.values())
         passes = 3 if "vision_encoder" in self._trains else 1
         encoder = passes * 4.0 * self._vision_width * batch.encoder_pairs * self._blocks

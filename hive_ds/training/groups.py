@@ -37,6 +37,8 @@ class StagePlan:
     module_groups: tuple[ModuleGroup, ...]
     group_of: dict[str, str]
     """Parameter name -> module group, for every parameter."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every parameter, which ZeRO-3 hides later."""
     groups: list[OptimizerGroup]
     """What trains; never empty, none of them empty."""
 
@@ -66,7 +68,9 @@ def plan_stage(model: nn.Module, stage: Stage, module_groups: Sequence[ModuleGro
         by_name.setdefault(group.name, group).parameters[name] = parameter
     if not by_name:
         raise HiveError(f"stage {stage.number} ({stage.name}): no parameter trains; its groups are {stage.trains}")
-    return StagePlan(stage, tuple(module_groups), group_of, list(by_name.values()))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    groups = sorted(by_name.values(), key=lambda group: stage.trains.index(group.module_group))
+    return StagePlan(stage, tuple(module_groups), group_of, shapes, groups)
 
 
 def _peak_rates(stage: Stage, module_groups: Sequence[ModuleGroup], config: StageConfig) -> dict[str, float]:

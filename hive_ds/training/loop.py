@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -53,7 +53,8 @@ def train(job: Job, first_step: int) -> None:
     for step in range(first_step, steps):
         done = step + 1
         micro_batches, totals = _fetch(job, batches)
-        loss, report = _run_step(job, micro_batches, totals, step)
+        loss = run_micro_batches(job.engine, micro_batches, totals.supervised)
+        report = job.engine.step(job.schedule.factor(step))
         job.meter.add(totals, loss)
         _report_bad_samples(job, done, micro_batches, totals)
         skipped_in_row = _watch_skips(job, done, report, micro_batches, skipped_in_row)
@@ -103,18 +104,25 @@ def _fetch(job: Job, batches: Iterator[Any]) -> tuple[list[Any], Totals]:
     return micro_batches, Totals(*sum_over_ranks(own.vector(), job.device))
 
 
-def _run_step(job: Job, micro_batches: list[Any], totals: Totals, step: int) -> tuple[float, StepReport]:
-    """One optimizer step; returns the mean loss over all supervised tokens of all ranks and micro-batches."""
-    engine = job.engine
+def run_micro_batches(engine: Engine, micro_batches: Sequence[Any], supervised: float) -> float:
+    """Forward and backward over one step's micro-batches.
+
+    Args:
+        engine: takes the gradients.
+        micro_batches: this rank's `PackedBatch`es of the step.
+        supervised: tokens with a label on all ranks, over the whole step.
+
+    Returns:
+        The mean loss over all supervised tokens of all ranks and micro-batches.
+    """
     # Gradients are averaged over ranks and summed over micro-batches, hence this share of the tokens.
-    items = max(totals.supervised, 1) / job.world.size
-    loss_sum = torch.zeros((), device=job.device)
+    items = max(supervised, 1) / engine.world.size
+    loss = torch.zeros((), device=engine.device)
     for index, batch in enumerate(micro_batches):
-        output = engine.forward(**batch.model_inputs(job.device, engine.dtype), num_items_in_batch=items)
+        output = engine.forward(**batch.model_inputs(engine.device, engine.dtype), num_items_in_batch=items)
         engine.backward(output.loss, last=index == len(micro_batches) - 1)
-        loss_sum += output.loss.detach()
-    report = engine.step(job.schedule.factor(step))
-    return sum_over_ranks(loss_sum[None], job.device)[0] / job.world.size, report
+        loss += output.loss.detach()
+    return sum_over_ranks(loss[None], engine.device)[0] / engine.world.size
 
 
 def _watch_skips(job: Job, done: int, report: StepReport, micro_batches: list[Any], in_row: int) -> int:

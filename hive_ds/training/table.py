@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from rich.console import Console
@@ -11,14 +12,14 @@ from hive_ds.training.engine import Engine
 from hive_ds.training.groups import StagePlan
 
 
-def print_plan(plan: StagePlan, sizes: Mapping[str, int], engine: Engine) -> None:
+def print_plan(plan: StagePlan, engine: Engine) -> None:
     """Print one row per optimizer group and per frozen module group.
 
     Args:
         plan: of `plan_stage`.
-        sizes: elements of every parameter.
         engine: holds this rank's part of them.
     """
+    sizes = {name: math.prod(shape) for name, shape in plan.shapes.items()}
     on_rank = engine.partition_sizes()
     partitions = engine.world.size if engine.zero_stage == 3 else 1
     where = (str(engine.dtype).removeprefix("torch."), str(partitions))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_data import make_samples
+from tiny_data import flat, make_samples
 
 from hive_ds.data.mds import write_mds
 
@@ -30,9 +30,13 @@ def launch(plan: list[dict], out: Path, size: int) -> list[dict]:
         processes.append(
             subprocess.Popen(command, env=clean | (ranks if size > 1 else {}), stderr=subprocess.PIPE, text=True)
         )
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
     return [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(size)]
 
 
@@ -59,14 +63,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     ]
     one = launch(alone, root / "one", 1)
     two = launch(pair, root / "two", 2)
-    return {
-        name: [result[name] for result in ranks] for ranks in (one, two) for name in ranks[0]
-    }
+    return {name: [result[name] for result in ranks] for ranks in (one, two) for name in ranks[0]}
 
 
 def steps(results: list[dict]) -> list[list[str]]:
     """Samples of every step over all ranks, sorted."""
-    return [sorted(sum(parts, [])) for parts in zip(*(result["steps"] for result in results), strict=True)]
+    return [sorted(flat(parts)) for parts in zip(*(result["steps"] for result in results), strict=True)]
 
 
 @pytest.mark.parametrize("layout", ["1x2x2", "2x2x1", "2x1x2"])
@@ -81,14 +83,14 @@ def test_resumed_run_goes_on_at_the_exact_sample(runs: dict[str, list[dict]], na
 
 def test_epoch_holds_every_sample_and_is_shuffled_anew(runs: dict[str, list[dict]]) -> None:
     seen = steps(runs["1x4x1"])
-    first, second = sum(seen[:6], []), sum(seen[6:12], [])
+    first, second = flat(seen[:6]), flat(seen[6:12])
     assert len(set(first)) == len(set(second)) == NUMBER
     assert first != second
     assert all(len(step) == GLOBAL for step in seen)
 
 
 def test_ranks_read_disjoint_samples_and_take_equal_steps(runs: dict[str, list[dict]]) -> None:
-    first, second = (sum(result["steps"][:5], []) for result in runs["2x2x1"])
+    first, second = (flat(result["steps"][:5]) for result in runs["2x2x1"])
     assert len(first) == len(second) == 10
     assert len({*first, *second}) >= 19  # one sample of the first five steps at most is drawn twice
     assert [result["length"] for result in runs["2x2x1"]] == [6, 6]
@@ -101,10 +103,10 @@ def test_saved_position_is_the_same_on_every_rank(runs: dict[str, list[dict]]) -
 
 def test_bad_samples_are_replaced_alike_in_every_layout(runs: dict[str, list[dict]]) -> None:
     assert steps(runs["bad"]) == steps(runs["bad alone"])
-    clean, mended = sum(steps(runs["1x4x1"]), []), sum(steps(runs["bad"]), [])
+    clean, mended = flat(steps(runs["1x4x1"])), flat(steps(runs["bad"]))
     names = {f"s{index:03d}" for index in BAD}
     assert not names & set(mended)
-    bad = sum((result["bad"] for result in runs["bad"]), [])
+    bad = flat(result["bad"] for result in runs["bad"])
     # s002 is followed by another bad one, so both are named whenever s002 was due.
     due = {name: clean.count(name) for name in names}
     named = {name: [item["id"] for item in bad].count(name) for name in names}

@@ -16,8 +16,14 @@ from hive_ds.data.text import encode_prompt, encode_sample, encode_text, prepare
 from hive_ds.errors import HiveError
 
 KEEP_ALL = {"image_position": "first", "max_length": 10_000}
-# What a template writes after an answer to end it, and before it beyond the prompt.
-CLOSING = {"chatml": "<|im_end|>", "qwen3": "<|im_end|>", "llama2": " </s>", "llama3": "<|eot_id|>", "wordpiece": "[SEP]"}
+CLOSING = {
+    "chatml": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "llama2": " </s>",
+    "llama3": "<|eot_id|>",
+    "wordpiece": "[SEP]",
+}
+"""What a template writes after an answer to end it."""
 LETTERS = "abc  \n.é日🙂'"
 
 
@@ -59,7 +65,7 @@ def test_chat_labels_are_the_answers_and_their_end(kind: str) -> None:
     if kind == "llama3":
         assert tok.convert_tokens_to_ids("<|eot_id|>") in encoded.labels
     if kind == "wordpiece":  # its decoder guesses the spaces and has lost the case
-        said, answers = ([text.replace(" ", "").replace("\n", "").lower() for text in texts] for texts in (said, answers))
+        said, answers = (["".join(text.lower().split()) for text in texts] for texts in (said, answers))
     assert [text.strip() for text in said] == answers
 
 
@@ -129,7 +135,8 @@ def test_no_length_cuts_an_image_away_unnoticed(kind: str, template: str, data: 
     tok = tokenizer(kind)
     question = data.draw(st.lists(st.sampled_from(["red", "square", "<image>"]), max_size=8).map(" ".join))
     answer = data.draw(st.lists(st.sampled_from(["blue", "circle"]), min_size=1, max_size=8).map(" ".join))
-    sample = Sample("long-one", (Turn("user", question), Turn("assistant", answer)), (b"1",) * question.count("<image>"))
+    images = (b"1",) * question.count("<image>")
+    sample = Sample("long-one", (Turn("user", question), Turn("assistant", answer)), images)
     whole = encode_sample(sample, tok, template=template, **KEEP_ALL)
     length = data.draw(st.integers(1, len(whole.input_ids) + 2))
     fits = all(offset < length for offset in whole.image_offsets)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
+from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 import transformers
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hive_ds.data.schema import Sample, Turn, caption_sample
+
+T = TypeVar("T")
 
 CORPUS = [
     "A red square stands to the left of a blue circle.",
@@ -53,8 +58,13 @@ FORGETFUL = (
 TOKENIZERS = ("chatml", "qwen3", "llama2", "llama3", "wordpiece")
 
 
+def flat(lists: Iterable[Iterable[T]]) -> list[T]:
+    """The elements of all lists."""
+    return list(itertools.chain.from_iterable(lists))
+
+
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """chatml, qwen3: byte-level BPE without BOS. llama3: with. llama2: Unigram, metaspace. wordpiece: no spaces kept."""
+    """chatml, qwen3: byte-level BPE without BOS; llama3: with; llama2: Unigram, metaspace; wordpiece: no spaces."""
     if kind == "llama2":
         return _unigram()
     if kind == "wordpiece":
@@ -63,8 +73,10 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(CORPUS, trainer)
     if kind == "llama3":
+        core.post_processor = processors.ByteLevel(trim_offsets=True)  # its offsets leave spaces out, as Llama 3's do
         extra = ["<|start_header_id|>", "<|end_header_id|>"]
         core.add_special_tokens([AddedToken(token, special=True) for token in extra])
         return PreTrainedTokenizerFast(

@@ -1,0 +1,153 @@
+"""Images: every kind of file, every kind of image processor, and the packed batch."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import PROCESSORS, make_image_processor, photo, png
+
+from hive_ds.constants import IGNORE_INDEX
+from hive_ds.data.batch import BadSample, PreparedSample, collate
+from hive_ds.data.images import decode_image, dummy_images, process_images
+from hive_ds.data.text import EncodedSample
+from hive_ds.errors import HiveError
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG that announces 10000 x 9000 pixels in a few bytes."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 10_000, 9_000, 8, 0, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"]
+    packed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+ARROW = Image.fromarray(np.kron(np.array([[255, 0], [255, 255]], np.uint8), np.ones((8, 8), np.uint8)))
+
+
+def test_exif_turns_the_image_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned = decode_image(encode(ARROW, "PNG", exif=exif))
+    assert np.array_equal(np.asarray(turned)[..., 0], np.rot90(np.asarray(ARROW), -1))
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    grey = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    decoded = np.asarray(decode_image(encode(Image.fromarray(grey), "PNG")))
+    assert np.array_equal(decoded, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_transparent_pixels_become_white() -> None:
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 8, 4))
+    decoded = decode_image(encode(image, "PNG"))
+    assert decoded.getpixel((0, 7)) == (255, 255, 255)
+    assert decoded.getpixel((0, 0)) == (0, 0, 255)
+    palette = decode_image(encode(image.quantize(4), "PNG"))
+    assert palette.getpixel((0, 7)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new("RGB", (9, 8), "white").convert(mode)
+    decoded = decode_image(encode(image, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"))
+    assert (decoded.mode, decoded.size) == ("RGB", (9, 8))
+    assert np.asarray(decoded).min() >= 254
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "cannot be read"),
+        (b"not an image", "cannot be read"),
+        (encode(photo(), "JPEG")[:-200], "cannot be read"),
+        (png(size=(1, 1)), "1 x 1 pixels"),
+        (bomb(), "10000 x 9000 pixels"),
+        (encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "floats"),
+    ],
+    ids=["empty", "text", "truncated", "1x1", "bomb", "floats"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_file_is_one_clear_error(data: bytes, message: str) -> None:
+    with pytest.raises(HiveError, match=message) as caught:
+        decode_image(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_processors_give_tensors_with_images_in_front(kind: str) -> None:
+    processor = make_image_processor(kind)
+    images = [photo(1), photo(2, (40, 16)), photo(3, (16, 16))]
+    together = process_images(images, processor)
+    expected = {"naflex": {"pixel_values": (3, 16, 48), "pixel_attention_mask": (3, 16), "spatial_shapes": (3, 2)}}
+    shapes = {name: tuple(value.shape) for name, value in together.items()}
+    assert shapes == expected.get(kind, {"pixel_values": (3, 3, 16, 16)})
+    for index, image in enumerate(images):
+        alone = process_images([image], processor)
+        assert all(torch.equal(together[name][index], alone[name][0]) for name in together)
+
+
+class Tiling:
+    def __call__(self, images: list[Image.Image], *, return_tensors: str) -> dict[str, torch.Tensor]:
+        return {"pixel_values": torch.zeros(2 * len(images), 3, 4, 4)}
+
+
+def test_tiling_processor_is_refused() -> None:
+    with pytest.raises(HiveError, match="Tiling: pixel_values has 4 entries for 2 images"):
+        process_images([photo(1), photo(2)], Tiling())
+
+
+def prepared(name: str, length: int, offsets: list[int], values: list[int]) -> PreparedSample:
+    ids = list(range(1, length + 1))
+    images = {"pixel_values": torch.tensor(values, dtype=torch.float32).view(-1, 1)} if values else {}
+    return PreparedSample(name, EncodedSample(ids, [IGNORE_INDEX, *ids[1:]], offsets, cut=name == "b"), images)
+
+
+DUMMY = {"pixel_values": torch.zeros(1, 1)}
+
+
+def test_batch_is_packed_with_images_by_sample_offset_and_listing() -> None:
+    samples = [
+        prepared("a", 3, [2, 0, 2], [10, 11, 12]),
+        prepared("b", 2, [], []),
+        PreparedSample(**{**vars(prepared("c", 4, [1], [20])), "bad": (BadSample("x", "why"),)}),
+    ]
+    batch = collate(samples, DUMMY)
+    assert batch.input_ids.tolist() == [1, 2, 3, 1, 2, 1, 2, 3, 4]
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.labels.tolist() == [-100, 2, 3, -100, 2, -100, 2, 3, 4]
+    assert batch.text_lengths == [3, 2, 4]
+    assert batch.image_offsets == [[0, 2, 2], [], [1]]
+    assert batch.images["pixel_values"].flatten().tolist() == [11, 10, 12, 20]
+    assert (batch.num_samples, batch.num_images, batch.supervised_tokens, batch.num_cut) == (3, 4, 6, 1)
+    assert batch.bad == (BadSample("x", "why"),)
+
+
+def test_batch_without_images_carries_one_black_image_that_no_token_sees() -> None:
+    processor = make_image_processor("siglip")
+    batch = collate([prepared("a", 3, [], []), prepared("b", 2, [], [])], dummy_images(processor))
+    assert batch.image_offsets == [[3], []]
+    assert batch.num_images == 0
+    black = process_images([Image.new("RGB", (16, 16))], processor)["pixel_values"]
+    assert torch.equal(batch.images["pixel_values"], black)
+
+
+def test_model_inputs_cast_pixels_alone() -> None:
+    samples = [prepared("a", 2, [0], [3])]
+    samples[0].images["spatial_shapes"] = torch.tensor([[1, 1]])  # type: ignore[index]
+    inputs = collate(samples, DUMMY).model_inputs("cpu", torch.bfloat16)
+    assert inputs["pixel_values"].dtype == torch.bfloat16
+    assert inputs["spatial_shapes"].dtype == inputs["input_ids"].dtype == inputs["labels"].dtype == torch.int64
+    assert inputs["image_offsets"] == [[0]]
+    assert inputs["text_lengths"] == [2]

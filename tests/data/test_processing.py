@@ -1,0 +1,127 @@
+"""HiveProcessor: the prompts of inference are those of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_data import PROCESSORS, make_image_processor, make_tokenizer, photo, png
+from transformers import AutoProcessor
+
+from hive_ds.data.images import process_images
+from hive_ds.data.schema import Sample, Turn, caption_sample
+from hive_ds.data.text import encode_sample
+from hive_ds.errors import HiveError
+from hive_ds.processing import HiveProcessor
+
+
+def make_processor(kind: str = "llama3", images: str = "siglip", position: str = "first") -> HiveProcessor:
+    return HiveProcessor(make_image_processor(images), make_tokenizer(kind), position)
+
+
+@pytest.mark.parametrize("position", ["first", "after_bos"])
+@pytest.mark.parametrize("kind", ["chatml", "qwen3", "llama2", "llama3", "wordpiece"])
+def test_prompts_have_the_tokens_and_offsets_of_training(kind: str, position: str) -> None:
+    processor = make_processor(kind, position=position)
+    settings = {"image_position": position, "max_length": 500}
+    turns = (
+        Turn("user", "<image>\nWhat is it?"),
+        Turn("assistant", "A square."),
+        Turn("user", "And <image> this?"),
+        Turn("assistant", "Blue circle."),
+    )
+    trained = encode_sample(Sample("s", turns, (b"", b"")), processor.tokenizer, template="chat", **settings)
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns[:3]]
+    inputs = processor.apply_chat_template(messages, images=[photo(1), photo(2)], tokenize=True)
+    length = inputs["input_ids"].shape[1]
+    assert inputs["input_ids"][0].tolist() == trained.input_ids[:length]
+    assert inputs["image_offsets"] == [trained.image_offsets]
+    assert processor(processor.apply_chat_template(messages), [photo(1), photo(2)])["input_ids"].equal(
+        inputs["input_ids"]
+    )
+    caption = caption_sample("c", b"", "A red square")
+    trained = encode_sample(caption, processor.tokenizer, template="plain", **settings)
+    for prompt, length in (("<image>", 1), ("<image>A red square", len(trained.input_ids) - 1)):
+        inputs = processor(prompt, photo(1))
+        assert inputs["input_ids"][0].tolist() == trained.input_ids[:length]
+        assert inputs["image_offsets"] == [trained.image_offsets]
+
+
+def test_batch_is_padded_on_the_left_with_images_prompt_by_prompt(tmp_path: Path) -> None:
+    processor = make_processor()
+    (tmp_path / "file.png").write_bytes(png(7, (16, 16)))
+    images = [photo(1), png(3, (16, 16)), tmp_path / "file.png"]
+    texts = ["A red square <image> and <image>", "no picture at all here, only text", "<image>"]
+    inputs = processor(texts, images)
+    rows = [processor(text, given) for text, given in zip(texts, [images[:2], None, images[2:]], strict=True)]
+    width = inputs["input_ids"].shape[1]
+    assert width == max(row["input_ids"].shape[1] for row in rows)
+    for index, row in enumerate(rows):
+        length = row["input_ids"].shape[1]
+        assert inputs["input_ids"][index, width - length :].equal(row["input_ids"][0])
+        assert inputs["attention_mask"][index].tolist() == [0] * (width - length) + [1] * length
+    assert inputs["image_offsets"] == [row["image_offsets"][0] for row in rows]
+    assert [len(offsets) for offsets in inputs["image_offsets"]] == [2, 0, 1]
+    pixels = [photo(1), Image.new("RGB", (16, 16), (3, 100, 200)), Image.new("RGB", (16, 16), (7, 100, 200))]
+    assert inputs["pixel_values"].equal(process_images(pixels, processor.image_processor)["pixel_values"])
+    grouped = processor(texts, [images[:2], [], images[2:]])
+    assert grouped["pixel_values"].equal(inputs["pixel_values"])
+    assert "pixel_values" not in rows[1]
+    moved = inputs.to(torch.bfloat16)
+    assert moved["pixel_values"].dtype == torch.bfloat16
+    assert moved["image_offsets"] == inputs["image_offsets"]
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        ("<image>", None, "0 images: expected 1"),
+        ("none", [photo(1)], "1 images: expected 0"),
+        (["<image>", "<image>"], [[photo(1), photo(2)], []], r"\[2, 0\]: expected \[1, 1\]"),
+        ("<image>", "/nowhere.png", "No such file"),
+        ("<image>", b"junk", "cannot be read"),
+        ("a b c d e f", None, "prompt of .* tokens: expected at most 3"),
+        ([], None, "no prompt"),
+    ],
+)
+def test_wrong_input_is_named(text: str, images: object, message: str) -> None:
+    with pytest.raises(HiveError, match=message):
+        make_processor()(text, images, max_length=3)
+
+
+def test_base_model_without_chat_template_still_takes_plain_prompts() -> None:
+    processor = make_processor("none")
+    with pytest.raises(HiveError, match="no chat template"):
+        processor.apply_chat_template([{"role": "user", "content": "Hello"}])
+    assert processor("<image>", photo(1))["image_offsets"] == [[0]]
+
+
+def test_content_parts_and_system_prompts_are_rendered() -> None:
+    processor = make_processor("chatml")
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    system = {"role": "system", "content": "Be brief."}
+    text = processor.apply_chat_template([system, {"role": "user", "content": parts}])
+    assert text == processor.apply_chat_template([system, {"role": "user", "content": "<image>\nWhat is it?"}])
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(HiveError, match="'video'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+@pytest.mark.parametrize("images", PROCESSORS)
+def test_saved_processor_loads_by_its_class_and_by_auto_class(images: str, tmp_path: Path) -> None:
+    processor = make_processor("chatml", images, "after_bos")
+    processor.save_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "<image>What?"}]
+    expected = processor.apply_chat_template(messages, images=photo(1), tokenize=True)
+    for loaded in (HiveProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is HiveProcessor
+        assert loaded.image_position == "after_bos"
+        inputs = loaded.apply_chat_template(messages, images=photo(1), tokenize=True)
+        assert inputs.keys() == expected.keys()
+        for name, value in expected.items():
+            assert inputs[name].equal(value) if isinstance(value, torch.Tensor) else inputs[name] == value
+    with pytest.raises(HiveError, match=r"holds no processor_config\.json"):
+        HiveProcessor.from_pretrained(tmp_path / "elsewhere")

@@ -1,0 +1,146 @@
+"""The page says what the results are, good or bad, and fetches nothing."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from hive_ds.data.scenes_samples import question_samples
+from hive_ds.evaluation.generation import truth
+from hive_ds.quickstart.page import PICTURES_PER_KIND, PageContent, StageRecord, render_page, smoothed
+from hive_ds.quickstart.pipeline import chance
+from hive_ds.quickstart.plots import Line, line_plot, ticks
+from hive_ds.quickstart.questions import QuestionResults, table
+
+SAMPLES = list(question_samples(0, "questions", 60, 64))
+KINDS = [sample.meta["kind"] for sample in SAMPLES]
+TRUTHS = [truth(sample) for sample in SAMPLES]
+
+
+def results(right: int, shuffled_right: int) -> QuestionResults:
+    """Of 60 answers the first ``right`` are right."""
+
+    def answers(count: int) -> list[str]:
+        return [text if index < count else "<b>nonsense</b>" for index, text in enumerate(TRUTHS)]
+
+    return QuestionResults([s.id for s in SAMPLES], KINDS, TRUTHS, answers(right), answers(shuffled_right))
+
+
+def content(results: QuestionResults) -> PageContent:
+    lines = [{"event": "train", "step": step, "loss": 5 / step} for step in range(1, 30)]
+    lines += [{"event": "train", "step": 30, "loss": None}]
+    lines += [{"event": "validation", "step": 30, "loss": 0.4, "text_loss": 1.234}]
+    return PageContent(
+        results=results,
+        samples=SAMPLES,
+        chance=chance(),
+        stages=[StageRecord("Stage 1: connector_pretraining", lines), StageRecord("Stage 2", [])],
+        timings=[("scenes", 3.4), ("total", 3.4)],
+        facts=["Seed 0; <5> scenes"],
+        next_steps=[("Do this.", "hive-ds data convert <IN> OUT")],
+    )
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects tags and checks that they nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.counts: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        assert tag in ("line", "rect", "circle", "polyline")  # of an svg: they close themselves
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_fetches_nothing() -> None:
+    page = render_page(content(results(5, 0)))
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert reader.counts["img"] == PICTURES_PER_KIND * 6
+    assert reader.counts["svg"] == 1  # the second stage logged nothing
+    assert all(source.startswith("data:image/png;base64,") for source in reader.sources)
+    assert not re.search(r"https?://|<script|@import|url\(", page)
+    assert 'name="viewport"' in page
+    assert "<b>nonsense</b>" not in page
+    assert "&lt;b&gt;nonsense" in page
+    assert "1.234" in page
+    assert "No values were logged." in page
+
+
+@pytest.mark.parametrize(
+    ("right", "shuffled", "says"),
+    [(45, 15, "+50.0 points, it uses the picture"), (20, 18, "does not show"), (10, 40, "-50.0 points, this does not")],
+)
+def test_headline_follows_the_numbers(right: int, shuffled: int, says: str) -> None:
+    page = render_page(content(results(right, shuffled)))
+    assert says in page
+    assert f"<b>{100 * right / 60:.1f} %</b> of 60" in page
+
+
+def test_table_and_file(tmp_path: Path) -> None:
+    mixed = results(45, 15)
+    rows = table(mixed, chance())
+    assert [row[0] for row in rows[1:]] == ["colour", "shape", "size", "count", "relation", "text", "all"]
+    assert rows[-1] == ["all", "75 %", "63 to 84", "25 %", "16 to 37", "", "60"]
+    assert rows[1][5] == "12 %"
+    assert mixed.margin == 50
+    mixed.save(tmp_path / "answers.json")
+    assert QuestionResults.load(tmp_path / "answers.json") == mixed
+    assert replace(mixed, shuffled_answers=mixed.answers).margin == 0
+
+
+def test_metrics_with_a_line_cut_short(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"event": "train", "step": 1, "loss": 2.0}, {"event": "start", "step": 0}]
+    file.write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "tra')
+    assert StageRecord.read("a", file).series("train", "loss") == [(1, 2.0)]
+
+
+def test_smoothing_is_a_mean_of_the_last_values() -> None:
+    assert smoothed([(1, 4.0), (2, 2.0), (3, 0.0)], window=2) == [(1, 4.0), (2, 3.0), (3, 1.0)]
+    assert smoothed([]) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0, 6.3), (1, 400), (0.82, 0.83), (-2, 2), (5, 5), (0, 0), (1, 1e6), (3e-4, 7e-4)]
+)
+def test_ticks_are_few_round_and_cover(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 8
+    assert found[0] <= low + 1e-9
+    assert found[-1] >= high - 1e-9
+    steps = {round(b - a, 9) for a, b in pairwise(found)}
+    assert len(steps) == 1
+    assert f"{steps.pop():e}"[0] in "125"
+
+
+def test_plot_stays_inside_its_frame() -> None:
+    svg = line_plot([Line("a", "red", [(1, 0.5), (7, 9.0)]), Line("b", "blue", [(7, -3.0)], markers=True)], "x", "y")
+    root = ElementTree.fromstring(svg)
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    (line,) = root.iter("polyline")
+    points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+    points += [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in root.iter("circle")]
+    assert len(points) == 3
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+    assert points[0][0] < points[1][0] == points[2][0]
+    assert points[1][1] < points[0][1] < points[2][1]  # up is less

@@ -1,0 +1,106 @@
+"""Run a list of checks on several ranks in one launch, and tell pytest about each.
+
+A launch costs 10 to 25 seconds, so checks that need ranks are functions ``check_*(ranks)`` in a file of their own: one
+launch runs them all in order on every rank and writes a verdict per check. What a check returns on rank 0 comes back
+too, so that launches with other numbers of ranks can be compared.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+PYTHONPATH = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent, HERE.parent / "data"))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one check went."""
+
+    errors: list[str]
+    """Stack traces, of any rank."""
+    value: Any
+    """What rank 0 returned."""
+
+
+def check_names(*modules: str) -> list[str]:
+    """``module.check`` of every check in these modules, in order, without importing them."""
+    return [
+        f"{module}.{line[4 : line.index('(')]}"
+        for module in modules
+        for line in (HERE / f"{module}.py").read_text().splitlines()
+        if line.startswith("def check_")
+    ]
+
+
+def launch_checks(names: list[str], num_ranks: int, folder: Path) -> dict[str, Verdict]:
+    """Run these checks on ``num_ranks`` ranks, in one launch, and return a verdict for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
+    command += [__file__, str(folder), *names]
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "TMPDIR": tempfile.mkdtemp(dir=folder)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    verdicts: dict[str, Verdict] = {}
+    for name in names:
+        files = [folder / f"{name}.{rank}.json" for rank in range(num_ranks)]
+        if not all(path.exists() for path in files):
+            verdicts[name] = Verdict(
+                [f"did not run; the launch ended with\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"], None
+            )
+            continue
+        reports = [json.loads(path.read_text()) for path in files]
+        verdicts[name] = Verdict([r["error"] for r in reports if r["error"]], reports[0]["value"])
+    return verdicts
+
+
+def passed(verdict: Verdict) -> Any:
+    """Fail the test that calls this where the check failed; else return what rank 0 returned."""
+    if verdict.errors:
+        pytest.fail("\n".join(verdict.errors), pytrace=False)
+    return verdict.value
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a check is given."""
+
+    world: Any
+    device: Any
+    folder: Path
+
+
+def _main(folder: str, names: list[str]) -> None:
+    from hive_ds.training import distributed
+    from hive_ds.training.distributed import all_values, read_world, start, stop
+
+    distributed.TIMEOUT = timedelta(seconds=60)  # ranks out of step end the launch, not the tests' patience
+    world = read_world(os.environ)
+    ranks = Ranks(world, start(world), Path(folder))
+    for name in names:
+        error, value = None, None
+        try:
+            module, check = name.split(".")
+            value = getattr(importlib.import_module(module), check)(ranks)
+        except Exception:
+            error = f"rank {world.rank}: {traceback.format_exc()}"
+        report = json.dumps({"error": error, "value": value})
+        (Path(folder) / f"{name}.{world.rank}.json").write_text(report)
+        if any(all_values(error is not None)):  # ranks may be out of step now
+            os._exit(1)
+    stop()
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], sys.argv[2:])

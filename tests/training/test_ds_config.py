@@ -1,0 +1,134 @@
+"""The DeepSpeed config: one owner a value; and who this process is, under any launcher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hive_ds.config import StageConfig, TrainingConfig
+from hive_ds.errors import HiveError
+from hive_ds.training.distributed import World, read_world
+from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
+
+STAGE = StageConfig(lr=1e-3, global_batch_size=24, micro_batch_size=2, clip=0.6)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_recipe_values_are_filled_in(zero: int) -> None:
+    config = build_ds_config(
+        read_policy(f"zero{zero}"), STAGE, TrainingConfig(), num_ranks=3, log_folder=Path("logs"), job="run"
+    )
+    assert config["zero_optimization"]["stage"] == zero
+    assert config["train_batch_size"] == 24
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["gradient_clipping"] == 0.6
+    assert config["bf16"] == {"enabled": True}
+    assert "optimizer" not in config
+    assert "scheduler" not in config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "owner"),
+    [
+        ("train_batch_size", "auto", "stages.*.global_batch_size"),
+        ("optimizer", {"type": "AdamW"}, "stages.*.lr"),
+        ("scheduler", {"type": "WarmupLR"}, "stages.*.lr"),
+        ("gradient_clipping", 1.0, "stages.*.clip"),
+        ("bf16", {"enabled": True}, "training.precision"),
+        ("fp16", {"enabled": True}, "training.precision"),
+        ("steps_per_print", 1, "training.log_interval"),
+        ("wandb", {"enabled": True}, "training.wandb"),
+    ],
+)
+def test_value_that_the_recipe_owns_is_named(tmp_path: Path, key: str, value: object, owner: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: value}))
+    with pytest.raises(HiveError) as error:
+        read_policy(str(path))
+    assert f"mine.json sets {key}, which belongs to {owner}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"zero_optimization": {"stage": 4}}', "is 4;"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}', "offload_param is not supported"),
+        ('{"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}', "needs ZeRO 2 or 3"),
+    ],
+)
+def test_wrong_policy_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(text)
+    with pytest.raises(HiveError, match=message):
+        read_policy(str(path))
+
+
+def test_missing_policy_names_those_there_are() -> None:
+    with pytest.raises(HiveError, match=r"ds_config 'zero9': no such file; expected a path or one of zero0, zero1"):
+        read_policy("zero9")
+
+
+def test_batch_that_does_not_divide_says_what_would() -> None:
+    with pytest.raises(HiveError) as error:
+        accumulation_steps(STAGE, 5)
+    assert "24 is not divisible by 5 ranks x micro_batch_size 2" in str(error.value)
+    assert "these rank counts divide it: 1, 2, 3, 4, 6, 12;" in str(error.value)
+    assert str(error.value).endswith("with 5 ranks these micro_batch_sizes do: none")
+    assert accumulation_steps(STAGE, 6) == 2
+
+
+def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(HiveError, match=r"wandb is not installed: pip install 'hive-ds\[wandb\]'"):
+        build_ds_config({}, STAGE, TrainingConfig(wandb=True), num_ranks=1, log_folder=Path("logs"), job="run")
+
+
+@pytest.mark.parametrize(
+    ("env", "world"),
+    [
+        ({}, World(0, 0, 1, 1)),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, World(3, 1, 4, 2)),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, World(1, 1, 2, 2)),
+        (
+            {
+                "SLURM_PROCID": "6",
+                "SLURM_LOCALID": "0",
+                "SLURM_STEP_NUM_TASKS": "7",
+                "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+                "SLURM_NODEID": "3",
+            },
+            World(6, 0, 7, 1),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}, World(0, 0, 1, 1)),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "2",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            World(2, 0, 4, 2),
+        ),
+    ],
+)
+def test_every_launcher_is_understood(env: dict[str, str], world: World) -> None:
+    assert read_world(env) == world
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, "contradict one another: RANK=2"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "none of LOCAL_WORLD_SIZE, LOCAL_SIZE says"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is 'one'; expected a number"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK is ''"),
+    ],
+)
+def test_contradictions_are_named(env: dict[str, str], message: str) -> None:
+    with pytest.raises(HiveError, match=message):
+        read_world(env)

@@ -1,0 +1,185 @@
+"""`deepspeed --module hive_ds.train`: three stages on 2 ranks, a kill in the middle, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import STEPS, TinyRun
+
+from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.processing import HiveProcessor
+from hive_ds.stages import assign_groups, hive_groups, stage_by_number
+from hive_ds.train import main
+from hive_ds.training.distributed import stop
+from hive_ds.training.metrics import TRAIN_KEYS
+
+EQUAL_ACROSS_ATTEMPTS = (
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "grad_norms",
+    "samples",
+    "supervised_share",
+    "skipped_steps",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return TinyRun.make(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: TinyRun) -> str:
+    """Stage 1 under ZeRO-3 on 2 ranks through the deepspeed launcher; returns what it printed."""
+    done = tiny.train(1, "straight")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the test call `main` in this process, and leave no process group and no launcher variables behind."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    yield
+    stop()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def groups_that_moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, set[bool]]:
+    """Group -> whether its parameters differ in any byte."""
+    group_of = assign_groups(sorted(before), hive_groups([1, 3], 3))
+    moved: dict[str, set[bool]] = {}
+    for name, group in group_of.items():
+        moved.setdefault(group, set()).add(
+            not torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
+        )
+    return moved
+
+
+def test_run_folder_is_complete(tiny: TinyRun, straight: str) -> None:
+    folder = tiny.root / "straight" / "stage1"
+    assert (folder / "DONE").exists()
+    assert (folder / "latest").read_text() == f"step-{STEPS:06d}"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000008", "step-000012"]
+    assert json.loads((folder / "ds_config.json").read_text())["train_batch_size"] == 8
+    processor, model = (
+        HiveProcessor.from_pretrained(folder / "model"),
+        HiveForCausalLM.from_pretrained(folder / "model"),
+    )
+    assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
+    assert processor.image_position == "first"
+
+
+def test_table_and_next_step_are_printed_once(straight: str) -> None:
+    assert straight.count("Stage 1, connector_pretraining (ZeRO 3)") == 1
+    for row in ("projectors/decay", "qk_norms/no_decay", "language_model", "vision_tail"):
+        assert sum(row in line for line in straight.splitlines()) == 1, row
+    assert straight.count("no gradient reaches these parts of the vision encoder: block 4") == 1
+    assert "next, modality_adaptation: deepspeed --module hive_ds.train --recipe" in straight
+
+
+def test_metrics(tiny: TinyRun, straight: str) -> None:
+    lines = tiny.metrics("straight", 1, "train")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(set(line) == {"event", "step", "time", *TRAIN_KEYS} for line in lines)
+    assert lines[-1]["samples"] == 8 * STEPS
+    assert lines[-1]["eta_seconds"] == 0
+    assert all(0 < line["mfu"] < 1 for line in lines)
+    assert all(0 <= line["data_wait_share"] < 1 for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    validation = tiny.metrics("straight", 1, "validation")
+    assert [line["step"] for line in validation] == [4, 8, 12]
+    assert all(line["loss"] > 0 and line["text_loss"] > 0 for line in validation)
+    folder = next((tiny.root / "straight" / "stage1" / "tensorboard").rglob("events.*")).parent
+    events = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
+    assert [event.value for event in events] == pytest.approx([line["loss"] for line in lines])
+
+
+def test_killed_and_resumed_equals_straight(tiny: TinyRun, straight: str) -> None:
+    tiny.train_and_kill(1, "killed")
+    assert not (tiny.root / "killed" / "stage1" / "DONE").exists()
+    done = tiny.train(1, "killed", launcher="torchrun")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resumed from {tiny.root / 'killed' / 'stage1' / 'checkpoints' / 'step-'}" in done.stdout
+    for event, keys in (("train", EQUAL_ACROSS_ATTEMPTS), ("validation", ("step", "loss", "text_loss"))):
+        resumed = [{key: line[key] for key in keys} for line in tiny.metrics("killed", 1, event)]
+        assert resumed == [{key: line[key] for key in keys} for line in tiny.metrics("straight", 1, event)]
+    first, second = (weights(tiny.root / run / "stage1" / "model") for run in ("straight", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stages_follow_one_another(tiny: TinyRun, straight: str) -> None:
+    base = {f"vision_encoder.{n}": t for n, t in weights(tiny.root / "encoder").items()}
+    base |= {f"language_model.{n}": t for n, t in weights(tiny.root / "language_model").items()}
+    after = weights(tiny.root / "straight" / "stage1" / "model")
+    assert (
+        groups_that_moved({n: t for n, t in base.items() if n in after}, after).items()
+        >= {
+            "language_model": {False},
+            "routed_attention": {False},
+        }.items()
+    )
+    for number in (2, 3):
+        done = tiny.train(number, "straight", launcher="torchrun")
+        assert done.returncode == 0, done.stdout + done.stderr
+        before, after = after, weights(tiny.root / "straight" / f"stage{number}" / "model")
+        trains = {name: {name in stage_by_number(number).trains} for name in groups_that_moved(before, after)}
+        assert groups_that_moved(before, after) == trains, number
+        copied = 4 if number == 2 else 0
+        assert f"copied {copied}" in done.stdout
+        assert "missing 0, unexpected 0" in done.stdout
+    # Half an epoch of 40 samples at 8 a step.
+    assert len(tiny.metrics("straight", 2, "train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        (1, ["--set", "data.train=/nowhere"], "data folder /nowhere: does not exist"),
+        (2, [], "stage 2 starts from .*stage1/model, but .* is not finished"),
+        (4, [], "stage 4: expected one of 1"),
+        (1, ["--set", "training.ds_config=zero7"], "ds_config 'zero7': no such file"),
+        (1, ["--set", "model.routes.vision_blocks=[1,9]"], "routes: vision block 9 is out of range"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    tiny: TinyRun, one_rank: None, capsys: pytest.CaptureFixture[str], stage: int, options: list[str], message: str
+) -> None:
+    assert main(tiny.arguments(stage, "wrong", *options)) == 2
+    errors = capsys.readouterr().err
+    (line,) = [line for line in errors.splitlines() if "error" in line]
+    assert re.match(f"error: {message}", line), line
+    assert "Traceback" not in errors
+
+
+def test_checkpoint_of_another_run_is_refused(
+    tiny: TinyRun, straight: str, one_rank: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.root / "straight" / "stage1"
+    (tiny.root / "unfinished").mkdir()
+    shutil.copytree(folder, tiny.root / "unfinished" / "stage1", ignore=shutil.ignore_patterns("DONE"))
+    assert main(tiny.arguments(1, "unfinished")) == 2
+    assert "step-000012: it was written with ranks 2, this run has 1; use a new run folder" in capsys.readouterr().err
+
+
+def test_two_ranks_report_one_line_and_exit_with_two(tiny: TinyRun) -> None:
+    done = tiny.train(1, "wrong", "--set", "stages.connector_pretraining.global_batch_size=6")
+    assert done.returncode == 2, done.stderr
+    output = done.stdout + done.stderr
+    assert output.count("error: global_batch_size 6 is not divisible by 2 ranks x micro_batch_size 2") == 1
+    assert "Traceback" not in output
