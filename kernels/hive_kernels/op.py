@@ -61,8 +61,8 @@ def hierarchical_attention(
         image_cos: (N, K) or (N, K/2), with ``cos`` or not at all; None while decoding.
         image_sin: like image_cos.
         softmax_scale: factor on the scores; K ** -0.5 if None.
-        backend: "triton" (fused; a GPU), "reference" (slow and plain) or "auto": Triton on a GPU, a batched path on a
-            CPU, and for what Triton does not take: fp64, odd head dims or more than 256, gradients while decoding.
+        backend: "auto" (batched), "reference" (slow and plain) or "triton" (fused, for GPUs; no fp64, no odd head dim or
+            one above 256, no gradients while decoding; asked for by name until a GPU has proved it).
         return_lse: also return the log of the sum of exponentials of the scaled scores.
 
     Returns:
@@ -104,14 +104,14 @@ def hierarchical_attention(
 
 
 def _takes_triton(backend: str, q: Tensor, others: tuple[Tensor | None, ...], layout: AttentionLayout) -> bool:
-    """Whether the Triton backend serves the call: where asked for, and by default on a GPU if it can."""
-    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+    """Whether the Triton backend serves the call. `auto` does not take it yet: no GPU has run it."""
+    if backend != "triton":
         return False
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others))
     reason = refusal(q, layout, gradient=gradient)
-    if reason is not None and backend == "triton":
+    if reason is not None:
         raise ValueError(f"backend is 'triton', but {reason}")
-    return reason is None
+    return True
 
 
 def _tie(q: Tensor, *unread: Tensor | None) -> Tensor:
