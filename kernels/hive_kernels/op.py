@@ -61,7 +61,7 @@ def hierarchical_attention(
         image_cos: (N, K) or (N, K/2), with ``cos`` or not at all; None while decoding.
         image_sin: like image_cos.
         softmax_scale: factor on the scores; K ** -0.5 if None.
-        backend: "auto" (batched), "reference" (slow and plain) or "triton" (fused, for GPUs; no fp64, no odd head dim or
+        backend: "auto" (batched), "reference" (slow and plain) or "triton" (fused, for GPUs; no fp64, odd head dim or
             one above 256, no gradients while decoding; asked for by name until a GPU has proved it).
         return_lse: also return the log of the sum of exponentials of the scaled scores.
 
