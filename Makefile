@@ -11,7 +11,7 @@ VENV_TF5 ?= .venv-tf5
 RUN := $(VENV)/bin/python -m
 RUN_TF5 := $(VENV_TF5)/bin/python -m
 
-.PHONY: help venv venv-tf5 quickstart test test-long lint clean
+.PHONY: help venv venv-tf5 quickstart test test-long gpu-suite lint clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,14 @@ test: $(VENV)/.installed ## Run the tests (under 15 minutes on 2 cores)
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and model, kernels and text on transformers 5
 	$(RUN) pytest -rs -m "long and not gpu"
 	$(RUN_TF5) pytest -rs tests/model tests/kernels tests/data/test_processing.py tests/data/test_data_text.py tests/data/test_data_images.py
+
+# Needs no environment of ours: on a machine with a GPU and no network, its own Python with torch and triton will do.
+# SHAPES=a,b times these alone (kernels/benchmarks/shapes.py lists them).
+PART ?= checks
+SUITE_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
+
+gpu-suite: ## Check (PART=checks) or time (PART=bench) the kernels on a GPU, under 9 minutes; tiny without a GPU
+	@SHAPES="$(SHAPES)" PYTHONPATH=kernels $(SUITE_PYTHON) -m benchmarks.suite $(PART)
 
 lint: $(VENV)/.installed ## Check style, formatting and types
 	$(RUN) ruff check .

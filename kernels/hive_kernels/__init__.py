@@ -1,7 +1,9 @@
 """Hierarchical attention: text queries over text keys and image keys in one softmax."""
 
 from .finish import finish_keys
+from .fused import prepare_layout
 from .layout import AttentionLayout
 from .op import hierarchical_attention
+from .warmup import warm_up
 
-__all__ = ["AttentionLayout", "finish_keys", "hierarchical_attention"]
+__all__ = ["AttentionLayout", "finish_keys", "hierarchical_attention", "prepare_layout", "warm_up"]

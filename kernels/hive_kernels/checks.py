@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .layout import AttentionLayout
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "reference")
 QK_NORMS = ("none", "pre_rope", "post_rope")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -17,7 +17,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def check_backend(backend: str) -> None:
     """Refuse a backend that this version does not have."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; expected one that this version has: {_choices(BACKENDS)}")
+        raise ValueError(f"backend is {backend!r}; expected one of {_choices(BACKENDS)}")
 
 
 def check_number(name: str, value: float, low: float | None = None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .padding import Padding, packed_starts, ragged_range
+from .schedule import Schedule
 
 NEVER = torch.iinfo(torch.int64).max
 """Media offset of a padding row among image keys: no token comes after it."""
@@ -185,6 +186,32 @@ class AttentionLayout:
         if len({count for _, count in runs}) == 1:
             spans = [span for span, _ in runs]
         return Padding([start for start, _ in spans], [length for _, length in spans], self.device)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """What the Triton kernels read."""
+        return Schedule(
+            self.text_lengths,
+            self.query_lengths,
+            self.image_lengths,
+            self.image_offsets,
+            self.image_starts,
+            self.num_image,
+            self.device,
+        )
+
+    @cached_property
+    def shares_images(self) -> bool:
+        """Whether image keys belong to several samples, or to none, as `select` may have it."""
+        return self.image_starts != packed_starts([sum(lengths) for lengths in self.image_lengths])
+
+    @cached_property
+    def unshared(self) -> tuple[Tensor, AttentionLayout]:
+        """Rows that give every sample image keys of its own, sample by sample, and the layout of these keys."""
+        patches = [sum(lengths) for lengths in self.image_lengths]
+        with torch.inference_mode(False):
+            rows = ragged_range(self.image_starts, patches).to(self.device)
+        return rows, replace(self, image_starts=packed_starts(patches), num_image=sum(patches))
 
     @cached_property
     def stale_rows(self) -> Tensor:

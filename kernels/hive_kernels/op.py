@@ -15,6 +15,7 @@ from .checks import (
 )
 from .dense import dense_attention
 from .finish import finish
+from .fused import fused_attention, refusal
 from .layout import AttentionLayout
 from .reference import reference_attention
 
@@ -60,7 +61,8 @@ def hierarchical_attention(
         image_cos: (N, K) or (N, K/2), with ``cos`` or not at all; None while decoding.
         image_sin: like image_cos.
         softmax_scale: factor on the scores; K ** -0.5 if None.
-        backend: "auto" (batched) or "reference" (slow and plain).
+        backend: "auto" (batched), "reference" (slow and plain) or "triton" (fused, for GPUs; no fp64, odd head dim or
+            one above 256, no gradients while decoding; asked for by name until a GPU has proved it).
         return_lse: also return the log of the sum of exponentials of the scaled scores.
 
     Returns:
@@ -78,6 +80,13 @@ def hierarchical_attention(
     check_number("norm_eps", norm_eps, low=0)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale)
 
+    if _takes_triton(backend, q, (k, v, image_k, image_v), layout):
+        out, lse = fused_attention(
+            q, k, v, image_k, image_v, layout, scale, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
+            norm_eps=norm_eps, qk_norm=qk_norm, cos=cos, sin=sin, image_cos=image_cos, image_sin=image_sin,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+
     q = finish(q, q_norm_weight, norm_eps, qk_norm, cos, sin)
     if not layout.decoding:
         k = finish(k, k_norm_weight, norm_eps, qk_norm, cos, sin)
@@ -90,8 +99,19 @@ def hierarchical_attention(
     if layout.max_seen == 0:
         q = _tie(q, image_k, image_v)
     attend = reference_attention if backend == "reference" else dense_attention
-    out, lse = attend(q, k, v, image_k, image_v, layout, scale, return_lse=return_lse)
-    return out if lse is None else (out, lse)
+    found, found_lse = attend(q, k, v, image_k, image_v, layout, scale, return_lse=return_lse)
+    return found if found_lse is None else (found, found_lse)
+
+
+def _takes_triton(backend: str, q: Tensor, others: tuple[Tensor | None, ...], layout: AttentionLayout) -> bool:
+    """Whether the Triton backend serves the call. `auto` does not take it yet: no GPU has run it."""
+    if backend != "triton":
+        return False
+    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others))
+    reason = refusal(q, layout, gradient=gradient)
+    if reason is not None:
+        raise ValueError(f"backend is 'triton', but {reason}")
+    return True
 
 
 def _tie(q: Tensor, *unread: Tensor | None) -> Tensor:

@@ -14,6 +14,23 @@ Results = dict[str, Tensor]
 """By name: "out", "lse", and "grad q", "grad image_k" and so on."""
 
 
+NO_IMAGE: tuple[list[list[int]], list[list[int]]] = ([[], [], []], [[], [], []])
+LAYOUTS: dict[str, tuple[list[int], list[list[int]], list[list[int]]]] = {
+    "no image, one length": ([4, 4, 4], *NO_IMAGE),
+    "no image, ragged": ([4, 1, 6], *NO_IMAGE),
+    "one sample": ([6], [[5]], [[2]]),
+    "one length, one image each": ([5, 5], [[3], [3]], [[0], [0]]),
+    "offset 0, middle, end": ([4, 5, 6], [[2], [3], [4]], [[0], [3], [6]]),
+    "several images": ([7, 3, 5], [[2, 5, 1], [], [3, 3]], [[0, 2, 7], [], [4, 4]]),
+    "an unseen image between seen ones": ([3, 4, 3], [[4], [4], [4]], [[1], [4], [0]]),
+    "empty text": ([0, 3, 0, 2], [[2], [], [], [3]], [[0], [], [], [1]]),
+    "all texts empty": ([0, 0], [[2], []], [[0], []]),
+    "no samples": ([], [], []),
+    "all images unseen": ([3, 2], [[2], [1, 2]], [[3], [2, 2]]),
+}
+"""Arguments of `AttentionLayout.build`: every sort of batch."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Arguments of one call of `hierarchical_attention`, in float64."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hive_ds.kernels import AttentionLayout, hierarchical_attention
 from hive_ds.kernels.testing import (
+    LAYOUTS,
     Inputs,
     assert_as_exact,
     assert_equal_results,
@@ -19,20 +20,6 @@ from hive_ds.kernels.testing import (
     random_inputs,
 )
 
-NO_IMAGE: tuple[list[list[int]], list[list[int]]] = ([[], [], []], [[], [], []])
-LAYOUTS = {
-    "no image, one length": ([4, 4, 4], *NO_IMAGE),
-    "no image, ragged": ([4, 1, 6], *NO_IMAGE),
-    "one sample": ([6], [[5]], [[2]]),
-    "one length, one image each": ([5, 5], [[3], [3]], [[0], [0]]),
-    "offset 0, middle, end": ([4, 5, 6], [[2], [3], [4]], [[0], [3], [6]]),
-    "several images": ([7, 3, 5], [[2, 5, 1], [], [3, 3]], [[0, 2, 7], [], [4, 4]]),
-    "an unseen image between seen ones": ([3, 4, 3], [[4], [4], [4]], [[1], [4], [0]]),
-    "empty text": ([0, 3, 0, 2], [[2], [], [], [3]], [[0], [], [], [1]]),
-    "all texts empty": ([0, 0], [[2], []], [[0], []]),
-    "no samples": ([], [], []),
-    "all images unseen": ([3, 2], [[2], [1, 2]], [[3], [2, 2]]),
-}
 NORMS = [("none", False), ("pre_rope", True), ("post_rope", True)]
 
 

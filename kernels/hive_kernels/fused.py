@@ -1,0 +1,124 @@
+"""The Triton backend behind the public call: what it takes, and a call of the registered op."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .arguments import KernelArguments
+from .layout import AttentionLayout
+from .registered import attention_op
+from .tiles import INTERPRETED
+
+MAX_HEAD_DIM = 256
+INSTALLED = importlib.util.find_spec("triton") is not None
+"""torch's wheels for CPUs come without Triton."""
+
+
+def refusal(q: Tensor, layout: AttentionLayout, *, gradient: bool) -> str | None:
+    """Why the Triton backend cannot serve a call; None if it can."""
+    if q.dtype == torch.float64:
+        return "q is torch.float64; expected torch.bfloat16, torch.float16 or torch.float32"
+    head_dim = q.shape[-1]
+    if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
+        return f"q has head dim {head_dim}; expected an even number of at most {MAX_HEAD_DIM}"
+    if layout.decoding and gradient:
+        return "q, k, v, image_k or image_v needs a gradient; expected none while decoding"
+    if not INSTALLED:
+        return "Triton is not installed; expected the package triton"
+    if not q.is_cuda and not INTERPRETED:
+        return f"q is on {q.device}; expected a GPU, or TRITON_INTERPRET=1 set before Python starts"
+    return None
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    layout: AttentionLayout,
+    softmax_scale: float,
+    *,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    norm_eps: float,
+    qk_norm: str,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    image_cos: Tensor | None,
+    image_sin: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Norm, rotation and attention: out and lse. Arguments are checked, and there is at least one query."""
+    if image_k is None or image_v is None:
+        image_k = image_v = k.new_empty(0, *k.shape[-2:])
+    if layout.shares_images and not layout.decoding:
+        rows, layout = layout.unshared
+        image_k, image_v = image_k.index_select(0, rows), image_v.index_select(0, rows)
+        if image_cos is not None and image_sin is not None:
+            image_cos, image_sin = image_cos.index_select(0, rows), image_sin.index_select(0, rows)
+    half = q.shape[-1] // 2
+    cos, sin, image_cos, image_sin = (
+        None if x is None else x[:, :half].float().contiguous() for x in (cos, sin, image_cos, image_sin)
+    )
+    arguments = _arguments(
+        (q, k, v, image_k, image_v, q_norm_weight, k_norm_weight, cos, sin, image_cos, image_sin),
+        layout, softmax_scale, norm_eps, qk_norm,
+    )  # fmt: skip
+    out, lse = attention_op(*arguments)
+    return out, lse
+
+
+def _arguments(
+    tensors: tuple[Tensor | None, ...], layout: AttentionLayout, scale: float, eps: float, qk_norm: str
+) -> KernelArguments:
+    """What the op takes: ``tensors`` are its first eleven."""
+    schedule = layout.schedule
+    empty = schedule.samples[:0]
+    q, k = tensors[:2]
+    assert q is not None
+    assert k is not None
+    arguments = KernelArguments(  # type: ignore[call-arg]
+        *tensors,  # type: ignore[arg-type]
+        *(schedule.samples, schedule.seen, empty, empty, empty, empty),
+        *(scale, eps, qk_norm, layout.decoding),  # type: ignore[arg-type]
+        layout.max_queries * (q.shape[1] // k.shape[-2]),
+        schedule.pairs,
+    )
+    return _with_work(arguments, layout)
+
+
+def _with_work(arguments: KernelArguments, layout: AttentionLayout) -> KernelArguments:
+    """The arguments with the lists of work for the tiles that serve them."""
+    schedule, pack = layout.schedule, arguments.q.shape[1] // arguments.groups
+    arguments = arguments._replace(row_work=schedule.row_work(pack, arguments.forward_tile.rows))
+    if layout.decoding:
+        return arguments
+    if arguments.one_pass:
+        return arguments._replace(backward_work=schedule.sample_work())
+    return arguments._replace(
+        first_token=schedule.first_token,
+        backward_work=schedule.row_work(pack, arguments.tile("queries").rows),
+        key_work=schedule.key_work(arguments.tile("keys").keys),
+    )
+
+
+def prepare_layout(layout: AttentionLayout, *, heads: int, groups: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Build, once a batch, what calls with this layout read: before a region that is compiled or captured in a graph.
+
+    Eager calls build it by themselves the first time. torch.compile cannot trace it, and a CUDA graph cannot hold the
+    copy to the device.
+
+    Args:
+        layout: of the batch.
+        heads: query heads (H).
+        groups: key/value heads (G).
+        head_dim: K.
+        dtype: of q.
+    """
+    layout.max_seen, layout.num_queries, layout.num_text, layout.max_text  # noqa: B018 (kept by the layout)
+    layout = layout.unshared[1] if layout.shares_images and not layout.decoding else layout
+    q, k = (torch.empty(0, count, head_dim, dtype=dtype, device=layout.device) for count in (heads, groups))
+    _arguments((q, k, k, k, k, *[None] * 6), layout, 1.0, 0.0, "none")

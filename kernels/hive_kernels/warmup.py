@@ -1,0 +1,130 @@
+"""Compiling every kernel that a model needs before its first step, once for all ranks of a node."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from .kernel_cache import use_local_cache
+from .layout import AttentionLayout
+from .op import hierarchical_attention
+from .tiles import SHORT_ROWS
+
+
+def warm_up(
+    *,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    qk_norm: str = "none",
+    rotate: bool = True,
+    training: bool = True,
+    decoding: bool = False,
+    lock: bool = True,
+) -> float:
+    """Run attention of a model's shape on tiny batches of each sort: what is compiled then serves all lengths.
+
+    Call it once a process before step 1: a compilation inside a step looks like a hang to the other ranks. The first
+    process of a node compiles, the others wait for it and load what it made.
+
+    Args:
+        heads: query heads (H).
+        groups: key/value heads (G).
+        head_dim: K.
+        dtype: of q, k and v.
+        device: a GPU.
+        qk_norm: as in `hierarchical_attention`.
+        rotate: whether rotation tables are given.
+        training: also compile the backward pass.
+        decoding: also compile a step of one token on a padded cache.
+        lock: wait for other processes of this node.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        ValueError: what `hierarchical_attention` with backend "triton" refuses.
+    """
+    began = time.monotonic()
+    waiting: AbstractContextManager[object] = nullcontext()
+    if lock:
+        handle = (use_local_cache() / "warm-up.lock").open("w")
+        fcntl.flock(handle, fcntl.LOCK_EX)  # let go when the file is closed, even by a crash
+        waiting = handle
+    with waiting:
+        for rows in (1, SHORT_ROWS // 4 + 1, SHORT_ROWS // 2 + 1, SHORT_ROWS + groups * heads):
+            tokens = -(-rows * groups // heads)
+            _attend(tokens, heads, groups, head_dim, dtype, device, qk_norm, rotate, training)
+        if decoding:
+            _decode(heads, groups, head_dim, dtype, device, qk_norm, rotate)
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.monotonic() - began
+
+
+def _attend(
+    tokens: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    qk_norm: str,
+    rotate: bool,
+    training: bool,
+) -> None:
+    layout = AttentionLayout.build([tokens], [[2]], [[0]], device=device)
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype, gradient: bool = training) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device, requires_grad=gradient)
+
+    def table(rows: int) -> torch.Tensor | None:
+        return zeros(rows, head_dim // 2, dtype=torch.float32, gradient=False) if rotate else None
+
+    weights = [None if qk_norm == "none" else zeros(head_dim) for _ in "qk"]
+    out = hierarchical_attention(
+        zeros(tokens, heads, head_dim),
+        zeros(tokens, groups, head_dim),
+        zeros(tokens, groups, head_dim),
+        zeros(2, groups, head_dim),
+        zeros(2, groups, head_dim),
+        layout,
+        q_norm_weight=weights[0],
+        k_norm_weight=weights[1],
+        qk_norm=qk_norm,
+        cos=table(tokens),
+        sin=table(tokens),
+        image_cos=table(2),
+        image_sin=table(2),
+        backend="triton",
+    )
+    if training:
+        assert isinstance(out, torch.Tensor)
+        out.sum().backward()
+
+
+def _decode(
+    heads: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device | str, qk_norm: str, rotate: bool
+) -> None:
+    layout = AttentionLayout.build([2], [[2]], [[0]], [1], device=device)
+    keys = torch.zeros(1, 4, groups, head_dim, dtype=dtype, device=device)
+    table = torch.zeros(1, head_dim // 2, device=device) if rotate else None
+    with torch.no_grad():
+        hierarchical_attention(
+            torch.zeros(1, heads, head_dim, dtype=dtype, device=device),
+            keys,
+            keys,
+            keys[0, :2],
+            keys[0, :2],
+            layout,
+            q_norm_weight=None if qk_norm == "none" else torch.ones(head_dim, dtype=dtype, device=device),
+            qk_norm=qk_norm,
+            cos=table,
+            sin=table,
+            backend="triton",
+        )

@@ -1,0 +1,153 @@
+"""The benchmark: its peers compute the same, a wrong one is never timed, and the whole suite runs without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "kernels"))
+
+from benchmarks import measuring, peers, render, suite  # noqa: E402
+from benchmarks.case import Arguments, Case  # noqa: E402
+from benchmarks.checking import Check  # noqa: E402
+from benchmarks.joining import Gather, pieces, visible_pairs  # noqa: E402
+from benchmarks.shapes import SHAPES, tiny  # noqa: E402
+
+from hive_ds.kernels import AttentionLayout  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here our own call is the batched one: other tests hold the interpreted kernel, which is slow and has no bf16."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_peer_agrees_with_the_reference(shape: str, dtype: torch.dtype) -> None:
+    case = Case(tiny(SHAPES[shape]), CPU, dtype)
+    check = Check(case)
+    for peer in peers.PEERS.values():
+        check.assert_agrees(peer(case))
+
+
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if not shape.decode])
+def test_pairs_are_counted_right(name: str) -> None:
+    for shape in (SHAPES[name], tiny(SHAPES[name])):
+        assert shape.pairs == visible_pairs(shape.layout("cpu"))
+
+
+def test_floors_are_those_of_the_counted_work() -> None:
+    # Shape a by hand: q and out 64*64*18*64, keys and values 2*(64*64 + 64*576)*6*64 elements of 2 bytes; lse and the
+    # halves of two rotation tables in fp32.
+    q, keys, lse, tables = 9_437_184, 62_914_560, 294_912, 10_485_760
+    forward, backward = (SHAPES["a"].work(direction, torch.bfloat16) for direction in ("forward", "backward"))
+    assert forward.bytes == 2 * q + keys + lse + tables
+    assert backward.bytes == 4 * q + 2 * keys + lse + tables
+    # Shape c is bound by its products: 4 * H * K of them for each of 8 * (2048 * 2049 / 2 + 2048 * 1024) pairs.
+    forward, backward = (SHAPES["c"].work(direction, torch.bfloat16) for direction in ("forward", "backward"))
+    assert forward.flops == 4 * 32 * 128 * 8 * (2048 * 2049 // 2 + 2048 * 1024)
+    assert backward.seconds(4.3e12, 790e12) * 1e6 == pytest.approx(1740, abs=1)
+
+
+def test_keys_of_a_piece_stand_in_media_order() -> None:
+    layout = AttentionLayout.build([4, 2], [[2, 1], [1]], [[1, 3], [2]])
+    text, image = 0, 6
+    found = [(piece.first, piece.last, piece.key_rows) for piece in pieces(layout)]
+    first_image, second_image = [image, image + 1], [image + 2]
+    assert found == [
+        (0, 1, [text]),
+        (1, 3, [text, *first_image, text + 1, text + 2]),
+        (3, 4, [text, *first_image, text + 1, text + 2, *second_image, text + 3]),
+        (0, 2, [4, 5]),
+    ]
+
+
+def test_gather_has_the_gradient_of_indexing() -> None:
+    case = Case(tiny(SHAPES["a-two-images"]), CPU, torch.float64)
+    tables = peers.VarlenFlash(case).plan.gather
+    assert tables is not None
+    x = torch.randn(case.layout.num_text + case.layout.num_image, 2, 3, dtype=torch.float64, requires_grad=True)
+    gathered = Gather.apply(x, *tables)
+    cotangent = torch.randn_like(gathered)
+    (found,) = torch.autograd.grad(gathered, x, cotangent)
+    (expected,) = torch.autograd.grad(x[tables[0]], x, cotangent)
+    torch.testing.assert_close(found, expected)
+
+
+class Wrong(peers.VarlenFlash):
+    """Off by half a percent in one head."""
+
+    def __call__(self, a: Arguments) -> Tensor:
+        out = super().__call__(a)
+        return torch.cat([out[:, :1] * 1.005, out[:, 1:]], dim=1)
+
+
+@pytest.mark.parametrize("red", ["varlen", "hive"])
+def test_a_red_peer_is_not_timed(red: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: peers.PEERS[name] for name in ("hive", "sdpa", "varlen")} | {red: Wrong}
+    monkeypatch.setattr(measuring, "PEERS", few)
+    measurement = measuring.Measurement(tiny(SHAPES["a"]), CPU, torch.float32)
+    rows = [measurement.row(name, "forward") for name in few]
+    record = {"rows": rows, "shapes": {"a": measurement.summary()}, "date": "2000-01-01T00:00:00", "tiny": True}
+    record |= {"device": {"name": "cpu"}, "torch": "", "triton": "", "commit": "", "dirty": False}
+    record["ceilings"] = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
+    red_row = rows[list(few).index(red)]
+    assert red_row["check"].startswith("AssertionError: ")
+    assert "seconds" not in red_row
+    assert render.table(record).count("check failed") == 1
+    # Without a right time of ours there is no ratio to it.
+    ratios = {row["peer"]: render.ratio(record, row) for row in rows}
+    assert {name for name, ratio in ratios.items() if ratio is None} == ({"varlen"} if red == "varlen" else set(few))
+
+
+def test_a_step_that_hangs_or_fails_is_red(tmp_path: Path) -> None:
+    hangs = suite.Step("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    fails = suite.Step("fails", [sys.executable, "-c", "raise SystemExit(3)"], 30)
+    suite.run([hangs, fails], dict(os.environ), tmp_path)
+    assert (hangs.verdict, fails.verdict, fails.detail) == ("timed out", "failed", "exit status 3")
+
+
+def test_steps_import_this_clone(tmp_path: Path) -> None:
+    """Whatever is installed, and where nothing is."""
+    environment = suite.child_environment(suite.importable(tmp_path), "checks")
+    code = "import hive_ds.kernels, benchmarks; print(hive_ds.kernels.__file__, benchmarks.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    expected = [tmp_path / "hive_ds/kernels/__init__.py", ROOT / "kernels/benchmarks/__init__.py"]
+    assert done.stdout.split() == [str(path) for path in expected], done.stderr
+
+
+@pytest.mark.parametrize("part", ["checks", "bench"])
+def test_the_suite_runs_without_a_gpu(part: str, tmp_path: Path) -> None:
+    """The very commands of a machine with a GPU, on tiny shapes and under Triton's interpreter."""
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark: run `make venv`")
+    environment = {**os.environ, "OUT": str(tmp_path), "SHAPES": "a-decode", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["make", "-s", "-C", str(ROOT), "gpu-suite", f"PART={part}", f"SUITE_PYTHON={sys.executable}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*-cpu-*.json")
+    record = json.loads(path.read_text())
+    assert record["tiny"]
+    assert record["interpreted"] or part == "checks"
+    assert record["command"] == f"make gpu-suite PART={part}"
+    assert f"result file: {path}" in done.stdout
+    if part == "checks":
+        verdicts = {step["name"]: step["verdict"] for step in record["steps"]}
+        assert verdicts.pop("memcheck") == verdicts.pop("racecheck") == "not run"
+        assert set(verdicts.values()) == {"passed"}
+        return
+    assert {row["peer"] for row in record["rows"] if "seconds" in row} == set(peers.PEERS)
+    assert render.table(record) in done.stdout
+    render.picture(record, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")

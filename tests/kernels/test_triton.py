@@ -1,0 +1,231 @@
+"""The Triton kernels against float64: every branch on small shapes, interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hive_ds.kernels import AttentionLayout, hierarchical_attention, tiles
+from hive_ds.kernels.testing import (
+    LAYOUTS,
+    Inputs,
+    Results,
+    assert_as_exact,
+    assert_equal_results,
+    evaluate,
+    plain_attention,
+    random_inputs,
+)
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+DEVICE = "cpu" if tiles.INTERPRETED else "cuda"
+NORMS = [("none", False), ("none", True), ("pre_rope", True), ("post_rope", False), ("post_rope", True)]
+HALF_TYPES = [torch.float16] if tiles.INTERPRETED else [torch.float16, torch.bfloat16]
+"""The interpreter cuts fp32 to bf16 instead of rounding, which costs more than plain code loses."""
+HEADS = [(3, 1), (2, 2), (7, 1), (6, 2), (1, 1)]
+MIXED = ([9, 3, 0, 7, 4], [[3], [], [2], [20, 4], [17]], [[0], [], [0], [2, 7], [4]])
+"""Text and images of several tiles of the interpreter's: no image, one, two; seen from the start, later, and not."""
+
+triton_attention = partial(hierarchical_attention, backend="triton")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """What `torch.empty` returns is full of NaN: nothing that a kernel leaves unwritten passes."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["one pass", "two passes"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Kernels of short and of long text, whatever the length."""
+    if request.param == "two passes":
+        force_two_passes(monkeypatch)
+    return str(request.param)
+
+
+def force_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hive_ds.kernels import arguments
+
+    monkeypatch.setattr(arguments, "SHORT_ROWS", 0)
+    for table in tiles.TABLE.values():
+        for width, tile in table["backward short"].items():
+            monkeypatch.setitem(table["backward short"], width, tile._replace(rows=0))
+
+
+def attend_amid_nan(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """`evaluate` casts, and so copies, what it gets: put NaN around the copies."""
+
+    def amid(x: Tensor) -> Tensor:
+        around = x.detach().new_full((5, *x.shape[1:]), float("nan"))
+        return torch.cat([around, x, around])[5:-5]
+
+    return triton_attention(**{name: amid(x) if isinstance(x, Tensor) else x for name, x in arguments.items()})
+
+
+def check(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Results:
+    found = evaluate(inputs, attend_amid_nan, dtype=dtype, return_lse=True)
+    plain = evaluate(inputs, plain_attention, dtype=dtype, return_lse=True)
+    assert_as_exact(found, plain, evaluate(inputs, plain_attention, return_lse=True), dtype)
+    return found
+
+
+@pytest.mark.parametrize("index", range(len(LAYOUTS)))
+def test_layouts(index: int, passes: str) -> None:
+    name = list(LAYOUTS)[index]
+    qk_norm, rotate = NORMS[index % len(NORMS)]
+    layout = AttentionLayout.build(*LAYOUTS[name], device=DEVICE)
+    check(random_inputs(layout, heads=3, groups=1, head_dim=32, qk_norm=qk_norm, rotate=rotate))
+
+
+@pytest.mark.parametrize(("qk_norm", "rotate"), NORMS)
+def test_norms_and_rotation(qk_norm: str, rotate: bool, passes: str) -> None:
+    layout = AttentionLayout.build(*MIXED, device=DEVICE)
+    check(random_inputs(layout, heads=3, groups=1, head_dim=32, qk_norm=qk_norm, rotate=rotate))
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+def test_heads(heads: int, groups: int, passes: str) -> None:
+    layout = AttentionLayout.build([9, 3], [[3, 18], [2]], [[0, 5], [1]], device=DEVICE)
+    check(random_inputs(layout, heads=heads, groups=groups, head_dim=32, qk_norm="pre_rope", rotate=True))
+
+
+@pytest.mark.parametrize("head_dim", [2, 64, 72, 80, 96, 128, 256])
+def test_head_dims(head_dim: int, passes: str) -> None:
+    layout = AttentionLayout.build([9, 3], [[3, 18], [2]], [[0, 5], [1]], device=DEVICE)
+    check(random_inputs(layout, heads=3, groups=1, head_dim=head_dim, qk_norm="post_rope", rotate=True))
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize(("qk_norm", "rotate"), [("none", False), ("pre_rope", True), ("post_rope", True)])
+def test_half_types(dtype: torch.dtype, qk_norm: str, rotate: bool, passes: str) -> None:
+    layout = AttentionLayout.build(*MIXED, device=DEVICE)
+    check(random_inputs(layout, heads=6, groups=2, head_dim=64, qk_norm=qk_norm, rotate=rotate), dtype)
+
+
+def test_text_longer_than_any_short_tile() -> None:
+    """Long by itself: several tiles of rows, of text and of image keys, full ones and partly seen ones."""
+    layout = AttentionLayout.build([40, 23], [[33], [20, 20]], [[17], [0, 11]], device=DEVICE)
+    check(random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True), torch.float16)
+
+
+def test_without_lse_and_bit_for_bit(passes: str) -> None:
+    layout = AttentionLayout.build(*MIXED, device=DEVICE)
+    inputs = random_inputs(layout, heads=3, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
+    first = evaluate(inputs, triton_attention, dtype=torch.float16)
+    fresh = Inputs(AttentionLayout.build(*MIXED, device=DEVICE), inputs.tensors, inputs.tables, inputs.qk_norm)
+    assert_equal_results(evaluate(fresh, triton_attention, dtype=torch.float16), first, tolerance=0)
+    exact = evaluate(inputs, plain_attention)
+    assert_as_exact(first, evaluate(inputs, plain_attention, dtype=torch.float16), exact, torch.float16)
+
+
+def test_unseen_images_get_exact_zeros(passes: str) -> None:
+    """Whatever they hold; and what is seen does not change by a bit."""
+    layout = AttentionLayout.build([5, 3], [[2], [20]], [[0], [3]], device=DEVICE)
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
+    first = evaluate(inputs, triton_attention, dtype=torch.float32)
+    for name in ("image_k", "image_v"):
+        assert torch.count_nonzero(first[f"grad {name}"][2:]) == 0
+        inputs.tensors[name][2:] *= -300
+    assert_equal_results(evaluate(inputs, triton_attention, dtype=torch.float32), first, tolerance=0)
+
+
+def test_nothing_leaks(passes: str) -> None:
+    """Tokens before an image do not depend on it, nor samples on each other: forward and backward, to the last bit."""
+    layout = AttentionLayout.build([6, 4, 5], [[18], [3], []], [[3], [0], []], device=DEVICE)
+    inputs = random_inputs(layout, heads=3, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
+
+    def early(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = {name: x.float().requires_grad_() for name, x in inputs.tensors.items()}
+        tables = {name: x.float() for name, x in inputs.tables.items()}
+        out = triton_attention(**tensors, **tables, layout=layout, qk_norm="pre_rope")
+        assert isinstance(out, Tensor)
+        grads = torch.autograd.grad(out[:3].sum(), [tensors["image_k"], tensors["image_v"], tensors["q"]])
+        return out.detach(), torch.cat(grads[:2]), grads[2]
+
+    out, image_gradient, q_gradient = early(inputs)
+    assert torch.count_nonzero(image_gradient) == 0
+    assert torch.count_nonzero(q_gradient[3:]) == 0
+    inputs.tensors["image_k"][:18] *= -7
+    inputs.tensors["image_v"][:18] += 1
+    changed, _, _ = early(inputs)
+    assert torch.equal(out[:3], changed[:3])
+    assert torch.equal(out[6:], changed[6:])
+    assert not torch.equal(out[3:6], changed[3:6])
+
+
+def test_a_sample_of_nan_stays_alone(passes: str) -> None:
+    layout = AttentionLayout.build([2, 5, 4], [[3], [1], []], [[0], [2], []], device=DEVICE)
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=32)
+    for name, rows in (("q", 2), ("k", 2), ("v", 2), ("image_k", 3), ("image_v", 3)):
+        inputs.tensors[name][:rows] = float("nan")
+    for name, x in evaluate(inputs, triton_attention, dtype=torch.float32, return_lse=True).items():
+        own = 3 if "image" in name else 2
+        assert x[:own].isnan().all(), name
+        assert x[own:].isfinite().all(), name
+
+
+def test_packed_equals_one_by_one() -> None:
+    layout = AttentionLayout.build([9, 0, 6, 3], [[2, 17], [1], [], [4]], [[1, 3], [0], [], [0]], device=DEVICE)
+    inputs = random_inputs(layout, heads=6, groups=2, head_dim=32, qk_norm="pre_rope", rotate=True)
+    packed = evaluate(inputs, triton_attention, dtype=torch.float32, return_lse=True)
+    alone = []
+    for sample in range(layout.num_samples):
+        one = inputs.select(sample)
+        tensors = {name: x.float() for name, x in (one.tensors | one.tables).items()}
+        alone.append(triton_attention(**tensors, layout=one.layout, qk_norm="pre_rope", return_lse=True))
+    for index, name in enumerate(("out", "lse")):
+        torch.testing.assert_close(packed[name], torch.cat([found[index] for found in alone]), rtol=0, atol=1e-6)
+
+
+def test_inputs_need_not_be_contiguous(passes: str) -> None:
+    layout = AttentionLayout.build(*MIXED, device=DEVICE)
+    inputs = random_inputs(layout, heads=4, groups=2, head_dim=32)
+    leaves = {name: x.float() for name, x in inputs.tensors.items()}
+    strided = {
+        "q": leaves["q"].permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "k": leaves["k"].transpose(0, 1).contiguous().transpose(0, 1),
+        "v": torch.stack([leaves["v"]] * 2, dim=1)[:, 1],
+        "image_k": torch.cat([leaves["image_k"]] * 2, dim=-1)[..., 32:],
+        "image_v": leaves["image_v"].transpose(0, 1).contiguous().transpose(0, 1),
+    }
+    other = [x.detach().requires_grad_() for x in strided.values()]
+    out = triton_attention(*other, layout=layout)
+    same = [x.requires_grad_() for x in leaves.values()]
+    expected = triton_attention(*same, layout=layout)
+    assert isinstance(out, Tensor)
+    assert isinstance(expected, Tensor)
+    assert torch.equal(out, expected)
+    found = torch.autograd.grad(out.sum(), other)
+    for x, y in zip(found, torch.autograd.grad(expected.sum(), same), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_shared_images_add_up() -> None:
+    layout = AttentionLayout.build([3, 2, 4], [[2], [3], [1]], [[0], [1], [0]], device=DEVICE).select([1, 0, 1])
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
+    leaves = {name: x.float() for name, x in inputs.tensors.items()}
+    results = []
+    for backend in ("triton", "reference"):
+        own = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+        tables = {name: x.float() for name, x in inputs.tables.items()}
+        out = hierarchical_attention(**own, **tables, layout=layout, qk_norm="pre_rope", backend=backend)
+        assert isinstance(out, Tensor)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(own.values()))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_none_for_images_equals_empty_tensors() -> None:
+    layout = AttentionLayout.build(*LAYOUTS["no image, ragged"], device=DEVICE)
+    tensors = {name: x.float() for name, x in random_inputs(layout, heads=2, groups=1, head_dim=32).tensors.items()}
+    expected = triton_attention(**tensors, layout=layout)
+    assert torch.equal(triton_attention(*(tensors[name] for name in "qkv"), None, None, layout), expected)

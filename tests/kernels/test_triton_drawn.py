@@ -1,0 +1,73 @@
+"""Drawn layouts through the Triton kernels, forward and backward, against an independent implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hive_ds.kernels import AttentionLayout, arguments, hierarchical_attention, tiles
+from hive_ds.kernels.testing import assert_as_exact, draw_layout, evaluate, padded_cache, plain_attention, random_inputs
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+DEVICE = "cpu" if tiles.INTERPRETED else "cuda"
+
+
+def check_drawn(data: st.DataObject) -> None:
+    layout = draw_layout(lambda low, high: data.draw(st.integers(low, high)), device=DEVICE)
+    qk_norm, rotate = data.draw(st.sampled_from([("none", False), ("pre_rope", True), ("post_rope", True)]))
+    heads, groups = data.draw(st.sampled_from([(1, 1), (3, 1), (4, 2)]))
+    seed = data.draw(st.integers(0, 99))
+    inputs = random_inputs(layout, heads=heads, groups=groups, head_dim=8, qk_norm=qk_norm, rotate=rotate, seed=seed)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
+    exact = evaluate(inputs, plain_attention, return_lse=True)
+    plain = evaluate(inputs, plain_attention, return_lse=True, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            patch.setattr(arguments.KernelArguments, "fused", False)
+            patch.setattr(arguments.KernelArguments, "one_pass", False)
+        found = evaluate(inputs, hierarchical_attention, return_lse=True, dtype=dtype, backend="triton")
+    assert_as_exact(found, plain, exact, dtype)
+    if qk_norm == "none" and dtype == torch.float32:
+        check_last_tokens(data, layout, inputs.tensors, exact["out"])
+
+
+def check_last_tokens(
+    data: st.DataObject, layout: AttentionLayout, tensors: dict[str, torch.Tensor], whole: torch.Tensor
+) -> None:
+    """The last tokens of each sample, drawn how many, attend through a padded cache as in one pass."""
+    lengths = layout.text_lengths
+    queries = [data.draw(st.integers(0, length)) for length in lengths]
+    decoding = AttentionLayout.build(
+        lengths, layout.image_lengths, layout.image_offsets, query_lengths=queries, device=DEVICE
+    )
+    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()
+    rows = [row for end, count in zip(ends, queries, strict=True) for row in range(end - count, end)]
+    single = {name: x.float() for name, x in tensors.items()}
+    out = hierarchical_attention(
+        single["q"][rows],
+        padded_cache(single["k"], lengths, layout.max_text + 1),
+        padded_cache(single["v"], lengths, layout.max_text + 1),
+        single["image_k"],
+        single["image_v"],
+        decoding,
+        backend="triton",
+    )
+    assert isinstance(out, torch.Tensor)
+    torch.testing.assert_close(out, whole[rows].float(), rtol=1e-5, atol=1e-5)
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_drawn_layouts(data: st.DataObject) -> None:
+    check_drawn(data)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@given(st.data())
+@settings(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_two_thousand_drawn_layouts(data: st.DataObject) -> None:
+    check_drawn(data)

@@ -1,0 +1,119 @@
+"""The op of torch.library: compiled, checkpointed, its operations counted, its refusals."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from hive_ds.kernels import (
+    AttentionLayout,
+    arguments,
+    fused,
+    hierarchical_attention,
+    prepare_layout,
+    registered,
+    tiles,
+)
+from hive_ds.kernels.testing import Inputs, assert_equal_results, evaluate, random_inputs
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+DEVICE = "cpu" if tiles.INTERPRETED else "cuda"
+triton_attention = partial(hierarchical_attention, backend="triton")
+
+
+def small_inputs() -> Inputs:
+    layout = AttentionLayout.build([3, 2], [[2], [1]], [[1], [0]], device=DEVICE)
+    return random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    def checkpointed(**arguments: Any) -> Any:
+        return checkpoint(lambda: triton_attention(**arguments), use_reentrant=False)
+
+    expected = evaluate(small_inputs(), triton_attention, dtype=torch.float32)
+    assert_equal_results(evaluate(small_inputs(), checkpointed, dtype=torch.float32), expected, tolerance=0)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_compiles_without_a_graph_break(return_lse: bool) -> None:
+    inputs = small_inputs()
+    options = {"dtype": torch.float32, "return_lse": return_lse}
+    expected = evaluate(inputs, triton_attention, **options)  # builds the layout's tables
+    compiled = torch.compile(triton_attention, backend="aot_eager", fullgraph=True)
+    assert_equal_results(evaluate(inputs, compiled, **options), expected, tolerance=0)
+
+
+def test_fresh_layouts_stop_compiling_anew() -> None:
+    """Prepared outside, a layout is read without a graph break; after three the lengths are no constants any more."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(triton_attention, backend=counter, fullgraph=True)
+    counts = []
+    for lengths in ([3, 2], [4, 1], [5, 2, 3], [7, 7, 1], [2, 9, 4, 4]):
+        layout = AttentionLayout.build(lengths, [[2]] * len(lengths), [[1]] * len(lengths), device=DEVICE)
+        prepare_layout(layout, heads=2, groups=1, head_dim=32, dtype=torch.float32)
+        inputs = random_inputs(layout, heads=2, groups=1, head_dim=32)
+        expected = evaluate(inputs, triton_attention, dtype=torch.float32)
+        assert_equal_results(evaluate(inputs, compiled, dtype=torch.float32), expected, tolerance=0)
+        counts.append(counter.frame_count)
+    assert counts[2:] == [counts[2]] * 3
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
+    if not one_pass:
+        monkeypatch.setattr(arguments.KernelArguments, "one_pass", False)
+    calls = recorded_calls(monkeypatch, small_inputs())
+    for op, given in calls:
+        torch.library.opcheck(op, given)
+
+
+def recorded_calls(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The ops that a forward and backward pass calls, with their arguments."""
+    calls = []
+
+    def recorder(op: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls.append((op, tuple(x.detach() if isinstance(x, Tensor) else x for x in given)))
+            return op(*given)
+
+        return call
+
+    monkeypatch.setattr(fused, "attention_op", recorder(registered.attention_op))
+    monkeypatch.setattr(registered, "gradient_op", recorder(registered.gradient_op))
+    evaluate(inputs, triton_attention, dtype=torch.float32)
+    (op, given), backward = calls
+    leaves = tuple(x.clone().requires_grad_() if i < 7 else x for i, x in enumerate(given))
+    return [(op, leaves), backward]
+
+
+def test_counts_its_operations() -> None:
+    """4 H K for each visible pair forward, 10 H K backward."""
+    layout = AttentionLayout.build([3, 2], [[4], [5]], [[1], [2]], device=DEVICE)
+    pairs = (1 + 2 + 3) + 2 * 4 + (1 + 2)
+    inputs = random_inputs(layout, heads=4, groups=2, head_dim=32)
+    with FlopCounterMode(display=False) as counter:
+        evaluate(inputs, triton_attention, dtype=torch.float32)
+    assert counter.get_total_flops() == (4 + 10) * 4 * 32 * pairs
+
+
+def test_refused() -> None:
+    layout = AttentionLayout.build([2], [[]], [[]], device=DEVICE)
+
+    def call(dtype: torch.dtype = torch.float32, head_dim: int = 32) -> None:
+        q = torch.zeros(2, 1, head_dim, dtype=dtype, device=DEVICE)
+        triton_attention(q, q, q, None, None, layout)
+
+    with pytest.raises(ValueError, match=r"^backend is 'triton', but q is torch.float64; expected torch.bfloat16"):
+        call(torch.float64)
+    for head_dim in (33, 258):
+        with pytest.raises(ValueError, match=f"^backend is 'triton', but q has head dim {head_dim}; expected an even"):
+            call(head_dim=head_dim)

@@ -1,0 +1,84 @@
+"""Cold start: one cache a machine, everything compiled before step 1, nothing compiled for new lengths."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+from hive_ds.kernels import kernel_cache, warm_up
+
+
+def test_cache_is_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(kernel_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = kernel_cache.use_local_cache()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert os.environ["TRITON_CACHE_DIR"] == str(folder)
+
+
+def test_cache_that_was_chosen_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
+    assert kernel_cache.use_local_cache() == tmp_path / "own"
+    assert (tmp_path / "own").is_dir()
+
+
+def test_cache_of_someone_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(kernel_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"hive-triton-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="belongs to another user; expected a folder of one's own"):
+        kernel_cache.use_local_cache()
+
+
+def test_importing_kernels_sets_the_cache(tmp_path: Path) -> None:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_CACHE_DIR"} | {"TMPDIR": str(tmp_path)}
+    code = "import triton, hive_ds.kernels.triton_launch; print(triton.knobs.cache.dir)"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(tmp_path / f"hive-triton-{os.getuid()}")
+
+
+def test_warm_up_reaches_every_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forward kernels' forms, the one-pass and the two-pass backward kernels, and a decoding step."""
+    from hive_ds.kernels import tiles, triton_launch
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    # Few rows, so that the interpreter is done in seconds.
+    monkeypatch.setattr("hive_ds.kernels.warmup.SHORT_ROWS", 4)
+    monkeypatch.setattr("hive_ds.kernels.arguments.SHORT_ROWS", 4)
+    short = tiles.TABLE[tiles.architecture_of(torch.device(device()))]["backward short"]
+    monkeypatch.setitem(short, 32, short[32]._replace(rows=4))
+    launched = set()
+    kernels = [name for name in vars(triton_launch) if name.endswith("_kernel")]
+    for name in kernels:
+        kernel = getattr(triton_launch, name)
+
+        class Recorder:
+            def __init__(self, name: str, kernel: object) -> None:
+                self.name, self.kernel = name, kernel
+
+            def __getitem__(self, grid: object) -> object:
+                launched.add(self.name)
+                return self.kernel[grid]  # type: ignore[index]
+
+        monkeypatch.setattr(triton_launch, name, Recorder(name, kernel))
+    options = {"heads": 2, "groups": 1, "head_dim": 32, "dtype": torch.float32, "device": device()}
+    if not tiles.INTERPRETED:
+        options["dtype"] = torch.bfloat16  # fp32 has no one-pass kernel on a GPU
+    assert warm_up(**options, qk_norm="pre_rope", decoding=True) > 0  # type: ignore[arg-type]
+    assert launched == set(kernels)
+    assert (tmp_path / "warm-up.lock").exists()
+
+
+def device() -> str:
+    from hive_ds.kernels import tiles
+
+    return "cpu" if tiles.INTERPRETED else "cuda"
