@@ -15,8 +15,10 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 STACK = {
     ("sm_80", "forward", 64): 8,
     ("sm_80", "backward short", 64): 72,
-    ("sm_80", "keys", 64): 8,
-    ("sm_80", "keys", 128): 176,
+    ("sm_80", "keys", 64): 88,
+    ("sm_80", "keys", 128): 352,
+    ("sm_80", "queries", 64): 32,
+    ("sm_80", "queries", 128): 152,
     ("sm_90", "backward short", 64): 696,
     ("sm_90", "keys", 128): 216,
 }
