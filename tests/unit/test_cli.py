@@ -66,7 +66,7 @@ def test_recipe_show_prints_a_recipe_with_origins(tmp_path: Path, capsys: pytest
     rows = [line.split("# ") for line in shown.splitlines() if "# " in line]
     assert len({len(value) for value, _ in rows if len(value) < 60}) <= 1 + sum("description" in v for v, _ in rows)
     origins = {value.split(":")[0].strip(): origin for value, origin in rows}
-    assert (origins["seed"], origins["rope"], origins["qk_norm"]) == ("--set", "--set", "default")
+    assert (origins["seed"], origins["rope"], origins["attention_backend"]) == ("--set", "--set", "default")
     assert origins["precision"].startswith("tiny.yaml:")
 
 
