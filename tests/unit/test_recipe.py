@@ -70,8 +70,8 @@ def test_precedence_and_origins(tmp_path: Path):
         "checkpoint_interval": "base tiny.yaml:" + _line("tiny", "  checkpoint_interval:"),
         "tensorboard": "default",
         "ds_config": "default",
-        "validation_interval": "default",
-        "validation_batches": "default",
+        "validation_interval": "base tiny.yaml:" + _line("tiny", "  validation_interval:"),
+        "validation_batches": "base tiny.yaml:" + _line("tiny", "  validation_batches:"),
         "max_skipped_steps": "default",
     }
     assert origins["name"] == f"{child}:2"
