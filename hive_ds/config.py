@@ -64,8 +64,12 @@ class ModelConfig:
     """``none``, ``pre_rope`` or ``post_rope`` (the paper's); an LLM with its own q/k norms keeps those."""
     rope: Annotated[str, one_of("2d", "1d")] = "2d"
     """Image positions: ``2d`` (row, column, time) or ``1d`` (one after another, as the paper's code)."""
-    attention_backend: Annotated[str, one_of("auto", "triton", "reference")] = "auto"
-    """Backend of hierarchical attention: ``auto``, ``triton`` or ``reference``."""
+    attention_backend: Annotated[str, one_of("auto", "triton", "sdpa", "reference")] = "auto"
+    """Attention of routed layers: ``auto`` (``triton`` on a GPU, ``sdpa`` elsewhere) or one by name."""
+    text_attention_backend: Annotated[str, one_of("auto", "triton", "sdpa", "flash_attention_2", "reference")] = "auto"
+    """Attention of un-routed layers: as above, or the package flash-attn."""
+    vision_attention: Annotated[str, one_of("sdpa", "flash_attention_2", "eager")] = "sdpa"
+    """Attention of the vision encoder, as transformers names it."""
     gradient_checkpointing: bool = False
     """Recompute activations of encoder blocks and LLM layers in backward (non-reentrant)."""
 

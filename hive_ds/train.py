@@ -19,6 +19,7 @@ import torch
 from hive_ds.config import Recipe, StageConfig
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
+from hive_ds.model.attention_backends import describe_attention, warm_up_attention
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.loading import build_model, load_model
 from hive_ds.processing import HiveProcessor
@@ -90,6 +91,7 @@ def train(options: argparse.Namespace, world: World) -> None:
     model, processor = _load_model(run)
     plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), config)
     _warn_untrained_blocks(run, model)
+    _prepare_attention(run, model)
     loader, validation = _load_data(run, processor)
     ds_config = _write_inputs(run, policy)
     job, first_step = _start_job(run, model, plan, loader, validation, ds_config)
@@ -250,6 +252,16 @@ def _warn_untrained_blocks(run: Run, model: HiveForCausalLM) -> None:
         [*(f"block {block}" for block in blocks), "the final norm and the pooling head, where there is one"]
     )
     run.say(f"warning: no gradient reaches these parts of the vision encoder: {names}")
+
+
+def _prepare_attention(run: Run, model: HiveForCausalLM) -> None:
+    """Say which attention runs where, and compile its kernels before a step waits for them."""
+    dtype = torch.bfloat16 if run.recipe.training.precision == "bf16" else torch.float32
+    for line in describe_attention(model, run.device, dtype):
+        run.say(line)
+    seconds = warm_up_attention(model, run.device, dtype)
+    if seconds:
+        run.say(f"attention kernels are compiled ({seconds:.0f} s)")
 
 
 def _device_name(device: torch.device) -> str:

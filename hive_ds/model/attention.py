@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hive_ds.kernels import AttentionLayout, finish_keys, hierarchical_attention
+from hive_ds.model.flash import FLASH_ATTENTION, flash_attention
 
 if TYPE_CHECKING:
     from hive_ds.model.cache import HiveCache
@@ -73,10 +74,11 @@ class HiveAttention(nn.Module):
             image_kv: ``"own"`` gives a routed layer image_k_proj and image_v_proj; ``"shared"`` uses k_proj and v_proj.
             qk_norm: norm added at a routed layer whose LLM has none: ``none``, ``pre_rope`` or ``post_rope``.
             eps: epsilon of that norm.
-            backend: backend of `hierarchical_attention`.
+            backend: backend of `hierarchical_attention`; at an un-routed layer also `FLASH_ATTENTION`, which serves
+                whole texts and leaves steps with a cache to "auto".
         """
         super().__init__()
-        self.layer = layer
+        self.layer, self.routed = layer, routed
         self.head_dim: int = attention.head_dim
         self.softmax_scale: float = attention.scaling
         self.backend = backend
@@ -133,6 +135,10 @@ class HiveAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, hive: AttentionCall
     ) -> Tensor:
         q_weight, k_weight, eps = self._norm()
+        if self.backend == FLASH_ATTENTION:
+            q = finish_keys(q, q_weight, eps, self.qk_norm, hive.cos_TK, hive.sin_TK)
+            k = finish_keys(k, k_weight, eps, self.qk_norm, hive.cos_TK, hive.sin_TK)
+            return flash_attention(q, k, v, hive.layout, self.softmax_scale)
         return hierarchical_attention(
             q, k, v, image_k, image_v, hive.layout,
             q_norm_weight=q_weight, k_norm_weight=k_weight, norm_eps=eps, qk_norm=self.qk_norm,
@@ -156,7 +162,8 @@ class HiveAttention(nn.Module):
         return hierarchical_attention(
             q, k_BSGK, v_BSGK, image_k, image_v, hive.layout,
             q_norm_weight=q_weight, norm_eps=eps, qk_norm=self.qk_norm,
-            cos=hive.cos_TK, sin=hive.sin_TK, softmax_scale=self.softmax_scale, backend=self.backend,
+            cos=hive.cos_TK, sin=hive.sin_TK, softmax_scale=self.softmax_scale,
+            backend="auto" if self.backend == FLASH_ATTENTION else self.backend,
         )  # fmt: skip
 
 

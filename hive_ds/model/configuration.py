@@ -23,7 +23,9 @@ class HiveConfig(PretrainedConfig):
         rope: ``"2d"`` or ``"1d"`` positions of image patches.
         image_kv: ``"shared"``, image keys through the LLM layer's k_proj and v_proj (stage 1); ``"own"``, through
             image_k_proj and image_v_proj.
-        attention_backend: backend of `hierarchical_attention`; a matter of the machine, not of the weights.
+        attention_backend: backend of `hierarchical_attention` at routed layers; a matter of the machine, not of the
+            weights.
+        text_attention_backend: the same of un-routed layers.
     """
 
     model_type = "hive"
@@ -39,6 +41,7 @@ class HiveConfig(PretrainedConfig):
         rope: str = "2d",
         image_kv: str = "shared",
         attention_backend: str = "auto",
+        text_attention_backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         for name, value in (("qk_norm", qk_norm), ("rope", rope), ("image_kv", image_kv)):
@@ -48,7 +51,7 @@ class HiveConfig(PretrainedConfig):
         self.text_config = _as_config(text_config, "llama")
         self.vision_blocks, self.language_layers = list(vision_blocks), list(language_layers)
         self.qk_norm, self.rope, self.image_kv = qk_norm, rope, image_kv
-        self.attention_backend = attention_backend
+        self.attention_backend, self.text_attention_backend = attention_backend, text_attention_backend
         kwargs["tie_word_embeddings"] = self.text_config.tie_word_embeddings
         # None, the default, would reset the attention that both given configs have already settled on.
         if kwargs.get("attn_implementation") is None:

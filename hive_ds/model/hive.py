@@ -81,14 +81,15 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *arguments, **keywords)
 
     def _build_attention(self, attention: nn.Module, index: int) -> HiveAttention:
+        routed = index in self.routes.blocks_by_layer
         return HiveAttention(
             attention,
             index,
-            routed=index in self.routes.blocks_by_layer,
+            routed=routed,
             image_kv=self.config.image_kv,
             qk_norm=self.config.qk_norm,
             eps=self.config.text_config.rms_norm_eps,
-            backend=self.config.attention_backend,
+            backend=self.config.attention_backend if routed else self.config.text_attention_backend,
         )
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from hive_ds.config import ModelConfig
 from hive_ds.errors import HiveError
 from hive_ds.model.attention import HiveAttention
+from hive_ds.model.attention_backends import set_vision_attention
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.language import check_language_model
@@ -69,10 +70,12 @@ def build_model(
             rope=config.rope,
             image_kv=image_kv,
             attention_backend=config.attention_backend,
+            text_attention_backend=config.text_attention_backend,
         ),
         vision_encoder,
         language_model,
     )
+    set_vision_attention(model, config.vision_attention)
     for attention in _own_image_attentions(model).values():
         attention.copy_image_projections()
     return model.to(dtype)
@@ -100,8 +103,11 @@ def load_model(
                 f"{folder} was saved with {name} {getattr(saved, name)}, but the recipe says {value}; use the recipe "
                 "that it was trained with"
             )
-    saved.image_kv, saved.attention_backend = image_kv, config.attention_backend
+    saved.image_kv = image_kv
+    saved.attention_backend = config.attention_backend
+    saved.text_attention_backend = config.text_attention_backend
     model = HiveForCausalLM(saved).to(dtype)
+    set_vision_attention(model, config.vision_attention)
     return model, load_weights(model, folder)
 
 

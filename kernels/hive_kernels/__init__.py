@@ -1,9 +1,18 @@
 """Hierarchical attention: text queries over text keys and image keys in one softmax."""
 
+from .backends import Choice, choose_backend
 from .finish import finish_keys
 from .fused import prepare_layout
 from .layout import AttentionLayout
 from .op import hierarchical_attention
 from .warmup import warm_up
 
-__all__ = ["AttentionLayout", "finish_keys", "hierarchical_attention", "prepare_layout", "warm_up"]
+__all__ = [
+    "AttentionLayout",
+    "Choice",
+    "choose_backend",
+    "finish_keys",
+    "hierarchical_attention",
+    "prepare_layout",
+    "warm_up",
+]

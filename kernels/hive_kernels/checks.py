@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from .backends import BACKENDS
 from .layout import AttentionLayout
 
-BACKENDS = ("auto", "triton", "reference")
 QK_NORMS = ("none", "pre_rope", "post_rope")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

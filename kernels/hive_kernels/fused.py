@@ -1,8 +1,6 @@
-"""The Triton backend behind the public call: what it takes, and a call of the registered op."""
+"""The Triton backend behind the public call: a call of the registered op."""
 
 from __future__ import annotations
-
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -10,27 +8,6 @@ from torch import Tensor
 from .arguments import KernelArguments
 from .layout import AttentionLayout
 from .registered import attention_op
-from .tiles import INTERPRETED
-
-MAX_HEAD_DIM = 256
-INSTALLED = importlib.util.find_spec("triton") is not None
-"""torch's wheels for CPUs come without Triton."""
-
-
-def refusal(q: Tensor, layout: AttentionLayout, *, gradient: bool) -> str | None:
-    """Why the Triton backend cannot serve a call; None if it can."""
-    if q.dtype == torch.float64:
-        return "q is torch.float64; expected torch.bfloat16, torch.float16 or torch.float32"
-    head_dim = q.shape[-1]
-    if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
-        return f"q has head dim {head_dim}; expected an even number of at most {MAX_HEAD_DIM}"
-    if layout.decoding and gradient:
-        return "q, k, v, image_k or image_v needs a gradient; expected none while decoding"
-    if not INSTALLED:
-        return "Triton is not installed; expected the package triton"
-    if not q.is_cuda and not INTERPRETED:
-        return f"q is on {q.device}; expected a GPU, or TRITON_INTERPRET=1 set before Python starts"
-    return None
 
 
 def fused_attention(

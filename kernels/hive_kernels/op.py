@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends import choose_backend
 from .checks import (
     check_backend,
     check_finishing,
@@ -15,7 +16,7 @@ from .checks import (
 )
 from .dense import dense_attention
 from .finish import finish
-from .fused import fused_attention, refusal
+from .fused import fused_attention
 from .layout import AttentionLayout
 from .reference import reference_attention
 
@@ -61,8 +62,9 @@ def hierarchical_attention(
         image_cos: (N, K) or (N, K/2), with ``cos`` or not at all; None while decoding.
         image_sin: like image_cos.
         softmax_scale: factor on the scores; K ** -0.5 if None.
-        backend: "auto" (batched), "reference" (slow and plain) or "triton" (fused, for GPUs; no fp64, odd head dim or
-            one above 256, no gradients while decoding; asked for by name until a GPU has proved it).
+        backend: "auto": "triton" on a GPU wherever it can serve, "sdpa" elsewhere. "triton": fused, for GPUs; no fp64,
+            odd head dim or one above 256, no gradients while decoding. "sdpa": torch's attention over samples padded
+            into one rectangle. "reference": slow and plain.
         return_lse: also return the log of the sum of exponentials of the scaled scores.
 
     Returns:
@@ -80,7 +82,15 @@ def hierarchical_attention(
     check_number("norm_eps", norm_eps, low=0)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale)
 
-    if _takes_triton(backend, q, (k, v, image_k, image_v), layout):
+    backend, _ = choose_backend(
+        backend,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        decoding=layout.decoding,
+        gradient=torch.is_grad_enabled() and _needs_gradient(q, k, v, image_k, image_v),
+    )
+    if backend == "triton":
         out, lse = fused_attention(
             q, k, v, image_k, image_v, layout, scale, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
             norm_eps=norm_eps, qk_norm=qk_norm, cos=cos, sin=sin, image_cos=image_cos, image_sin=image_sin,
@@ -103,15 +113,8 @@ def hierarchical_attention(
     return found if found_lse is None else (found, found_lse)
 
 
-def _takes_triton(backend: str, q: Tensor, others: tuple[Tensor | None, ...], layout: AttentionLayout) -> bool:
-    """Whether the Triton backend serves the call. `auto` does not take it yet: no GPU has run it."""
-    if backend != "triton":
-        return False
-    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others))
-    reason = refusal(q, layout, gradient=gradient)
-    if reason is not None:
-        raise ValueError(f"backend is 'triton', but {reason}")
-    return True
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _tie(q: Tensor, *unread: Tensor | None) -> Tensor:

@@ -70,6 +70,11 @@ class Schedule:
         return self._on_device(table)
 
     @cached_property
+    def text_bounds(self) -> Tensor:
+        """(B + 1,): first text key of each sample, and the end of the last (cu_seqlens)."""
+        return self._on_device(np.append(0, np.cumsum(self._text)))
+
+    @cached_property
     def pairs(self) -> int:
         """Visible (query, key) pairs of all samples, of one head."""
         return int((self._queries * (2 * self._text - self._queries + 1) // 2).sum() + self._seen.sum())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hive_ds.kernels import AttentionLayout, dense, finish_keys, fused, hierarchical_attention
+from hive_ds.kernels import AttentionLayout, backends, dense, finish_keys, hierarchical_attention, tiles
 from hive_ds.kernels.testing import Inputs, padded_cache, random_inputs
 
 IMAGES: tuple[list[list[int]], list[list[int]]] = ([[3, 2], [], [4], [1]], [[0, 3], [], [2], [5]])
@@ -18,7 +18,7 @@ NORMS = [("none", False), ("pre_rope", True), ("post_rope", True)]
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Triton, the reference, and the batched path's two ways, whatever the size at which it changes between them."""
     monkeypatch.setattr(dense, "IN_PLACE_ELEMENTS", 0 if request.param == "in place" else 2**60)
-    if request.param == "triton" and not (fused.INSTALLED and fused.INTERPRETED):
+    if request.param == "triton" and not (backends.HAS_TRITON and tiles.INTERPRETED):
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1 (test_triton_gpu.py decodes on a GPU)")
     return str(request.param) if request.param in ("reference", "triton") else "auto"
 

@@ -34,7 +34,7 @@ def zeros(*shape: int, **options: Any) -> torch.Tensor:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "backend unknown": ({"backend": "cuda"}, "backend is 'cuda'; expected one of 'auto', 'triton', 'reference'"),
+    "backend unknown": ({"backend": "cuda"}, "backend is 'cuda'; expected one of 'auto', 'triton', 'sdpa'"),
     "q rank": ({"q": zeros(5, 32)}, "q has shape (5, 32); expected (5, H, K)"),
     "q rows": ({"q": zeros(4, 4, 8)}, "q has shape (4, 4, 8); expected (5, H, K)"),
     "q dtype": ({"q": zeros(5, 4, 8, dtype=torch.int32)}, "q is torch.int32; expected one of torch.bfloat16"),

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from hive_ds.kernels import AttentionLayout, hierarchical_attention
+from hive_ds.kernels.padded_op import padded_attention
 from hive_ds.kernels.testing import (
     LAYOUTS,
     Inputs,
@@ -227,6 +229,39 @@ def test_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(hierarchical_attention, backend="aot_eager", fullgraph=True)
     expected = evaluate(inputs, hierarchical_attention)  # builds the layout's indices
     assert_equal_results(evaluate(inputs, compiled), expected)
+
+
+def test_counts_visible_pairs_and_no_padding() -> None:
+    """4 H K for each visible pair forward, 10 H K backward, whatever the rectangle holds."""
+    layout = AttentionLayout.build([3, 9], [[4], []], [[1], []])
+    pairs = (1 + 2 + 3) + 2 * 4 + 9 * 10 // 2
+    inputs = random_inputs(layout, heads=4, groups=2, head_dim=32)
+    with FlopCounterMode(display=False) as counter:
+        evaluate(inputs, hierarchical_attention)
+    assert counter.get_total_flops() == (4 + 10) * 4 * 32 * pairs
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padded_op_as_torch_wants_it(causal: bool) -> None:
+    q, k, v = (torch.randn(2, 5, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
+    mask = None if causal else (torch.rand(2, 1, 5, 5) > 0.5) | torch.eye(5, dtype=torch.bool)
+    torch.library.opcheck(padded_attention, (q, k, v, mask, causal, 0.3, 7))
+
+
+@pytest.mark.parametrize("gradient", ["expanded", "strided"])
+def test_gradients_of_any_stride(gradient: str) -> None:
+    """A sum hands back one number expanded, a transposition rows that do not lie in memory."""
+    inputs = random_inputs(AttentionLayout.build(*LAYOUTS["no image, one length"]), heads=2, groups=1, head_dim=8)
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        leaves = [inputs.tensors[name].clone().requires_grad_() for name in "qkv"]
+        out = hierarchical_attention(*leaves, None, None, inputs.layout, backend=backend)
+        assert isinstance(out, Tensor)
+        weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape[::-1]).permute(2, 1, 0)
+        return torch.autograd.grad(out.sum() if gradient == "expanded" else (out * weights).sum(), leaves)
+
+    for found, expected in zip(gradients("auto"), gradients("reference"), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.gpu

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hive_ds.kernels import AttentionLayout, arguments, hierarchical_attention, tiles
-from hive_ds.kernels.testing import assert_as_exact, draw_layout, evaluate, padded_cache, plain_attention, random_inputs
+from hive_ds.kernels.testing import (
+    ATOL,
+    Results,
+    draw_layout,
+    evaluate,
+    padded_cache,
+    plain_attention,
+    random_inputs,
+)
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 DEVICE = "cpu" if tiles.INTERPRETED else "cuda"
 
 
-def check_drawn(data: st.DataObject) -> None:
+class PooledErrors:
+    """Errors over many tiny layouts, and those of plain code in the same dtype.
+
+    One layout of a few numbers can be hit almost exactly by luck, by plain code as well: then a multiple of its error
+    bounds nothing. A single layout may be off by one rounding step of its largest number more; over all layouts the
+    root mean square of the error may be twice that of plain code.
+    """
+
+    def __init__(self) -> None:
+        self.squares: dict[tuple[torch.dtype, str], list[float]] = {}
+
+    def add(self, found: Results, plain: Results, exact: Results, dtype: torch.dtype) -> None:
+        for name, expected in exact.items():
+            if not expected.numel():
+                continue
+            error, plain_error = found[name].double() - expected, plain[name].double() - expected
+            allowance = ATOL[dtype] + torch.finfo(dtype).eps * expected.abs().max()
+            factor = 3 if name.startswith("grad") else 2
+            assert error.abs().max() <= factor * plain_error.abs().max() + allowance, name
+            sums = self.squares.setdefault((dtype, name), [0.0, 0.0])
+            sums[0] += error.square().sum().item()
+            sums[1] += plain_error.square().sum().item()
+
+    def check(self) -> None:
+        assert self.squares
+        for kind, (found, plain) in self.squares.items():
+            assert found <= 4 * plain, f"{kind}: squared error {found:.3g} in all, of plain code {plain:.3g}"
+
+
+def check_drawn(data: st.DataObject, errors: PooledErrors) -> None:
     layout = draw_layout(lambda low, high: data.draw(st.integers(low, high)), device=DEVICE)
     qk_norm, rotate = data.draw(st.sampled_from([("none", False), ("pre_rope", True), ("post_rope", True)]))
     heads, groups = data.draw(st.sampled_from([(1, 1), (3, 1), (4, 2)]))
@@ -29,7 +68,7 @@ def check_drawn(data: st.DataObject) -> None:
             patch.setattr(arguments.KernelArguments, "fused", False)
             patch.setattr(arguments.KernelArguments, "one_pass", False)
         found = evaluate(inputs, hierarchical_attention, return_lse=True, dtype=dtype, backend="triton")
-    assert_as_exact(found, plain, exact, dtype)
+    errors.add(found, plain, exact, dtype)
     if qk_norm == "none" and dtype == torch.float32:
         check_last_tokens(data, layout, inputs.tensors, exact["out"])
 
@@ -59,15 +98,23 @@ def check_last_tokens(
     torch.testing.assert_close(out, whole[rows].float(), rtol=1e-5, atol=1e-5)
 
 
-@given(st.data())
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_drawn_layouts(data: st.DataObject) -> None:
-    check_drawn(data)
+def check_many(count: int, **options: Any) -> None:
+    errors = PooledErrors()
+
+    @given(st.data())
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), **options)
+    def check(data: st.DataObject) -> None:
+        check_drawn(data, errors)
+
+    check()
+    errors.check()
+
+
+def test_drawn_layouts() -> None:
+    check_many(25, derandomize=True)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-@given(st.data())
-@settings(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
-def test_two_thousand_drawn_layouts(data: st.DataObject) -> None:
-    check_drawn(data)
+def test_two_thousand_drawn_layouts() -> None:
+    check_many(2_000)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hive_ds.kernels import AttentionLayout, fused, hierarchical_attention, warm_up
+from hive_ds.kernels import AttentionLayout, backends, hierarchical_attention, tiles, warm_up
 from hive_ds.kernels.testing import (
     Inputs,
     assert_as_exact,
@@ -25,7 +25,7 @@ from hive_ds.kernels.testing import (
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or fused.INTERPRETED or not fused.INSTALLED,
+        not torch.cuda.is_available() or tiles.INTERPRETED or not backends.HAS_TRITON,
         reason="needs a CUDA GPU and Triton: run `make gpu-suite` on a machine with one",
     ),
 ]

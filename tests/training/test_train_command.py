@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import STEPS, TinyRun
 
+from hive_ds.kernels import tiles
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import assign_groups, hive_groups, stage_by_number
@@ -108,6 +109,22 @@ def test_metrics(tiny: TinyRun, straight: str) -> None:
     folder = next((tiny.root / "straight" / "stage1" / "tensorboard").rglob("events.*")).parent
     events = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
     assert [event.value for event in events] == pytest.approx([line["loss"] for line in lines])
+
+
+@pytest.mark.long  # the interpreter takes a minute over the warm-up
+@pytest.mark.skipif(not tiles.INTERPRETED, reason="needs the Triton interpreter: TRITON_INTERPRET=1")
+def test_triton_kernels_under_zero3(tiny: TinyRun, straight: str) -> None:
+    """Kernels are warmed up before the first step, in a cache of this machine, and the step is the same."""
+    assert "attention of 2 routed LLM layers: sdpa (no GPU)" in straight
+    backends = ("--set", "model.attention_backend=triton", "--set", "model.text_attention_backend=triton")
+    done = tiny.train(1, "triton", *backends, "--set", "stages.connector_pretraining.steps=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("attention of 2 routed LLM layers: triton (asked for)") == 1
+    assert done.stdout.index("attention kernels are compiled") < done.stdout.index("stage 1 is done")
+    assert list(tiny.root.glob("tmp*/hive-triton-*/warm-up.lock"))
+    found, expected = tiny.metrics("triton", 1, "train")[0], tiny.metrics("straight", 1, "train")[0]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-4)
 
 
 def test_killed_and_resumed_equals_straight(tiny: TinyRun, straight: str) -> None:

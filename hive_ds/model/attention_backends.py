@@ -1,0 +1,106 @@
+"""Which attention runs where in a HIVE model, said before training and compiled before its first step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hive_ds.errors import HiveError
+from hive_ds.kernels import Choice, choose_backend, warm_up
+from hive_ds.model.attention import HiveAttention
+from hive_ds.model.flash import FLASH_ATTENTION, flash_attention_refusal
+from hive_ds.model.hive import HiveForCausalLM
+
+
+def set_vision_attention(model: HiveForCausalLM, name: str) -> None:
+    """Let the vision encoder attend as ``name`` says: sdpa, flash_attention_2 or eager, as transformers has them.
+
+    Raises:
+        HiveError: it needs a package or a GPU that is not there.
+    """
+    try:
+        model.vision_encoder.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise HiveError(f"model.vision_attention is {name!r}, which does not work here: {error}") from error
+
+
+def describe_attention(model: HiveForCausalLM, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A line for routed layers, un-routed layers and the encoder: which attention each runs, and why.
+
+    Args:
+        model: on whatever device.
+        device: where it will train.
+        dtype: in which its attention will compute.
+
+    Raises:
+        HiveError: a backend asked for by name does not work there.
+    """
+    lines = [
+        f"attention of {len(layers)} {'routed' if kind.routed else 'un-routed'} LLM layers: "
+        f"{_served(kind, device, dtype)}"
+        for kind, layers in _kinds(model).items()
+    ]
+    vision = model.vision_encoder.config._attn_implementation
+    return [*lines, f"attention of the vision encoder: {vision}, by transformers"]
+
+
+def warm_up_attention(model: HiveForCausalLM, device: torch.device, dtype: torch.dtype) -> float:
+    """Compile the Triton kernels that training ``model`` will need, if it needs any; seconds it took.
+
+    A compilation inside a step would look like a hang to the other ranks. The first process of a node compiles into a
+    cache on that node's own disk, the others wait and load.
+    """
+    seconds = 0.0
+    for kind in _kinds(model):
+        if _choose(kind, device, dtype).backend == "triton":
+            seconds += warm_up(
+                heads=kind.heads,
+                groups=kind.groups,
+                head_dim=kind.head_dim,
+                dtype=dtype,
+                device=device,
+                qk_norm=kind.qk_norm,
+            )
+    return seconds
+
+
+class _Kind(NamedTuple):
+    """LLM layers whose attention is one kernel."""
+
+    routed: bool
+    backend: str
+    heads: int
+    groups: int
+    head_dim: int
+    qk_norm: str
+
+
+def _kinds(model: HiveForCausalLM) -> dict[_Kind, list[int]]:
+    """Kinds of attention in the model and their layers, routed ones first."""
+    kinds: dict[_Kind, list[int]] = {}
+    text = model.config.text_config
+    for module in model.modules():
+        if isinstance(module, HiveAttention):
+            heads, groups = text.num_attention_heads, text.num_key_value_heads
+            kind = _Kind(module.routed, module.backend, heads, groups, module.head_dim, module.qk_norm)
+            kinds.setdefault(kind, []).append(module.layer)
+    return dict(sorted(kinds.items(), reverse=True))
+
+
+def _choose(kind: _Kind, device: torch.device, dtype: torch.dtype) -> Choice:
+    if kind.backend == FLASH_ATTENTION:
+        refusal = flash_attention_refusal(device, dtype)
+        if refusal is not None:
+            raise HiveError(f"model.text_attention_backend is {FLASH_ATTENTION!r}, but {refusal}")
+        return Choice(FLASH_ATTENTION, "asked for")
+    try:
+        return choose_backend(kind.backend, device=device, dtype=dtype, head_dim=kind.head_dim)
+    except ValueError as error:
+        key = "attention_backend" if kind.routed else "text_attention_backend"
+        raise HiveError(f"model.{key}: {error}") from error
+
+
+def _served(kind: _Kind, device: torch.device, dtype: torch.dtype) -> str:
+    backend, reason = _choose(kind, device, dtype)
+    return f"{backend} ({reason})"

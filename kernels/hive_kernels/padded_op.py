@@ -1,0 +1,98 @@
+"""Attention over padded rectangles on CPUs as an op of torch.library, so that its FLOPs are those of visible pairs.
+
+Inside is torch's own flash kernel for CPUs. Called through `scaled_dot_product_attention` it would be counted by the
+size of its rectangle, padding and hidden keys included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def rows_in_memory(x: Tensor) -> Tensor:
+    """``x`` with the values of its last axis side by side: the flash kernel reads no other stride and does not say."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+
+
+@torch.library.custom_op("hive_ds::padded_attention", mutates_args=())
+def padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, pairs: int
+) -> tuple[Tensor, Tensor]:
+    """Attention on CPUs over (B, H, T, K) queries and (B, G, S, K) keys and values, and its log-sum-exp (B, H, T).
+
+    Args:
+        q: queries, H a multiple of G; the K values of a row lie side by side in memory (`rows_in_memory`).
+        k: keys, likewise.
+        v: values, likewise.
+        mask: True where a query sees a key, (B, 1, T, S); no row all False. None: everything, or as ``causal`` says.
+        causal: query t sees keys 0 to t.
+        scale: factor on the scores.
+        pairs: visible (query, key) pairs of one head, for the FLOP count; padding is not visible.
+    """
+    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=_additive(mask, q), scale=scale)
+    return out, lse
+
+
+@torch.library.custom_op("hive_ds::padded_attention_backward", mutates_args=())
+def _gradient(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    pairs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=_additive(mask, q), scale=scale)
+
+
+@padded_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, pairs: int
+) -> tuple[Tensor, Tensor]:
+    out, lse = _flash(q, k, v)
+    return out, lse
+
+
+@_gradient.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Any:
+    return _flash_backward(dout, q, k, v, out, lse, 0.0, False)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, mask)
+
+
+def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    # No caller passes the log-sum-exp on where gradients are wanted: dlse is zero.
+    return (*_gradient(rows_in_memory(dout), *ctx.saved_tensors, *ctx.numbers), None, None, None, None)
+
+
+padded_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.hive_ds.padded_attention)
+def _(q: tuple[int, ...], *rest: Any, **_: Any) -> int:
+    """4 H K pairs: two matrix products, a multiplication and an addition each."""
+    return 4 * q[1] * q[3] * rest[-1]
+
+
+@register_flop_formula(torch.ops.hive_ds.padded_attention_backward)
+def _(dout: tuple[int, ...], *rest: Any, **_: Any) -> int:
+    """10 H K pairs: five matrix products."""
+    return 10 * dout[1] * dout[3] * rest[-1]

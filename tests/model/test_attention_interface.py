@@ -1,0 +1,114 @@
+"""Any causal LM of transformers under our attention computes what it computes under SDPA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_language_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hive_ds.errors import HiveError
+from hive_ds.model.attention_interface import register_attention
+
+register_attention()
+LENGTHS = [5, 2, 7]
+
+
+def pair(family: str, **changes: object) -> tuple[Any, Any]:
+    """One model under SDPA and under ours."""
+    plain = tiny_language_model(family, **changes).eval()
+    ours = AutoModelForCausalLM.from_config(plain.config, attn_implementation="hive").eval()
+    ours.load_state_dict(plain.state_dict())
+    assert ours.config._attn_implementation == "hive"
+    return plain, ours
+
+
+def texts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 96, (length,), generator=generator) for length in LENGTHS]
+
+
+def padded(side: str) -> dict[str, Tensor]:
+    """The texts as rows of one batch, padded left or right."""
+    width = max(LENGTHS)
+    ids, mask = torch.zeros(len(LENGTHS), width, dtype=torch.int64), torch.zeros(len(LENGTHS), width, dtype=torch.int64)
+    for row, text in enumerate(texts()):
+        place = slice(width - len(text), width) if side == "left" else slice(0, len(text))
+        ids[row, place], mask[row, place] = text, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows(family: str, side: str) -> None:
+    plain, ours = pair(family)
+    batch = padded(side)
+    real = batch["attention_mask"].bool()
+    results = []
+    for model in (plain, ours):
+        logits = model(**batch).logits[real]
+        logits.square().mean().backward()
+        results.append((logits.detach(), {name: x.grad for name, x in model.named_parameters()}))
+    (expected, expected_gradients), (found, gradients) = results
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("told_by", ["bounds", "positions"])
+def test_packed_row_equals_samples_alone(told_by: str) -> None:
+    plain, ours = pair("llama")
+    bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    options: dict[str, Any] = {"position_ids": positions}
+    if told_by == "bounds":
+        options |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 7, "max_length_k": 7}
+    with torch.no_grad():
+        alone = torch.cat([plain(text[None]).logits[0] for text in texts()])
+        found = ours(torch.cat(texts())[None], use_cache=False, **options).logits[0]
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_changed_in_place_are_read_again() -> None:
+    _, ours = pair("llama")
+    positions = torch.arange(8)[None].clone()
+    text = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        ours(text, position_ids=positions, use_cache=False)
+        positions[0, 4:] -= 4
+        found = ours(text, position_ids=positions, use_cache=False).logits
+        expected = ours(text, position_ids=positions.clone(), use_cache=False).logits
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generates_the_same(cache: str | None) -> None:
+    plain, ours = pair("qwen2")
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    for batch in (padded("left"), {"input_ids": texts()[0][None]}):
+        assert torch.equal(ours.generate(**batch, **options), plain.generate(**batch, **options))
+
+
+def test_prefill_in_pieces() -> None:
+    _, ours = pair("llama")
+    text = texts()[2][None]
+    with torch.no_grad():
+        whole = ours(text).logits
+        first = ours(text[:, :4], use_cache=True)
+        rest = ours(text[:, 4:], past_key_values=first.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_what_it_does_not_do_is_named() -> None:
+    _, windowed = pair("mistral", sliding_window=4)
+    with pytest.raises(HiveError, match=r"MistralAttention asks for: a sliding window of 4 tokens over 7 keys; load"):
+        windowed(texts()[2][None])
+    _, ours = pair("llama")
+    with pytest.raises(HiveError, match=r"a mask of its own, \(1, 1, 7, 7\)"):
+        ours(texts()[2][None], attention_mask=torch.ones(1, 1, 7, 7))
+    _, dropping = pair("llama", attention_dropout=0.1)
+    with pytest.raises(HiveError, match=r"attention dropout of 0\.1"):
+        dropping.train()(texts()[2][None])
