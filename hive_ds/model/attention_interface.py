@@ -89,7 +89,8 @@ def attend(
     lengths = _packed_lengths(options.get("cu_seq_lens_q"), options.get("position_ids"), attention_mask, query, key)
     if lengths is not None:
         layout = _without_images(lengths, lengths, query.device)
-        return _call(*(x[0].transpose(0, 1) for x in (query, key, value)), layout, scaling)[None], None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return _call(q, k, v, layout, scaling)[None], None
     count, _, new, _ = query.shape
     rows = query.transpose(1, 2).flatten(0, 1)
     if attention_mask is None:
