@@ -6,15 +6,15 @@ Heavy modules are imported inside the commands, so that ``--help`` and ``recipe 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hive_ds import __version__
+from hive_ds.cli_data import add_data_commands
+from hive_ds.cli_parts import command, group
 from hive_ds.errors import run_command
 from hive_ds.recipe import RECIPES, dump_recipe, load_recipe, recipe_names, resolve
-
-Command = Callable[[argparse.Namespace], int | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,32 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="print the stack trace of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_quickstart(commands)
-    recipe = _group(commands, "recipe", "list the recipes, or show one with the origin of every value")
+    recipe = group(commands, "recipe", "list the recipes, or show one with the origin of every value")
     _add_recipe_list(recipe)
     _add_recipe_show(recipe)
-    data = _group(commands, "data", "make training data: generated scenes, or a dataset of your own")
-    _add_data_scenes(data)
-    _add_data_convert(data)
-    export = _group(commands, "export", "turn a trained model into stock Hugging Face folders")
+    add_data_commands(group(commands, "data", "make training data: generated scenes, or a dataset of your own"))
+    export = group(commands, "export", "turn a trained model into stock Hugging Face folders")
     _add_export_encoder(export)
     return parser
-
-
-def _group(commands: Any, name: str, help: str) -> Any:
-    parser = commands.add_parser(name, help=help, description=_sentence(help))
-    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-
-def _command(group: Any, name: str, run: Command, help: str, more: str = "") -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = group.add_parser(name, help=help, description=f"{_sentence(help)} {more}".strip())
-    # SUPPRESS: a default here would undo `hive-ds --debug COMMAND`.
-    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="print an error's stack trace")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
 
 
 def _add_quickstart(commands: Any) -> None:
@@ -76,7 +57,7 @@ def _add_quickstart(commands: Any) -> None:
 
         run_quickstart(args.out, seed=args.seed, settings=SMOKE if args.smoke else DEFAULT)
 
-    parser = _command(
+    parser = command(
         commands,
         "quickstart",
         run,
@@ -91,22 +72,22 @@ def _add_quickstart(commands: Any) -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, which learns nothing")
 
 
-def _add_recipe_list(group: Any) -> None:
+def _add_recipe_list(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         width = max(map(len, recipe_names()))
         for name in recipe_names():
             print(f"{name:<{width}}  {load_recipe(name).description}")
         print(f"\nThey lie in {RECIPES}")
 
-    _command(group, "list", run, "list the recipes that come with the package")
+    command(commands, "list", run, "list the recipes that come with the package")
 
 
-def _add_recipe_show(group: Any) -> None:
+def _add_recipe_show(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         print(dump_recipe(*resolve(args.recipe, args.overrides)), end="")
 
-    parser = _command(
-        group,
+    parser = command(
+        commands,
         "show",
         run,
         "print a recipe with every value and where it came from",
@@ -123,45 +104,7 @@ def _add_recipe_show(group: Any) -> None:
     )
 
 
-def _add_data_scenes(group: Any) -> None:
-    def run(args: argparse.Namespace) -> None:
-        from hive_ds.data.scenes_samples import write_scenes
-
-        folders = write_scenes(args.out, args.num, args.seed, size=args.size)
-        print(f"wrote {args.num} scenes to {folders.train}; held-out ones and text beside it")
-
-    parser = _command(
-        group,
-        "scenes",
-        run,
-        "draw captioned scenes of coloured shapes, with questions and answers",
-        "Writes MDS shards to OUT/train, validation, questions, text and text_validation; one seed, one set of bytes.",
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
-    parser.add_argument("--num", type=int, default=4000, help="training pictures (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels (default: %(default)s)")
-
-
-def _add_data_convert(group: Any) -> None:
-    def run(args: argparse.Namespace) -> None:
-        from hive_ds.data.convert import convert_llava
-
-        print(convert_llava(args.json, args.images, args.out))
-
-    parser = _command(
-        group,
-        "convert",
-        run,
-        "convert a LLaVA-format JSON file and its image folder to MDS shards",
-        "Samples that cannot be used are left out and listed in OUT/rejects.jsonl with the reason.",
-    )
-    parser.add_argument("json", metavar="JSON", type=Path, help="list of {id, image, conversations}")
-    parser.add_argument("images", metavar="IMAGES", type=Path, help="folder that the image paths start at")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
-
-
-def _add_export_encoder(group: Any) -> None:
+def _add_export_encoder(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from hive_ds.export import export_encoder
 
@@ -170,8 +113,8 @@ def _add_export_encoder(group: Any) -> None:
         parity = f"features read back within {report.largest_difference:.1e}"
         print(f"wrote {report.model_class} to {report.folder}: {trained}, {parity}")
 
-    parser = _command(
-        group,
+    parser = command(
+        commands,
         "encoder",
         run,
         "write the trained vision encoder as a folder that plain transformers loads",

@@ -48,7 +48,7 @@ def test_a_crossing_is_found(path: str, tmp_path: Path):
         "hive_ds/bridge.py": "from hive_ds.model.hive import HiveForCausalLM\n",
         "hive_ds/model/hive.py": "from hive_ds.kernels import finish_keys\nfrom . import routes\n",
         "hive_ds/training/engine.py": "import deepspeed\nfrom hive_ds.data import mds\nimport hive_ds.model.hive\n",
-        "hive_ds/data/mds.py": "import streaming\nfrom .schema import Sample\n",
+        "hive_ds/data/mds/folder.py": "import streaming\nfrom .schema import Sample\n",
         "kernels/hive_kernels/layout.py": "import math\nimport numpy as np\nimport torch.nn\nfrom .op import attend\n",
     }
     for name, text in allowed.items():

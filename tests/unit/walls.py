@@ -24,7 +24,7 @@ FORBIDDEN = {
 """Part -> what it must not reach."""
 
 SINGLE_PLACE = {"deepspeed": "hive_ds.training.engine", "streaming": "hive_ds.data.mds"}
-"""Library -> the one module that imports it."""
+"""Library -> the one module, or package, that imports it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def violations(root: Path) -> list[str]:
             found += [
                 f"{where}:{one.line}: {library} is imported outside {place}"
                 for library, place in SINGLE_PLACE.items()
-                if _inside(one.target, library) and name != place
+                if _inside(one.target, library) and not _inside(name, place)
             ]
         for part, targets in FORBIDDEN.items():
             if _inside(name, part):

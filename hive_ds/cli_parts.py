@@ -1,0 +1,28 @@
+"""What the parts of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+Command = Callable[[argparse.Namespace], int | None]
+
+
+def group(commands: Any, name: str, help: str) -> Any:
+    """Add ``name``, which has commands of its own, and return what they are added to."""
+    parser = commands.add_parser(name, help=help, description=_sentence(help))
+    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def command(group: Any, name: str, run: Command, help: str, more: str = "") -> argparse.ArgumentParser:
+    """Add the command ``name``, which calls ``run``; ``more`` is said in its own help alone."""
+    parser: argparse.ArgumentParser = group.add_parser(name, help=help, description=f"{_sentence(help)} {more}".strip())
+    # SUPPRESS: a default here would undo `hive-ds --debug COMMAND`.
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="print an error's stack trace")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."

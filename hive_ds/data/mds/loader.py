@@ -1,0 +1,129 @@
+"""Packed batches of one rank, with a position to resume from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from streaming import StreamingDataLoader
+
+from hive_ds.data.batch import PackedBatch, PreparedSample
+from hive_ds.data.mds.dataset import SampleDataset
+from hive_ds.errors import HiveError
+
+logger = logging.getLogger(__name__)
+
+BAD_GRACE = 100
+"""The share of bad samples is taken of at least so many, so that one bad sample at the start does not end a run."""
+
+
+class SampleLoader(StreamingDataLoader):
+    """Packed batches of one rank, with a position that is saved and restored to the sample.
+
+    With ``endless`` (training) iteration goes on over epochs and picks up at the position where the last one stopped;
+    otherwise each iteration is the first epoch again. ``len()`` is the number of micro-batches of one epoch.
+    Bad samples are logged and counted; past ``max_bad_share`` of the samples so far (of at least BAD_GRACE) a
+    HiveError ends the run.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        *,
+        collate_fn: Callable[[list[PreparedSample]], PackedBatch],
+        num_workers: int,
+        endless: bool,
+        max_bad_share: float,
+    ) -> None:
+        super().__init__(
+            dataset,
+            batch_size=dataset.batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            worker_init_fn=_start_worker,
+        )
+        self._samples = dataset
+        self._endless = endless
+        self._max_bad_share = max_bad_share
+        self._epoch = 0
+        self._start = 0
+        self.num_seen = 0
+        """Samples that this rank has yielded since it started, bad ones replaced."""
+        self.num_bad = 0
+
+    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
+        """Yield batches; every rank yields equally many."""
+        self._epoch, self._start = self._position() if self._endless else (0, 0)
+        while True:
+            self._samples.seek(self._epoch, self._start)
+            try:
+                for batch in super().__iter__():
+                    self._count(batch)
+                    yield batch
+            except HiveError as error:
+                # A worker's error arrives with its stack trace in the message: keep the line that says what is wrong.
+                raise HiveError(str(error).strip().rsplit("HiveError: ", 1)[-1]) from error
+            if not self._endless:
+                return
+            self._epoch, self._start, self.num_samples_yielded = self._epoch + 1, 0, 0
+
+    def _position(self) -> tuple[int, int]:
+        samples = self._start + self.num_samples_yielded * self._samples.world.size
+        return (self._epoch + 1, 0) if samples == self._samples.epoch_size else (self._epoch, samples)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position after the last batch that was yielded: the same on every rank."""
+        epoch, samples = self._position()
+        return {"epoch": epoch, "samples": samples, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next iteration at ``state``; HiveError where data, seed or global batch are others.
+
+        The number of ranks, of workers and the micro-batch may differ from the run that saved it.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise HiveError(f"data position saved with {name} {state.get(name)}, but the run has {value}")
+        self._epoch, self._start, self.num_samples_yielded = state["epoch"], state["samples"], 0
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "num_samples": self._samples.num_samples,
+            "global_batch_size": self._samples.global_batch_size,
+            "seed": self._samples.shuffle_seed,
+        }
+
+    def _count(self, batch: PackedBatch) -> None:
+        self.num_seen += batch.num_samples
+        self.num_bad += len(batch.bad)
+        for bad in batch.bad:
+            logger.warning("bad sample %s replaced: %s", bad.id, bad.reason)
+        if self.num_bad > self._max_bad_share * max(self.num_seen, BAD_GRACE):
+            raise HiveError(
+                f"{self.num_bad} bad samples among {self.num_seen} on this rank, more than data.max_bad_share = "
+                f"{self._max_bad_share} allows; the last, {batch.bad[-1].id}: {batch.bad[-1].reason}"
+            )
+
+    def _get_batch_size(self, batch: PackedBatch) -> int:
+        return batch.num_samples
+
+
+def _start_worker(worker: int) -> None:
+    """Let a worker end when its parent says so, and not at a signal meant for the parent.
+
+    The launcher sends SIGTERM, and a terminal SIGINT, to workers too. Ignoring SIGTERM altogether would hang: torch
+    and multiprocessing end a worker by it when nothing else reaches it. So a thread reads who sent it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_parents_word, args=(os.getppid(),), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_at_parents_word(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
