@@ -1,64 +1,238 @@
-"""Any source -> a folder of MDS shards, with the samples that could not be used listed beside them."""
+"""Any source -> a folder of MDS shards, by several processes, restartable, with what could not be used listed beside.
+
+A conversion is cut into parts of equal numbers of samples. Each part is written by one process and appears whole; a
+record says that it is done. So the output depends on the source and the options alone: not on the number of
+processes, and not on how often the conversion was killed and started again.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from hive_ds.data.sources import LlavaSource, Source
+from hive_ds.data.convert_options import REJECTS, SUMMARY, ConversionSummary, ConvertOptions, read_captions
+from hive_ds.data.convert_part import PartJob, PartReport, convert_part, write_whole
+from hive_ds.data.sources import Source
 from hive_ds.errors import HiveError
 
-REJECTS = "rejects.jsonl"
-SUMMARY = "summary.json"
+PLAN = "plan.json"
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2): the signal that a process gets when the one that started it ends."""
+LOCK_SECONDS = 20.0
+"""How long a conversion waits for the processes of one that was killed to notice."""
 
 
-@dataclass(frozen=True)
-class ConversionSummary:
-    """What a conversion wrote; also in ``summary.json`` of the folder."""
+def convert(source: Source, out: str | Path, options: ConvertOptions | None = None) -> ConversionSummary:
+    """Convert ``source`` to MDS shards in ``out``, a new folder or a URL (s3://, gs://, ...).
 
-    folder: str
-    samples: int
-    rejected: int
-    images: int
-    image_bytes: int
+    Every image is decoded once. Samples that cannot be used are left out and named in ``rejects.jsonl``. A conversion
+    that was stopped goes on where it was, given the same source and options. What is done so far lies in a hidden
+    folder beside a local ``out``; for a URL, in the current folder.
 
-    def __str__(self) -> str:
-        listed = f", listed in {Path(self.folder) / REJECTS}" if self.rejected else ""
-        images = f"{self.images} images ({self.image_bytes / 1e6:.1f} MB)"
-        return f"{self.folder}: {self.samples} samples, {images}; {self.rejected} rejected{listed}"
-
-
-def convert(source: Source, out: str | Path) -> ConversionSummary:
-    """Write every readable sample of ``source`` to MDS shards in the new folder ``out``.
-
-    Every image is decoded once; the stored bytes are the file's own. ``rejects.jsonl`` names each sample left out
-    and why. The folder appears whole or not at all. HiveError where ``out`` is not empty or nothing is readable.
+    Raises:
+        HiveError: ``out`` is not empty, another conversion writes it, it was begun with other options, too many samples
+            are rejected, or none is left.
     """
-    from hive_ds.data.mds import MdsFolderWriter
-
-    images, image_bytes, rejects = 0, 0, []
-    with MdsFolderWriter(out) as writer:
-        for entry in tqdm(source, total=len(source), desc="convert", unit="sample", disable=None):
-            try:
-                sample = entry.read()
-            except HiveError as error:
-                rejects.append({"id": entry.id, "reason": str(error)})
-                continue
-            writer.write(sample)
-            images += len(sample.images)
-            image_bytes += sum(map(len, sample.images))
-        if rejects and not writer.num_samples:
-            first = rejects[0]
-            raise HiveError(f"all {len(rejects)} samples were rejected; the first, {first['id']}: {first['reason']}")
-        summary = ConversionSummary(str(out), writer.num_samples, len(rejects), images, image_bytes)
-        (writer.aside / REJECTS).write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
-        (writer.aside / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    options = options or ConvertOptions()
+    remote = str(out).rstrip("/") if "://" in str(out) else None
+    work = _work_folder(out, remote)
+    finished = _finished(Path(out), work) if remote is None else None
+    if finished is not None:
+        return finished
+    order = _order(len(source), options)
+    captions = None if options.captions is None else read_captions(options.captions)
+    work.mkdir(parents=True, exist_ok=True)
+    with _locked(work):
+        _check_plan(work, _plan(source, order, options))
+        for name in ("out", "records"):
+            (work / name).mkdir(exist_ok=True)
+        job = PartJob(
+            source, order, options.part_size, work, options.images, options.compression, captions, remote, os.getpid()
+        )
+        _convert_parts(job, options)
+        summary = _finish(job, options)
+        if remote is None:
+            if Path(out).exists():
+                Path(out).rmdir()
+            (work / "out").rename(out)
+        else:
+            _publish_remote(work / "out", remote)
+    shutil.rmtree(work)
     return summary
 
 
-def convert_llava(json_path: str | Path, image_folder: str | Path, out: str | Path) -> ConversionSummary:
-    """Convert a LLaVA JSON file and its image folder; see `LlavaSource` and `convert`."""
-    return convert(LlavaSource(json_path, image_folder), out)
+def _work_folder(out: str | Path, remote: str | None) -> Path:
+    if remote is not None:
+        return Path(f".hive-ds-convert-{hashlib.sha256(remote.encode()).hexdigest()[:12]}").absolute()
+    return Path(out).absolute().with_name(f".{Path(out).absolute().name}.partial")
+
+
+def _finished(out: Path, work: Path) -> ConversionSummary | None:
+    """The summary of a conversion that was killed after its last step; HiveError where ``out`` holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if (work / PLAN).is_file() and not (work / "out").exists() and (out / SUMMARY).is_file():
+        shutil.rmtree(work)
+        return ConversionSummary(**json.loads((out / SUMMARY).read_text()))
+    raise HiveError(f"output {out}: exists and is not an empty folder; name a new one or remove it")
+
+
+def _order(count: int, options: ConvertOptions) -> Any:
+    order = np.arange(count)
+    if options.shuffle_seed is not None:
+        order = np.random.default_rng(options.shuffle_seed).permutation(count)
+    return order[: options.limit]
+
+
+def _plan(source: Source, order: Any, options: ConvertOptions) -> dict[str, Any]:
+    """What a conversion must not differ in when it goes on."""
+    chosen = {name: value for name, value in asdict(options).items() if name not in ("workers", "max_reject_share")}
+    if options.captions is not None:
+        chosen["captions"] = hashlib.sha256(options.captions.read_bytes()).hexdigest()
+    ends = [source.sample_id(int(order[at])) for at in (0, -1)] if len(order) else []
+    plan: dict[str, Any] = json.loads(json.dumps({**chosen, "samples": len(order), "first and last sample": ends}))
+    return plan
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Hold the folder for this conversion. Its processes inherit the lock: the last of a killed run lets it go."""
+    with (work / "lock").open("w") as lock:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise HiveError(f"output: another conversion is writing it (it holds {work / 'lock'})") from None
+                time.sleep(0.1)
+        yield
+
+
+def _check_plan(work: Path, plan: dict[str, Any]) -> None:
+    path = work / PLAN
+    if not path.is_file():
+        write_whole(path, json.dumps(plan, indent=2))
+        return
+    begun = json.loads(path.read_text())
+    for name, value in plan.items():
+        if begun.get(name) != value:
+            raise HiveError(
+                f"output: a conversion was begun there with {name} {begun.get(name)!r}, not {value!r}; give the same "
+                f"options to go on, or remove {work} to start anew"
+            )
+
+
+def _convert_parts(job: PartJob, options: ConvertOptions) -> None:
+    """Convert the parts that have no record yet."""
+    shutil.rmtree(job.work / "writing", ignore_errors=True)
+    done = [number for number in range(job.num_parts) if job.record(number).is_file()]
+    todo = sorted(set(range(job.num_parts)) - set(done))
+    rejected = sum(len(job.read_record(number)["rejects"]) for number in done)
+    finished = sum(len(job.samples(number)) for number in done)
+    seconds = {"decode": 0.0, "encode": 0.0}
+    total = len(job.order)
+    with tqdm(total=total, initial=finished, desc="convert", unit="sample", disable=None) as progress:
+        for report in _reports(job, todo, options.workers):
+            progress.update(report.samples + report.rejected)
+            rejected += report.rejected
+            for name, value in report.seconds.items():
+                seconds[name] += value
+            took = {f"{name} s": f"{value:.0f}" for name, value in seconds.items()}
+            progress.set_postfix({"rejected": rejected, **took})
+            _check_rejects(job, rejected, options)
+
+
+def _reports(job: PartJob, todo: list[int], workers: int) -> Iterator[PartReport]:
+    if workers == 1 or len(todo) < 2:
+        yield from (convert_part(job, number) for number in todo)
+        return
+    # Forked, so that source and job are shared and not sent.
+    pool = ProcessPoolExecutor(
+        min(workers, len(todo)), multiprocessing.get_context("fork"), initializer=_share, initargs=(job,)
+    )
+    try:
+        for future in as_completed([pool.submit(_convert_shared, number) for number in todo]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise HiveError(
+            "a process of the conversion was killed (perhaps out of memory); what is done stays: run the same command "
+            "to go on, with fewer --workers if memory was short"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_shared: list[PartJob] = []
+"""The job, in the processes that work on it."""
+
+
+def _share(job: PartJob) -> None:
+    """Start a process of the pool, to end with the conversion: else it waits for work, and holds the lock, for ever."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != job.parent:  # killed before the line above
+        os._exit(1)
+    _shared.append(job)
+
+
+def _convert_shared(number: int) -> PartReport:
+    return convert_part(_shared[0], number)
+
+
+def _check_rejects(job: PartJob, rejected: int, options: ConvertOptions) -> None:
+    if rejected <= options.max_reject_share * len(job.order):
+        return
+    done = (job.read_record(number) for number in range(job.num_parts) if job.record(number).is_file())
+    first = next(reject for record in done for reject in record["rejects"])
+    raise HiveError(
+        f"{rejected} of {len(job.order)} samples were rejected, more than the share of {options.max_reject_share} that "
+        f"is allowed; the first, {first['id']}: {first['reason']}. All are in {job.work / 'records'}; a larger "
+        "--max-reject-share goes on from here"
+    )
+
+
+def _finish(job: PartJob, options: ConvertOptions) -> ConversionSummary:
+    """Join what the records say into the files beside the shards."""
+    from hive_ds.data.mds.parts import write_index
+    from hive_ds.data.mds.sizes import write_sizes
+
+    records = [job.read_record(number) for number in range(job.num_parts)]
+    rejects = [reject for record in records for reject in record["rejects"]]
+    counted = ("samples", "images", "image_bytes", "source_image_bytes")
+    sums = {name: sum(record[name] for record in records) for name in counted}
+    summary = ConversionSummary(rejected=len(rejects), **sums)
+    _check_rejects(job, len(rejects), options)
+    if not summary.samples:
+        raise HiveError(f"no sample to write: the source has {len(job.order)}, and {len(rejects)} were rejected")
+    out = job.work / "out"
+    write_sizes(out, [size for record in records for size in record["sizes"]])
+    (out / REJECTS).write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
+    (out / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    write_index(out, [shard for record in records for shard in record["shards"]])
+    return summary
+
+
+def _publish_remote(out: Path, remote: str) -> None:
+    """Upload the files beside the shards; the index last, since it makes the folder one."""
+    from hive_ds.data.mds.parts import INDEX, upload
+    from hive_ds.data.mds.sizes import SIZES
+
+    upload(out, [SIZES, REJECTS, SUMMARY, INDEX], remote)

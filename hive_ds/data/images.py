@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hive_ds.errors import HiveError
 
@@ -35,6 +35,8 @@ def decode_image(data: bytes) -> Image.Image:
         return to_rgb(image)
     except HiveError:
         raise
+    except UnidentifiedImageError:  # its own message holds an address, another one each time
+        raise HiveError(f"image of {len(data)} bytes cannot be read: no known image format") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on bad files
         raise HiveError(f"image of {len(data)} bytes cannot be read: {error}") from error
 

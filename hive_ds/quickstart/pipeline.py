@@ -198,7 +198,7 @@ class Quickstart:
             ("Change a value and train on your own (every value and its origin):", f"hive-ds recipe show {RECIPE}"),
             (
                 "Bring your own pictures: LLaVA-format JSON and an image folder.",
-                "hive-ds data convert DATA.json IMAGES OUT",
+                "hive-ds data convert DATA.json OUT --images IMAGES",
             ),
             ("Run one stage by hand, as on a cluster.", " ".join(["deepspeed", *self._command(stage)])),
         ]

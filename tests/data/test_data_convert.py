@@ -1,110 +1,209 @@
-"""LLaVA JSON and an image folder -> MDS shards, with photographs that scikit-image ships."""
+"""Sources -> MDS shards: nothing good is lost, everything bad is named, whatever the processes and the kills."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import random
 import re
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import skimage
-from tiny_data import make_image_processor, make_tokenizer, png
+from corpus import encoded, good_files, photo, talk, write_corpus
+from PIL import Image
 
-from hive_ds.config import DataConfig
-from hive_ds.data.convert import ConversionSummary, convert_llava
-from hive_ds.data.loader import build_loader
-from hive_ds.data.sources import LlavaSource
+from hive_ds.cli import main
+from hive_ds.data.convert import convert
+from hive_ds.data.convert_images import ImageOptions
+from hive_ds.data.convert_options import ConvertOptions
+from hive_ds.data.sources.llava import LlavaSource
 from hive_ds.errors import HiveError
 
-PHOTOS = {"astronaut": "astronaut.png", "coffee": "coffee.png", "camera": "camera.png"}
+pytest.importorskip("streaming", reason="needs mosaicml-streaming: pip install 'hive-ds[streaming]'")
+from hive_ds.data.mds import read_mds
+from hive_ds.data.mds.sizes import read_sizes
+
+ANY_REJECTS = ConvertOptions(workers=1, max_reject_share=1.0)
 
 
-def talk(*values: str) -> list[dict[str, str]]:
-    return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-GOOD = [
-    {"id": "one", "image": "astronaut.png", "conversations": talk("<image>\nWho is this?", "An astronaut.")},
-    {"id": 2, "image": ["coffee.png", "sub/camera.png"], "conversations": talk("<image> or <image>?", "Coffee.")},
-    {"image": "coffee.png", "conversations": talk("Describe it.", "A cup.", "More?", "On a table.")},
-    {"id": "text", "conversations": talk("How many legs has a dog?", "Four.")},
-]
-BAD = {
-    "broken": ({"image": "broken.png", "conversations": talk("<image>", "x")}, "broken.png: .*cannot be read"),
-    "cut": ({"image": "cut.png", "conversations": talk("<image>", "x")}, "cut.png: .*cannot be read"),
-    "missing": ({"image": "none.png", "conversations": talk("<image>", "x")}, "none.png: No such file"),
-    "outside": ({"image": "../data.json", "conversations": talk("<image>", "x")}, "lies outside"),
-    "folder": ({"image": "sub", "conversations": talk("<image>", "x")}, "Is a directory"),
-    "null": ({"image": "a\0b", "conversations": talk("<image>", "x")}, "null"),
-    "number": ({"image": 5, "conversations": talk("<image>", "x")}, "image 5: expected a path"),
-    "count": ({"image": "coffee.png", "conversations": talk("<image><image>", "x")}, "2 <image> in the text, but 1"),
-    "speaker": ({"conversations": [{"from": "narrator", "value": "x"}]}, "speaker 'narrator'"),
-    "value": ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "value None, expected text"),
-    "silent": ({"conversations": talk("Hello?")}, "nothing to learn"),
-    "empty": ({"conversations": []}, "no list of conversations"),
-}
+def test_bad_samples_are_named_and_good_ones_kept(tmp_path: Path) -> None:
+    path, images, reasons = write_corpus(tmp_path)
+    assert len(reasons) >= 25
+    out = tmp_path / "out"
+    summary = convert(LlavaSource(path, images), out, ANY_REJECTS)
+    kept = {sample.id: sample for sample in read_mds(out)}
+    assert kept.keys() == {"good/text", *(f"good/{name}" for name in good_files())}
+    for name, data in good_files().items():
+        assert kept[f"good/{name}"].images == (data,), name
+    rows = json.loads(path.read_text())
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert {reject["id"] for reject in rejects} == reasons.keys()
+    for reject in rejects:
+        assert re.search(reasons[reject["id"]], reject["reason"]), reject
+        assert rows[reject["index"]] == "not a sample" or rows[reject["index"]]["id"] == reject["id"]
+    assert (summary.samples, summary.rejected) == (len(kept), len(reasons))
+    assert summary.image_bytes == summary.source_image_bytes == sum(map(len, good_files().values()))
+    assert read_sizes(out, len(kept))[:, 1].tolist() == [len(sample.images) for sample in read_mds(out)]
+
+
+def make_source(folder: Path, count: int = 60) -> LlavaSource:
+    """A source of small pictures, a bad one among them."""
+    (folder / "images").mkdir()
+    for number in range(count):
+        data = b"no picture" if number == 7 else encoded(photo(seed=number), "jpeg")
+        (folder / "images" / f"{number}.jpg").write_bytes(data)
+    rows = [{"id": str(n), "image": f"{n}.jpg", "conversations": talk("<image>", f"Number {n}.")} for n in range(count)]
+    (folder / "data.json").write_text(json.dumps(rows))
+    return LlavaSource(folder / "data.json", folder / "images")
+
+
+@pytest.mark.parametrize("shuffle", [None, 3])
+def test_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, shuffle: int | None) -> None:
+    source = make_source(tmp_path)
+    trees = []
+    for workers in (1, 2, 5):
+        options = ConvertOptions(workers=workers, part_size=8, shuffle_seed=shuffle)
+        convert(source, tmp_path / f"out{workers}", options)
+        trees.append(tree(tmp_path / f"out{workers}"))
+    assert trees[0] == trees[1] == trees[2]
+    ids = [sample.id for sample in read_mds(tmp_path / "out1")]
+    straight = [str(n) for n in range(60) if n != 7]
+    assert (ids == straight) if shuffle is None else (ids != straight and sorted(ids) == sorted(straight))
+
+
+def kill_and_go_on(source: LlavaSource, out: Path, options: ConvertOptions, rng: random.Random, longest: float) -> int:
+    """Start the conversion and kill it (alone, or all its processes) until a start completes; kills that hit."""
+    for kills in range(1000):
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            with contextlib.redirect_stderr(io.StringIO()):
+                convert(source, out, options)
+            os._exit(0)
+        with contextlib.suppress(PermissionError):  # the child has done so itself
+            os.setpgid(pid, pid)
+        time.sleep(rng.uniform(0, longest))
+        if rng.random() < 0.5:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            os.killpg(pid, signal.SIGKILL)
+        if os.waitpid(pid, 0)[1] == 0:
+            return kills
+        assert not out.exists() or (out / "index.json").is_file()
+    raise AssertionError("never completed")
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.long)])
+def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path, kills: int) -> None:
+    source, rng = make_source(tmp_path), random.Random(kills)
+    options = ConvertOptions(workers=2, part_size=6)
+    start = time.monotonic()
+    convert(source, tmp_path / "straight", options)
+    longest = 1.2 * (time.monotonic() - start)
+    expected, hit, attempt = tree(tmp_path / "straight"), 0, 0
+    while hit < kills:
+        out = tmp_path / f"killed{attempt}"
+        hit += kill_and_go_on(source, out, options, rng, longest)
+        attempt += 1
+        if not (out / "index.json").is_file():
+            continue
+        convert_again = tmp_path / f".{out.name}.partial"
+        if convert_again.exists():  # killed between the last two steps
+            convert(source, out, options)
+        assert tree(out) == expected
+        assert not convert_again.exists()
+
+
+def test_two_conversions_to_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hive_ds.data.convert.LOCK_SECONDS", 0.2)
+    source = make_source(tmp_path)
+    from hive_ds.data import convert as module
+
+    work = tmp_path / ".out.partial"
+    work.mkdir()
+    with module._locked(work), pytest.raises(HiveError, match=r"another conversion is writing it \(it holds .*lock\)"):
+        convert(source, tmp_path / "out")
+
+
+def test_other_options_do_not_go_on_with_what_was_begun(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path), tmp_path / "out"
+    strict = ConvertOptions(workers=1, part_size=10, max_reject_share=0.0)
+    with pytest.raises(HiveError, match=r"1 of 60 samples were rejected, more than the share of 0\.0.*; the first, 7"):
+        convert(source, out, strict)
+    assert not out.exists()
+    with pytest.raises(HiveError, match=r"begun there with shuffle_seed None, not 1; give the same options"):
+        convert(source, out, replace(strict, shuffle_seed=1))
+    assert convert(source, out, replace(strict, max_reject_share=0.5)).samples == 59
+
+
+def test_images_are_shrunk_and_encoded_anew(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    big = encoded(photo(120, 90), "png")
+    (tmp_path / "images" / "0.jpg").write_bytes(big)
+    (tmp_path / "images" / "1.jpg").write_bytes(encoded(photo(120, 90), "jpeg", exif=exif_turned()))
+    options = ConvertOptions(workers=1, images=ImageOptions(resize=45, format="webp"))
+    summary = convert(source, tmp_path / "out", options)
+    images = {sample.id: Image.open(io.BytesIO(sample.images[0])) for sample in read_mds(tmp_path / "out")}
+    assert (images["0"].size, images["0"].format) == ((60, 45), "WEBP")
+    assert (images["1"].size, images["1"].getexif().get(0x0112)) == ((45, 60), None)
+    assert images["2"].size == (40, 30)
+    assert summary.image_bytes < summary.source_image_bytes
+    assert "less than the source's" in str(summary)
+
+
+def exif_turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_captions_from_a_file_replace_the_texts(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps({"id": str(n), "caption": f"New {n}."}) + "\n" for n in range(50)))
+    convert(source, tmp_path / "out", replace(ANY_REJECTS, captions=captions))
+    assert {s.id: s.turns[1].content for s in read_mds(tmp_path / "out")} == {
+        str(n): f"New {n}." for n in range(50) if n != 7
+    }
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert {r["id"] for r in rejects if "captions has none" in r["reason"]} == {str(n) for n in range(50, 60)}
+    captions.write_text('{"id": "1"}\n')
+    with pytest.raises(HiveError, match=r"captions.jsonl, line 1: expected \{'id', 'caption'\} \(KeyError"):
+        convert(source, tmp_path / "out2", replace(ANY_REJECTS, captions=captions))
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> tuple[Path, Path]:
-    """The JSON, good and bad samples mixed, and the folder."""
-    images, shipped = tmp_path / "images", Path(skimage.__file__).parent / "data"
-    (images / "sub").mkdir(parents=True)
-    for name, file in PHOTOS.items():
-        (images / ("sub" if name == "camera" else ".") / f"{name}.png").write_bytes((shipped / file).read_bytes())
-    (images / "broken.png").write_bytes(b"GIF89a nothing")
-    (images / "cut.png").write_bytes(png(size=(64, 64))[:60])
-    bad = [{"id": name, **fields} for name, (fields, _) in BAD.items()]
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([*bad[:4], *GOOD, *bad[4:], "not a sample"]))
-    return path, images
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert not list(tmp_path.glob("out*"))
 
 
-def test_conversion_keeps_the_good_and_names_the_bad(source: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shipped = [(Path(skimage.__file__).parent / "data" / file).stat().st_size for file in PHOTOS.values()]
-    summary = convert_llava(*source, out)
-    size = shipped[0] + 2 * shipped[1] + shipped[2]
-    assert summary == ConversionSummary(str(out), len(GOOD), len(BAD) + 1, 4, size)
-    assert json.loads((out / "summary.json").read_text()) == vars(summary)
-    rejects = {line["id"]: line["reason"] for line in map(json.loads, (out / "rejects.jsonl").read_text().splitlines())}
-    assert rejects.keys() == {*BAD, "entry-16"}
-    for name, (_, reason) in BAD.items():
-        assert re.search(reason, rejects[name]), name
-    data = DataConfig(train="", validation=str(out), template="chat", num_workers=0, max_bad_share=0.0)
-    sizes = {"micro_batch_size": 4, "global_batch_size": 4, "seed": 0}
-    (batch,) = build_loader(data, make_tokenizer("llama2"), make_image_processor(), **sizes, train=False)
-    assert batch.sample_ids == ["one", "2", "entry-6", "text"]
-    assert [len(offsets) for offsets in batch.image_offsets] == [1, 2, 1, 0]
+@pytest.mark.usefixtures("nothing_left")
+def test_nothing_but_rejects_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"id": "1", "conversations": []}\n')
+    with pytest.raises(HiveError, match=r"no sample to write: the source has 1, and 1 were rejected"):
+        convert(LlavaSource(tmp_path / "data.jsonl"), tmp_path / "out", ANY_REJECTS)
 
 
-def test_images_without_placeholder_come_before_the_first_question(source: tuple[Path, Path]) -> None:
-    entry = list(LlavaSource(*source))[6]
-    assert entry.read().turns[0].content == "<image>\nDescribe it."
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "LLaVA JSON .*: does not exist"),
-        ("[", "is not JSON"),
-        ('{"a": 1}', "holds a dict, expected a list"),
-        ("[]", "the list is empty"),
-        ("[{}, 3]", "all 2 samples were rejected; the first, entry-0: has no list of conversations"),
-    ],
-)
-def test_useless_json_is_one_clear_error_and_leaves_nothing(tmp_path: Path, text: str | None, message: str) -> None:
-    (tmp_path / "images").mkdir()
-    if text is not None:
-        (tmp_path / "data.json").write_text(text)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(HiveError, match=message):
-        convert_llava(tmp_path / "data.json", tmp_path / "images", tmp_path / "out")
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_missing_image_folder_and_full_output_are_refused(source: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(HiveError, match=r"image folder .*nowhere: does not exist"):
-        convert_llava(source[0], tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(HiveError, match="not an empty folder"):
-        convert_llava(*source, tmp_path)
+def test_full_output_is_refused_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_source(tmp_path)
+    command = ["data", "convert", str(tmp_path / "data.json"), str(tmp_path / "out"), "--images"]
+    assert main([*command, str(tmp_path / "images"), "--workers", "2", "--part-size", "20"]) == 0
+    assert "59 samples, 59 images" in capsys.readouterr().out
+    before = tree(tmp_path / "out")
+    assert main([*command, str(tmp_path / "images")]) == 2
+    assert "exists and is not an empty folder; name a new one" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == before
+    assert main([*command, str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: does not exist; expected a folder, a .zip or a .tar" in capsys.readouterr().err

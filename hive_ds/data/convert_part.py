@@ -1,0 +1,147 @@
+"""One part of a conversion: some samples of a source, read, checked and written by one process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hive_ds.constants import IMAGE_TOKEN
+from hive_ds.data.convert_images import ImageOptions, ImageStorer
+from hive_ds.data.schema import Sample, Turn
+from hive_ds.data.sources import Source
+from hive_ds.errors import HiveError
+
+REASON_LENGTH = 300
+"""Characters of a reject's reason that are kept: a library's message may quote the whole file."""
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """What the processes of a conversion share; they are forked, so nothing of it is copied."""
+
+    source: Source
+    order: npt.NDArray[np.int64]
+    """Numbers of the source's samples, in the order of the output."""
+    part_size: int
+    work: Path
+    images: ImageOptions
+    compression: str | None
+    captions: Mapping[str, str] | None
+    remote: str | None
+    parent: int
+    """Process that runs the conversion."""
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of the whole conversion."""
+        return -(-len(self.order) // self.part_size)
+
+    def samples(self, number: int) -> npt.NDArray[np.int64]:
+        """Numbers of the source's samples that part ``number`` holds."""
+        return self.order[number * self.part_size : (number + 1) * self.part_size]
+
+    def folder(self, number: int) -> Path:
+        """Where the shards of a part lie in the end."""
+        return self.work / "out" / f"part-{number:05d}"
+
+    def record(self, number: int) -> Path:
+        """The file that says a part is done, and what became of its samples."""
+        return self.work / "records" / f"part-{number:05d}.json"
+
+    def read_record(self, number: int) -> dict[str, Any]:
+        """What the record of a part says."""
+        record: dict[str, Any] = json.loads(self.record(number).read_text())
+        return record
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What a part took: not recorded, since it differs from run to run."""
+
+    samples: int
+    rejected: int
+    seconds: dict[str, float]
+
+
+def convert_part(job: PartJob, number: int) -> PartReport:
+    """Convert part ``number``: its shards appear whole, and its record after them."""
+    from hive_ds.data.mds.parts import PartWriter
+    from hive_ds.data.mds.sizes import sample_size
+
+    storer = ImageStorer(job.images)
+    sizes: list[tuple[int, int]] = []
+    bytes_in = bytes_out = 0
+    rejects: list[dict[str, Any]] = []
+    aside = job.work / "writing" / f"part-{number:05d}"
+    with PartWriter(aside, job.folder(number), compression=job.compression, remote=job.remote) as writer:
+        for index in map(int, job.samples(number)):
+            try:
+                found = _read(job, index)
+                sample = replace(found, images=tuple(_stored(storer, at, x) for at, x in enumerate(found.images)))
+            except Exception as error:  # a library's own error on a bad file must not lose the samples beside it
+                rejects.append({"index": index, "id": _name(job.source, index), "reason": _reason(error)})
+                continue
+            writer.write(sample)
+            sizes.append(sample_size(sample))
+            bytes_in += sum(map(len, found.images))
+            bytes_out += sum(map(len, sample.images))
+    record = {
+        "samples": len(sizes),
+        "sizes": sizes,
+        "rejects": rejects,
+        "images": sum(images for _, images in sizes),
+        "image_bytes": bytes_out,
+        "source_image_bytes": bytes_in,
+        "shards": writer.shards,
+    }
+    write_whole(job.record(number), json.dumps(record))
+    return PartReport(len(sizes), len(rejects), storer.seconds)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    aside = path.with_suffix(".partial")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def _read(job: PartJob, index: int) -> Sample:
+    sample = job.source.read(index)
+    return sample if job.captions is None else _recaptioned(sample, job.captions)
+
+
+def _stored(storer: ImageStorer, at: int, data: bytes) -> bytes:
+    try:
+        return storer.store(data)
+    except HiveError as error:
+        raise HiveError(f"image {at}: {error}") from error
+
+
+def _recaptioned(sample: Sample, captions: Mapping[str, str]) -> Sample:
+    caption = captions.get(sample.id)
+    if caption is None:
+        raise HiveError("the file of captions has none for it")
+    marks = IMAGE_TOKEN * len(sample.images)
+    return replace(sample, turns=(Turn("user", marks), Turn("assistant", caption)))
+
+
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, HiveError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:REASON_LENGTH]
+
+
+def _name(source: Source, index: int) -> str:
+    try:
+        return source.sample_id(index)
+    except Exception:  # the row itself cannot be read
+        return f"number {index}"

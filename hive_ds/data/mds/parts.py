@@ -1,0 +1,94 @@
+"""A folder of shards made of parts: each part is written by one process, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from streaming import MDSWriter
+from streaming.base.storage import CloudUploader
+
+from hive_ds.data.mds.folder import SHARD_BYTES
+from hive_ds.data.schema import MDS_COLUMNS, Sample, to_columns
+
+INDEX = "index.json"
+
+
+class PartWriter:
+    """Write the shards of one part to ``aside``, then move them to ``folder`` in one step.
+
+    With ``remote`` they are uploaded there instead, and ``folder`` holds nothing.
+    """
+
+    def __init__(self, aside: Path, folder: Path, *, compression: str | None, remote: str | None) -> None:
+        self._aside, self._folder, self._remote = aside, folder, remote
+        shutil.rmtree(aside, ignore_errors=True)
+        self._writer = MDSWriter(
+            columns=MDS_COLUMNS, out=str(aside), compression=compression, size_limit=SHARD_BYTES, hashes=["sha256"]
+        )
+        self.shards: list[dict[str, Any]] = []
+        """Entries of the index once the part is done; their files' names start with the part's."""
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def write(self, sample: Sample) -> None:
+        """Append ``sample``."""
+        self._writer.write(to_columns(sample))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.finish()
+        if kind is None:
+            self._publish()
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+    def _publish(self) -> None:
+        index = self._aside / INDEX
+        self.shards = [_below(self._folder.name, shard) for shard in json.loads(index.read_text())["shards"]]
+        index.unlink()
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed before its record
+        if self._remote is not None:
+            upload(self._aside, sorted(os.listdir(self._aside)), f"{self._remote}/{self._folder.name}")
+        elif self.shards:
+            for file in self._aside.iterdir():
+                _flush(file)
+            self._aside.rename(self._folder)
+            _flush(self._folder.parent)
+
+
+def write_index(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
+    """Write the index of all parts, whose entries are ``shards``.
+
+    streaming's own merge_index copies every part's index to a temporary folder first, and warns about it.
+    """
+    (folder / INDEX).write_text(json.dumps({"version": 2, "shards": list(shards)}, sort_keys=True))
+
+
+def upload(folder: Path, names: Sequence[str], remote: str) -> None:
+    """Copy files of ``folder`` to ``remote`` (s3://, gs://, ...), over what is there; the local ones are removed."""
+    uploader = CloudUploader.get((str(folder), remote), keep_local=False, exist_ok=True)
+    for name in names:
+        uploader.upload_file(name)
+
+
+def _below(part: str, shard: dict[str, Any]) -> dict[str, Any]:
+    for key in ("raw_data", "zip_data"):
+        if shard.get(key):
+            shard[key]["basename"] = f"{part}/{shard[key]['basename']}"
+    return shard
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold ``path`` before something else says that it does."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

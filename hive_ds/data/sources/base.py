@@ -1,0 +1,143 @@
+"""What every source is: samples by number, read when asked, in any process; and how fields become a sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hive_ds.constants import IMAGE_TOKEN
+from hive_ds.data.schema import Role, Sample, Turn
+from hive_ds.errors import HiveError
+
+SPEAKERS: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+Fields = Mapping[str, Any]
+ReadImage = Callable[[Any], bytes]
+
+
+class Source(Protocol):
+    """Samples in a fixed order, each read on its own.
+
+    A source is opened once and then read by forked processes: it holds no open file that they would share.
+    """
+
+    def __len__(self) -> int: ...
+
+    def sample_id(self, index: int) -> str:
+        """Name of sample ``index``, also where it cannot be read."""
+        ...
+
+    def read(self, index: int) -> Sample:
+        """Sample ``index``, its images as encoded files that nobody has decoded yet; HiveError where it is unusable."""
+        ...
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the fields of a source. None: the usual names are looked for, in this order."""
+
+    id: str | None = None
+    image: str | None = None
+    text: str | None = None
+    conversations: str | None = None
+
+    USUAL_ID = ("id", "uid", "key", "__key__")
+    USUAL_IMAGE = ("image", "images", "image_path", "path", "file_name", "filename", "jpg", "jpeg", "png", "webp")
+    USUAL_TEXT = ("caption", "text", "txt", "captions", "title", "label")
+    USUAL_CONVERSATIONS = ("conversations", "messages")
+
+    def resolve(self, names: Sequence[str], where: str) -> Columns:
+        """These columns with the usual names filled in from ``names``.
+
+        HiveError names a column asked for that is not there, and a source without text.
+        """
+
+        def pick(given: str | None, usual: Sequence[str]) -> str | None:
+            if given is not None and given not in names:
+                raise HiveError(f"{where}: has no column {given!r}; it has {', '.join(names)}")
+            return given or next((name for name in usual if name in names), None)
+
+        conversations = None if self.text else pick(self.conversations, self.USUAL_CONVERSATIONS)
+        text = None if conversations else pick(self.text, self.USUAL_TEXT)
+        if not (conversations or text):
+            raise HiveError(f"{where}: has no column of text; name one of {', '.join(names)} with --text-column")
+        return Columns(pick(self.id, self.USUAL_ID), pick(self.image, self.USUAL_IMAGE), text, conversations)
+
+
+def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImage) -> Sample:
+    """The sample of one row: its conversation, or its caption; ``read_image`` turns an image's value into a file.
+
+    Where no text holds ``<image>``, the images come before the first question, as in LLaVA.
+    """
+    given = fields.get(columns.image) if columns.image else None
+    values = list(given) if isinstance(given, (list, tuple)) else [] if given in (None, "") else [given]
+    if columns.conversations:
+        turns = conversation(fields.get(columns.conversations))
+    else:
+        turns = [Turn("user", ""), Turn("assistant", _caption(fields.get(columns.text or ""), columns.text))]
+    images = tuple(read_image(value) for value in values)
+    if images and not any(IMAGE_TOKEN in turn.content for turn in turns):
+        first, marks = turns[0], IMAGE_TOKEN * len(images)
+        turns[0] = Turn(first.role, f"{marks}\n{first.content}" if first.content else marks)
+    return Sample(id, tuple(turns), images)
+
+
+def _caption(value: Any, column: str | None) -> str:
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise HiveError(f"caption is not UTF-8 ({error})") from error
+    if not isinstance(value, str):
+        raise HiveError(f"caption {value!r} in column {column!r}: expected text")
+    return value.replace(IMAGE_TOKEN, " ").strip()
+
+
+def conversation(messages: Any) -> list[Turn]:
+    """Turns of LLaVA's ``[{"from", "value"}, ...]`` or the chat format ``[{"role", "content"}, ...]``.
+
+    What a system message says is put before the next user's words.
+    """
+    if isinstance(messages, (str, bytes)):
+        try:
+            messages = json.loads(messages)
+        except ValueError as error:
+            raise HiveError(f"conversations are not JSON ({error})") from error
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise HiveError("has no list of conversations")
+    turns: list[Turn] = []
+    system = ""
+    for index, message in enumerate(messages):
+        speaker, text = _message(index, message)
+        if speaker == "system":
+            system += f"{text}\n"
+        else:
+            turns.append(Turn(SPEAKERS[speaker], system + text))
+            system = ""
+    return turns
+
+
+def _message(index: int, message: Any) -> tuple[str, str]:
+    fields = message if isinstance(message, Mapping) else {}
+    speaker = fields.get("from", fields.get("role"))
+    if speaker != "system" and speaker not in SPEAKERS:
+        raise HiveError(f"conversations[{index}]: speaker {speaker!r}, expected one of {', '.join(SPEAKERS)}, system")
+    text = fields.get("value", fields.get("content"))
+    if isinstance(text, (list, tuple)):
+        text = "".join(_part(index, part) for part in text)
+    if not isinstance(text, str):
+        raise HiveError(f"conversations[{index}]: value {text!r}, expected text")
+    return str(speaker), text
+
+
+def _part(index: int, part: Any) -> str:
+    """Text of one element of a message's content list; an image's is the placeholder."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in ("image", "image_url"):
+        return f"{IMAGE_TOKEN}\n"
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise HiveError(f"conversations[{index}]: part {part!r}, expected {{'type': 'text', 'text': ...}} or an image")
+    return str(part["text"])

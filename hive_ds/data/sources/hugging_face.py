@@ -1,0 +1,95 @@
+"""Hugging Face ``datasets``: from the hub, saved on disk, or parquet files, with images in columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hive_ds.data.schema import Sample
+from hive_ds.data.sources.base import Columns, build_sample
+from hive_ds.data.sources.stores import open_store
+from hive_ds.errors import HiveError
+
+
+class HuggingFaceSource:
+    """Rows of a dataset; image columns hold encoded files, or paths below ``images``.
+
+    Args:
+        name: a folder that `save_to_disk` wrote, a folder of .parquet files or one such file, or a name on the hub.
+        split: of a dataset with several; default "train" where there is one.
+        images: folder, zip or tar of images that a column names by path.
+        columns: names of the columns.
+    """
+
+    def __init__(
+        self, name: str, *, split: str | None = None, images: str | Path | None = None, columns: Columns | None = None
+    ) -> None:
+        self._rows = _undecoded(_load(name, split))
+        if not len(self._rows):
+            raise HiveError(f"dataset {name}: holds no row")
+        self._columns = (columns or Columns()).resolve(self._rows.column_names, f"dataset {name}")
+        self._store = None if images is None else open_store(images)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def sample_id(self, index: int) -> str:
+        """The id column, or the row's number."""
+        return self._id(index, self._rows.select_columns(self._columns.id)[index] if self._columns.id else {})
+
+    def read(self, index: int) -> Sample:
+        """Sample of row ``index``."""
+        row = self._rows[index]
+        return build_sample(self._id(index, row), row, self._columns, self._read_image)
+
+    def _id(self, index: int, row: dict[str, Any]) -> str:
+        given = row.get(self._columns.id or "")
+        return f"row-{index}" if given in (None, "") else str(given)
+
+    def _read_image(self, value: Any) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        data = value.get("bytes") if isinstance(value, dict) else None
+        if data is not None:
+            return bytes(data)
+        path = value.get("path") if isinstance(value, dict) else value
+        if self._store is None:
+            raise HiveError(f"image {path}: is a path, and no images were given (--images)")
+        return self._store.read(path)
+
+
+def _load(name: str, split: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise HiveError(f"dataset {name}: needs datasets ({error}): pip install 'hive-ds[datasets]'") from None
+    path = Path(name)
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(name)
+        elif path.exists():
+            files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [name]
+            loaded = datasets.load_dataset("parquet", data_files=files)
+        else:
+            loaded = datasets.load_dataset(name)
+    except Exception as error:  # what it raises differs from version to version
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise HiveError(f"dataset {name}: does not load ({reason})") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    chosen = split or ("train" if "train" in loaded else None)
+    if chosen is None or chosen not in loaded:
+        raise HiveError(f"dataset {name}: has no split {split or 'train'!r}; name one of {', '.join(loaded)} (--split)")
+    return loaded[chosen]
+
+
+def _undecoded(rows: Any) -> Any:
+    """The dataset with its images left as encoded files."""
+    from datasets import Image, Sequence
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            rows = rows.cast_column(name, Sequence(Image(decode=False)))
+    return rows

@@ -1,0 +1,99 @@
+"""LLaVA's format: a JSON list or JSONL of conversations, and images in a folder, a zip or a tar."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+from hive_ds.data.schema import Sample
+from hive_ds.data.sources.base import Columns, build_sample
+from hive_ds.data.sources.stores import ImageStore, open_store
+from hive_ds.errors import HiveError
+
+
+class LlavaSource:
+    """Rows of ``{"id", "image", "conversations": [{"from", "value"}, ...]}``, or with a caption in place of the last.
+
+    ``image`` is a name in ``images``, a list of them, or absent. HiveError for a missing or malformed file.
+    """
+
+    def __init__(self, path: str | Path, images: str | Path | None = None, columns: Columns | None = None) -> None:
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise HiveError(f"LLaVA JSON {self._path}: does not exist")
+        self._store: ImageStore | None = None if images is None else open_store(images)
+        self._rows = _JsonLines(self._path) if self._path.suffix == ".jsonl" else _json_list(self._path)
+        first = next((row for row in (self._rows[i] for i in range(min(100, len(self._rows)))) if _is_row(row)), None)
+        if first is None:
+            raise HiveError(f"LLaVA JSON {self._path}: none of its first rows is an object with fields")
+        names = list(first)
+        if not (columns and columns.image) and "image" not in names:
+            names.append("image")  # text-only rows have none, and the first may be such a row
+        self._columns = (columns or Columns()).resolve(names, f"LLaVA JSON {self._path}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def sample_id(self, index: int) -> str:
+        """The row's id, or one made of its number."""
+        row = self._rows[index]
+        given = row.get(self._columns.id or "id") if _is_row(row) else None
+        return f"entry-{index}" if given in (None, "") else str(given)
+
+    def read(self, index: int) -> Sample:
+        """Sample of row ``index``."""
+        row = self._rows[index]
+        if not _is_row(row):
+            raise HiveError(f"is {str(row)[:80]!r}, expected an object with fields")
+        return build_sample(self.sample_id(index), row, self._columns, self._read_image)
+
+    def _read_image(self, name: Any) -> bytes:
+        if self._store is None:
+            raise HiveError(f"image {name}: no images were given; expected a folder, a .zip or a .tar (--images)")
+        return self._store.read(name)
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict)
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise HiveError(f"LLaVA JSON {path}: is not JSON ({error}); one object a line is a .jsonl") from error
+    if not isinstance(rows, list):
+        raise HiveError(f"LLaVA JSON {path}: holds a {type(rows).__name__}, expected a list of samples")
+    if not rows:
+        raise HiveError(f"LLaVA JSON {path}: the list is empty, expected one sample at least")
+    return rows
+
+
+class _JsonLines:
+    """Lines of a JSONL file, read when asked: only where they start is kept. A broken line is the text it holds."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._starts = array("Q")
+        position = 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    self._starts.append(position)
+                position += len(line)
+        if not self._starts:
+            raise HiveError(f"LLaVA JSON {path}: holds no line, expected one sample at least")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Any:
+        with self._path.open("rb") as file:
+            file.seek(self._starts[index])
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError:
+            return line.decode(errors="replace").strip()

@@ -1,0 +1,62 @@
+"""CSV and TSV files of image paths and captions."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from hive_ds.data.schema import Sample
+from hive_ds.data.sources.base import Columns, build_sample
+from hive_ds.data.sources.stores import open_store
+from hive_ds.errors import HiveError
+
+CSV_LARGEST_FIELD = 1 << 24
+"""Bytes. Python's default of 128 KiB is less than some conversations."""
+
+
+class TableSource:
+    """Rows with an image path and a caption (or a JSON of conversations), with a header or in that order.
+
+    Args:
+        path: .csv or .tsv, UTF-8.
+        images: folder, zip or tar that the paths start at; default the file's own folder.
+        columns: names in the header.
+    """
+
+    def __init__(self, path: str | Path, images: str | Path | None = None, columns: Columns | None = None) -> None:
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise HiveError(f"table {self._path}: does not exist")
+        csv.field_size_limit(CSV_LARGEST_FIELD)
+        try:
+            with self._path.open(newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.reader(file, delimiter="\t" if self._path.suffix == ".tsv" else ","))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise HiveError(f"table {self._path}: cannot be read ({error})") from error
+        rows = [row for row in rows if row]
+        if not rows:
+            raise HiveError(f"table {self._path}: holds no row")
+        columns = columns or Columns()
+        known = {*Columns.USUAL_TEXT, *Columns.USUAL_IMAGE, *Columns.USUAL_CONVERSATIONS, columns.text, columns.image}
+        if known & set(rows[0]):
+            self._names, self._rows = rows[0], rows[1:]
+        else:
+            self._names, self._rows = ["image", "caption", *map(str, range(2, len(rows[0])))], rows
+        self._columns = columns.resolve(self._names, f"table {self._path}")
+        self._store = open_store(images if images is not None else self._path.parent)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def sample_id(self, index: int) -> str:
+        """The id column, the image's path, or the row's number."""
+        row = dict(zip(self._names, self._rows[index], strict=False))
+        return (self._columns.id and row.get(self._columns.id)) or row.get(self._columns.image or "") or f"row-{index}"
+
+    def read(self, index: int) -> Sample:
+        """Sample of row ``index``."""
+        row = self._rows[index]
+        if len(row) != len(self._names):
+            raise HiveError(f"has {len(row)} fields; expected {len(self._names)}: {', '.join(self._names)}")
+        fields = dict(zip(self._names, row, strict=True))
+        return build_sample(self.sample_id(index), fields, self._columns, self._store.read)

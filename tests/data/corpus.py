@@ -1,0 +1,141 @@
+"""A corpus in LLaVA's format: odd files that are fine, and bad ones of many kinds, each with the reason expected."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def talk(*values: str) -> list[dict[str, str]]:
+    """Turns of human and gpt, by turns."""
+    return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
+
+
+def photo(width: int = 40, height: int = 30, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Smooth noise."""
+    small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    """``image`` as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def _exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def _bomb() -> bytes:
+    """A PNG that says it is 60,000 pixels a side."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def _flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes(255 - byte for byte in data[middle : middle + 20]) + data[middle + 20 :]
+
+
+def good_files() -> dict[str, bytes]:
+    """Files that must be kept byte for byte."""
+    sixteen = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+    return {
+        "plain.jpg": encoded(photo(), "jpeg"),
+        "turned.jpg": encoded(photo(), "jpeg", exif=_exif(6)),
+        "progressive.jpg": encoded(photo(), "jpeg", progressive=True),
+        "cmyk.jpg": encoded(photo(mode="CMYK"), "jpeg"),
+        "grey.jpg": encoded(photo(mode="L"), "jpeg"),
+        "palette.png": encoded(photo(mode="P"), "png", transparency=3),
+        "alpha.png": encoded(photo(mode="RGBA"), "png"),
+        "grey-alpha.png": encoded(photo(mode="LA"), "png"),
+        "one-bit.png": encoded(photo(mode="1"), "png"),
+        "sixteen-bit.png": encoded(sixteen, "png"),
+        "animated.gif": encoded(photo(), "gif", save_all=True, append_images=[photo(seed=1)]),
+        "lossy.webp": encoded(photo(), "webp"),
+        "plain.bmp": encoded(photo(), "bmp"),
+        "plain.tif": encoded(photo(), "tiff"),
+        "wrong-suffix.jpg": encoded(photo(), "png"),
+        "sub/deep/plain.png": encoded(photo(), "png"),
+    }
+
+
+JPEG, PNG = encoded(photo(), "jpeg"), encoded(photo(), "png")
+
+BAD_FILES: dict[str, tuple[bytes, str]] = {
+    "empty.jpg": (b"", "cannot be read"),
+    "cut.jpg": (JPEG[: len(JPEG) // 2], "cannot be read"),
+    "cut.png": (PNG[: len(PNG) // 2], "cannot be read"),
+    "cut.webp": (encoded(photo(), "webp")[:60], "cannot be read"),
+    "cut.bmp": (encoded(photo(), "bmp")[:500], "truncated"),
+    "cut.tif": (encoded(photo(), "tiff")[:300], "cannot be read"),
+    "cut.gif": (encoded(photo(), "gif")[:60], "cannot be read"),
+    "flipped.png": (_flipped(PNG), "cannot be read"),
+    "header.gif": (b"GIF89a nothing", "cannot be read"),
+    "page.jpg": (b"<!DOCTYPE html><html><body>404</body></html>", "no known image format"),
+    "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no known image format"),
+    "paper.pdf": (b"%PDF-1.7\n%EOF", "no known image format"),
+    "zeros.jpg": (bytes(4000), "no known image format"),
+    "packed.jpg": (gzip.compress(JPEG, mtime=0), "no known image format"),
+    "text.png": (b"see https://example.com/a.png", "no known image format"),
+    "bomb.png": (_bomb(), "decompression bomb"),
+    "dot.png": (encoded(photo(1, 1), "png"), "1 x 1 pixels"),
+    "line.png": (encoded(photo(300, 2), "png"), "300 x 2 pixels"),
+    "floats.tif": (encoded(Image.fromarray(np.ones((20, 20), np.float32)), "tiff"), "32-bit floats"),
+}
+
+_SHOWN = talk("<image>", "x")
+BAD_ROWS: dict[str, tuple[Any, str]] = {
+    "missing": ({"image": "none.png", "conversations": _SHOWN}, "none.png: No such file"),
+    "outside": ({"image": "../data.json", "conversations": _SHOWN}, "lies outside"),
+    "folder": ({"image": "sub", "conversations": _SHOWN}, "Is a directory"),
+    "null": ({"image": "a\0b", "conversations": _SHOWN}, "null"),
+    "number": ({"image": 5, "conversations": _SHOWN}, "image 5: expected a path"),
+    "second": (
+        {"image": ["plain.jpg", "cut.jpg"], "conversations": talk("<image><image>", "x")},
+        "image 1: .*cannot be read",
+    ),
+    "too many": ({"image": "plain.jpg", "conversations": talk("<image><image>", "x")}, "2 <image> in the text, but 1"),
+    "no image": ({"conversations": _SHOWN}, "1 <image> in the text, but 0 images"),
+    "speaker": ({"conversations": [{"from": "narrator", "value": "x"}]}, "speaker 'narrator'"),
+    "value": ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "value None, expected text"),
+    "silent": ({"conversations": talk("Hello?")}, "nothing to learn"),
+    "blank": ({"conversations": talk("Hello?", "  \n")}, "nothing to learn"),
+    "nothing": ({"conversations": []}, "no list of conversations"),
+    "string": ({"conversations": "[{"}, "not JSON"),
+    "half": ({"conversations": talk("\ud83d", "x")}, "surrogate"),
+    "shows": ({"image": "plain.jpg", "conversations": talk("Draw it.", "<image>")}, "only users show images"),
+}
+
+
+def write_corpus(folder: Path) -> tuple[Path, Path, dict[str, str]]:
+    """Write data.json and images/; return both and the reason expected of every bad sample, good ones between them."""
+    images = folder / "images"
+    for name, data in {**good_files(), **{name: data for name, (data, _) in BAD_FILES.items()}}.items():
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(data)
+    rows: list[Any] = [{"id": f"bad/{name}", **fields} for name, (fields, _) in BAD_ROWS.items()]
+    rows += [{"id": f"bad/{name}", "image": name, "conversations": _SHOWN} for name in BAD_FILES]
+    for at, name in enumerate(good_files()):
+        rows.insert(3 * at, {"id": f"good/{name}", "image": name, "conversations": talk("<image>\nWhat?", f"{name}.")})
+    rows += ["not a sample", {"id": "good/text", "conversations": talk("How many legs has a dog?", "Four.")}]
+    path = folder / "data.json"
+    path.write_text(json.dumps(rows))
+    reasons = {f"bad/{name}": reason for name, (_, reason) in [*BAD_FILES.items(), *BAD_ROWS.items()]}
+    return path, images, {**reasons, f"entry-{len(rows) - 2}": "expected an object with fields"}
