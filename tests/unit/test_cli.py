@@ -79,7 +79,8 @@ def test_data_commands_write_shards(tmp_path: Path, capsys: pytest.CaptureFixtur
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}]
     samples = [{"id": name, "image": f"{name}.png", "conversations": turns} for name in "ab"]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
-    assert main(["data", "convert", f"{tmp_path}/samples.json", str(tmp_path), f"{tmp_path}/converted"]) == 0
+    command = ["data", "convert", f"{tmp_path}/samples.json", f"{tmp_path}/converted", "--images", str(tmp_path)]
+    assert main([*command, "--max-reject-share", "0.5"]) == 0
     assert "1 samples, 1 images" in capsys.readouterr().out
     (rejected,) = (tmp_path / "converted" / "rejects.jsonl").read_text().splitlines()
     assert json.loads(rejected)["id"] == "b"
@@ -93,9 +94,9 @@ WRONG = {
     "unknown command": (["recipes"], "invalid choice: 'recipes'"),
     "not a number": (["data", "scenes", "out", "--num", "many"], "invalid int value: 'many'"),
     "no scenes": (["data", "scenes", "{tmp}/out", "--num", "0"], "num is 0, expected at least 1"),
-    "missing json": (["data", "convert", "{tmp}/none.json", "{tmp}", "{tmp}/out"], "none.json"),
-    "empty dataset": (["data", "convert", "{tmp}/empty.json", "{tmp}", "{tmp}/out"], "empty.json"),
-    "missing images": (["data", "convert", "{tmp}/one.json", "{tmp}/none", "{tmp}/out"], "{tmp}/none"),
+    "missing json": (["data", "convert", "{tmp}/none.json", "{tmp}/out"], "none.json"),
+    "empty dataset": (["data", "convert", "{tmp}/empty.json", "{tmp}/out"], "empty.json"),
+    "missing images": (["data", "convert", "{tmp}/one.json", "{tmp}/out", "--images", "{tmp}/none"], "{tmp}/none"),
     "no model": (["export", "encoder", "{tmp}", "{tmp}/out"], "neither a model folder"),
 }
 
