@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hive_ds.cli_parts import command
+
+if TYPE_CHECKING:
+    from hive_ds.data.inspection.text import TextSettings
 
 
 def add_data_commands(data: Any) -> None:
     """Add the commands to the group ``data``."""
     _add_scenes(data)
     _add_convert(data)
+    _add_verify(data)
 
 
 def _add_scenes(data: Any) -> None:
@@ -51,3 +55,38 @@ def _add_convert(data: Any) -> None:
     parser.add_argument("json", metavar="JSON", type=Path, help="list of {id, image, conversations}")
     parser.add_argument("images", metavar="IMAGES", type=Path, help="folder that the image paths start at")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
+
+
+def _add_verify(data: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from hive_ds.data.inspection.verify import verify
+
+        report = verify(args.folder, _text_settings(args), workers=args.workers)
+        print(report)
+        return 0 if report.sound else 1
+
+    parser = command(
+        data,
+        "verify",
+        run,
+        "check every file, sample and image of a folder of MDS shards",
+        "Exit code 0 if the folder is sound, 1 if not. Writes nothing.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of MDS shards")
+    _add_text_options(parser)
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", metavar="T", help="name or folder of a tokenizer: look at tokens, too")
+    parser.add_argument("--template", default="plain", help="plain or chat, as data.template (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", metavar="N", type=int, default=2048, help="as data.max_length (default: %(default)s)"
+    )
+
+
+def _text_settings(args: argparse.Namespace) -> TextSettings | None:
+    """What the options of `_add_text_options` say; None without a tokenizer."""
+    from hive_ds.data.inspection.text import TextSettings
+
+    return TextSettings(args.tokenizer, args.template, args.max_length) if args.tokenizer else None

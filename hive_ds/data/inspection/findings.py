@@ -16,7 +16,6 @@ KINDS = {
     "id": "odd ids (spaces at an end, or characters that cannot be printed)",
     "duplicate": "ids that an earlier sample has",
     "sizes": "rows of sizes.npy that are not the sample's",
-    "text": "more samples than training lets pass cannot be used",
 }
 """Kinds of finding, in the order of the report, and what each means."""
 

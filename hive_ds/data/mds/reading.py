@@ -100,7 +100,7 @@ class ShardFolder:
 
 
 def sample_from(columns: Mapping[str, Any], index: int) -> Sample:
-    """Build sample number ``index`` from its columns; HiveError where they make no sense, of whatever types they are."""
+    """Build sample number ``index`` from its columns; HiveError where they make no sense."""
     try:
         return from_columns(columns)
     except HiveError:
@@ -138,8 +138,9 @@ def open_folder(folder: str | Path) -> ShardFolder:
 def _shard(root: Path, entry: dict[str, Any], first: int) -> Shard:
     reader = MDSReader.from_json(str(root), None, entry)
     columns = dict(zip(reader.column_names, reader.column_encodings, strict=True))
-    if columns != MDS_COLUMNS:
+    if any(columns.get(name) != encoding for name, encoding in MDS_COLUMNS.items()):
         raise HiveError(f"has columns {columns}, expected {MDS_COLUMNS}")
+    reader.validate(allow_unsafe_types=False)  # pickled columns run code when they are read
     if not isinstance(reader.samples, int) or reader.samples < 0:
         raise HiveError(f"holds {reader.samples!r} samples, expected a number")
     raw = _file(root, entry["raw_data"])
