@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_ds.cli_parts import command
+from hive_ds.errors import HiveError
 
 if TYPE_CHECKING:
     from hive_ds.data.inspection.text import TextSettings
@@ -17,6 +18,7 @@ def add_data_commands(data: Any) -> None:
     _add_scenes(data)
     _add_convert(data)
     _add_verify(data)
+    _add_stats(data)
 
 
 def _add_scenes(data: Any) -> None:
@@ -77,9 +79,38 @@ def _add_verify(data: Any) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
 
 
-def _add_text_options(parser: argparse.ArgumentParser) -> None:
+def _add_stats(data: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from hive_ds.data.inspection.stats import measure_folder
+        from hive_ds.data.inspection.text import NO_LIMIT, TextSettings
+
+        settings = TextSettings(args.tokenizer, args.template, NO_LIMIT) if args.tokenizer else None
+        if args.out and args.out.suffix != ".html":
+            raise HiveError(f"--out {args.out}: expected a name that ends in .html")
+        stats = measure_folder(args.folder, settings)
+        print(stats)
+        if args.out:
+            print(f"\nwrote {args.out} and {stats.write(args.out)}")
+
+    parser = command(
+        data,
+        "stats",
+        run,
+        "print histograms of text lengths, turns and images of a folder of MDS shards",
+        "Of images only the headers are read.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of MDS shards")
+    _add_tokenizer(parser)
+    parser.add_argument("--out", metavar="PAGE.html", type=Path, help="write a page, too, and PAGE.json beside it")
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="T", help="name or folder of a tokenizer: look at tokens, too")
     parser.add_argument("--template", default="plain", help="plain or chat, as data.template (default: %(default)s)")
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    _add_tokenizer(parser)
     parser.add_argument(
         "--max-length", metavar="N", type=int, default=2048, help="as data.max_length (default: %(default)s)"
     )

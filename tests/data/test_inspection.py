@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from streaming import MDSWriter
 from tiny_data import make_samples, make_tokenizer, png
 
@@ -246,3 +249,46 @@ def test_wrong_options_are_one_line(
     said = capsys.readouterr().err
     assert says.format(tmp=tmp_path) in said
     assert said.count("\n") == 1
+
+
+def test_histograms_are_those_of_the_samples(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [(8, 8)] * 3 + [(40 + 10 * index, 20) for index in range(30)]
+    samples = [caption_sample(f"c{index}", png(index, size), "red" * (index + 1)) for index, size in enumerate(sizes)]
+    turns = (Turn("user", "<image>?"), Turn("assistant", "a"), Turn("user", "<image>"), Turn("assistant", "b"))
+    samples.append(Sample("talk", turns, (png(1, (8, 16)), turned_photo(30, 10))))
+    samples.append(caption_sample("bad", b"not an image", "red"))
+    write_samples(tmp_path / "data", samples)
+    page = tmp_path / "pages" / "stats.html"
+    assert main(["data", "stats", str(tmp_path / "data"), "--tokenizer", tokenizer, "--out", str(page)]) == 0
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    found = numbers["histograms"]
+    assert numbers["samples"] == 35
+    assert found["turns a sample"]["counts"] == [34, 0, 1]
+    assert found["turns a sample"]["edges"] == [2, 3, 4, 5]
+    assert found["images a sample"]["counts"] == [34, 1]
+    lengths = [sum(len(turn.content) for turn in sample.turns) for sample in samples]
+    assert found["characters a sample"]["quantiles"]["median"] == np.median(lengths)
+    assert found["characters a sample"]["mean"] == pytest.approx(np.mean(lengths))
+    widths = [width for width, _ in sizes] + [8, 10]
+    assert (found["image width"]["quantiles"]["max"], found["image width"]["number"]) == (max(widths), len(widths))
+    assert found["image width"]["mean"] == pytest.approx(np.mean(widths))
+    assert sum(found["image width"]["counts"]) == len(widths)  # those beyond the bars are counted in the outermost
+    assert found["width / height"]["quantiles"]["min"] == pytest.approx(1 / 3)  # the photo, upright
+    assert found["tokens a sample"]["number"] == 34  # one sample is no caption
+    said = capsys.readouterr().out
+    assert "1 samples or images cannot be read" in said
+    assert "1 samples do not fit the template" in said
+    assert "turns a sample            2 █ ▁ 4" in said
+    html = page.read_text()
+    assert html.count("<svg") == len(found) == 9
+    assert not re.search(r"https?://|<script|@import|url\(", html)
+
+
+def turned_photo(width: int, height: int) -> bytes:
+    """A JPEG that its EXIF tag turns by a quarter."""
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (width, height)).save(out, "JPEG", exif=exif)
+    return out.getvalue()
