@@ -19,6 +19,7 @@ def add_data_commands(data: Any) -> None:
     _add_convert(data)
     _add_verify(data)
     _add_stats(data)
+    _add_show(data)
 
 
 def _add_scenes(data: Any) -> None:
@@ -102,6 +103,28 @@ def _add_stats(data: Any) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of MDS shards")
     _add_tokenizer(parser)
     parser.add_argument("--out", metavar="PAGE.html", type=Path, help="write a page, too, and PAGE.json beside it")
+
+
+def _add_show(data: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from hive_ds.data.inspection.show import write_page
+
+        settings = _text_settings(args)
+        shown = write_page(args.folder, args.out, number=args.num, seed=args.seed, settings=settings)
+        print(f"wrote {len(shown)} samples to {args.out}: open it in a browser, it fetches nothing")
+
+    parser = command(
+        data,
+        "show",
+        run,
+        "write a page of samples of a folder of MDS shards: pictures, text, tokens",
+        "With --tokenizer: which tokens carry loss, where the images stand, what is cut.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of MDS shards")
+    parser.add_argument("out", metavar="OUT.html", type=Path, help="the page")
+    parser.add_argument("--num", type=int, default=24, help="samples (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: %(default)s)")
+    _add_text_options(parser)
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,7 @@ def bar_plot(counts: Sequence[int], labels: Sequence[str], x_label: str, *, betw
 
     A label stands below each bar or, with ``between``, at the left end of each.
     """
-    y_ticks = ticks(0, max(counts))
+    y_ticks = ticks(0, max(5, *counts))  # five at least: counts are whole, and so are then the ticks
     width = (WIDTH - LEFT - RIGHT) / len(counts)
     parts = []
     for tick in y_ticks:
@@ -61,7 +61,8 @@ def bar_plot(counts: Sequence[int], labels: Sequence[str], x_label: str, *, betw
         box = f'x="{LEFT + place * width:.1f}" y="{HEIGHT - BOTTOM - height:.1f}" height="{height:.1f}"'
         parts.append(f'<rect {box} width="{max(width - 1, 1):.1f}" fill="var(--one)"/>')
     for place in range(0, len(labels), -(-len(labels) // 8)):
-        parts.append(_under(LEFT + (place + 0.5 * (not between)) * width, escape(labels[place])))
+        anchor = "end" if place == len(counts) else "middle"  # the last would reach out of the picture
+        parts.append(_under(LEFT + (place + 0.5 * (not between)) * width, escape(labels[place]), anchor))
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
     return _svg(parts, x_label)
 
@@ -79,8 +80,8 @@ def _rule(y: float, tick: float) -> list[str]:
     return [line, f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>']
 
 
-def _under(x: float, label: str) -> str:
-    return f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>'
+def _under(x: float, label: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{label}</text>'
 
 
 def _svg(parts: Sequence[str], label: str) -> str:
