@@ -20,6 +20,7 @@ def add_data_commands(data: Any) -> None:
     _add_verify(data)
     _add_stats(data)
     _add_show(data)
+    _add_recaption(data)
 
 
 def _add_scenes(data: Any) -> None:
@@ -125,6 +126,34 @@ def _add_show(data: Any) -> None:
     parser.add_argument("--num", type=int, default=24, help="samples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: %(default)s)")
     _add_text_options(parser)
+
+
+def _add_recaption(data: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from hive_ds.data.recaption import CaptionerSettings, recaption
+
+        settings = CaptionerSettings(args.captioner, args.prompt, args.max_new_tokens, args.device, args.dtype)
+        print(recaption(args.folder, args.out, settings, batch_size=args.batch_size))
+
+    parser = command(
+        data,
+        "recaption",
+        run,
+        "let a captioner describe the pictures of a folder of MDS shards",
+        "Writes a JSONL that 'data convert --captions' reads. Started again, it does only what OUT.jsonl lacks.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of MDS shards")
+    parser.add_argument(
+        "out", metavar="OUT.jsonl", type=Path, help="one line {id, caption, captioner, prompt} a sample"
+    )
+    parser.add_argument(
+        "--captioner", metavar="MODEL", required=True, help="name or folder of BLIP, Florence-2, LLaVA, ..."
+    )
+    parser.add_argument("--prompt", help="what to ask; for Florence-2 a task as <MORE_DETAILED_CAPTION>, for BLIP none")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at once (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a caption (default: %(default)s)")
+    parser.add_argument("--device", help="as cuda:1 or cpu (default: a GPU if there is one)")
+    parser.add_argument("--dtype", help="bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)")
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -65,3 +66,8 @@ class Findings:
             lines += [f"  {finding}" for finding in named]
             lines += [f"  and {count - len(named)} more"] * (count > len(named))
         return lines
+
+
+def without_address(error: Exception) -> str:
+    """The message of ``error`` less the memory that Pillow read from, which differs from one run to the next."""
+    return re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))

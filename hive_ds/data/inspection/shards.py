@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hive_ds.data.images import decode_image
-from hive_ds.data.inspection.findings import Finding, Findings
+from hive_ds.data.inspection.findings import Finding, Findings, without_address
 from hive_ds.data.inspection.text import TextSettings, kind_of, report_text, supervised
 from hive_ds.data.mds.reading import Shard, ShardFile, open_folder, sample_from
 from hive_ds.data.mds.sizes import SIZES, read_sizes, sample_size
@@ -23,8 +22,6 @@ from hive_ds.data.schema import Sample
 from hive_ds.errors import HiveError
 
 READ_AT_ONCE = 1 << 20
-_ADDRESS = re.compile(r" <_io\.BytesIO object at \w+>")
-"""Pillow names the memory it read from, which would make two reports of one folder differ."""
 
 
 @dataclass
@@ -119,8 +116,7 @@ class ShardChecker:
             try:
                 decode_image(image)
             except HiveError as error:
-                reason = _ADDRESS.sub("", f"image {place}: {error}")
-                report.findings.add("image", Finding(name, shard.name, reason))
+                report.findings.add("image", Finding(name, shard.name, f"image {place}: {without_address(error)}"))
         size = sample_size(sample)
         if self._sizes is not None and tuple(self._sizes[index].tolist()) != size:
             reason = f"{SIZES} says {self._sizes[index].tolist()}, expected {list(size)} (characters, images)"

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hive_ds.constants import IGNORE_INDEX, IMAGE_TOKEN
 from hive_ds.data.images import decode_image
+from hive_ds.data.inspection.findings import without_address
 from hive_ds.data.inspection.text import TextReport, TextSettings, report_text, supervised
 from hive_ds.data.mds.reading import ShardFolder, open_folder
 from hive_ds.data.schema import Sample
@@ -114,7 +115,7 @@ def _picture(place: int, data: bytes) -> str:
     try:
         image = decode_image(data)
     except HiveError as error:
-        return f'<figure><p class="bad">image {place}: {escape(str(error))}</p></figure>'
+        return f'<figure><p class="bad">image {place}: {escape(without_address(error))}</p></figure>'
     caption = f"image {place}: {image.width} x {image.height}, {len(data) / 1e3:.1f} kB"
     small = max(image.size) <= SMALL
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
