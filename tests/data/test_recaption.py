@@ -83,20 +83,51 @@ def save_llava(folder: Path) -> None:
     save_random(transformers.LlavaForConditionalGeneration(config), folder)
 
 
+def save_florence(folder: Path) -> None:
+    tokenizer = transformers.BartTokenizerFast(
+        tokenizer_object=make_tokenizer("llama3").backend_tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|eot_id|>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    vision = {
+        **{"depths": (1, 1), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "window_size": 2},
+        **{"patch_prenorm": (False, True), "embed_dim": (16, 32), "num_heads": (2, 2), "num_groups": (2, 2)},
+    }
+    text = {
+        **{"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1},
+        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": len(tokenizer)},
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{"decoder_start_token_id": tokenizer.eos_token_id, "forced_eos_token_id": None},
+    }
+    config = transformers.Florence2Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config={**vision, "projection_dim": 32},
+        text_config={"model_type": "bart", **text},
+    )
+    images = transformers.CLIPImageProcessor(size={"height": SIZE, "width": SIZE}, do_center_crop=False)
+    images.image_seq_length = 5  # 2 x 2 patches and their mean
+    transformers.Florence2Processor(images, tokenizer).save_pretrained(folder)
+    save_random(transformers.Florence2ForConditionalGeneration(config), folder)
+
+
 def save_random(model: transformers.PreTrainedModel, folder: Path) -> None:
     """Weights large enough that captions differ from picture to picture."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.5)
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.6)
     model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def captioners(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("blip", "llava")}
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("blip", "llava", "florence")}
     save_blip(folders["blip"])
     save_llava(folders["llava"])
+    save_florence(folders["florence"])
     return {kind: str(folder) for kind, folder in folders.items()}
 
 
@@ -114,7 +145,7 @@ def expected_caption(sample: Sample, captioner: Captioner) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "prompt"), [("blip", None), ("blip", "A picture of"), ("llava", "What is in the picture?")]
+    ("kind", "prompt"), [("blip", None), ("blip", "A picture of"), ("llava", "What is it?"), ("florence", "<CAPTION>")]
 )
 def test_captions_are_the_models_own(
     kind: str, prompt: str | None, captioners: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
