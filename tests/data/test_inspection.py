@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "sample number 0 in shard part-0/shard.0",
     ),
     "other sizes": (change_sizes, "sizes", "sample 's007', shard part-0/shard.00"),
+    "broken sizes": (flip("sizes.npy", b"(23,", b"((23,"), "sizes", "sizes.npy: cannot be read"),
     "fewer sizes": (lambda folder: write_sizes(folder, [(1, 1)]), "sizes", "expected (23, 2)"),
 }
 
@@ -159,6 +161,23 @@ def test_fault_of_a_compressed_shard_is_found(tmp_path: Path) -> None:
     report = verify(tmp_path / "data")
     assert set(report.findings.counts) == {"file"}
     assert "shard.00000.mds.zstd cannot be decompressed" in str(report)
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_damage_anywhere_ends_in_a_report(compression: str | None, tmp_path: Path) -> None:
+    write_samples(tmp_path / "data", make_samples(12), compression=compression)
+    drawn = random.Random(0)
+    for file in [path for path in (tmp_path / "data").rglob("*") if path.is_file()]:
+        whole = file.read_bytes()
+        for change in (lambda at: b"\xff" * 4, lambda at: b"", lambda at: at * 2):
+            for start in (0, *(drawn.randrange(len(whole) - 9) for _ in range(5))):
+                end = start + drawn.randint(1, 9)
+                file.write_bytes(whole[:start] + change(whole[start:end]) + whole[end:])
+                report = verify(tmp_path / "data")
+                assert str(report)
+                # A number of the index that nothing reads, or bytes after the table of sizes, do no harm.
+                assert not report.sound or file.suffix in (".json", ".npy")
+        file.write_bytes(whole)
 
 
 def test_what_cannot_be_checked_is_a_warning(tmp_path: Path) -> None:
