@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 from streaming.base.compression import decompress
 from streaming.base.format.mds.reader import MDSReader
 
@@ -91,12 +92,24 @@ class ShardFolder:
 
     def _bytes(self, shard: Shard, number: int) -> bytes:
         if shard.zipped is None or shard.raw.path.is_file():
-            return bytes(shard.reader.get_sample_data(number))
+            with shard.raw.path.open("rb") as file:
+                return _sample_bytes(file, number)
         if self._held is None or self._held[0] != shard.name:
             self._held = (shard.name, shard.read_raw())
-        data = self._held[1]
-        begin, end = np.frombuffer(data, np.uint32, 2, offset=4 * (1 + number)).tolist()
-        return data[begin:end]
+        return _sample_bytes(io.BytesIO(self._held[1]), number)
+
+
+def _sample_bytes(shard: BinaryIO, number: int) -> bytes:
+    """Read one sample: a shard starts with the number of samples, then where each begins and the last one ends.
+
+    streaming's own reader takes damaged places as they are, and asks for up to 4 GB of memory.
+    """
+    shard.seek(4 * (1 + number))
+    begin, end = struct.unpack("<II", shard.read(8))
+    if not begin <= end <= shard.seek(0, io.SEEK_END):
+        raise ValueError(f"said to lie at bytes {begin} to {end}")
+    shard.seek(begin)
+    return shard.read(end - begin)
 
 
 def sample_from(columns: Mapping[str, Any], index: int) -> Sample:
