@@ -91,9 +91,13 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "index",
         "samples, index.json says",
     ),
-    "missing shard": (lambda folder: (folder / "part-1/shard.00000.mds").unlink(), "file", "00000.mds: is missing"),
-    "cut shard": (flip("part-0/shard.00001.mds", b"assistant", b""), "file", "bytes, index.json says"),
-    "flipped byte": (flip("part-0/shard.00000.mds", b"s000", b"s900"), "file", "has sha256"),
+    "missing shard": (
+        lambda folder: (folder / "part-1/shard.00000.mds").unlink(),
+        "file",
+        "part-1/shard.00000.mds: is missing",
+    ),
+    "cut shard": (flip("part-0/shard.00001.mds", b"assistant", b""), "file", "part-0/shard.00001.mds: has"),
+    "flipped byte": (flip("part-0/shard.00000.mds", b"s000", b"s900"), "file", "part-0/shard.00000.mds: has sha256"),
     "no text": (
         flip("part-0/shard.00000.mds", b"s000", b"s\xff00"),
         "sample",

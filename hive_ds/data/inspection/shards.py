@@ -81,12 +81,12 @@ class ShardChecker:
         """Whether there is something to read samples from."""
         present = [file for file in (shard.zipped, shard.raw) if file is not None and file.path.is_file()]
         if not present:
-            report.findings.add("file", Finding("", (shard.zipped or shard.raw).path.name, "is missing"))
+            report.findings.add("file", Finding("", self._name(shard.zipped or shard.raw), "is missing"))
             return False
         try:
             raw = shard.read_raw() if shard.raw not in present else None
             for file in present:
-                _check_file(file, report)
+                self._check_file(file, report)
             if raw is not None and (wrong := _difference(shard.raw, len(raw), hashlib.sha256(raw).hexdigest())):
                 report.findings.add("file", Finding("", shard.name, f"decompressed, {wrong}"))
             head = raw[:4] if raw is not None else _head(shard.raw.path)
@@ -98,6 +98,18 @@ class ShardChecker:
             reason = f"holds {samples} samples, index.json says {shard.samples}"
             report.findings.add("index", Finding("", shard.name, reason))
         return True
+
+    def _check_file(self, file: ShardFile, report: ShardReport) -> None:
+        report.unhashed += "sha256" not in file.hashes
+        digest = hashlib.sha256()
+        with file.path.open("rb") as opened:
+            while block := opened.read(READ_AT_ONCE):
+                digest.update(block)
+        if wrong := _difference(file, file.path.stat().st_size, digest.hexdigest()):
+            report.findings.add("file", Finding("", self._name(file), wrong))
+
+    def _name(self, file: ShardFile) -> str:
+        return str(file.path.relative_to(self.shards.folder))
 
     def _check_sample(self, index: int, shard: Shard, report: ShardReport) -> None:
         name = f"number {index}"
@@ -141,16 +153,6 @@ class ShardChecker:
 def hash_id(id: object) -> int:
     """64 bits of an id: two of a million differing ids share them once in 30 million folders."""
     return int.from_bytes(hashlib.blake2b(repr(id).encode(), digest_size=8).digest(), "little")
-
-
-def _check_file(file: ShardFile, report: ShardReport) -> None:
-    report.unhashed += "sha256" not in file.hashes
-    digest = hashlib.sha256()
-    with file.path.open("rb") as opened:
-        while block := opened.read(READ_AT_ONCE):
-            digest.update(block)
-    if wrong := _difference(file, file.path.stat().st_size, digest.hexdigest()):
-        report.findings.add("file", Finding("", file.path.name, wrong))
 
 
 def _difference(file: ShardFile, size: int, digest: str) -> str:
