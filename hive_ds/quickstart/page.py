@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,30 +10,12 @@ from pathlib import Path
 
 from hive_ds.data.schema import Sample
 from hive_ds.evaluation.scoring import exact_match
-from hive_ds.quickstart.plots import Line, line_plot
+from hive_ds.page import document, picture
+from hive_ds.page import table as page_table
+from hive_ds.plots import Line, line_plot
 from hive_ds.quickstart.questions import QuestionResults, table
 
 PICTURES_PER_KIND = 3
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #6b7280; --rule: #d9dde3; --good: #15803d;
-  --bad: #b42318; --one: #2563eb; --two: #d97706; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #14171b; --faint: #9aa3ae; --rule: #343a42;
-  --good: #4ade80; --bad: #f87171; --one: #7aa8ff; --two: #fbbf24; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 60rem; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-p.headline { font-size: 1.15rem; } .faint { color: var(--faint); font-size: .9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-tr.last td { font-weight: 600; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem; }
-figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; display: block; border-radius: 4px; }
-figcaption { font-size: .9rem; } .good { color: var(--good); } .bad { color: var(--bad); }
-pre { overflow-x: auto; border: 1px solid var(--rule); border-radius: 4px; padding: .6rem; font-size: .85rem; }
-svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; }
-"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ def render_page(content: PageContent) -> str:
         "<h1>HIVE quickstart</h1>",
         headline(content.results),
         "<h2>Answers to held-out questions</h2>",
-        _table(table(content.results, content.chance)),
+        page_table(table(content.results, content.chance)),
         '<p class="faint">Shuffled: the same model and questions, each question over another sample\'s picture. '
         "Intervals are Wilson's, 95 %. A blind guess takes one of the kind's answers, all equally frequent.</p>",
         "<h2>Loss of the three stages</h2>",
@@ -95,17 +76,11 @@ def render_page(content: PageContent) -> str:
         _pictures(content),
         "<h2>What was run</h2>",
         "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in content.facts) + "</ul>",
-        _table([["step", "seconds"], *([name, f"{seconds:.0f}"] for name, seconds in content.timings)]),
+        page_table([["step", "seconds"], *([name, f"{seconds:.0f}"] for name, seconds in content.timings)]),
         "<h2>What to do next</h2>",
         *(f"<p>{escape(what)}</p><pre>{escape(command)}</pre>" for what, command in content.next_steps),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>HIVE quickstart</title><style>{STYLE}</style></head><body>\n"
-        + "\n".join(sections)
-        + "\n</body></html>\n"
-    )
+    return document("HIVE quickstart", sections)
 
 
 def headline(results: QuestionResults) -> str:
@@ -117,15 +92,6 @@ def headline(results: QuestionResults) -> str:
         f"with the right picture and <b>{100 * shuffled.value:.1f} %</b> with another one: "
         f"{results.margin:+.1f} points, {verdict}.</p>"
     )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
-    for row in body:
-        mark = ' class="last"' if row[0] in ("all", "total") else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-    return '<div class="wide"><table>' + "".join(lines) + "</table></div>"
 
 
 def _curves(stage: StageRecord) -> str:
@@ -160,12 +126,11 @@ def _pictures(content: PageContent) -> str:
 
 def _figure(sample: Sample, answer: str, truth: str) -> str:
     question = sample.turns[-2].content.replace("<image>", "").strip()
-    data = base64.b64encode(sample.images[0]).decode()
     if exact_match(answer, truth):
         said = f'<span class="good">{escape(answer)}</span>'
     else:
         said = f'<span class="bad">{escape(answer or "(nothing)")}</span>, truth: {escape(truth)}'
     return (
-        f'<figure><img alt="a generated scene" src="data:image/png;base64,{data}">'
+        f"<figure>{picture(sample.images[0], 'png', 'a generated scene')}"
         f"<figcaption>{escape(question)}<br>{said}</figcaption></figure>"
     )

@@ -73,7 +73,7 @@ def test_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, shuff
     source = make_source(tmp_path)
     trees = []
     for workers in (1, 2, 5):
-        options = ConvertOptions(workers=workers, part_size=8, shuffle_seed=shuffle)
+        options = ConvertOptions(workers=workers, part_size=8, shuffle_seed=shuffle, compression="zstd")
         convert(source, tmp_path / f"out{workers}", options)
         trees.append(tree(tmp_path / f"out{workers}"))
     assert trees[0] == trees[1] == trees[2]

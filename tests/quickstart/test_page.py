@@ -14,9 +14,9 @@ import pytest
 
 from hive_ds.data.scenes_samples import question_samples
 from hive_ds.evaluation.generation import truth
+from hive_ds.plots import Line, line_plot, ticks
 from hive_ds.quickstart.page import PICTURES_PER_KIND, PageContent, StageRecord, render_page, smoothed
 from hive_ds.quickstart.pipeline import chance
-from hive_ds.quickstart.plots import Line, line_plot, ticks
 from hive_ds.quickstart.questions import QuestionResults, table
 
 SAMPLES = list(question_samples(0, "questions", 60, 64))

@@ -44,7 +44,17 @@ def test_help_is_quick_and_imports_nothing_heavy():
     "command",
     [
         *("", "quickstart", "recipe", "recipe list", "recipe show"),
-        *("data", "data scenes", "data convert", "export", "export encoder"),
+        *(
+            "data",
+            "data scenes",
+            "data convert",
+            "data verify",
+            "data stats",
+            "data show",
+            "data recaption",
+            "export",
+            "export encoder",
+        ),
     ],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):

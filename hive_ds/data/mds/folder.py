@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from streaming import LocalDataset, MDSWriter
+from streaming import MDSWriter
 
+from hive_ds.data.mds.reading import open_folder
 from hive_ds.data.mds.sizes import sample_size, write_sizes
-from hive_ds.data.schema import MDS_COLUMNS, Sample, from_columns, to_columns
+from hive_ds.data.schema import MDS_COLUMNS, Sample, to_columns
 from hive_ds.errors import HiveError
 
 SHARD_BYTES = 1 << 26
@@ -80,7 +81,4 @@ def write_mds(samples: Iterable[Sample], folder: str | Path) -> int:
 
 def read_mds(folder: str | Path) -> list[Sample]:
     """Read all samples of a local folder of MDS shards, in order; HiveError where there is none."""
-    if not (Path(folder) / "index.json").is_file():
-        raise HiveError(f"MDS folder {folder}: holds no index.json")
-    dataset = LocalDataset(str(folder))
-    return [from_columns(dataset.get_item(index)) for index in range(len(dataset))]
+    return list(open_folder(folder))

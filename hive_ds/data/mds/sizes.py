@@ -32,7 +32,7 @@ def read_sizes(folder: str | Path, num_samples: int) -> Sizes:
         raise HiveError(f"data folder {folder}: holds no {SIZES}; convert the data again to have it")
     try:
         sizes = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy's reader of the header raises SyntaxError and tokenize's TokenError, too
         raise HiveError(f"{path}: cannot be read ({error})") from error
     if sizes.shape != (num_samples, 2):
         raise HiveError(f"{path}: has shape {sizes.shape}; expected ({num_samples}, 2), a row for each sample")

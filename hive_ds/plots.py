@@ -1,4 +1,4 @@
-"""Line plots as inline SVG: no library, no script, any width."""
+"""Line and bar plots as inline SVG: no library, no script, any width."""
 
 from __future__ import annotations
 
@@ -36,17 +36,56 @@ def line_plot(lines: Sequence[Line], x_label: str, y_label: str) -> str:
 
     parts = []
     for tick in y_ticks:
-        _, y = at(x_ticks[0], tick)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts += _rule(at(x_ticks[0], tick)[1], tick)
     for tick in x_ticks:
-        x, _ = at(tick, y_ticks[0])
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick:g}</text>')
+        parts.append(_under(at(tick, y_ticks[0])[0], f"{tick:g}"))
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
     parts.append(f'<text x="4" y="12">{escape(y_label)}</text>')
     for place, line in enumerate(lines):
         parts += _draw(line, [at(*point) for point in line.points], WIDTH - RIGHT - 90 * (len(lines) - place))
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">' + "".join(parts) + "</svg>"
+    return _svg(parts, y_label)
+
+
+def bar_plot(counts: Sequence[int], labels: Sequence[str], x_label: str, *, between: bool) -> str:
+    """An SVG of a histogram of one count at least, with about eight of ``labels`` below it.
+
+    A label stands below each bar or, with ``between``, at the left end of each.
+    """
+    y_ticks = ticks(0, max(5, *counts))  # five at least: counts are whole, and so are then the ticks
+    width = (WIDTH - LEFT - RIGHT) / len(counts)
+    parts = []
+    for tick in y_ticks:
+        parts += _rule(HEIGHT - BOTTOM - tick / y_ticks[-1] * (HEIGHT - TOP - BOTTOM), tick)
+    for place, count in enumerate(counts):
+        height = count / y_ticks[-1] * (HEIGHT - TOP - BOTTOM)
+        box = f'x="{LEFT + place * width:.1f}" y="{HEIGHT - BOTTOM - height:.1f}" height="{height:.1f}"'
+        parts.append(f'<rect {box} width="{max(width - 1, 1):.1f}" fill="var(--one)"/>')
+    for place in range(0, len(labels), -(-len(labels) // 8)):
+        anchor = "end" if place == len(counts) else "middle"  # the last would reach out of the picture
+        parts.append(_under(LEFT + (place + 0.5 * (not between)) * width, escape(labels[place]), anchor))
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    return _svg(parts, x_label)
+
+
+def short(value: float) -> str:
+    """``value`` in four digits: 950, 12.3k, 45.6M."""
+    for limit, divisor, letter in ((1e7, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / divisor:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def _rule(y: float, tick: float) -> list[str]:
+    line = f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>'
+    return [line, f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>']
+
+
+def _under(x: float, label: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{label}</text>'
+
+
+def _svg(parts: Sequence[str], label: str) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">' + "".join(parts) + "</svg>"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -1,0 +1,173 @@
+"""A finished folder of MDS shards, read sample by sample; nothing is written into it, compressed or not."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from streaming.base.compression import decompress
+from streaming.base.format.mds.reader import MDSReader
+
+from hive_ds.data.schema import MDS_COLUMNS, Sample, from_columns
+from hive_ds.errors import HiveError
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file that the index lists: where it lies, its bytes, and its digests in hex by algorithm."""
+
+    path: Path
+    bytes: int
+    hashes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One entry of the index: the samples from ``first`` on, in a raw file, a compressed one, or both."""
+
+    name: str
+    first: int
+    samples: int
+    raw: ShardFile
+    zipped: ShardFile | None
+    compression: str | None
+    reader: MDSReader = field(repr=False, compare=False)
+
+    def read_raw(self) -> bytes:
+        """Return the uncompressed bytes of the shard, from whichever file is there; HiveError where none can be."""
+        path = self.raw.path
+        try:
+            if self.zipped is None or path.is_file():
+                return path.read_bytes()
+            path = self.zipped.path
+            return decompress(self.compression, path.read_bytes())
+        except OSError as error:
+            raise HiveError(f"shard {self.name}: {path} cannot be read ({error.strerror})") from error
+        except Exception as error:  # every compressor has errors of its own, zstd's is a plain Exception
+            raise HiveError(f"shard {self.name}: {path} cannot be decompressed ({error})") from error
+
+
+class ShardFolder:
+    """The samples of a folder by number. Of the data, at most one decompressed shard is held."""
+
+    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+        self.folder = folder
+        self.shards = shards
+        self._ends = list(accumulate(shard.samples for shard in shards))
+        self._held: tuple[str, bytes] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def shard_of(self, index: int) -> Shard:
+        """Return the shard that holds sample ``index``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.shards[bisect_right(self._ends, index)]
+
+    def columns(self, index: int) -> dict[str, Any]:
+        """Return sample ``index`` as the values of `MDS_COLUMNS`; HiveError where its bytes cannot be understood."""
+        shard = self.shard_of(index)
+        place = f"sample number {index} in shard {shard.name}"
+        try:
+            return dict(shard.reader.decode_sample(self._bytes(shard, index - shard.first)))
+        except HiveError:
+            raise
+        except Exception as error:  # bytes that are not what the index says fail in any decoder, in any way
+            raise HiveError(f"{place}: cannot be read ({_one_line(error)})") from error
+
+    def get(self, index: int) -> Sample:
+        """Return sample ``index``; HiveError where it cannot be read or makes no sense."""
+        return sample_from(self.columns(index), index)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.get(index) for index in range(len(self)))
+
+    def _bytes(self, shard: Shard, number: int) -> bytes:
+        if shard.zipped is None or shard.raw.path.is_file():
+            with shard.raw.path.open("rb") as file:
+                return _sample_bytes(file, number)
+        if self._held is None or self._held[0] != shard.name:
+            self._held = (shard.name, shard.read_raw())
+        return _sample_bytes(io.BytesIO(self._held[1]), number)
+
+
+def _sample_bytes(shard: BinaryIO, number: int) -> bytes:
+    """Read one sample: a shard starts with the number of samples, then where each begins and the last one ends.
+
+    streaming's own reader takes damaged places as they are, and asks for up to 4 GB of memory.
+    """
+    shard.seek(4 * (1 + number))
+    begin, end = struct.unpack("<II", shard.read(8))
+    if not begin <= end <= shard.seek(0, io.SEEK_END):
+        raise ValueError(f"said to lie at bytes {begin} to {end}")
+    shard.seek(begin)
+    return shard.read(end - begin)
+
+
+def sample_from(columns: Mapping[str, Any], index: int) -> Sample:
+    """Build sample number ``index`` from its columns; HiveError where they make no sense."""
+    try:
+        return from_columns(columns)
+    except HiveError:
+        raise
+    except Exception as error:  # JSON of another form: turns that are no list, sizes that are no numbers
+        raise HiveError(f"sample number {index}: columns of another form ({_one_line(error)})") from error
+
+
+def open_folder(folder: str | Path) -> ShardFolder:
+    """Read the index of a local folder of MDS shards; HiveError where it is missing, unreadable or incomplete."""
+    root = Path(folder)
+    path = root / "index.json"
+    if not root.is_dir():
+        raise HiveError(f"data folder {folder}: does not exist")
+    if not path.is_file():
+        raise HiveError(f"data folder {folder}: holds no index.json; expected MDS shards (hive-ds data convert)")
+    try:
+        index = json.loads(path.read_bytes())
+        if not isinstance(index, dict) or index.get("version") != 2 or not isinstance(index.get("shards"), list):
+            raise ValueError("expected version 2 and a list of shards")
+    except ValueError as error:
+        raise HiveError(f"{path}: cannot be read ({error})") from error
+    shards: list[Shard] = []
+    for number, entry in enumerate(index["shards"]):
+        first = shards[-1].first + shards[-1].samples if shards else 0
+        try:
+            shards.append(_shard(root, entry, first))
+        except HiveError as error:
+            raise HiveError(f"{path}: shard {number}: {error}") from error
+        except Exception as error:  # an entry of any form: streaming's reader says so in many ways
+            raise HiveError(f"{path}: shard {number} is not described in full ({_one_line(error)})") from error
+    return ShardFolder(root, shards)
+
+
+def _shard(root: Path, entry: dict[str, Any], first: int) -> Shard:
+    reader = MDSReader.from_json(str(root), None, entry)
+    columns = dict(zip(reader.column_names, reader.column_encodings, strict=True))
+    if any(columns.get(name) != encoding for name, encoding in MDS_COLUMNS.items()):
+        raise HiveError(f"has columns {columns}, expected {MDS_COLUMNS}")
+    reader.validate(allow_unsafe_types=False)  # pickled columns run code when they are read
+    if not isinstance(reader.samples, int) or reader.samples < 0:
+        raise HiveError(f"holds {reader.samples!r} samples, expected a number")
+    raw = _file(root, entry["raw_data"])
+    zipped = _file(root, entry["zip_data"]) if entry["zip_data"] else None
+    name = entry["raw_data"]["basename"]
+    return Shard(name, first, reader.samples, raw, zipped, reader.compression, reader)
+
+
+def _file(root: Path, entry: dict[str, Any]) -> ShardFile:
+    name, size, hashes = entry["basename"], entry["bytes"], entry["hashes"]
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise HiveError(f"file {name!r} lies outside the folder")
+    return ShardFile(root / name, int(size), dict(hashes))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
