@@ -12,6 +12,7 @@ from streaming import StreamingDataset
 
 from hive_ds.data.batch import BadSample, PreparedSample
 from hive_ds.data.environment import find_world
+from hive_ds.data.mds.shared_memory import own_prefix
 from hive_ds.data.schema import Sample, from_columns
 from hive_ds.errors import HiveError
 
@@ -47,18 +48,19 @@ class SampleDataset(StreamingDataset):
         self.global_batch_size = global_batch_size
         self._prepare = prepare
         remote, local = _location(folder, cache)
-        super().__init__(
-            remote=remote,
-            local=local,
-            batch_size=micro_batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            shuffle_algo="py1e",
-            shuffle_block_size=SHUFFLE_BLOCK,
-            num_canonical_nodes=CANONICAL_NODES,
-            partition_algo="orig",
-            predownload=max(8 * micro_batch_size, 64),
-        )
+        with own_prefix():
+            super().__init__(
+                remote=remote,
+                local=local,
+                batch_size=micro_batch_size,
+                shuffle=shuffle,
+                shuffle_seed=seed,
+                shuffle_algo="py1e",
+                shuffle_block_size=SHUFFLE_BLOCK,
+                num_canonical_nodes=CANONICAL_NODES,
+                partition_algo="orig",
+                predownload=max(8 * micro_batch_size, 64),
+            )
         # streaming takes the epoch's size before it knows the number of samples, so round up afterwards.
         self.epoch_size = -(-self.num_samples // global_batch_size) * global_batch_size
         self.streams[0].choose = self.epoch_size
@@ -104,7 +106,8 @@ def _location(folder: str, cache: str | None) -> tuple[str | None, str]:
     if "://" in folder:
         if not cache:
             raise HiveError(f"data folder {folder} is remote: expected data.cache, a local folder for its shards")
-        return folder, cache
+        # streaming knows another file system that shards are copied from by its bare path.
+        return folder.removeprefix("file://"), cache
     index = Path(folder) / "index.json"
     if not Path(folder).is_dir():
         raise HiveError(f"data folder {folder}: does not exist")
