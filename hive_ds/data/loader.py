@@ -58,12 +58,13 @@ def build_loader(
     global_batch_size: int,
     seed: int,
     train: bool,
-    folder: str | None = None,
+    folder: str | Mapping[str, float] | None = None,
 ) -> SampleLoader:
     """Return the loader of `PackedBatch`es of this rank (RANK, WORLD_SIZE, ... as the launcher sets them).
 
-    ``folder`` defaults to ``data.train`` or, with ``train`` false, ``data.validation``. Training is endless and
-    shuffled as ``data.shuffle`` says; otherwise each iteration is one pass in the same order.
+    ``folder``, one or several with their weights, defaults to ``data.train`` or, with ``train`` false,
+    ``data.validation``. Training is endless and shuffled as ``data.shuffle`` says; otherwise each iteration is one
+    pass in the same order.
     torch.distributed must be initialised where there are several ranks.
     HiveError for a missing or empty folder, sizes that do not divide, an unknown template, streaming not installed.
     """
@@ -77,8 +78,9 @@ def build_loader(
         prepare_tokenizer(tokenizer), image_processor, data.template, data.image_position, data.max_length
     )
     dataset = SampleDataset(
-        folder,
+        {folder: 1.0} if isinstance(folder, str) else folder,
         cache=data.cache,
+        cache_limit=data.cache_limit if train else None,
         prepare=encoder,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,

@@ -40,8 +40,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def loader(folder: str, *, train: bool = False, micro: int = 4, seed: int = 1, **changes: object) -> SampleLoader:
-    data = DataConfig(train=folder, validation=folder, num_workers=0, max_bad_share=0.0, max_length=512)
+def loader(
+    folder: str,
+    *,
+    train: bool = False,
+    micro: int = 4,
+    seed: int = 1,
+    train_folders: dict[str, float] | None = None,
+    **changes: object,
+) -> SampleLoader:
+    data = DataConfig(
+        train=train_folders or folder, validation=folder, num_workers=0, max_bad_share=0.0, max_length=512
+    )
     return build_loader(
         replace(data, **changes),
         make_tokenizer("llama3"),
@@ -109,6 +119,15 @@ def test_position_of_another_run_is_refused(folder: str, change: str) -> None:
     state = one.state_dict()
     with pytest.raises(HiveError, match=f"saved with {change} {state[change] + 1}, but the run has {state[change]}"):
         one.load_state_dict({**state, change: state[change] + 1})
+
+
+def test_position_in_another_mixture_is_refused_by_name(folder: str, tmp_path: Path) -> None:
+    write_mds(make_samples(9), tmp_path / "other")
+    other = str(tmp_path / "other")
+    state = loader(folder, train=True, train_folders={folder: 1.0, other: 2.0}).state_dict()
+    loader(folder, train=True, train_folders={other: 2.0, folder: 1.0}).load_state_dict(json.loads(json.dumps(state)))
+    with pytest.raises(HiveError, match=rf"saved with weights .*{other}': 2\.0.*run has .*{other}': 1\.0"):
+        loader(folder, train=True, train_folders={other: 1.0, folder: 1.0}).load_state_dict(state)
 
 
 def test_bad_samples_are_replaced_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -182,6 +201,16 @@ def test_wrong_settings_are_named(folder: str, changes: dict[str, object], messa
         loader(folder, **changes)
 
 
+def test_cache_limit_that_cannot_work_is_named(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(HiveError, match=rf"data\.cache_limit 1gb: .*would delete shards of {folder}, which is local"):
+        loader(folder, train=True, cache_limit="1gb")
+    remote = {f"file://{folder}": 1.0}
+    with pytest.raises(HiveError, match=r"data\.cache_limit 5kb: Cache limit .* is too low"):
+        loader(folder, train=True, train_folders=remote, cache=str(tmp_path / "cache"), cache_limit="5kb")
+    with pytest.raises(HiveError, match=r"data folder gopher://x: Unsupported remote path"):
+        loader(folder, train=True, train_folders={"gopher://x": 1.0}, cache=str(tmp_path / "cache"))
+
+
 def test_output_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     def broken() -> object:
         yield from make_samples(3)
@@ -249,7 +278,11 @@ sys.exit(3)
 def test_workers_outlive_a_signal_and_end_with_their_process(folder: str, tmp_path: Path) -> None:
     """The launcher's SIGTERM reaches workers too; and a run that ends in the middle of an epoch must not hang."""
     command = [sys.executable, "-c", WORKERS, folder]
-    environ = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
+    environ = {
+        **os.environ,
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}",
+    }
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
     took = time.time() - json.loads(done.stdout)["end"]
     assert done.returncode == 3, done.stderr[-2000:]

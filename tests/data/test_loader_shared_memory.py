@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -34,8 +35,9 @@ for number, names in enumerate(batches):
 
 def make_dataset(folder: str, cache: str | None = None) -> SampleDataset:
     return SampleDataset(
-        folder,
+        {folder: 1.0},
         cache=cache,
+        cache_limit=None,
         prepare=lambda sample: PreparedSample(sample.id, None, {}),  # type: ignore[arg-type]
         micro_batch_size=2,
         global_batch_size=2,
@@ -59,7 +61,7 @@ def dataset(batches: DataLoader) -> SampleDataset:
 
 
 def start(folder: str, cache: Path, workers: int, how: str) -> subprocess.Popen[str]:
-    environ = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    environ = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"}
     command = [sys.executable, "-c", RUN, folder, str(cache), str(workers), how]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environ, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
@@ -125,3 +127,6 @@ def test_cache_of_a_live_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HiveError, match=rf"data\.cache: {tmp_path}/cache.* is in use by process {os.getpid()};"):
         make_dataset(f"file://{tmp_path / 'data'}", str(tmp_path / "cache"))
     assert json.loads(next(BLOCKS.glob(f"*-{one._shm_prefix_int}.json")).read_bytes())["process"] == os.getpid()
+    del one
+    gc.collect()
+    make_dataset(f"file://{tmp_path / 'data'}", str(tmp_path / "cache"))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from streaming import StreamingDataset
 
 from hive_ds.data.batch import BadSample, PreparedSample
 from hive_ds.data.environment import find_world
-from hive_ds.data.mds.shared_memory import own_prefix
+from hive_ds.data.mds.shared_memory import own_prefix, release_caches
+from hive_ds.data.mds.streams import make_streams, share_out
 from hive_ds.data.schema import Sample, from_columns
 from hive_ds.errors import HiveError
 
@@ -27,17 +29,22 @@ MAX_REPLACEMENTS = 100
 class SampleDataset(StreamingDataset):
     """A StreamingDataset that prepares samples, replaces bad ones and orders them by the global batch alone.
 
-    For one folder, seed and global batch, step k of an epoch sees the same samples however they are split over
+    ``weights`` are the folders, local or remote, with the shares that their samples have in an epoch; it has as many
+    samples as all folders together. Without ``shuffle`` the folders come one after another, by name.
+
+    For the same folders, seed and global batch, step k of an epoch sees the same samples however they are split over
     ranks, micro-batches and workers. Three things make it so: streaming deals its order out sample by sample to
     the ranks, the canonical nodes are pinned to one, and an epoch is rounded up to whole global batches with samples
     drawn again (streaming's own up-sampling, another draw each epoch), so that no rank has a batch more than another.
+    HiveError where a folder holds no samples, cannot be cached, or is too large for the cache.
     """
 
     def __init__(
         self,
-        folder: str,
+        weights: Mapping[str, float],
         *,
         cache: str | None,
+        cache_limit: str | None,
         prepare: Callable[[Sample], PreparedSample],
         micro_batch_size: int,
         global_batch_size: int,
@@ -47,11 +54,11 @@ class SampleDataset(StreamingDataset):
         self.world = find_world()
         self.global_batch_size = global_batch_size
         self._prepare = prepare
-        remote, local = _location(folder, cache)
-        with own_prefix():
+        self.weights = dict(sorted(weights.items()))
+        streams = make_streams(self.weights, cache=cache, cache_limit=cache_limit)
+        with own_prefix(), _named_cache_limit(cache_limit):
             super().__init__(
-                remote=remote,
-                local=local,
+                streams=streams,
                 batch_size=micro_batch_size,
                 shuffle=shuffle,
                 shuffle_seed=seed,
@@ -60,11 +67,15 @@ class SampleDataset(StreamingDataset):
                 num_canonical_nodes=CANONICAL_NODES,
                 partition_algo="orig",
                 predownload=max(8 * micro_batch_size, 64),
+                cache_limit=cache_limit,
             )
-        # streaming takes the epoch's size before it knows the number of samples, so round up afterwards.
+        # streaming takes the epoch's size before it knows the number of samples, so round up and share out afterwards.
         self.epoch_size = -(-self.num_samples // global_batch_size) * global_batch_size
-        self.streams[0].choose = self.epoch_size
+        for stream, samples in zip(self.streams, share_out(self.epoch_size, list(self.weights.values())), strict=True):
+            stream.choose = samples
         self.length = self.epoch_size // self.world.size
+        if self._unique_rank_world.is_local_leader:
+            weakref.finalize(self, release_caches, os.getpid(), self._shm_prefix_int).atexit = False
 
     def __getitem__(self, at: Any) -> PreparedSample:
         """Prepare sample ``at``, or the first good one after it; the result lists the bad ones in between."""
@@ -101,22 +112,11 @@ class SampleDataset(StreamingDataset):
         )
 
 
-def _location(folder: str, cache: str | None) -> tuple[str | None, str]:
-    """Return streaming's remote and local folder for ``folder``; HiveError where it holds no samples."""
-    if "://" in folder:
-        if not cache:
-            raise HiveError(f"data folder {folder} is remote: expected data.cache, a local folder for its shards")
-        # streaming knows another file system that shards are copied from by its bare path.
-        return folder.removeprefix("file://"), cache
-    index = Path(folder) / "index.json"
-    if not Path(folder).is_dir():
-        raise HiveError(f"data folder {folder}: does not exist")
-    if not index.is_file():
-        raise HiveError(f"data folder {folder}: holds no index.json; expected MDS shards (hive-ds data convert)")
+@contextmanager
+def _named_cache_limit(cache_limit: str | None) -> Iterator[None]:
     try:
-        samples = sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise HiveError(f"data folder {folder}: index.json cannot be read ({error!r})") from error
-    if not samples:
-        raise HiveError(f"data folder {folder}: holds no samples")
-    return None, folder
+        yield
+    except ValueError as error:
+        if not cache_limit:
+            raise
+        raise HiveError(f"data.cache_limit {cache_limit}: {error}") from error

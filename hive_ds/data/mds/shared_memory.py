@@ -74,12 +74,10 @@ def _claim_prefix(folders: list[str], remotes: list[str | None], world: World) -
 
 def _claim(caches: Sequence[str]) -> int:
     """Clear away what dead runs left, and record a new prefix as this process's."""
-    # One process of this user at a time: two that start at once would not see each other's caches.
-    with open(BLOCKS / f"hive_ds-{os.getuid()}.lock", "a") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
+    with _turn():
         for record in BLOCKS.glob(f"hive_ds-{os.getuid()}-*.json"):
             if not _remove_if_dead(record):
-                with suppress(FileNotFoundError):  # its last process has ended in between
+                with suppress(FileNotFoundError, ValueError):  # its last process has ended in between, or was killed
                     _check_caches(json.loads(record.read_bytes()), caches)
         prefix = random.SystemRandom().randrange(*PREFIXES)
         owner = {"process": os.getpid(), "caches": list(caches), "lock_folder": tempfile.gettempdir()}
@@ -87,6 +85,24 @@ def _claim(caches: Sequence[str]) -> int:
             json.dump(owner, file)
         _hold(_record(prefix))
         return prefix
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """One process of this user at a time: two that start at once would not see each other's caches."""
+    with open(BLOCKS / f"hive_ds-{os.getuid()}.lock", "a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
+def release_caches(process: int, prefix: int) -> None:
+    """Let others download to the folders of a data set that ``process`` has dropped; does nothing in its workers."""
+    record = _record(prefix)
+    if os.getpid() != process or not record.exists():
+        return
+    with _turn():
+        # In place: the lock is on this very file.
+        record.write_text(json.dumps(json.loads(record.read_bytes()) | {"caches": []}))
 
 
 def _record(prefix: int) -> Path:
