@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from hive_ds.config import DataConfig
 from hive_ds.data.batch import PreparedSample, collate
 from hive_ds.data.environment import find_world
-from hive_ds.data.images import ImageProcessor, decode_image, dummy_images, process_images
+from hive_ds.data.images import ImageProcessor, decode_image, dummy_images
+from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.data.schema import Sample
 from hive_ds.data.text import IMAGE_POSITIONS, TEMPLATES, encode_sample, prepare_tokenizer
 from hive_ds.errors import HiveError
@@ -27,7 +28,7 @@ class SampleEncoder:
     """Turns a stored sample into tokens and pixels; HiveError, naming the sample, where it cannot be used."""
 
     tokenizer: PreTrainedTokenizerBase
-    image_processor: ImageProcessor
+    preprocess: Preprocessor
     template: str
     image_position: str
     max_length: int
@@ -46,7 +47,7 @@ class SampleEncoder:
     def _pixels(self, files: Sequence[bytes]) -> Mapping[str, Tensor]:
         if not files:
             return {}
-        return process_images([decode_image(file) for file in files], self.image_processor)
+        return self.preprocess([decode_image(file) for file in files])
 
 
 def build_loader(
@@ -75,7 +76,11 @@ def build_loader(
     if not folder:
         raise HiveError("data.validation is not set: expected an MDS folder to validate on")
     encoder = SampleEncoder(
-        prepare_tokenizer(tokenizer), image_processor, data.template, data.image_position, data.max_length
+        prepare_tokenizer(tokenizer),
+        make_preprocessor(image_processor),
+        data.template,
+        data.image_position,
+        data.max_length,
     )
     dataset = SampleDataset(
         {folder: 1.0} if isinstance(folder, str) else folder,

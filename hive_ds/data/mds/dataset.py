@@ -7,14 +7,15 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from streaming import StreamingDataset
+from streaming import LocalDataset, StreamingDataset
 
 from hive_ds.data.batch import BadSample, PreparedSample
 from hive_ds.data.environment import find_world
 from hive_ds.data.mds.shared_memory import own_prefix, release_caches
-from hive_ds.data.mds.streams import make_streams, share_out
+from hive_ds.data.mds.streams import check_index, make_streams, share_out
 from hive_ds.data.schema import Sample, from_columns
 from hive_ds.errors import HiveError
 
@@ -110,6 +111,13 @@ class SampleDataset(StreamingDataset):
                 "shuffle_seed": self.shuffle_seed,
             }
         )
+
+
+def iterate_samples(folder: str | Path) -> Iterator[Sample]:
+    """The samples of a local folder in their order, one at a time; HiveError where it holds none."""
+    check_index(str(folder))
+    dataset = LocalDataset(str(folder))
+    return (from_columns(dataset.get_item(index)) for index in range(len(dataset)))
 
 
 @contextmanager

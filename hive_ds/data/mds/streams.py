@@ -30,7 +30,7 @@ def _is_remote(folder: str) -> bool:
 
 def _stream(folder: str, cache: str | None) -> Stream:
     if not _is_remote(folder):
-        _check_index(folder)
+        check_index(folder)
         return Stream(local=folder)
     if not cache:
         raise HiveError(f"data folder {folder} is remote: expected data.cache, a local folder for its shards")
@@ -42,7 +42,8 @@ def _stream(folder: str, cache: str | None) -> Stream:
         raise HiveError(f"data folder {folder}: {error}") from error
 
 
-def _check_index(folder: str) -> None:
+def check_index(folder: str) -> None:
+    """HiveError where the local ``folder`` is not one of MDS shards with samples in it."""
     index = Path(folder) / "index.json"
     if not Path(folder).is_dir():
         raise HiveError(f"data folder {folder}: does not exist")
