@@ -97,6 +97,8 @@ class DataConfig:
     """Local folder that remote shards are copied to, each remote folder's to one of its own; unused for local data."""
     cache_limit: Annotated[str | None, BYTES] = None
     """Size of the cache, such as ``100gb``, above which shards read longest ago are removed; for remote data only."""
+    balance: bool = False
+    """Deal the samples of each global batch to the ranks so that texts and images are shared out evenly."""
     num_workers: Annotated[int, NOT_NEGATIVE] = 2
     """Loader processes per rank."""
     max_bad_share: Annotated[float, SHARE] = 0.01

@@ -91,6 +91,7 @@ def build_loader(
         global_batch_size=global_batch_size,
         shuffle=data.shuffle and train,
         seed=seed,
+        balance=data.balance and train,
     )
     return SampleLoader(
         dataset,

@@ -69,6 +69,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         {"name": "mixed resumed", "micro": 2, "workers": 0, "resume": "mixed alone", **mixed, "steps": 12},
         {"name": "bad", "micro": 2, "workers": 2, "max_bad_share": 1.0, **good, "folder": str(root / "bad")},
     ]
+    # Unshuffled, two ranks read samples of even and of odd numbers: all the bad ones are on the second.
+    write_mds(make_samples(NUMBER, bad=(1, 11)), root / "odd")
+    odd = {"folder": str(root / "odd"), "global_batch": GLOBAL, "steps": 18, "shuffle": False, "max_bad_share": 1.0}
+    even = {**good, "balance": True}
+    alone += [
+        {"name": "odd alone", "micro": 2, "workers": 2, "save_at": 8, **odd},
+        {"name": "balanced alone", "micro": 1, "workers": 2, "save_at": 8, **even},
+    ]
+    pair += [
+        {"name": "odd", "micro": 2, "workers": 2, "save_at": 8, **odd},
+        {"name": "odd resumed", "micro": 2, "workers": 0, "resume": "odd", **odd, "steps": 10},
+        {"name": "odd elsewhere", "micro": 1, "workers": 2, "resume": "odd alone", **odd, "steps": 10},
+        {"name": "balanced", "micro": 1, "workers": 2, "save_at": 8, **even},
+        {"name": "balanced resumed", "micro": 1, "workers": 0, "resume": "balanced", **even, "steps": STEPS - 8},
+        {"name": "balanced mixture", "micro": 2, "workers": 0, **mixed, "balance": True},
+    ]
     one = launch(alone, root / "one", 1)
     two = launch(pair, root / "two", 2)
     return {name: [result[name] for result in ranks] for ranks in (one, two) for name in ranks[0]}
@@ -134,3 +150,24 @@ def test_bad_samples_are_replaced_alike_in_every_layout(runs: dict[str, list[dic
     named = {name: [item["id"] for item in bad].count(name) for name in names}
     assert named == {**due, "s003": due["s003"] + due["s002"]}
     assert all("cannot be read" in item["reason"] for item in bad)
+
+
+def test_ranks_take_equal_steps_when_one_has_all_the_bad_samples(runs: dict[str, list[dict]]) -> None:
+    straight, alone = runs["odd"], steps(runs["odd alone"])
+    assert straight[0]["bad"] == []
+    # Three epochs; what is drawn again to fill an epoch may be bad, too.
+    assert len(straight[1]["bad"]) in range(6, 13)
+    assert [[len(step) for step in result["steps"]] for result in straight] == [[2] * 18] * 2
+    assert steps(straight) == alone
+    assert steps(runs["odd elsewhere"]) == alone[8:]
+    for before, after in zip(straight, runs["odd resumed"], strict=True):
+        assert after["steps"] == before["steps"][8:]
+
+
+def test_balancing_keeps_the_samples_of_every_step(runs: dict[str, list[dict]]) -> None:
+    expected = steps(runs["1x4x1"])
+    assert steps(runs["balanced alone"]) == steps(runs["balanced"]) == expected
+    assert steps(runs["balanced mixture"]) == steps(runs["mixed alone"])
+    assert runs["balanced"][0]["steps"] != runs["2x1x2"][0]["steps"]
+    for before, after in zip(runs["balanced"], runs["balanced resumed"], strict=True):
+        assert after["steps"] == before["steps"][8:]

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from streaming import LocalDataset, StreamingDataset
+from streaming.base.distributed import barrier
+from streaming.base.shared import SharedMemory
 
 from hive_ds.data.batch import BadSample, PreparedSample
 from hive_ds.data.environment import find_world
+from hive_ds.data.mds.balance import Order, balance_order
 from hive_ds.data.mds.shared_memory import own_prefix, release_caches
+from hive_ds.data.mds.sizes import SIZES, Sizes, read_sizes
 from hive_ds.data.mds.streams import check_index, make_streams, share_out
 from hive_ds.data.schema import Sample, from_columns
 from hive_ds.errors import HiveError
@@ -37,7 +42,8 @@ class SampleDataset(StreamingDataset):
     ranks, micro-batches and workers. Three things make it so: streaming deals its order out sample by sample to
     the ranks, the canonical nodes are pinned to one, and an epoch is rounded up to whole global batches with samples
     drawn again (streaming's own up-sampling, another draw each epoch), so that no rank has a batch more than another.
-    HiveError where a folder holds no samples, cannot be cached, or is too large for the cache.
+    With ``balance`` the samples of each global batch are dealt to ranks and micro-batches by their sizes.
+    HiveError where a folder holds no samples, cannot be cached, is too large for the cache, or has no table of sizes.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class SampleDataset(StreamingDataset):
         global_batch_size: int,
         shuffle: bool,
         seed: int,
+        balance: bool = False,
     ) -> None:
         self.world = find_world()
         self.global_batch_size = global_batch_size
@@ -75,8 +82,26 @@ class SampleDataset(StreamingDataset):
         for stream, samples in zip(self.streams, share_out(self.epoch_size, list(self.weights.values())), strict=True):
             stream.choose = samples
         self.length = self.epoch_size // self.world.size
+        self._sizes = self._read_sizes() if balance else None
         if self._unique_rank_world.is_local_leader:
             weakref.finalize(self, release_caches, os.getpid(), self._shm_prefix_int).atexit = False
+
+    def _read_sizes(self) -> Sizes:
+        """The sizes of all samples; every rank reads them, so that every rank ends where they are missing."""
+        if self._unique_rank_world.is_local_leader:
+            for stream in self.streams:
+                if stream.remote is not None:
+                    with suppress(Exception):  # of whatever cloud: reading says what is missing
+                        stream._download_file(SIZES)
+        barrier()
+        tables = zip(self.streams, self.samples_per_stream.tolist(), strict=True)
+        return np.concatenate([read_sizes(stream.local, samples) for stream, samples in tables])
+
+    def _share_work(self, sample_ids: Order) -> tuple[SharedMemory, SharedMemory | None]:
+        """Let streaming hand out the order of the rest of an epoch, balanced if asked for."""
+        if self._sizes is not None and sample_ids.size:
+            sample_ids = balance_order(sample_ids, self._sizes, self.global_batch_size)
+        return super()._share_work(sample_ids)
 
     def __getitem__(self, at: Any) -> PreparedSample:
         """Prepare sample ``at``, or the first good one after it; the result lists the bad ones in between."""
@@ -101,7 +126,15 @@ class SampleDataset(StreamingDataset):
                 self._iterator.non_blocking_exit()
 
     def seek(self, epoch: int, samples: int) -> None:
-        """Let the next iteration start at sample ``samples`` (over all ranks) of ``epoch``."""
+        """Let the next iteration start at sample ``samples`` (over all ranks) of ``epoch``.
+
+        HiveError where that is within a global batch and batches are balanced: which samples are left is not known.
+        """
+        if self._sizes is not None and samples % self.global_batch_size:
+            raise HiveError(
+                f"data position at sample {samples} of the epoch: with data.balance expected a multiple of "
+                f"global_batch_size {self.global_batch_size}"
+            )
         self.next_epoch = epoch
         self.load_state_dict(
             {
