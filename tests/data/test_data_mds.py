@@ -122,15 +122,6 @@ def test_position_of_another_run_is_refused(folder: str, change: str) -> None:
         one.load_state_dict({**state, change: state[change] + 1})
 
 
-def test_position_in_another_mixture_is_refused_by_name(folder: str, tmp_path: Path) -> None:
-    write_mds(make_samples(9), tmp_path / "other")
-    other = str(tmp_path / "other")
-    state = loader(folder, train=True, train_folders={folder: 1.0, other: 2.0}).state_dict()
-    loader(folder, train=True, train_folders={other: 2.0, folder: 1.0}).load_state_dict(json.loads(json.dumps(state)))
-    with pytest.raises(HiveError, match=rf"saved with weights .*{other}': 2\.0.*run has .*{other}': 1\.0"):
-        loader(folder, train=True, train_folders={other: 1.0, folder: 1.0}).load_state_dict(state)
-
-
 def test_bad_samples_are_replaced_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_mds(make_samples(NUMBER, bad=(5, 6)), tmp_path / "bad")
     mended = loader(str(tmp_path / "bad"), max_bad_share=0.05)
@@ -200,16 +191,6 @@ def test_folder_without_samples_is_one_clear_error(tmp_path: Path, make: object,
 def test_wrong_settings_are_named(folder: str, changes: dict[str, object], message: str) -> None:
     with pytest.raises(HiveError, match=message):
         loader(folder, **changes)
-
-
-def test_cache_limit_that_cannot_work_is_named(folder: str, tmp_path: Path) -> None:
-    with pytest.raises(HiveError, match=rf"data\.cache_limit 1gb: .*would delete shards of {folder}, which is local"):
-        loader(folder, train=True, cache_limit="1gb")
-    remote = {f"file://{folder}": 1.0}
-    with pytest.raises(HiveError, match=r"data\.cache_limit 5kb: Cache limit .* is too low"):
-        loader(folder, train=True, train_folders=remote, cache=str(tmp_path / "cache"), cache_limit="5kb")
-    with pytest.raises(HiveError, match=r"data folder gopher://x: Unsupported remote path"):
-        loader(folder, train=True, train_folders={"gopher://x": 1.0}, cache=str(tmp_path / "cache"))
 
 
 def test_output_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import gc
 import json
 import multiprocessing
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,35 @@ def test_runs_that_start_at_the_same_moment_do_not_collide(tmp_path: Path) -> No
         process.join(60)
         assert process.exitcode == 0
     assert len(set(prefixes)) == 40
+
+
+def construct_for_ever(folder: str, ready: object) -> None:
+    ready.wait()  # type: ignore[attr-defined]
+    while True:
+        make_dataset(folder)
+
+
+def test_runs_killed_while_they_start_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    write_mds(make_samples(4), tmp_path / "data")
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(9)
+    arguments = (str(tmp_path / "data"), ready)
+    processes = [context.Process(target=construct_for_ever, args=arguments) for _ in range(8)]
+    for process in processes:
+        process.start()
+    ready.wait()
+    for process in processes:
+        time.sleep(random.Random(process.pid).uniform(0.02, 0.1))
+        process.kill()
+        process.join()
+    ours = str(make_dataset(str(tmp_path / "data"))._shm_prefix_int)
+    records = [path for path in BLOCKS.glob("hive_ds-*.json") if str(tmp_path) in path.read_text()]
+    assert [path.stem.rpartition("-")[2] for path in records] == [ours]
+    known = {path.stem.rpartition("-")[2] for path in BLOCKS.glob("hive_ds-*.json")}
+    blocks = {path.name.split("_")[0] for path in BLOCKS.iterdir() if re.match(r"\d{10}_", path.name)}
+    assert ours in blocks <= known
+    assert all(ours in path.name for path in tmp_path.glob("*_filelock"))
 
 
 def test_cache_of_a_live_run_is_refused(tmp_path: Path) -> None:
