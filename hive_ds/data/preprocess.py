@@ -9,7 +9,7 @@ itself on two images before it is used.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,9 @@ class Preprocessor:
 def make_preprocessor(processor: ImageProcessor) -> Preprocessor:
     """The fastest way to compute what ``processor`` does: directly where it is one of `KNOWN` with usual settings."""
     plan = _read_plan(processor)
-    return Preprocessor(processor, plan if plan is not None and _is_equal(plan, processor) else None)
+    # Which resize a class has depends on the version of transformers, so both are tried.
+    plans = [] if plan is None else [plan, replace(plan, on_tensors=True)]
+    return Preprocessor(processor, next((plan for plan in plans if _is_equal(plan, processor)), None))
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _read_plan(processor: Any) -> _Plan | None:
         return None  # it would pad
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
     resample = Image.Resampling(processor.resample)
-    return _Plan(size, crop, resample, name.endswith("Fast"), processor.rescale_factor / std, -mean / std)
+    return _Plan(size, crop, resample, False, processor.rescale_factor / std, -mean / std)
 
 
 def _size(size: Mapping[str, int | None]) -> tuple[int, int] | int | None:

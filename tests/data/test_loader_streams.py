@@ -56,6 +56,13 @@ def test_cache_limit_that_cannot_work_is_named(tmp_path: Path) -> None:
         make({"gopher://x": 1.0}, cache=str(tmp_path / "cache"))
 
 
+def test_remote_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    message = rf"^data folder file://{tmp_path}/none: the index cannot be read: .*index\.json"
+    with pytest.raises(HiveError, match=message) as caught:
+        make({f"file://{tmp_path}/none": 1.0}, cache=str(tmp_path / "cache"))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("total", "weights", "parts"),
     [

@@ -64,7 +64,7 @@ class SampleDataset(StreamingDataset):
         self._prepare = prepare
         self.weights = dict(sorted(weights.items()))
         streams = make_streams(self.weights, cache=cache, cache_limit=cache_limit)
-        with own_prefix(), _named_cache_limit(cache_limit):
+        with own_prefix(), _named_errors(self.weights, cache_limit):
             super().__init__(
                 streams=streams,
                 batch_size=micro_batch_size,
@@ -154,10 +154,16 @@ def iterate_samples(folder: str | Path) -> Iterator[Sample]:
 
 
 @contextmanager
-def _named_cache_limit(cache_limit: str | None) -> Iterator[None]:
+def _named_errors(weights: Mapping[str, float], cache_limit: str | None) -> Iterator[None]:
+    """Say in one line what streaming cannot work with: a cache that is too small, or a remote folder."""
     try:
         yield
+    except HiveError:
+        raise
     except ValueError as error:
         if not cache_limit:
             raise
         raise HiveError(f"data.cache_limit {cache_limit}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise HiveError(f"data folder {' or '.join(weights)}: the index cannot be read: {reason}") from error
