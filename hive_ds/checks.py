@@ -6,6 +6,7 @@ looks the checks up there, so a rule stands once, at its field.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -57,3 +58,9 @@ SHARE = Check("from 0 to 1", lambda value: 0 <= value <= 1)
 FACTOR = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 BETA = Check("from 0 up to, not including, 1", lambda value: 0 <= value < 1)
 NOT_EMPTY = Check("not empty", lambda value: len(value) > 0)
+FOLDERS = Check(
+    "not empty, each weight > 0",
+    lambda value: len(value) > 0 and (isinstance(value, str) or all(weight > 0 for weight in value.values())),
+)
+"""One folder, or folders with their weights."""
+BYTES = Check("a size such as 100gb", lambda value: bool(re.fullmatch(r"\d+(\.\d+)? *[kmgt]b", value.lower())))

@@ -12,7 +12,9 @@ from typing import Annotated
 
 from hive_ds.checks import (
     BETA,
+    BYTES,
     FACTOR,
+    FOLDERS,
     NOT_EMPTY,
     NOT_NEGATIVE,
     POSITIVE,
@@ -78,8 +80,8 @@ class ModelConfig:
 class DataConfig:
     """Where samples come from and how they become tokens."""
 
-    train: Annotated[str, NOT_EMPTY]
-    """Folder (or remote URL) of MDS shards."""
+    train: Annotated[str | dict[str, float], FOLDERS]
+    """Folder (or remote URL) of MDS shards, or a mapping from several to their weights (shares of all samples)."""
     validation: str | None = None
     """MDS folder of held-out samples for the validation loss."""
     text_validation: str | None = None
@@ -92,7 +94,11 @@ class DataConfig:
     """Text tokens of one sample at most; longer samples are cut at the end and counted."""
     shuffle: bool = True
     cache: str | None = None
-    """Local folder that remote shards are copied to; unused for local data."""
+    """Local folder that remote shards are copied to, each remote folder's to one of its own; unused for local data."""
+    cache_limit: Annotated[str | None, BYTES] = None
+    """Size of the cache, such as ``100gb``, above which shards read longest ago are removed; for remote data only."""
+    balance: bool = False
+    """Deal the samples of each global batch to the ranks so that texts and images are shared out evenly."""
     num_workers: Annotated[int, NOT_NEGATIVE] = 2
     """Loader processes per rank."""
     max_bad_share: Annotated[float, SHARE] = 0.01

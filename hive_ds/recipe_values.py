@@ -64,8 +64,9 @@ def _convert(hint: Any, entry: Entry, key: str, source: str, origins: Origins) -
         if not isinstance(entry.content, dict):
             raise _wrong_value(key, entry, hint)
         return build(kind, entry.content, source, origins, f"{key}.")  # type: ignore[arg-type]
-    if get_origin(kind) is dict:
-        value: Any = _mapping(kind, entry, key, source, origins, check)
+    mapping = next((option for option in _options(kind) if get_origin(option) is dict), None)
+    if mapping and (mapping is kind or isinstance(entry.content, dict)):
+        value: Any = _mapping(mapping, entry, key, source, origins, check)
     else:
         origins[key] = entry.origin
         value = _plain(kind, entry)
@@ -95,13 +96,18 @@ _WRONG = object()
 
 def _plain(kind: Any, entry: Entry) -> Any:
     """A scalar or a list of scalars as ``kind``; `_WRONG` where it is something else."""
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    options = _options(kind)
     if entry.is_null:
         return None if types.NoneType in options else _WRONG
     kind = next(option for option in options if option is not types.NoneType)
     if get_origin(kind) is tuple:
         return _tuple(get_args(kind), entry)
     return _scalar(kind, entry.content) if isinstance(entry.content, yaml.ScalarNode) else _WRONG
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, else ``kind`` alone."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _tuple(args: tuple[Any, ...], entry: Entry) -> Any:
@@ -138,9 +144,9 @@ def describe(hint: Any) -> str:
 
 
 def _type_words(kind: Any) -> str:
-    args = [arg for arg in get_args(kind) if arg is not types.NoneType]
-    if get_origin(kind) in (Union, types.UnionType):
-        return f"{_type_words(args[0])} or null"
+    args = get_args(kind)
+    if len(_options(kind)) > 1:
+        return " or ".join("null" if option is types.NoneType else _type_words(option) for option in args)
     if get_origin(kind) is tuple and args[-1] is not Ellipsis:
         return f"a list of {len(args)} values, each {TYPE_WORDS[args[0]]}"
     if get_origin(kind) is tuple:

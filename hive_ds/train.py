@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,7 +152,7 @@ def _load_data(run: Run, processor: HiveProcessor) -> tuple[SampleLoader, dict[s
     """The training loader, and those of the validation losses by name."""
     data, config = run.recipe.data, run.config
 
-    def build(folder: str, global_batch_size: int, *, train: bool) -> SampleLoader:
+    def build(folder: str | Mapping[str, float], global_batch_size: int, *, train: bool) -> SampleLoader:
         return build_loader(
             data,
             processor.tokenizer,

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from hive_ds.config import DataConfig
 from hive_ds.data.batch import PreparedSample, collate
 from hive_ds.data.environment import find_world
-from hive_ds.data.images import ImageProcessor, decode_image, dummy_images, process_images
+from hive_ds.data.images import ImageProcessor, decode_image, dummy_images
+from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.data.schema import Sample
 from hive_ds.data.text import IMAGE_POSITIONS, TEMPLATES, encode_sample, prepare_tokenizer
 from hive_ds.errors import HiveError
@@ -27,7 +28,7 @@ class SampleEncoder:
     """Turns a stored sample into tokens and pixels; HiveError, naming the sample, where it cannot be used."""
 
     tokenizer: PreTrainedTokenizerBase
-    image_processor: ImageProcessor
+    preprocess: Preprocessor
     template: str
     image_position: str
     max_length: int
@@ -46,7 +47,7 @@ class SampleEncoder:
     def _pixels(self, files: Sequence[bytes]) -> Mapping[str, Tensor]:
         if not files:
             return {}
-        return process_images([decode_image(file) for file in files], self.image_processor)
+        return self.preprocess([decode_image(file) for file in files])
 
 
 def build_loader(
@@ -58,12 +59,13 @@ def build_loader(
     global_batch_size: int,
     seed: int,
     train: bool,
-    folder: str | None = None,
+    folder: str | Mapping[str, float] | None = None,
 ) -> SampleLoader:
     """Return the loader of `PackedBatch`es of this rank (RANK, WORLD_SIZE, ... as the launcher sets them).
 
-    ``folder`` defaults to ``data.train`` or, with ``train`` false, ``data.validation``. Training is endless and
-    shuffled as ``data.shuffle`` says; otherwise each iteration is one pass in the same order.
+    ``folder``, one or several with their weights, defaults to ``data.train`` or, with ``train`` false,
+    ``data.validation``. Training is endless and shuffled as ``data.shuffle`` says; otherwise each iteration is one
+    pass in the same order.
     torch.distributed must be initialised where there are several ranks.
     HiveError for a missing or empty folder, sizes that do not divide, an unknown template, streaming not installed.
     """
@@ -74,16 +76,22 @@ def build_loader(
     if not folder:
         raise HiveError("data.validation is not set: expected an MDS folder to validate on")
     encoder = SampleEncoder(
-        prepare_tokenizer(tokenizer), image_processor, data.template, data.image_position, data.max_length
+        prepare_tokenizer(tokenizer),
+        make_preprocessor(image_processor),
+        data.template,
+        data.image_position,
+        data.max_length,
     )
     dataset = SampleDataset(
-        folder,
+        {folder: 1.0} if isinstance(folder, str) else folder,
         cache=data.cache,
+        cache_limit=data.cache_limit if train else None,
         prepare=encoder,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         shuffle=data.shuffle and train,
         seed=seed,
+        balance=data.balance and train,
     )
     return SampleLoader(
         dataset,

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from jinja2 import TemplateError
+import numpy as np
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from hive_ds.constants import IGNORE_INDEX, IMAGE_TOKEN
+from hive_ds.data.chat import Span, answer_spans, render_chat, tokenizer_name
 from hive_ds.data.schema import Sample, Turn
 from hive_ds.errors import HiveError
 
 TEMPLATES = ("plain", "chat")
 IMAGE_POSITIONS = ("first", "after_bos")
-_MARK = "hiveAnswerGoesHere"
-"""Stands in for an answer to find where the chat template puts it; an ordinary word survives trimming."""
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -61,20 +57,18 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     character offsets.
     """
     if not tokenizer.is_fast:
-        raise HiveError(f"tokenizer {_name(tokenizer)}: has no character offsets; expected a fast one (tokenizer.json)")
+        raise HiveError(
+            f"tokenizer {tokenizer_name(tokenizer)}: has no character offsets; expected a fast one (tokenizer.json)"
+        )
     token = AddedToken(IMAGE_TOKEN, special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
     tokenizer.add_tokens([token], special_tokens=True)
     return tokenizer
 
 
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return repr(tokenizer.name_or_path or type(tokenizer).__name__)
-
-
 def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id that ends a caption; HiveError if the tokenizer has no end-of-sequence token."""
     if tokenizer.eos_token_id is None:
-        raise HiveError(f"tokenizer {_name(tokenizer)}: has no eos_token, which ends every caption")
+        raise HiveError(f"tokenizer {tokenizer_name(tokenizer)}: has no eos_token, which ends every caption")
     return int(tokenizer.eos_token_id)
 
 
@@ -156,17 +150,6 @@ def render_prompt(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, 
     return render_chat(turns, tokenizer, for_answer=True)
 
 
-def render_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, for_answer: bool) -> str:
-    """Render ``turns`` with the tokenizer's chat template, with the opening of an answer if ``for_answer``."""
-    if not tokenizer.chat_template:
-        raise HiveError(f"tokenizer {_name(tokenizer)}: has no chat template; use template 'plain', or set one")
-    messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in turns]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer))
-    except TemplateError as error:
-        raise HiveError(f"chat template of {_name(tokenizer)} refuses the conversation: {error}") from error
-
-
 def _encode_caption(
     sample: Sample, tokenizer: PreTrainedTokenizerBase, image_position: str
 ) -> tuple[list[int], list[int], list[int]]:
@@ -185,42 +168,20 @@ def _encode_chat(
     sample: Sample, tokenizer: PreTrainedTokenizerBase, image_position: str
 ) -> tuple[list[int], list[int], list[int]]:
     rendered = render_chat(sample.turns, tokenizer, for_answer=False)
-    spans = _answer_spans(sample.turns, rendered, tokenizer)
+    spans = answer_spans(sample.turns, rendered, tokenizer)
     text = encode_text(rendered, tokenizer, image_position=image_position)
-    labels = [
-        token if any(_is_inside(extent, span) for span in spans) else IGNORE_INDEX
-        for token, extent in zip(text.input_ids, text.extents, strict=True)
-    ]
+    inside = _are_inside(text.extents, spans)
+    labels = [token if said else IGNORE_INDEX for token, said in zip(text.input_ids, inside, strict=True)]
     return text.input_ids, labels, text.image_offsets
 
 
-def _is_inside(extent: Span, span: Span) -> bool:
-    """Whether a token holds a character of ``span``; an empty extent counts if it lies within."""
-    start, end = extent
-    return span[0] < start < span[1] if start == end else max(start, span[0]) < min(end, span[1])
+def _are_inside(extents: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Which tokens hold a character of ``spans`` (in order, apart); one with an empty extent counts if it lies within.
 
-
-def _answer_spans(turns: Sequence[Turn], rendered: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """Find the characters of every answer, with what the template writes to end it, in ``rendered``.
-
-    An answer starts where the prompt for it ends, and reaches to the mark that closes it when it is the last turn.
-    Some templates (Qwen3) write the last answer otherwise than earlier ones, so each is found in the whole text.
+    At most one span can be a token's first: the first that ends after the token starts.
     """
-    spans = []
-    for index, turn in enumerate(turns):
-        if turn.role != "assistant":
-            continue
-        if not index:
-            raise HiveError("starts with an answer; template 'chat' expects a user's turn first")
-        marked = [*turns[:index], Turn("assistant", _MARK), *turns[index + 1 :]]
-        prompt = render_chat(turns[:index], tokenizer, for_answer=True)
-        before, _, after = render_chat(marked, tokenizer, for_answer=False).partition(_MARK)
-        closing = render_chat(marked[: index + 1], tokenizer, for_answer=False).partition(_MARK)[2].rstrip()
-        stable = rendered.startswith(prompt) and before.startswith(prompt) and after.startswith(closing)
-        if not (stable and rendered.startswith(before) and rendered.endswith(after)):
-            raise HiveError(
-                f"chat template of {_name(tokenizer)}: turn {index} is written otherwise when turns follow it, "
-                "so the answer cannot be found; use another template"
-            )
-        spans.append((len(prompt), len(rendered) - len(after) + len(closing)))
-    return spans
+    starts, ends = np.array([span for span in spans if span[0] < span[1]], dtype=np.int64).reshape(-1, 2).T
+    first, last = np.array(extents, dtype=np.int64).reshape(-1, 2).T
+    beyond = np.iinfo(np.int64).max
+    said: list[bool] = (np.append(starts, beyond)[np.searchsorted(ends, first, side="right")] < last).tolist()
+    return said

@@ -1,8 +1,9 @@
 """One rank of `test_data_ranks`: run loaders over a folder and write what each step saw.
 
 usage: rank_main.py PLAN OUT, with RANK, WORLD_SIZE and the ranks of the machine set as a launcher does.
-PLAN is a JSON list of runs: name, folder, micro, global_batch, workers, steps, save_at, max_bad_share, and resume, the
-name of a run whose saved state to start from (an earlier plan's included).
+PLAN is a JSON list of runs: name, folder (or folders with weights), cache, micro, global_batch, workers, steps,
+save_at, shuffle, balance, max_bad_share, and resume, the name of a run whose saved state to start from (an earlier
+plan's included).
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from hive_ds.data.loader import build_loader
 
 
 def run(plan: dict, states: Path) -> dict:
-    data = DataConfig(train=plan["folder"], num_workers=plan["workers"], max_bad_share=plan.get("max_bad_share", 0.0))
+    data = DataConfig(
+        train=plan["folder"],
+        cache=plan.get("cache"),
+        shuffle=plan.get("shuffle", True),
+        balance=plan.get("balance", False),
+        num_workers=plan["workers"],
+        max_bad_share=plan.get("max_bad_share", 0.0),
+    )
     loader = build_loader(
         data,
         make_tokenizer("llama3"),

@@ -40,8 +40,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def loader(folder: str, *, train: bool = False, micro: int = 4, seed: int = 1, **changes: object) -> SampleLoader:
-    data = DataConfig(train=folder, validation=folder, num_workers=0, max_bad_share=0.0, max_length=512)
+def loader(
+    folder: str,
+    *,
+    train: bool = False,
+    micro: int = 4,
+    seed: int = 1,
+    train_folders: dict[str, float] | None = None,
+    **changes: object,
+) -> SampleLoader:
+    data = DataConfig(
+        train=train_folders or folder, validation=folder, num_workers=0, max_bad_share=0.0, max_length=512
+    )
     return build_loader(
         replace(data, **changes),
         make_tokenizer("llama3"),
@@ -64,7 +74,8 @@ def test_batches_hold_what_was_written(folder: str) -> None:
             tokens += text.input_ids
             pixels += [decode_image(image) for image in samples[name].images]
         assert batch.input_ids.tolist() == tokens
-        assert torch.equal(batch.images["pixel_values"], process_images(pixels, processor)["pixel_values"])
+        expected = process_images(pixels, processor)["pixel_values"]
+        torch.testing.assert_close(batch.images["pixel_values"], expected, rtol=0, atol=1e-6)
         seen += batch.sample_ids
     assert len(seen) == 24
     assert set(seen) == set(samples)
@@ -249,7 +260,11 @@ sys.exit(3)
 def test_workers_outlive_a_signal_and_end_with_their_process(folder: str, tmp_path: Path) -> None:
     """The launcher's SIGTERM reaches workers too; and a run that ends in the middle of an epoch must not hang."""
     command = [sys.executable, "-c", WORKERS, folder]
-    environ = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
+    environ = {
+        **os.environ,
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}",
+    }
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
     took = time.time() - json.loads(done.stdout)["end"]
     assert done.returncode == 3, done.stderr[-2000:]

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ def launch(plan: list[dict], out: Path, size: int) -> list[dict]:
     """Run ``plan`` on ``size`` ranks, with the variables that the deepspeed launcher sets; one result a rank."""
     out.with_suffix(".plan").write_text(json.dumps(plan))
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "WORLD_"))}
-    clean |= {"TMPDIR": str(out.parent), "PYTHONPATH": str(MAIN.parent)}
+    clean |= {"TMPDIR": str(out.parent), "PYTHONPATH": f"{MAIN.parent}:{MAIN.parents[2]}"}
     processes = []
     for rank in range(size):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
@@ -48,10 +50,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     write_mds(make_samples(NUMBER, bad=BAD), root / "bad")
     good = {"folder": str(root / "good"), "global_batch": GLOBAL, "steps": STEPS}
     rest = {**good, "steps": STEPS - 8}
+    write_mds([replace(sample, id=f"other-{sample.id}") for sample in make_samples(10)], root / "other")
+    mixture = {str(root / "good"): 1, f"file://{root / 'other'}": 3.0}
+    mixed = {"folder": mixture, "cache": str(root / "cache"), "global_batch": GLOBAL, "steps": 24}
     alone = [
         {"name": "1x4x1", "micro": 4, "workers": 0, "save_at": 8, **good},
         {"name": "1x2x2", "micro": 2, "workers": 2, "save_at": 8, **good},
         {"name": "1x4x1 resumed", "micro": 4, "workers": 2, "resume": "1x4x1", **rest},
+        {"name": "mixed alone", "micro": 4, "workers": 2, "save_at": 12, **mixed},
         {"name": "bad alone", "micro": 2, "workers": 0, "max_bad_share": 1.0, **good, "folder": str(root / "bad")},
     ]
     pair = [
@@ -59,7 +65,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         {"name": "2x1x2", "micro": 1, "workers": 0, "save_at": 8, **good},
         {"name": "2x1x2 resumed", "micro": 1, "workers": 2, "resume": "2x2x1", **rest},
         {"name": "2x2x1 resumed", "micro": 2, "workers": 0, "resume": "1x2x2", **rest},
+        {"name": "mixed", "micro": 1, "workers": 2, **mixed},
+        {"name": "mixed resumed", "micro": 2, "workers": 0, "resume": "mixed alone", **mixed, "steps": 12},
         {"name": "bad", "micro": 2, "workers": 2, "max_bad_share": 1.0, **good, "folder": str(root / "bad")},
+    ]
+    # Unshuffled, two ranks read samples of even and of odd numbers: all the bad ones are on the second.
+    write_mds(make_samples(NUMBER, bad=(1, 11)), root / "odd")
+    odd = {"folder": str(root / "odd"), "global_batch": GLOBAL, "steps": 18, "shuffle": False, "max_bad_share": 1.0}
+    even = {**good, "balance": True}
+    alone += [
+        {"name": "odd alone", "micro": 2, "workers": 2, "save_at": 8, **odd},
+        {"name": "balanced alone", "micro": 1, "workers": 2, "save_at": 8, **even},
+    ]
+    pair += [
+        {"name": "odd", "micro": 2, "workers": 2, "save_at": 8, **odd},
+        {"name": "odd resumed", "micro": 2, "workers": 0, "resume": "odd", **odd, "steps": 10},
+        {"name": "odd elsewhere", "micro": 1, "workers": 2, "resume": "odd alone", **odd, "steps": 10},
+        {"name": "balanced", "micro": 1, "workers": 2, "save_at": 8, **even},
+        {"name": "balanced resumed", "micro": 1, "workers": 0, "resume": "balanced", **even, "steps": STEPS - 8},
+        {"name": "balanced mixture", "micro": 2, "workers": 0, **mixed, "balance": True},
     ]
     one = launch(alone, root / "one", 1)
     two = launch(pair, root / "two", 2)
@@ -101,6 +125,20 @@ def test_saved_position_is_the_same_on_every_rank(runs: dict[str, list[dict]]) -
     assert runs["2x2x1"][0]["state"] == runs["2x2x1"][1]["state"] == runs["1x4x1"][0]["state"]
 
 
+def test_weighted_folders_have_their_shares_in_every_layout_and_after_resuming(runs: dict[str, list[dict]]) -> None:
+    alone = steps(runs["mixed alone"])
+    assert steps(runs["mixed"]) == alone
+    assert steps(runs["mixed resumed"]) == alone[12:]
+    for epoch in (alone[:8], alone[8:16], alone[16:]):  # 22 + 10 samples are 8 steps; a quarter comes from "good"
+        seen = Counter(flat(epoch))
+        others = {name: count for name, count in seen.items() if name.startswith("other-")}
+        assert sum(others.values()) == 24
+        assert set(others.values()) == {2, 3}
+        assert len(others) == 10
+        assert [count for name, count in seen.items() if name not in others] == [1] * 8
+    assert set(flat(alone[:8])) != set(flat(alone[8:16]))
+
+
 def test_bad_samples_are_replaced_alike_in_every_layout(runs: dict[str, list[dict]]) -> None:
     assert steps(runs["bad"]) == steps(runs["bad alone"])
     clean, mended = flat(steps(runs["1x4x1"])), flat(steps(runs["bad"]))
@@ -112,3 +150,24 @@ def test_bad_samples_are_replaced_alike_in_every_layout(runs: dict[str, list[dic
     named = {name: [item["id"] for item in bad].count(name) for name in names}
     assert named == {**due, "s003": due["s003"] + due["s002"]}
     assert all("cannot be read" in item["reason"] for item in bad)
+
+
+def test_ranks_take_equal_steps_when_one_has_all_the_bad_samples(runs: dict[str, list[dict]]) -> None:
+    straight, alone = runs["odd"], steps(runs["odd alone"])
+    assert straight[0]["bad"] == []
+    # Three epochs; what is drawn again to fill an epoch may be bad, too.
+    assert len(straight[1]["bad"]) in range(6, 13)
+    assert [[len(step) for step in result["steps"]] for result in straight] == [[2] * 18] * 2
+    assert steps(straight) == alone
+    assert steps(runs["odd elsewhere"]) == alone[8:]
+    for before, after in zip(straight, runs["odd resumed"], strict=True):
+        assert after["steps"] == before["steps"][8:]
+
+
+def test_balancing_keeps_the_samples_of_every_step(runs: dict[str, list[dict]]) -> None:
+    expected = steps(runs["1x4x1"])
+    assert steps(runs["balanced alone"]) == steps(runs["balanced"]) == expected
+    assert steps(runs["balanced mixture"]) == steps(runs["mixed alone"])
+    assert runs["balanced"][0]["steps"] != runs["2x1x2"][0]["steps"]
+    for before, after in zip(runs["balanced"], runs["balanced resumed"], strict=True):
+        assert after["steps"] == before["steps"][8:]

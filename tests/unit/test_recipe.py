@@ -98,6 +98,8 @@ def _line(recipe: str, start: str) -> str:
         ("stages.vision_finetuning=null", lambda r: tuple(r.stages), STAGE_NAMES[:2]),
         ("data.validation=", lambda r: r.data.validation, None),
         ("data.validation=2024", lambda r: r.data.validation, "2024"),
+        ("data.train={a/b: 1, 's3://c': 0.5}", lambda r: r.data.train, {"a/b": 1.0, "s3://c": 0.5}),
+        ("data.cache_limit=1.5TB", lambda r: r.data.cache_limit, "1.5TB"),
         ("name=no", lambda r: r.name, "no"),
         ("name='null'", lambda r: r.name, "null"),
         ("data.shuffle=no", lambda r: r.data.shuffle, False),
@@ -131,6 +133,10 @@ BAD_VALUES = {
     "data.shuffle=maybe": "expected true or false",
     "data.train=[a]": "data.train = [a] (--set): expected text",
     "data.train=": "data.train = null (--set): expected text",
+    "data.train={a: 0}": "data.train = {a: 0} (--set): expected text or a mapping, not empty, each weight > 0",
+    "data.train={a: x}": "data.train.a = x (--set): expected a number",
+    "data.train={}": "data.train = {} (--set): expected text or a mapping, not empty",
+    "data.cache_limit=100": "data.cache_limit = 100 (--set): expected text or null, a size such as 100gb",
     "training=3": "training = 3 (--set): expected a mapping",
     "model.routes.vision_blocks=[0, 1, 2]": "vision_blocks = [0, 1, 2] (--set): expected a list, each value a whole",
     "model.routes.vision_blocks=[]": "at least one",
@@ -208,6 +214,13 @@ def test_dump_is_a_recipe_again(name: str, tmp_path: Path):
 
 printable = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=40)
 numbers = st.floats(min_value=1e-300, max_value=1e300)
+
+
+def test_dump_keeps_weighted_folders(tmp_path: Path):
+    recipe = load_recipe("tiny", ["data.train={s3://a b: 1, /c#d: 0.5, '1': 2}"])
+    (tmp_path / "dump.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "dump.yaml") == recipe
+    assert load_recipe(tmp_path / "dump.yaml", ["data.train=a"]).data.train == "a"
 
 
 @settings(max_examples=60, deadline=None)

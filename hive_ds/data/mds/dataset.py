@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streaming import StreamingDataset
+import numpy as np
+from streaming import LocalDataset, StreamingDataset
+from streaming.base.distributed import barrier
+from streaming.base.shared import SharedMemory
 
 from hive_ds.data.batch import BadSample, PreparedSample
 from hive_ds.data.environment import find_world
+from hive_ds.data.mds.balance import Order, balance_order
+from hive_ds.data.mds.shared_memory import own_prefix, release_caches
+from hive_ds.data.mds.sizes import SIZES, Sizes, read_sizes
+from hive_ds.data.mds.streams import check_index, make_streams, share_out
 from hive_ds.data.schema import Sample, from_columns
 from hive_ds.errors import HiveError
 
@@ -26,43 +35,73 @@ MAX_REPLACEMENTS = 100
 class SampleDataset(StreamingDataset):
     """A StreamingDataset that prepares samples, replaces bad ones and orders them by the global batch alone.
 
-    For one folder, seed and global batch, step k of an epoch sees the same samples however they are split over
+    ``weights`` are the folders, local or remote, with the shares that their samples have in an epoch; it has as many
+    samples as all folders together. Without ``shuffle`` the folders come one after another, by name.
+
+    For the same folders, seed and global batch, step k of an epoch sees the same samples however they are split over
     ranks, micro-batches and workers. Three things make it so: streaming deals its order out sample by sample to
     the ranks, the canonical nodes are pinned to one, and an epoch is rounded up to whole global batches with samples
     drawn again (streaming's own up-sampling, another draw each epoch), so that no rank has a batch more than another.
+    With ``balance`` the samples of each global batch are dealt to ranks and micro-batches by their sizes.
+    HiveError where a folder holds no samples, cannot be cached, is too large for the cache, or has no table of sizes.
     """
 
     def __init__(
         self,
-        folder: str,
+        weights: Mapping[str, float],
         *,
         cache: str | None,
+        cache_limit: str | None,
         prepare: Callable[[Sample], PreparedSample],
         micro_batch_size: int,
         global_batch_size: int,
         shuffle: bool,
         seed: int,
+        balance: bool = False,
     ) -> None:
         self.world = find_world()
         self.global_batch_size = global_batch_size
         self._prepare = prepare
-        remote, local = _location(folder, cache)
-        super().__init__(
-            remote=remote,
-            local=local,
-            batch_size=micro_batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            shuffle_algo="py1e",
-            shuffle_block_size=SHUFFLE_BLOCK,
-            num_canonical_nodes=CANONICAL_NODES,
-            partition_algo="orig",
-            predownload=max(8 * micro_batch_size, 64),
-        )
-        # streaming takes the epoch's size before it knows the number of samples, so round up afterwards.
+        self.weights = dict(sorted(weights.items()))
+        streams = make_streams(self.weights, cache=cache, cache_limit=cache_limit)
+        with own_prefix(), _named_errors(self.weights, cache_limit):
+            super().__init__(
+                streams=streams,
+                batch_size=micro_batch_size,
+                shuffle=shuffle,
+                shuffle_seed=seed,
+                shuffle_algo="py1e",
+                shuffle_block_size=SHUFFLE_BLOCK,
+                num_canonical_nodes=CANONICAL_NODES,
+                partition_algo="orig",
+                predownload=max(8 * micro_batch_size, 64),
+                cache_limit=cache_limit,
+            )
+        # streaming takes the epoch's size before it knows the number of samples, so round up and share out afterwards.
         self.epoch_size = -(-self.num_samples // global_batch_size) * global_batch_size
-        self.streams[0].choose = self.epoch_size
+        for stream, samples in zip(self.streams, share_out(self.epoch_size, list(self.weights.values())), strict=True):
+            stream.choose = samples
         self.length = self.epoch_size // self.world.size
+        self._sizes = self._read_sizes() if balance else None
+        if self._unique_rank_world.is_local_leader:
+            weakref.finalize(self, release_caches, os.getpid(), self._shm_prefix_int).atexit = False
+
+    def _read_sizes(self) -> Sizes:
+        """The sizes of all samples; every rank reads them, so that every rank ends where they are missing."""
+        if self._unique_rank_world.is_local_leader:
+            for stream in self.streams:
+                if stream.remote is not None:
+                    with suppress(Exception):  # of whatever cloud: reading says what is missing
+                        stream._download_file(SIZES)
+        barrier()
+        tables = zip(self.streams, self.samples_per_stream.tolist(), strict=True)
+        return np.concatenate([read_sizes(stream.local, samples) for stream, samples in tables])
+
+    def _share_work(self, sample_ids: Order) -> tuple[SharedMemory, SharedMemory | None]:
+        """Let streaming hand out the order of the rest of an epoch, balanced if asked for."""
+        if self._sizes is not None and sample_ids.size:
+            sample_ids = balance_order(sample_ids, self._sizes, self.global_batch_size)
+        return super()._share_work(sample_ids)
 
     def __getitem__(self, at: Any) -> PreparedSample:
         """Prepare sample ``at``, or the first good one after it; the result lists the bad ones in between."""
@@ -87,7 +126,15 @@ class SampleDataset(StreamingDataset):
                 self._iterator.non_blocking_exit()
 
     def seek(self, epoch: int, samples: int) -> None:
-        """Let the next iteration start at sample ``samples`` (over all ranks) of ``epoch``."""
+        """Let the next iteration start at sample ``samples`` (over all ranks) of ``epoch``.
+
+        HiveError where that is within a global batch and batches are balanced: which samples are left is not known.
+        """
+        if self._sizes is not None and samples % self.global_batch_size:
+            raise HiveError(
+                f"data position at sample {samples} of the epoch: with data.balance expected a multiple of "
+                f"global_batch_size {self.global_batch_size}"
+            )
         self.next_epoch = epoch
         self.load_state_dict(
             {
@@ -99,21 +146,24 @@ class SampleDataset(StreamingDataset):
         )
 
 
-def _location(folder: str, cache: str | None) -> tuple[str | None, str]:
-    """Return streaming's remote and local folder for ``folder``; HiveError where it holds no samples."""
-    if "://" in folder:
-        if not cache:
-            raise HiveError(f"data folder {folder} is remote: expected data.cache, a local folder for its shards")
-        return folder, cache
-    index = Path(folder) / "index.json"
-    if not Path(folder).is_dir():
-        raise HiveError(f"data folder {folder}: does not exist")
-    if not index.is_file():
-        raise HiveError(f"data folder {folder}: holds no index.json; expected MDS shards (hive-ds data convert)")
+def iterate_samples(folder: str | Path) -> Iterator[Sample]:
+    """The samples of a local folder in their order, one at a time; HiveError where it holds none."""
+    check_index(str(folder))
+    dataset = LocalDataset(str(folder))
+    return (from_columns(dataset.get_item(index)) for index in range(len(dataset)))
+
+
+@contextmanager
+def _named_errors(weights: Mapping[str, float], cache_limit: str | None) -> Iterator[None]:
+    """Say in one line what streaming cannot work with: a cache that is too small, or a remote folder."""
     try:
-        samples = sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise HiveError(f"data folder {folder}: index.json cannot be read ({error!r})") from error
-    if not samples:
-        raise HiveError(f"data folder {folder}: holds no samples")
-    return None, folder
+        yield
+    except HiveError:
+        raise
+    except ValueError as error:
+        if not cache_limit:
+            raise
+        raise HiveError(f"data.cache_limit {cache_limit}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise HiveError(f"data folder {' or '.join(weights)}: the index cannot be read: {reason}") from error

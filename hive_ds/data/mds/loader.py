@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from streaming import StreamingDataLoader
 
@@ -74,13 +75,13 @@ class SampleLoader(StreamingDataLoader):
         samples = self._start + self.num_samples_yielded * self._samples.world.size
         return (self._epoch + 1, 0) if samples == self._samples.epoch_size else (self._epoch, samples)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch that was yielded: the same on every rank."""
         epoch, samples = self._position()
         return {"epoch": epoch, "samples": samples, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next iteration at ``state``; HiveError where data, seed or global batch are others.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Start the next iteration at ``state``; HiveError where data, their weights, seed or global batch are others.
 
         The number of ranks, of workers and the micro-batch may differ from the run that saved it.
         """
@@ -89,11 +90,14 @@ class SampleLoader(StreamingDataLoader):
                 raise HiveError(f"data position saved with {name} {state.get(name)}, but the run has {value}")
         self._epoch, self._start, self.num_samples_yielded = state["epoch"], state["samples"], 0
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
+        weights = self._samples.weights
         return {
             "num_samples": self._samples.num_samples,
             "global_batch_size": self._samples.global_batch_size,
             "seed": self._samples.shuffle_seed,
+            # One folder may be moved between two runs; which of several a sample came from depends on all of these.
+            "weights": weights if len(weights) > 1 else None,
         }
 
     def _count(self, batch: PackedBatch) -> None:

@@ -1,0 +1,127 @@
+"""The usual image processors, computed without their detours; every other one as it is.
+
+SigLIP's, CLIP's and DINOv2's (BitImageProcessor) all resize, crop the centre (but SigLIP's), and shift and scale each
+channel. Done directly, arrays are not copied and converted at every turn. The resize is the class's own, Pillow's
+or torchvision's: the two differ by up to two of 255 levels. What a processor does here is compared with what it does
+itself on two images before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from hive_ds.data.images import ImageProcessor, process_images
+
+KNOWN = tuple(f"{name}ImageProcessor{kind}" for name in ("Siglip", "CLIP", "Bit") for kind in ("", "Fast"))
+"""Classes of transformers that are computed here; a subclass may do anything, so it is not among them."""
+INTERPOLATIONS = {
+    Image.Resampling.BILINEAR: functional.InterpolationMode.BILINEAR,
+    Image.Resampling.BICUBIC: functional.InterpolationMode.BICUBIC,
+}
+PROBES = ((37, 53), (91, 40))
+"""Width and height of the images on which a processor is tried."""
+TOLERANCE = 0.01
+"""Largest difference on them, in levels of 255: rounding of float32 alone."""
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """Turns RGB images into the tensors of ``processor``: (I,3,h,w) float32 ``pixel_values``, or what it returns.
+
+    ``plan`` is how to compute them directly; None calls the processor.
+    """
+
+    processor: ImageProcessor
+    plan: _Plan | None
+
+    def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Process ``images``; HiveError as `process_images`."""
+        if self.plan is None or not images:
+            return process_images(images, self.processor)
+        return {"pixel_values": torch.stack([self.plan.apply(image) for image in images])}
+
+
+def make_preprocessor(processor: ImageProcessor) -> Preprocessor:
+    """The fastest way to compute what ``processor`` does: directly where it is one of `KNOWN` with usual settings."""
+    plan = _read_plan(processor)
+    # Which resize a class has depends on the version of transformers, so both are tried.
+    plans = [] if plan is None else [plan, replace(plan, on_tensors=True)]
+    return Preprocessor(processor, next((plan for plan in plans if _is_equal(plan, processor)), None))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """``size`` is (height, width) or the shortest edge; ``scale`` and ``shift`` are (3,1,1), for levels of 255."""
+
+    size: tuple[int, int] | int
+    crop: tuple[int, int] | None
+    resample: Image.Resampling
+    on_tensors: bool
+    scale: Tensor
+    shift: Tensor
+
+    def apply(self, image: Image.Image) -> Tensor:
+        height, width = self._resized(image)
+        if self.on_tensors:
+            mode = INTERPOLATIONS[self.resample]
+            pixels = functional.resize(functional.pil_to_tensor(image), [height, width], interpolation=mode)
+        else:
+            pixels = torch.from_numpy(np.array(image.resize((width, height), self.resample))).permute(2, 0, 1)
+        if self.crop is not None:
+            top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+            pixels = pixels[:, top : top + self.crop[0], left : left + self.crop[1]]
+        return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(self.scale).add_(self.shift)
+
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        if isinstance(self.size, tuple):
+            return self.size
+        short, long = sorted(image.size)
+        long = int(self.size * long / short)
+        return (long, self.size) if image.width <= image.height else (self.size, long)
+
+
+def _read_plan(processor: Any) -> _Plan | None:
+    """What ``processor``'s attributes say it does; None where that is not what `_Plan` can do."""
+    name = type(processor).__name__
+    if name not in KNOWN or not type(processor).__module__.startswith("transformers."):
+        return None
+    needed = (processor.do_resize, processor.do_rescale, processor.do_normalize, processor.resample in INTERPOLATIONS)
+    size = _size(processor.size)
+    crop = _size(processor.crop_size) if getattr(processor, "do_center_crop", None) else None
+    if not all(needed) or size is None or isinstance(crop, int):
+        return None
+    smallest = (size, size) if isinstance(size, int) else size
+    if crop is not None and (crop[0] > smallest[0] or crop[1] > smallest[1]):
+        return None  # it would pad
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+    resample = Image.Resampling(processor.resample)
+    return _Plan(size, crop, resample, False, processor.rescale_factor / std, -mean / std)
+
+
+def _size(size: Mapping[str, int | None]) -> tuple[int, int] | int | None:
+    given = {name: value for name, value in dict(size).items() if value is not None}
+    if given.keys() == {"height", "width"}:
+        return int(given["height"]), int(given["width"])
+    return int(given["shortest_edge"]) if given.keys() == {"shortest_edge"} else None
+
+
+def _is_equal(plan: _Plan, processor: ImageProcessor) -> bool:
+    """Whether ``plan`` does what ``processor`` does, on noise."""
+    drawn = np.random.default_rng(0)
+    for width, height in PROBES:
+        image = Image.fromarray(drawn.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        expected = process_images([image], processor)
+        ours = plan.apply(image)[None]
+        if expected.keys() != {"pixel_values"} or expected["pixel_values"].shape != ours.shape:
+            return False
+        if bool(((ours - expected["pixel_values"]).abs() / plan.scale).max() > TOLERANCE):
+            return False
+    return True

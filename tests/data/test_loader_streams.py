@@ -1,0 +1,77 @@
+"""Several weighted folders, remote ones and their cache: what is refused. What they yield: see `test_data_ranks`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from tiny_data import make_image_processor, make_samples, make_tokenizer
+
+from hive_ds.config import DataConfig
+from hive_ds.data.loader import build_loader
+from hive_ds.data.mds import SampleLoader, write_mds
+from hive_ds.data.mds.streams import share_out
+from hive_ds.errors import HiveError
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """streaming keeps lock files in the temporary folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def make(weights: dict[str, float], **changes: object) -> SampleLoader:
+    return build_loader(
+        DataConfig(train=weights, num_workers=0, **changes),  # type: ignore[arg-type]
+        make_tokenizer("llama3"),
+        make_image_processor(),
+        micro_batch_size=4,
+        global_batch_size=8,
+        seed=1,
+        train=True,
+    )
+
+
+def test_position_in_another_mixture_is_refused_by_name(tmp_path: Path) -> None:
+    write_mds(make_samples(9), tmp_path / "data")
+    write_mds(make_samples(9), tmp_path / "other")
+    folder, other = str(tmp_path / "data"), str(tmp_path / "other")
+    state = make({folder: 1.0, other: 2.0}).state_dict()
+    make({other: 2.0, folder: 1.0}).load_state_dict(json.loads(json.dumps(state)))
+    with pytest.raises(HiveError, match=rf"saved with weights .*{other}': 2\.0.*run has .*{other}': 1\.0"):
+        make({other: 1.0, folder: 1.0}).load_state_dict(state)
+
+
+def test_cache_limit_that_cannot_work_is_named(tmp_path: Path) -> None:
+    write_mds(make_samples(9), tmp_path / "data")
+    folder = str(tmp_path / "data")
+    with pytest.raises(HiveError, match=rf"data\.cache_limit 1gb: .*would delete shards of {folder}, which is local"):
+        make({folder: 1.0}, cache_limit="1gb")
+    remote = {f"file://{folder}": 1.0}
+    with pytest.raises(HiveError, match=r"data\.cache_limit 5kb: Cache limit .* is too low"):
+        make(remote, cache=str(tmp_path / "cache"), cache_limit="5kb")
+    with pytest.raises(HiveError, match=r"data folder gopher://x: Unsupported remote path"):
+        make({"gopher://x": 1.0}, cache=str(tmp_path / "cache"))
+
+
+def test_remote_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    message = rf"^data folder file://{tmp_path}/none: the index cannot be read: .*index\.json"
+    with pytest.raises(HiveError, match=message) as caught:
+        make({f"file://{tmp_path}/none": 1.0}, cache=str(tmp_path / "cache"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "parts"),
+    [
+        (32, [1, 3], [8, 24]),
+        (10, [1.0], [10]),
+        (10, [1, 1, 1], [4, 3, 3]),
+        (5, [0.001, 1, 1e6], [0, 0, 5]),
+        (7, [0.1, 0.2, 0.7], [1, 1, 5]),
+    ],
+)
+def test_shares_are_whole_and_sum_to_the_epoch(total: int, weights: list[float], parts: list[int]) -> None:
+    assert share_out(total, weights) == parts
