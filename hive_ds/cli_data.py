@@ -21,6 +21,7 @@ def add_data_commands(data: Any) -> None:
     _add_stats(data)
     _add_show(data)
     _add_recaption(data)
+    _add_speed(data)
 
 
 def _add_scenes(data: Any) -> None:
@@ -230,3 +231,28 @@ def _text_settings(args: argparse.Namespace) -> TextSettings | None:
     from hive_ds.data.inspection.text import TextSettings
 
     return TextSettings(args.tokenizer, args.template, args.max_length) if args.tokenizer else None
+
+
+def _add_speed(data: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from transformers import AutoImageProcessor
+
+        from hive_ds.data.speed import measure_speed
+
+        try:
+            processor = AutoImageProcessor.from_pretrained(args.image_processor)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise HiveError(f"image processor {args.image_processor}: does not load ({reason})") from error
+        print(measure_speed(args.folder, processor, args.seconds))
+
+    parser = command(
+        data,
+        "speed",
+        run,
+        "time decoding and preprocessing on one core",
+        "Beside it: a plain loop of Pillow and the Hugging Face image processor.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="MDS shards")
+    parser.add_argument("--image-processor", required=True, metavar="MODEL", help="folder or hub name of an encoder")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each way (default: %(default)s)")

@@ -73,10 +73,10 @@ def measure_speed(folder: str | Path, image_processor: ImageProcessor, seconds: 
 
 
 def _first_images(folder: str | Path) -> list[bytes]:
-    from hive_ds.data.mds.dataset import iterate_samples
+    from hive_ds.data.mds.reading import open_folder
 
     files: list[bytes] = []
-    for sample in iterate_samples(folder):
+    for sample in open_folder(folder):
         files += sample.images
         if len(files) >= NUM_IMAGES:
             break

@@ -52,6 +52,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
             "data stats",
             "data show",
             "data recaption",
+            "data speed",
             "export",
             "export encoder",
         ),

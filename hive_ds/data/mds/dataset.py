@@ -7,11 +7,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from streaming import LocalDataset, StreamingDataset
+from streaming import StreamingDataset
 from streaming.base.distributed import barrier
 from streaming.base.shared import SharedMemory
 
@@ -20,7 +19,7 @@ from hive_ds.data.environment import find_world
 from hive_ds.data.mds.balance import Order, balance_order
 from hive_ds.data.mds.shared_memory import own_prefix, release_caches
 from hive_ds.data.mds.sizes import SIZES, Sizes, read_sizes
-from hive_ds.data.mds.streams import check_index, make_streams, share_out
+from hive_ds.data.mds.streams import make_streams, share_out
 from hive_ds.data.schema import Sample, from_columns
 from hive_ds.errors import HiveError
 
@@ -144,13 +143,6 @@ class SampleDataset(StreamingDataset):
                 "shuffle_seed": self.shuffle_seed,
             }
         )
-
-
-def iterate_samples(folder: str | Path) -> Iterator[Sample]:
-    """The samples of a local folder in their order, one at a time; HiveError where it holds none."""
-    check_index(str(folder))
-    dataset = LocalDataset(str(folder))
-    return (from_columns(dataset.get_item(index)) for index in range(len(dataset)))
 
 
 @contextmanager
