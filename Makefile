@@ -45,7 +45,7 @@ test: $(VENV)/.installed ## Run the tests (under 15 minutes on 2 cores)
 
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and model, kernels and text on transformers 5
 	$(RUN) pytest -rs -m "long and not gpu"
-	$(RUN_TF5) pytest -rs tests/model tests/kernels tests/data/test_processing.py tests/data/test_data_text.py tests/data/test_data_images.py
+	$(RUN_TF5) pytest -rs tests/model tests/kernels $(addprefix tests/data/test_,$(addsuffix .py,processing data_text data_images loader_preprocess loader_text_speed recaption))
 
 # Needs no environment of ours: on a machine with a GPU and no network, its own Python with torch and triton will do.
 # SHAPES=a,b times these alone (kernels/benchmarks/shapes.py lists them).

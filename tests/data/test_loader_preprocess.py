@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import torch
 import transformers
 from PIL import Image
@@ -34,13 +35,19 @@ def make(name: str, **changes: object) -> transformers.BaseImageProcessor:
     return getattr(transformers, name)(**{**sizes, **changes})
 
 
+def photographs() -> list[Image.Image]:
+    """Real ones, of up to 600 x 400 pixels."""
+    folder = Path(skimage.__file__).parent / "data"
+    return [Image.open(folder / name).convert("RGB") for name in ("astronaut.png", "coffee.png", "camera.png")]
+
+
 @pytest.mark.parametrize("resample", [2, 3])
 @pytest.mark.parametrize("name", KNOWN)
 def test_direct_values_are_the_processors(name: str, resample: int) -> None:
     processor = make(name, resample=resample)
     preprocess = make_preprocessor(processor)
     assert preprocess.plan is not None
-    for images in ([smooth(1, size) for size in SIZES], [photo(2, size) for size in SIZES]):
+    for images in ([smooth(1, size) for size in SIZES], [photo(2, size) for size in SIZES], photographs()):
         ours, expected = preprocess(images), process_images(images, processor)
         assert ours.keys() == expected.keys() == {"pixel_values"}
         assert ours["pixel_values"].shape == expected["pixel_values"].shape

@@ -49,7 +49,7 @@ VICUNA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:"
     "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# What `_answer_spans` must refuse: turns before the last are left out.
+# What `hive_ds.data.chat` must refuse: turns before the last are left out.
 FORGETFUL = (
     "{% for m in messages[-2:] %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
