@@ -25,6 +25,7 @@ from hive_ds.model.loading import build_model, load_model
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import STAGES, Stage, hive_groups, next_stage, stage_by_number
+from hive_ds.training.attempt import EXIT_STOPPED, Attempt
 from hive_ds.training.checkpoint import (
     RunIdentity,
     load_checkpoint,
@@ -54,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = World()
     try:
         world = read_world(os.environ)
-        train(options, world)
+        finished = train(options, world)
     except HiveError as error:
         report_error(error, world, debug=options.debug)
         return 2
     stop()
-    return 0
+    return 0 if finished else EXIT_STOPPED
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Run:
     folder: StageFolder
     world: World
     device: torch.device
+    attempt: Attempt
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -79,15 +81,17 @@ class Run:
             print(text, flush=True)
 
 
-def train(options: argparse.Namespace, world: World) -> None:
-    """Train one stage from its start, or from its newest checkpoint, to its end."""
+def train(options: argparse.Namespace, world: World) -> bool:
+    """Train one stage from its start, or from its newest checkpoint, to its end; False if it was stopped before."""
     recipe, stage, config = _read_recipe(options)
     accumulation_steps(config, world.size)
     policy = read_policy(recipe.training.ds_config)
-    run = Run(recipe, stage, config, StageFolder(Path(options.run), stage), world, start(world))
+    folder = StageFolder(Path(options.run), stage)
+    run = Run(recipe, stage, config, folder, world, start(world), Attempt(folder.path, world))
     if from_main(run.folder.done.is_file()):
         run.say(f"stage {stage.number} of {options.run} is done already; {_next_command(options, stage)}")
-        return
+        return True
+    run.attempt.sign()
     model, processor = _load_model(run)
     plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), config)
     _warn_untrained_blocks(run, model)
@@ -95,10 +99,15 @@ def train(options: argparse.Namespace, world: World) -> None:
     loader, validation = _load_data(run, processor)
     ds_config = _write_inputs(run, policy)
     job, first_step = _start_job(run, model, plan, loader, validation, ds_config)
-    run_loop(job, first_step)
-    save_model(run.folder.model, job.engine, processor, world)
+    done = run_loop(job, first_step)
+    if done < job.schedule.steps:
+        run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
+        job.engine.close()
+        return False
+    save_model(run.folder.model, job.engine, processor, world, run.attempt)
     _finish(run, job)
     run.say(f"stage {stage.number} is done: {run.folder.model}\n{_next_command(options, stage)}")
+    return True
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -218,7 +227,10 @@ def _start_job(
         patch_size=model.config.vision_config.patch_size,
         world=world,
         device=device,
-        save=lambda step: save_checkpoint(run.folder.path, step, engine, identity, loader.state_dict(), world),
+        save=lambda step: save_checkpoint(
+            run.folder.path, step, engine, identity, loader.state_dict(), world, run.attempt
+        ),
+        attempt=run.attempt,
     )
     return job, first_step
 
@@ -237,6 +249,7 @@ def _resume(run: Run, engine: Engine, identity: RunIdentity, loader: SampleLoade
 def _finish(run: Run, job: Job) -> None:
     job.metrics.write("end", job.schedule.steps, skipped_steps=job.engine.skipped_steps)
     if run.world.is_main:
+        run.attempt.check()
         run.folder.done.touch()
     job.engine.close()
 

@@ -21,6 +21,7 @@ import torch
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
+from hive_ds.training.attempt import Attempt
 from hive_ds.training.distributed import World, barrier, from_main
 from hive_ds.training.engine import Engine
 from hive_ds.training.groups import StagePlan
@@ -63,7 +64,13 @@ class RunIdentity:
 
 
 def save_checkpoint(
-    folder: Path, step: int, engine: Engine, identity: RunIdentity, loader_state: dict[str, Any], world: World
+    folder: Path,
+    step: int,
+    engine: Engine,
+    identity: RunIdentity,
+    loader_state: dict[str, Any],
+    world: World,
+    attempt: Attempt,
 ) -> None:
     """Write ``folder/checkpoints/step-XXXXXX`` and point ``folder/latest`` at it; every rank calls it.
 
@@ -74,7 +81,9 @@ def save_checkpoint(
         identity: checked on resume.
         loader_state: this rank's position in the data.
         world: this process among all.
+        attempt: HiveError where another has taken over.
     """
+    attempt.check()
     final = folder / "checkpoints" / f"step-{step:06d}"
     aside = final.with_name(f".{final.name}.partial")
     if world.is_main:
@@ -88,6 +97,7 @@ def save_checkpoint(
     if world.is_main:
         state = {"step": step, "skipped_steps": engine.skipped_steps, "identity": asdict(identity)}
         (aside / "state.json").write_text(json.dumps(state))
+        attempt.check()
         _publish(aside, final)
         _write_text(folder / "latest", final.name)
         for old in _step_folders(folder)[KEEP:]:
@@ -128,14 +138,18 @@ def load_checkpoint(path: Path, engine: Engine, identity: RunIdentity, world: Wo
     return state["step"], mine["loader"]
 
 
-def save_model(folder: Path, engine: Engine, processor: Any, world: World) -> None:
-    """Write the whole model as safetensors and its processor to ``folder``; every rank calls it."""
+def save_model(folder: Path, engine: Engine, processor: Any, world: World, attempt: Attempt) -> None:
+    """Write the whole model as safetensors and its processor to ``folder``; every rank calls it.
+
+    HiveError where another attempt has taken over.
+    """
     state = engine.gather_state()
     if world.is_main:
         aside = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         engine.model.save_pretrained(aside, state_dict=state)
         processor.save_pretrained(aside)
+        attempt.check()
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     barrier()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from hive_ds.config import TrainingConfig
 from hive_ds.errors import HiveError
+from hive_ds.training.attempt import Attempt
 from hive_ds.training.distributed import World, all_values, min_over_ranks, sum_over_ranks
 from hive_ds.training.engine import Engine, StepReport
 from hive_ds.training.flops import BatchSize, FlopCounter
@@ -39,15 +40,19 @@ class Job:
     device: torch.device
     save: Callable[[int], None]
     """Write a checkpoint after so many steps."""
+    attempt: Attempt
 
 
-def train(job: Job, first_step: int) -> None:
+def train(job: Job, first_step: int) -> int:
     """Run the steps that are left, validating, logging and saving at the recipe's intervals and at the end.
+
+    Returns:
+        The steps done: all, or fewer where the attempt was asked to stop; there is a checkpoint of them.
 
     Raises:
         HiveError: too many steps in a row had a gradient that is not finite.
     """
-    batches, steps, skipped_in_row = iter(job.loader), job.schedule.steps, 0
+    batches, steps, skipped_in_row, done = iter(job.loader), job.schedule.steps, 0, first_step
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=not job.world.is_main, dynamic_ncols=True)
     job.meter.restart()
     for step in range(first_step, steps):
@@ -63,10 +68,14 @@ def train(job: Job, first_step: int) -> None:
             _log(job, done, report, bar)
         if _due(done, job.training.validation_interval, steps):
             _validate(job, done)
-        if _due(done, job.training.checkpoint_interval, steps):
+        stop = job.attempt.should_stop(job.device)
+        if stop or _due(done, job.training.checkpoint_interval, steps):
             job.save(done)
             job.meter.restart()
+        if stop:
+            break
     bar.close()
+    return done
 
 
 def evaluate(job: Job, loader: Any) -> float:

@@ -23,6 +23,7 @@ from stage_helpers import (
 from hive_ds.config import TrainingConfig
 from hive_ds.model.loading import load_weights
 from hive_ds.stages import stage_by_number
+from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import (
     RunIdentity,
     load_checkpoint,
@@ -44,6 +45,13 @@ class FakeProcessor:
         (folder / "processor.txt").write_text("processor")
 
 
+def signed(ranks: Any, folder: Any, name: str = "first") -> Attempt:
+    """An attempt that has signed ``folder``."""
+    attempt = Attempt(folder, ranks.world, {"HIVE_ATTEMPT": name})
+    attempt.sign()
+    return attempt
+
+
 def identity_of(ranks: Any, trainee: Any, config: Any, precision: str = "fp32") -> RunIdentity:
     ds_config = {"zero_optimization": {"stage": trainee.engine.zero_stage}}
     training = TrainingConfig(precision=precision)
@@ -59,7 +67,7 @@ def check_hand_over(ranks: Any) -> None:
             run_step(ranks, trainee, step_batches(ranks, step, 2))
         saved = state_of(trainee)
         folder = ranks.folder / f"model-{tied}"
-        save_model(folder, trainee.engine, FakeProcessor(), ranks.world)
+        save_model(folder, trainee.engine, FakeProcessor(), ranks.world, signed(ranks, ranks.folder))
         trainee.engine.close()
         model = make_model(stage_by_number(2), seed=5, **changes)
         report = load_weights(model, folder)
@@ -90,7 +98,8 @@ def check_resume(ranks: Any) -> None:
         expected = []
         for step in range(5):
             if step == 2:
-                save_checkpoint(folder, step, straight.engine, identity, {"samples": 8}, ranks.world)
+                attempt = signed(ranks, folder)
+                save_checkpoint(folder, step, straight.engine, identity, {"samples": 8}, ranks.world, attempt)
             loss, report = run_step(ranks, straight, step_batches(ranks, step, 1), factor=1 - step / 5)
             expected.append((loss, report.grad_norms))
         wanted = state_of(straight)
@@ -112,7 +121,7 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
     trainee = make_trainee(ranks, config=config_for(2))
     identity = identity_of(ranks, trainee, config_for(2))
     for step in (1, 2, 3):
-        save_checkpoint(folder, step, trainee.engine, identity, {}, ranks.world)
+        save_checkpoint(folder, step, trainee.engine, identity, {}, ranks.world, signed(ranks, folder))
     assert (folder / "latest").read_text() == "step-000003"
     if ranks.world.is_main:
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
@@ -134,6 +143,28 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
     assert "it holds another model: 1 trained parameters differ, first more with shape None against [2]" in message
     trainee.engine.close()
     other.engine.close()
+
+
+def check_attempts(ranks: Any) -> None:
+    """Row 11, fenced: an attempt that another has replaced publishes nothing; both stop by a file or by the time."""
+    folder = ranks.folder / "attempts"
+    trainee = make_trainee(ranks, config=config_for(2))
+    identity = identity_of(ranks, trainee, config_for(2))
+    old, new = signed(ranks, folder, "old"), signed(ranks, folder, "new")
+    barrier()
+    if ranks.world.is_main:
+        assert "attempt new took over from this one, old; nothing was written" in expect_error(old.check)
+    new.check()
+    save_checkpoint(folder, 1, trainee.engine, identity, {}, ranks.world, new)
+    assert not new.should_stop(ranks.device)
+    late = Attempt(folder, ranks.world, {"HIVE_ATTEMPT": "new", "HIVE_STOP_AT": "1000"})
+    assert late.should_stop(ranks.device)
+    if ranks.world.is_main:
+        (folder / "STOP").touch()
+    assert new.should_stop(ranks.device)
+    message = expect_error(lambda: Attempt(folder, ranks.world, {"HIVE_STOP_AT": "noon"}))
+    assert message == "HIVE_STOP_AT is 'noon'; expected seconds since the epoch"
+    trainee.engine.close()
 
 
 def check_endless_skips(ranks: Any) -> None:
@@ -162,6 +193,7 @@ def check_endless_skips(ranks: Any) -> None:
         world=ranks.world,
         device=ranks.device,
         save=lambda step: None,
+        attempt=Attempt(folder, ranks.world, {}),
     )
     message = expect_error(lambda: train(job, 0))
     assert message.startswith("step 7: the gradient was not finite for 3 steps in a row"), message

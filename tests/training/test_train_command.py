@@ -19,6 +19,7 @@ from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import assign_groups, hive_groups, stage_by_number
 from hive_ds.train import main
+from hive_ds.training.attempt import EXIT_STOPPED
 from hive_ds.training.distributed import stop
 from hive_ds.training.metrics import TRAIN_KEYS
 
@@ -138,6 +139,23 @@ def test_killed_and_resumed_equals_straight(tiny: TinyRun, straight: str) -> Non
         assert resumed == [{key: line[key] for key in keys} for line in tiny.metrics("straight", 1, event)]
     first, second = (weights(tiny.root / run / "stage1" / "model") for run in ("straight", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stopped_by_a_file_and_gone_on(tiny: TinyRun) -> None:
+    folder = tiny.root / "stopped" / "stage1"
+    folder.mkdir(parents=True)
+    (folder / "STOP").touch()
+    few = ("--set", "stages.connector_pretraining.steps=3")
+    stopped = tiny.train(1, "stopped", *few, launcher="torchrun")
+    assert f"exitcode: {EXIT_STOPPED}" in stopped.stderr.replace(" ", "").replace(":", ": ")
+    assert "stopped after step 1 of 3; the same command goes on from there" in stopped.stdout
+    assert not (folder / "DONE").exists()
+    assert (folder / "latest").read_text() == "step-000001"
+    (folder / "STOP").unlink()
+    done = tiny.train(1, "stopped", *few, launcher="torchrun")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "checkpoints/step-000001" in done.stdout
+    assert [line["step"] for line in tiny.metrics("stopped", 1, "train")] == [1, 2, 3]
 
 
 def test_stages_follow_one_another(tiny: TinyRun, straight: str) -> None:

@@ -1,0 +1,72 @@
+"""One attempt at a stage among several: when it must stop, and whether another has taken over.
+
+Launch scripts stop a run by a file or a deadline, start it again, and cannot be sure that the old processes are gone:
+a node that the network has lost keeps running. So every attempt signs the stage's folder, and the old one's writes are
+refused.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from hive_ds.errors import HiveError
+from hive_ds.training.distributed import World, sum_over_ranks
+
+EXIT_STOPPED = 85
+"""Exit code of ranks that stopped early, with a checkpoint: start the same command again to go on."""
+
+
+class Attempt:
+    """This attempt at the stage in ``folder``.
+
+    Args:
+        folder: of the stage.
+        world: this process among all.
+        env: HIVE_ATTEMPT names the attempt (job id and restart count, say); HIVE_STOP_AT is the time, in seconds since
+            the epoch, at which it should stop.
+
+    Raises:
+        HiveError: HIVE_STOP_AT is no number.
+    """
+
+    def __init__(self, folder: Path, world: World, env: Mapping[str, str] = os.environ) -> None:
+        self._stop_file, self._signature, self._world = folder / "STOP", folder / "attempt", world
+        self._name = env.get("HIVE_ATTEMPT") or uuid.uuid4().hex
+        given = env.get("HIVE_STOP_AT", "inf")
+        try:
+            self._stop_at = float(given)
+        except ValueError:
+            raise HiveError(f"HIVE_STOP_AT is {given!r}; expected seconds since the epoch") from None
+
+    def sign(self) -> None:
+        """Take the folder over from earlier attempts; on rank 0."""
+        if self._world.is_main:
+            self._signature.parent.mkdir(parents=True, exist_ok=True)
+            aside = self._signature.with_suffix(".partial")
+            aside.write_text(self._name)
+            aside.rename(self._signature)
+
+    def check(self) -> None:
+        """Refuse to write where another attempt has signed since; rank 0 asks before it publishes anything.
+
+        Raises:
+            HiveError: names both attempts.
+        """
+        if not self._world.is_main:
+            return
+        now = self._signature.read_text() if self._signature.is_file() else "nobody"
+        if now != self._name:
+            raise HiveError(
+                f"{self._signature.parent}: attempt {now} took over from this one, {self._name}; nothing was written"
+            )
+
+    def should_stop(self, device: torch.device) -> bool:
+        """Whether to stop after this step, the same on every rank: a file STOP is there, or the time is up."""
+        wanted = self._world.is_main and (self._stop_file.exists() or time.time() >= self._stop_at)
+        return sum_over_ranks([float(wanted)], device)[0] > 0
