@@ -7,7 +7,6 @@ cannot reach. The right one is that with the route to rank 0's host.
 from __future__ import annotations
 
 import fcntl
-import os
 import socket
 import struct
 from collections.abc import MutableMapping
@@ -75,8 +74,3 @@ def _source_address(target: str) -> str | None:
         except OSError:
             return None
         return str(probe.getsockname()[0])
-
-
-def host_name() -> str:
-    """This host's short name."""
-    return os.uname().nodename.split(".")[0]

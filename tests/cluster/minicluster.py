@@ -169,13 +169,13 @@ class MiniCluster:
         return int(done.stdout.strip() or 0) if done.returncode == 0 else -1
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: float = 0.05) -> Any:
     """Return ``condition()`` once it is true; TimeoutError after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.05)
+        time.sleep(every)
     return value
 
 

@@ -1,0 +1,162 @@
+# shellcheck shell=bash
+# What the job scripts of this folder share; they source it on the first node of their job.
+#
+# A stage's job: one srun task a node (node.sh), torchrun's ranks below it. How the job goes on is decided by files, not
+# by exit codes alone: RUN/stageN/DONE is success, whatever srun says; RUN/stageN/STOP asks the trainer to save and stop.
+
+say() { echo "$(date '+%F %T') $*"; }
+
+fail() { # wrong input: the job ends, and nothing starts it again
+    echo "error: $*" >&2
+    exit 2
+}
+
+slurm_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HIVE_CLONE=$(dirname "$slurm_folder")
+export HIVE_CLONE
+set +u # `module load` often reads variables that are not set
+# shellcheck source=slurm/env.sh
+source "$slurm_folder/env.sh"
+set -u
+export HIVE_PYTHON HIVE_SCRATCH
+
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+
+parse() { # sets recipe, run, and the options that the trainer gets as they are
+    recipe=$HIVE_RECIPE run=$HIVE_RUN options=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --recipe | --run | --set) [ $# -ge 2 ] || fail "$1 needs a value" ;;
+        esac
+        case $1 in
+        --recipe) recipe=$2 && shift 2 ;;
+        --run) run=$2 && shift 2 ;;
+        --set) options+=("$1" "$2") && shift 2 ;;
+        --debug) options+=("$1") && shift ;;
+        *) fail "unknown argument $1; expected --recipe R, --run RUN, --set KEY=VALUE or --debug" ;;
+        esac
+    done
+    run=$(absolute "$run")
+    if [ -f "$recipe" ]; then recipe=$(absolute "$recipe"); fi
+}
+
+run_stage() { # NUMBER ARGUMENTS: a job's whole life
+    local number=$1
+    shift
+    parse "$@"
+    folder=$run/stage$number
+    if [ -e "$folder/DONE" ]; then
+        say "stage $number of $run is done already"
+        exit 0
+    fi
+    restarts=${SLURM_RESTART_COUNT:-0}
+    time_is_up= trainer=
+    trap on_time_is_up USR1
+    # The trainer writes it to RUN/stageN/attempt, and writes nothing more once another attempt's stands there.
+    export HIVE_ATTEMPT=$SLURM_JOB_ID.$restarts
+    logs=$folder/attempts/$HIVE_ATTEMPT
+    mkdir -p "$logs" || fail "cannot write $logs; change --run"
+    rm -f "$folder/STOP"
+    set_stop_time
+    snapshot "$@"
+    say "stage $number of $run, attempt $HIVE_ATTEMPT on $SLURM_JOB_NODELIST; ranks log to $logs"
+    run_trainer "$number"
+    conclude
+}
+
+on_time_is_up() { # Slurm sends USR1 before the time limit and, where so set up, before a preemption
+    say "Slurm wants the nodes back: asking the trainer to save and stop"
+    time_is_up=1
+    touch "$folder/STOP"
+    # A trainer that hangs would hold the job until Slurm ends it for good; the newest checkpoint is good to go on from.
+    (sleep "${HIVE_STOP_PATIENCE:-480}" && say "no answer: ending the trainer" && kill "$trainer") 2>/dev/null &
+}
+
+set_stop_time() { # the trainer stops by itself if the signal does not come (sites switch it off)
+    local end now
+    end=$(date --date "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s 2>/dev/null) || return 0
+    now=$(date +%s)
+    if [ $((end - now)) -gt 1800 ]; then export HIVE_STOP_AT=$((end - 540)); fi
+}
+
+snapshot() { # what this attempt ran: arguments, recipe, code and environment, beside its logs
+    printf '%q ' "$recipe" "$@" >"$logs/arguments"
+    if [ -f "$recipe" ]; then cp "$recipe" "$logs/recipe.yaml"; fi
+    git -C "$HIVE_CLONE" rev-parse HEAD >"$logs/commit" 2>/dev/null
+    git -C "$HIVE_CLONE" diff HEAD >"$logs/changes.diff" 2>/dev/null
+    # By name, and nothing that smells of a secret: run folders are shared.
+    env | grep -E '^(SLURM|HIVE|NCCL|GLOO|CUDA|TORCH|TRITON|OMP|HF|PYTHON|DS)_?[A-Z_]*=' |
+        grep -viE '^[^=]*(token|secret|passw|credential|_key)' | sort >"$logs/environment"
+}
+
+run_trainer() { # STAGE: returns when all ranks of all nodes have ended
+    local gpus=${SLURM_GPUS_ON_NODE:-0} ranks ask_gpus=()
+    ranks=$gpus
+    if [ "$gpus" -gt 0 ]; then ask_gpus=(--gpus-per-node "$gpus"); else ranks=$HIVE_CPU_RANKS; fi
+    # srun does not take over the job's CPUs by itself: ranks would share one core.
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
+    export HIVE_MASTER HIVE_PORT HIVE_RANKS=$ranks HIVE_LOGS=$logs
+    HIVE_MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # Below the ports that the kernel hands out (32768), and another one for each attempt.
+    HIVE_PORT=$((12000 + (SLURM_JOB_ID * 13 + restarts) % 20000))
+    srun --nodes "$SLURM_NNODES" --ntasks "$SLURM_NNODES" --ntasks-per-node 1 --kill-on-bad-exit=1 \
+        --output "$logs/%N.log" ${ask_gpus[@]+"${ask_gpus[@]}"} ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
+        bash "$slurm_folder/node.sh" \
+        --recipe "$recipe" --stage "$1" --run-folder "$run" ${options[@]+"${options[@]}"} &
+    trainer=$!
+    while kill -0 "$trainer" 2>/dev/null; do wait "$trainer"; done # a signal ends `wait`, not srun
+}
+
+conclude() { # ends the script
+    ls "$folder" >/dev/null # makes a network file system look again
+    if [ -e "$folder/DONE" ]; then
+        say "done"
+        exit 0
+    fi
+    if node_ended_with 2 || node_ended_with 126 || node_ended_with 127; then # wrong input, or no such Python
+        show_errors
+        exit 2
+    fi
+    if [ -n "$time_is_up" ] || { node_ended_with 85 && [ "$(date +%s)" -ge "${HIVE_STOP_AT:-9999999999}" ]; }; then
+        requeue "time is up"
+    fi
+    if node_ended_with 85; then
+        say "stopped by the file STOP; submit the job again to go on"
+        exit 85
+    fi
+    show_errors
+    cat "$folder/latest" >>"$folder/attempts/failures" 2>/dev/null || echo none >>"$folder/attempts/failures"
+    if [ "$(tail -n "$HIVE_MAX_FAILURES" "$folder/attempts/failures" | uniq -c | awk 'END { print $1 }')" \
+        -ge "$HIVE_MAX_FAILURES" ]; then
+        : >"$folder/attempts/failures" # whoever submits it again has mended something
+        say "failed $HIVE_MAX_FAILURES times without a new checkpoint: giving up"
+        exit 1
+    fi
+    requeue "failed"
+}
+
+node_ended_with() { cat "$logs"/*.code 2>/dev/null | grep -qx "$1"; }
+
+show_errors() { # what a reader of the job's log needs most; the whole is in the nodes' logs
+    say "the stage is not done; exit codes by node:"
+    (cd "$logs" && grep -H . ./*.code 2>/dev/null)
+    grep -hE '^(error|[A-Za-z.]*Error|rank [0-9]+ was the first)' "$logs"/*.log 2>/dev/null | head -n 20
+    say "more in $logs/*.log"
+}
+
+requeue() { # WHY: start this job again, later, on whatever nodes are good then
+    if [ "$restarts" -ge "$HIVE_MAX_RESTARTS" ]; then
+        say "$1, and no restart is left (HIVE_MAX_RESTARTS=$HIVE_MAX_RESTARTS); submit the job again to go on"
+        exit 1
+    fi
+    say "$1: requeueing the job"
+    scontrol requeue "$SLURM_JOB_ID" || exit 1
+    sleep 300 # Slurm ends this script; ending by itself could be taken for the job's end
+    exit 1
+}
+
+run_once() { # SUBCOMMAND...: a command of hive-ds on one node
+    srun --nodes 1 --ntasks 1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+        ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
+        "$HIVE_PYTHON" -c 'import sys; from hive_ds.cli import main; sys.exit(main())' "$@"
+}

@@ -1,0 +1,50 @@
+#!/bin/bash
+# Submit the whole chain: slurm/pipeline.sh [--nodes N] [--recipe R] [--run RUN] [--set KEY=VALUE ...]
+#
+# convert (if env.sh says what) -> stages 1, 2, 3 -> export, each after the one before it has succeeded. Called again, it
+# submits only what is neither done nor queued: after a failure, mend the cause and call it again.
+set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/body.sh" || exit 2
+
+nodes=1 arguments=()
+while [ $# -gt 0 ]; do
+    if [ "$1" = --nodes ]; then
+        [ $# -ge 2 ] || fail "--nodes needs a value"
+        nodes=$2 && shift 2
+    else
+        arguments+=("$1") && shift
+    fi
+done
+parse ${arguments[@]+"${arguments[@]}"}
+export HIVE_DS=$HIVE_CLONE
+previous=
+
+submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...
+    local name=$1 done_file=$2 job
+    shift 2
+    if [ -e "$done_file" ]; then
+        echo "$name: done already"
+        return
+    fi
+    # The comment tells the jobs of one run folder from those of others.
+    job=$(squeue --noheader --me --name "hive-$name" --format '%i %k' | awk -v run="$run" 'substr($0, index($0, " ") + 1) == run { print $1; exit }')
+    if [ -n "$job" ]; then
+        echo "$name: job $job is queued or running"
+    else
+        job=$(sbatch --parsable --kill-on-invalid-dep=yes --comment "$run" --job-name "hive-$name" \
+            --output "$run/logs/%x-%j.log" ${previous:+--dependency "afterok:$previous"} "$@") || exit 1
+        job=${job%%;*} # a federation adds ;CLUSTER
+        echo "$name: job $job${previous:+, after $previous}"
+    fi
+    previous=$job
+}
+
+mkdir -p "$run/logs" || fail "cannot write $run; change --run"
+if [ ${#HIVE_CONVERT[@]} -gt 0 ]; then
+    submit convert "${HIVE_CONVERT[1]}/index.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/convert.sh"
+fi
+for stage in 1 2 3; do
+    submit "stage$stage" "$run/stage$stage/DONE" --nodes "$nodes" "$slurm_folder/stage$stage.sh" \
+        ${arguments[@]+"${arguments[@]}"}
+done
+submit export "$run/encoder/config.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/export.sh" "$run"

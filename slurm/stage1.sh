@@ -1,0 +1,14 @@
+#!/bin/bash
+# Stage 1, connector pre-training: sbatch [--nodes N ...] slurm/stage1.sh [--recipe R] [--run RUN] [--set KEY=VALUE ...]
+# Submit it in the clone's folder. Defaults are in env.sh.
+#SBATCH --job-name=hive-stage1
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --wait-all-nodes=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@600
+#SBATCH --output=%x-%j.log
+set -uo pipefail
+source "${HIVE_DS:-$SLURM_SUBMIT_DIR}/slurm/body.sh" || exit 2
+run_stage 1 "$@"

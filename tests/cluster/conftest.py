@@ -1,0 +1,45 @@
+"""A mini cluster, and a clone of the scripts with `env.sh` filled in for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent / "data"), str(HERE.parent / "training")]
+
+from minicluster import MiniCluster, missing, python_folders
+from site_clone import SlurmSite
+from tiny_run import TinyRun
+
+
+@pytest.fixture(scope="session")
+def site_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all nodes see."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    return tmp_path_factory.mktemp("site")
+
+
+@pytest.fixture(scope="session")
+def tiny(site_folder: Path) -> TinyRun:
+    """Models, data and recipe of tiny runs."""
+    return TinyRun.make(site_folder / "tiny")
+
+
+@pytest.fixture
+def cluster(site_folder: Path, tmp_path: Path) -> Iterator[MiniCluster]:
+    """Three nodes without GPUs."""
+    cluster = MiniCluster.up(tmp_path / "cluster", 3, shared=(site_folder, *python_folders()))
+    yield cluster
+    cluster.down()
+
+
+@pytest.fixture
+def site(cluster: MiniCluster, site_folder: Path) -> SlurmSite:
+    """The scripts, edited for the cluster."""
+    return SlurmSite.make(site_folder, cluster)
