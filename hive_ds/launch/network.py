@@ -55,17 +55,6 @@ def choose_interface(env: MutableMapping[str, str], host: str) -> None:
             env.setdefault(variable, name)
 
 
-def port_is_free(port: int) -> bool:
-    """Whether this host can listen on ``port``."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-        except OSError:
-            return False
-    return True
-
-
 def _source_address(target: str) -> str | None:
     """The address that this host would send from to ``target``; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -27,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choose_interface(os.environ, options.master)
     if options.packages is not None and options.node_rank == 0:
         write_packages(options.packages)
+    if options.tied:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     # torchrun would give every rank a single thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.ranks)))
     try:
@@ -46,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _end_with_stdin() -> None:
+    """Wait until nobody holds the other end of stdin, and end as if asked to."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def write_packages(path: Path) -> None:
     """Write name and version of every installed Python package, one a line."""
     lines = {f"{one.metadata['Name']}=={one.version}\n" for one in distributions()}
@@ -60,6 +71,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--master", required=True, help="name of host 0")
     parser.add_argument("--port", type=int, required=True, help="a free port of host 0")
     parser.add_argument("--packages", type=Path, help="file for the list of installed packages, written by host 0")
+    parser.add_argument("--tied", action="store_true", help="end when stdin closes: the ssh that started it is gone")
     parser.add_argument("train", nargs="+", metavar="ARGUMENT", help="of hive_ds.train, after --")
     return parser.parse_args(arguments)
 

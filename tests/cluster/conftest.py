@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent / "data"), str(HERE.parent / "training")]
 
-from minicluster import MiniCluster, missing, python_folders
+from minicluster import MiniCluster, missing
 from site_clone import SlurmSite
 from tiny_run import TinyRun
 
@@ -34,7 +34,7 @@ def tiny(site_folder: Path) -> TinyRun:
 @pytest.fixture
 def cluster(site_folder: Path, tmp_path: Path) -> Iterator[MiniCluster]:
     """Three nodes without GPUs."""
-    cluster = MiniCluster.up(tmp_path / "cluster", 3, shared=(site_folder, *python_folders()))
+    cluster = MiniCluster.up(tmp_path / "cluster", 3, shared=SlurmSite.shared_folders(site_folder))
     yield cluster
     cluster.down()
 

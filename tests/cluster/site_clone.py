@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minicluster import MiniCluster, wait_for
+from minicluster import MiniCluster, python_folders, wait_for
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,6 +40,11 @@ class SlurmSite:
         with (clone / "slurm" / "env.sh").open("a") as env:
             env.write(EDITS.format(python=sys.executable, ranks=ranks, path=path))
         return cls(clone, cluster)
+
+    @staticmethod
+    def shared_folders(folder: Path) -> tuple[Path, ...]:
+        """What the nodes must see to run jobs of clones in ``folder``."""
+        return (folder, *python_folders())
 
     def edit(self, line: str) -> None:
         """Add a line to env.sh."""
@@ -80,7 +85,7 @@ class SlurmSite:
 
     def log(self, job: int) -> str:
         """What a job's script printed."""
-        return "".join(path.read_text() for path in self.clone.glob(f"*-{job}.log"))
+        return "".join(path.read_text() for path in self.clone.rglob(f"*-{job}.log"))
 
 
 def steps_done(run: Path, stage: int = 1) -> int:

@@ -53,6 +53,10 @@ def test_help_is_quick_and_imports_nothing_heavy():
             "data show",
             "data recaption",
             "data speed",
+            "hosts",
+            "hosts check",
+            "hosts env",
+            "hosts run",
             "export",
             "export encoder",
         ),
@@ -108,6 +112,8 @@ WRONG = {
     "missing json": (["data", "convert", "{tmp}/none.json", "{tmp}/out"], "none.json"),
     "empty dataset": (["data", "convert", "{tmp}/empty.json", "{tmp}/out"], "empty.json"),
     "missing images": (["data", "convert", "{tmp}/one.json", "{tmp}/out", "--images", "{tmp}/none"], "{tmp}/none"),
+    "no hostfile": (["hosts", "check", "{tmp}/hosts"], "hostfile {tmp}/hosts: cannot be read"),
+    "empty hostfile": (["hosts", "env", "{tmp}/no_hosts", "--out", "{tmp}/out"], "holds no host"),
     "no model": (["export", "encoder", "{tmp}", "{tmp}/out"], "neither a model folder"),
 }
 
@@ -117,6 +123,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(case: str, tmp_path: Path, caps
     sample = {"id": "a", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}]}
     (tmp_path / "one.json").write_text(json.dumps([sample]))
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "no_hosts").write_text("# none\n\n")
     arguments, expected = WRONG[case]
     assert exit_code(*(argument.format(tmp=tmp_path) for argument in arguments)) == 2
     printed = capsys.readouterr()

@@ -1,0 +1,149 @@
+"""Check the hosts of a hostfile before a run, and run on them over ssh."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hive_ds.errors import HiveError
+from hive_ds.launch.hostfile import Host, carried_variables
+
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5")
+"""Without questions; a host that falls silent is given up after 15 s."""
+
+PORT = 29500
+"""DeepSpeed's own default of --master_port."""
+
+GIGABYTE = 10**9
+SHM_PER_RANK = 0.25 * GIGABYTE
+"""Data loader workers hand over batches through /dev/shm; a container has 64 MB of it unless told otherwise."""
+DISK = 20 * GIGABYTE
+CLOCK_SKEW = 5.0
+"""Seconds: past it, file times and logs of hosts cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one host said, or why it did not."""
+
+    host: Host
+    values: dict[str, Any]
+    error: str | None = None
+    skew: float = 0.0
+    """Seconds that its clock is ahead of this host's, less than the round trip could explain."""
+
+
+def check_hosts(hosts: Sequence[Host], *, folder: Path, port: int = PORT) -> list[str]:
+    """Ask every host about itself; returns one line a fault.
+
+    Args:
+        hosts: of the hostfile; the first is to hold rank 0.
+        folder: of the run, which every host must be able to write to.
+        port: that rank 0 is to listen on.
+    """
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        reports = list(pool.map(lambda host: _ask(host, folder, port, hosts[0].name), hosts))
+    faults = [f"{report.host.name}: {report.error}" for report in reports if report.error]
+    good = [report for report in reports if not report.error]
+    for report in good:
+        faults += [f"{report.host.name}: {fault}" for fault in _faults(report, good[0], folder)]
+        if report.host == hosts[0] and not report.values["port_free"]:
+            faults.append(f"{report.host.name}: port {port} is in use; choose another --master_port")
+    return faults
+
+
+def run_on_hosts(hosts: Sequence[Host], train: Sequence[str], *, port: int = PORT) -> int:
+    """Train on all hosts, one ssh each; when one fails, end all. Returns the exit code of the first that failed."""
+    running = {}
+    for number, host in enumerate(hosts):
+        place = ["--nodes", len(hosts), "--node-rank", number, "--ranks", host.slots]
+        meeting = ["--master", hosts[0].name, "--port", port, "--tied"]
+        command = [sys.executable, "-m", "hive_ds.launch.node", *map(str, [*place, *meeting]), "--", *train]
+        # stdin stays open: when it closes, for whatever reason, the other end stops.
+        running[host] = subprocess.Popen([*SSH, host.name, _remote(command)], stdin=subprocess.PIPE)
+    try:
+        return _first_failure(running)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def _first_failure(running: dict[Host, subprocess.Popen[bytes]]) -> int:
+    waiting = dict(running)
+    while waiting:
+        for host, process in list(waiting.items()):
+            code = process.poll()
+            if code:
+                print(f"{host.name} ended with exit code {code}; ending the others", file=sys.stderr, flush=True)
+                return code
+            if code == 0:
+                del waiting[host]
+        time.sleep(0.1)
+    return 0
+
+
+def _remote(command: Sequence[str]) -> str:
+    """A shell command line that runs ``command`` in this folder with this environment."""
+    variables = [f"{name}={value}" for name, value in carried_variables(os.environ).items()]
+    return f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*variables, *command])}"
+
+
+def _ask(host: Host, folder: Path, port: int, master: str) -> Report:
+    probe = (Path(__file__).parent / "probe.py").read_text()
+    command = shlex.join([sys.executable, "-", str(port), str(folder.absolute()), master])
+    before = time.time()
+    try:
+        done = subprocess.run([*SSH, host.name, command], input=probe, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return Report(host, {}, "no answer within 60 s")
+    except FileNotFoundError as error:
+        raise HiveError(f"{error.filename}: not found; install an ssh client") from error
+    after = time.time()
+    said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+    if done.returncode == 255:
+        return Report(host, {}, f"not reachable by ssh: {said}")
+    if done.returncode:
+        return Report(host, {}, f"{sys.executable} does not run there: {said}")
+    values = json.loads(done.stdout.splitlines()[-1])
+    early, late = before - values["time"], values["time"] - after
+    return Report(host, values, skew=max(late, 0.0) - max(early, 0.0))
+
+
+def _faults(report: Report, first: Report, folder: Path) -> list[str]:
+    values, slots, faults = report.values, report.host.slots, []
+    for name, version in values["versions"].items():
+        if version is None:
+            faults.append(f"{name} is not installed")
+        elif version != first.values["versions"][name]:
+            faults.append(f"{name} is {version}, but {first.values['versions'][name]} on {first.host.name}")
+    if values["gpus"] and slots > values["gpus"]:
+        faults.append(f"{slots} slots, but {values['gpus']} GPUs")
+    if not values["gpus"] and slots > values["cores"]:
+        faults.append(f"{slots} slots, but no GPU and {values['cores']} cores")
+    if not values["master_known"]:
+        faults.append(f"does not know the address of {first.host.name}")
+    if values["shm_free"] is None or values["shm_free"] < slots * SHM_PER_RANK:
+        expected = f"expected {slots * SHM_PER_RANK / GIGABYTE:.1f} GB for {slots} slots"
+        faults.append(f"/dev/shm has {_gigabytes(values['shm_free'])}; {expected}")
+    if values["disk_free"] is None:
+        faults.append(f"cannot write to {folder.absolute()}; it must be the same shared folder on every host")
+    elif values["disk_free"] < DISK:
+        faults.append(f"{folder} has {_gigabytes(values['disk_free'])} free; expected {DISK / GIGABYTE:.0f} GB")
+    if abs(report.skew) > CLOCK_SKEW:
+        faults.append(f"its clock is {report.skew:+.0f} s off this host's")
+    return faults
+
+
+def _gigabytes(count: int | None) -> str:
+    return "none that can be written to" if count is None else f"{count / GIGABYTE:.2f} GB"

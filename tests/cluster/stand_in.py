@@ -1,0 +1,53 @@
+"""A trainer of no weight, for tests of the scripts around it: it keeps the real one's contract of files and exit codes.
+
+`stand_in_package` puts it where ``hive_ds.train`` is looked for. HIVE_STAND_IN says what it does: a number of seconds to
+train for, or ``exit N``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def stand_in_package(folder: Path) -> Path:
+    """A new folder with a package hive_ds, whose trainer is this file and whose launcher is the real one."""
+    package = folder / "stand-in" / "hive_ds"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "launch").symlink_to(REPOSITORY / "hive_ds" / "launch")
+    (package / "train.py").symlink_to(Path(__file__))
+    return package.parent
+
+
+def main(arguments: list[str]) -> int:
+    """Wait, then write DONE; stop where STOP asks for it."""
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    folder = Path(options["--run-folder"]) / f"stage{options['--stage']}"
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES")
+    place = {"host": os.uname().nodename, **{name: os.environ.get(name) for name in names}, "arguments": arguments}
+    logs = Path(os.environ["HIVE_LOGS"])
+    (logs / f"rank-{place['RANK']}.json").write_text(json.dumps(place))
+    behaviour = os.environ["HIVE_STAND_IN"]
+    if behaviour.startswith("exit"):
+        return int(behaviour.split()[1])
+    worked = folder / f"worked-{place['RANK']}"  # its checkpoint: seconds trained so far
+    seconds = float(worked.read_text()) if worked.exists() else 0.0
+    while seconds < float(behaviour):
+        time.sleep(0.1)
+        seconds += 0.1
+        worked.write_text(str(seconds))
+        if (folder / "STOP").exists():
+            return 85
+    if place["RANK"] == "0":
+        (folder / "DONE").touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

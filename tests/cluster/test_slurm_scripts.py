@@ -1,0 +1,83 @@
+"""The job scripts around a trainer of no weight: what they ask Slurm for, and how each way to end goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from minicluster import MiniCluster, wait_for
+from site_clone import SlurmSite
+from stand_in import stand_in_package
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def gpu_site(site_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmSite]:
+    """Two nodes of four GPUs, and the stand-in for the trainer."""
+    folder = tmp_path_factory.mktemp("gpus")
+    cluster = MiniCluster.up(folder / "cluster", 2, gpus=4, shared=SlurmSite.shared_folders(site_folder))
+    yield SlurmSite.make(site_folder, cluster, trainer=stand_in_package(site_folder))
+    cluster.down()
+
+
+def test_gpus_nodes_and_ranks_come_from_slurm(gpu_site: SlurmSite, site_folder: Path) -> None:
+    gpu_site.edit("export HIVE_STAND_IN=0")
+    run = site_folder / "gpus"
+    override = ("--set", "data.train=a b")
+    job = gpu_site.submit(1, run, *override, recipe="tiny", options=("--nodes=2",))
+    assert gpu_site.wait(job) == "COMPLETED", gpu_site.log(job)
+    places = [json.loads(path.read_text()) for path in (run / "stage1" / "attempts" / f"{job}.0").glob("rank-*.json")]
+    assert sorted((int(place["RANK"]), place["host"]) for place in places) == [
+        (rank, f"node{1 + rank // 4}") for rank in range(8)
+    ]
+    for place in places:
+        assert (place["WORLD_SIZE"], place["LOCAL_WORLD_SIZE"], place["MASTER_ADDR"]) == ("8", "4", "node1")
+        assert place["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+        assert place["GLOO_SOCKET_IFNAME"] == "eth0"  # though node1 calls itself 127.0.1.1
+        assert place["arguments"][-2:] == list(override)
+    job = gpu_site.submit(1, run, recipe="tiny")
+    assert gpu_site.wait(job) == "COMPLETED"
+    assert "is done already" in gpu_site.log(job)
+
+
+def test_every_way_to_end(gpu_site: SlurmSite, site_folder: Path) -> None:
+    gpu_site.edit("export HIVE_STAND_IN=5")
+    run = site_folder / "stopped"
+    job = gpu_site.submit(1, run, recipe="tiny")
+    wait_for((run / "stage1" / "worked-0").exists, 60, f"its work; {gpu_site.log(job)}")
+    gpu_site.login("scancel", "--batch", "--signal=USR1", str(job))
+    wait_for(lambda: "time is up: requeueing" in gpu_site.log(job), 60, f"requeue; {gpu_site.log(job)}")
+    wait_for(lambda: gpu_site.field(job, "Restarts") == "1", 60, "the requeued job")
+    (run / "stage1" / "worked-0").unlink()
+    gpu_site.login("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_for((run / "stage1" / "worked-0").exists, 60, f"its work; {gpu_site.log(job)}")
+    (run / "stage1" / "STOP").touch()  # by hand, in the second attempt
+    assert gpu_site.wait(job) == "FAILED", gpu_site.log(job)
+    assert gpu_site.field(job, "ExitCode") == "85:0"
+    assert "submit the job again" in gpu_site.log(job)
+
+    gpu_site.edit("export HIVE_STAND_IN='exit 2'")
+    wrong = gpu_site.submit(1, site_folder / "wrong", recipe="tiny")
+    assert gpu_site.wait(wrong) == "FAILED", gpu_site.log(wrong)
+    assert (gpu_site.field(wrong, "ExitCode"), gpu_site.field(wrong, "Restarts")) == ("2:0", "0")
+
+    gpu_site.edit("export HIVE_STAND_IN='exit 1' HIVE_MAX_FAILURES=2")
+    failing = gpu_site.submit(1, site_folder / "failing", recipe="tiny")
+    assert gpu_site.wait(failing) == "FAILED", gpu_site.log(failing)
+    assert (gpu_site.field(failing, "ExitCode"), gpu_site.field(failing, "Restarts")) == ("1:0", "1")
+    assert "failed 2 times without a new checkpoint: giving up" in gpu_site.log(failing)
+
+
+def test_wrong_arguments_end_the_job_and_its_chain(gpu_site: SlurmSite, site_folder: Path) -> None:
+    job = int(gpu_site.login("sbatch", "--parsable", "slurm/stage1.sh", "--recepi", "tiny"))
+    assert gpu_site.wait(job) == "FAILED"
+    assert "error: unknown argument --recepi; expected --recipe R" in gpu_site.log(job)
+    gpu_site.edit("export HIVE_STAND_IN='exit 2'")
+    submitted = gpu_site.login(
+        "slurm/pipeline.sh", "--recipe", "tiny", "--run", str(site_folder / "chain")
+    ).splitlines()
+    jobs = [int(line.split(": job ")[1].split(",")[0]) for line in submitted]
+    assert [gpu_site.wait(one) for one in jobs] == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
