@@ -32,8 +32,8 @@ def _add_check(hosts: Any) -> None:
         "check",
         run,
         "check the hosts of a hostfile before a run",
-        "Over ssh: reachable, the same Python and versions, slots, a free port, /dev/shm, disk, clock. One line a fault,"
-        " and exit code 1 if there is any.",
+        "Over ssh: reachable, the same Python and versions, slots, a free port, /dev/shm, disk, clock. One line a"
+        " fault, and exit code 1 if there is any.",
     )
     _add_hostfile(parser)
     parser.add_argument(

@@ -11,9 +11,9 @@ import pytest
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent / "data"), str(HERE.parent / "training")]
 
-from minicluster import MiniCluster, missing
-from site_clone import SlurmSite
-from tiny_run import TinyRun
+from minicluster import MiniCluster, missing  # noqa: E402
+from site_clone import SlurmSite  # noqa: E402
+from tiny_run import TinyRun  # noqa: E402
 
 
 @pytest.fixture(scope="session")

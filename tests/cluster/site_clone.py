@@ -65,13 +65,22 @@ class SlurmSite:
         """Wait for the end of a job, starting it again at once where it was requeued; returns its last state."""
 
         def ended() -> str | None:
+            self.start_again(job)
             state = self.state(job)
-            if state in ("PENDING", "REQUEUED") and self.field(job, "Reason") == "BeginTime":
-                # Slurm waits two minutes before it starts a requeued job.
-                self.cluster.start("scontrol", "update", f"JobId={job}", "StartTime=now")
-            return state if state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING") else None
+            if state in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING"):
+                seen.clear()
+                return None
+            seen.append(state)
+            # A job on its way back to the queue passes through FAILED.
+            return state if state == "COMPLETED" or len(seen) > 10 else None
 
+        seen: list[str] = []
         return str(wait_for(ended, seconds, f"job {job}\n{self.log(job)}", every=0.3))
+
+    def start_again(self, job: int) -> None:
+        """Start a requeued job at once; Slurm would wait two minutes."""
+        if self.state(job) == "PENDING" and self.field(job, "Reason") == "BeginTime":
+            self.cluster.start("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def state(self, job: int) -> str:
         """State of a job, as COMPLETED."""

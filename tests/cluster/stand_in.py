@@ -1,7 +1,7 @@
-"""A trainer of no weight, for tests of the scripts around it: it keeps the real one's contract of files and exit codes.
+"""A trainer of no weight, for tests of the scripts around it; it keeps the real one's contract of files and exit codes.
 
-`stand_in_package` puts it where ``hive_ds.train`` is looked for. HIVE_STAND_IN says what it does: a number of seconds to
-train for, or ``exit N``.
+`stand_in_package` puts it where ``hive_ds.train`` is looked for. HIVE_STAND_IN says what it does: a number of seconds
+to train for, or ``exit N``.
 """
 
 from __future__ import annotations

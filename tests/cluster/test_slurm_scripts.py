@@ -44,16 +44,15 @@ def test_gpus_nodes_and_ranks_come_from_slurm(gpu_site: SlurmSite, site_folder: 
 
 
 def test_every_way_to_end(gpu_site: SlurmSite, site_folder: Path) -> None:
-    gpu_site.edit("export HIVE_STAND_IN=5")
+    gpu_site.edit("export HIVE_STAND_IN=20")
     run = site_folder / "stopped"
     job = gpu_site.submit(1, run, recipe="tiny")
     wait_for((run / "stage1" / "worked-0").exists, 60, f"its work; {gpu_site.log(job)}")
     gpu_site.login("scancel", "--batch", "--signal=USR1", str(job))
     wait_for(lambda: "time is up: requeueing" in gpu_site.log(job), 60, f"requeue; {gpu_site.log(job)}")
-    wait_for(lambda: gpu_site.field(job, "Restarts") == "1", 60, "the requeued job")
-    (run / "stage1" / "worked-0").unlink()
-    gpu_site.login("scontrol", "update", f"JobId={job}", "StartTime=now")
-    wait_for((run / "stage1" / "worked-0").exists, 60, f"its work; {gpu_site.log(job)}")
+    wait_for(lambda: gpu_site.start_again(job) or gpu_site.field(job, "Restarts") == "1", 60, "the requeued job")
+    second = run / "stage1" / "attempts" / f"{job}.1"
+    wait_for(lambda: gpu_site.start_again(job) or (second / "rank-0.json").exists(), 60, "the second attempt")
     (run / "stage1" / "STOP").touch()  # by hand, in the second attempt
     assert gpu_site.wait(job) == "FAILED", gpu_site.log(job)
     assert gpu_site.field(job, "ExitCode") == "85:0"

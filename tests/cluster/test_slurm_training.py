@@ -101,7 +101,7 @@ def test_lost_node_cannot_write(cluster: MiniCluster, site_folder: Path, tiny: T
     signature = run / "stage1" / "attempt"
 
     def taken_over() -> bool:
-        cluster.start("scontrol", "update", f"JobId={job}", "StartTime=now")
+        site.start_again(job)
         return signature.read_text() == f"{job}.1"
 
     wait_for(taken_over, 240, f"the second attempt; {site.log(job)}", every=0.5)
