@@ -11,7 +11,7 @@ VENV_TF5 ?= .venv-tf5
 RUN := $(VENV)/bin/python -m
 RUN_TF5 := $(VENV_TF5)/bin/python -m
 
-.PHONY: help venv venv-tf5 quickstart test test-long gpu-suite lint clean
+.PHONY: help venv venv-tf5 quickstart test test-long test-cluster gpu-suite lint clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,8 +44,11 @@ test: $(VENV)/.installed ## Run the tests (under 15 minutes on 2 cores)
 	$(RUN) pytest -rs --durations=10
 
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and model, kernels and text on transformers 5
-	$(RUN) pytest -rs -m "long and not gpu"
+	$(RUN) pytest -rs -m "long and not gpu and not cluster"
 	$(RUN_TF5) pytest -rs tests/model tests/kernels $(addprefix tests/data/test_,$(addsuffix .py,processing data_text data_images loader_preprocess loader_text_speed recaption))
+
+test-cluster: $(VENV)/.installed ## Run all tests on a Slurm cluster in namespaces (as root; 20 minutes on 2 cores)
+	$(RUN) pytest -rs -m cluster --durations=10 tests/cluster
 
 # Needs no environment of ours: on a machine with a GPU and no network, its own Python with torch and triton will do.
 # SHAPES=a,b times these alone (kernels/benchmarks/shapes.py lists them).

@@ -1,8 +1,8 @@
 """Start the ranks of one host: ``python -m hive_ds.launch.node --nodes N --node-rank I ... -- ARGUMENTS``.
 
-It is torchrun with three things more: the network interface is chosen, what is installed is written down, and the exit
-code is that of the first rank that failed, where torchrun's is always 1. A job script can so tell wrong input (2) and a
-stop that was asked for (85) from a crash.
+It is torchrun with three things more: what is installed is written down, it can end with the ssh that started it, and
+the exit code is that of the first rank that failed, where torchrun's is always 1. A job script can so tell wrong input
+(2) and a stop that was asked for (85) from a crash.
 """
 
 from __future__ import annotations
@@ -19,14 +19,10 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from hive_ds.launch.network import choose_interface
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``hive_ds.train`` on this host's ranks until all have ended; returns the first failed rank's exit code."""
     options = _parse(arguments)
-    if options.nodes > 1:
-        choose_interface(os.environ, options.master)
     if options.packages is not None and options.node_rank == 0:
         write_packages(options.packages)
     if options.tied:

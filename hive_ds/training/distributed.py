@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hive_ds.errors import HiveError
+from hive_ds.launch.network import choose_interface
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait: the slowest thing between two is rank 0 writing a model."""
@@ -119,6 +120,8 @@ def start(world: World) -> torch.device:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise HiveError(f"{world.size} ranks, but {' and '.join(missing)} not set: where is rank 0?")
+        if world.local_size < world.size:
+            choose_interface(os.environ, os.environ["MASTER_ADDR"])
         store, _, _ = next(dist.rendezvous("env://", world.rank, world.size))
     _store.append(store)
     dist.init_process_group(

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class SlurmSite:
     def start_again(self, job: int) -> None:
         """Start a requeued job at once; Slurm would wait two minutes."""
         if self.state(job) == "PENDING" and self.field(job, "Reason") == "BeginTime":
+            time.sleep(2)  # nodes refuse a job that starts in the second in which they ended it
             self.cluster.start("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def state(self, job: int) -> str:

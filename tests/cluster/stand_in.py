@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     """Wait, then write DONE; stop where STOP asks for it."""
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))
     folder = Path(options["--run-folder"]) / f"stage{options['--stage']}"
-    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES")
     place = {"host": os.uname().nodename, **{name: os.environ.get(name) for name in names}, "arguments": arguments}
     logs = Path(os.environ["HIVE_LOGS"])
     (logs / f"rank-{place['RANK']}.json").write_text(json.dumps(place))

@@ -36,7 +36,6 @@ def test_gpus_nodes_and_ranks_come_from_slurm(gpu_site: SlurmSite, site_folder: 
     for place in places:
         assert (place["WORLD_SIZE"], place["LOCAL_WORLD_SIZE"], place["MASTER_ADDR"]) == ("8", "4", "node1")
         assert place["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
-        assert place["GLOO_SOCKET_IFNAME"] == "eth0"  # though node1 calls itself 127.0.1.1
         assert place["arguments"][-2:] == list(override)
     job = gpu_site.submit(1, run, recipe="tiny")
     assert gpu_site.wait(job) == "COMPLETED"

@@ -1,0 +1,144 @@
+"""Hosts without Slurm: `hive-ds hosts`, and both ways to train on the hosts of a hostfile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from minicluster import MiniCluster, wait_for
+from site_clone import REPOSITORY, SlurmSite, training_lines
+from tiny_run import TinyRun
+
+pytestmark = pytest.mark.cluster
+BINARIES = Path(sys.executable).parent
+LAUNCHERS = ("deepspeed", "hosts run")
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Two hosts, and a folder that they share."""
+
+    cluster: MiniCluster
+    folder: Path
+
+    def command(self, *command: str) -> list[str]:
+        """A command line on the login host, in the folder."""
+        env = (f"PYTHONPATH={REPOSITORY}", f"PATH={os.environ['PATH']}", "HIVE_CARRIED=two words")
+        return self.cluster.command("env", f"--chdir={self.folder}", *env, *command)
+
+    def hive_ds(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run ``hive-ds``."""
+        code = "import sys; from hive_ds.cli import main; sys.exit(main())"
+        full = self.command(sys.executable, "-c", code, *arguments)
+        return subprocess.run(full, capture_output=True, text=True, timeout=60)
+
+    def hostfile(self, *lines: str) -> str:
+        """Write one; returns its name."""
+        (self.folder / "hostfile").write_text("".join(f"{line}\n" for line in lines))
+        return "hostfile"
+
+    def train(self, launcher: str, tiny: TinyRun, run: str, *options: str) -> list[str]:
+        """The command that trains stage 1 on both hosts, a rank each."""
+        hostfile = self.hostfile("# the mini cluster", "node1 slots=1", "node2 slots=1")
+        if launcher == "deepspeed":
+            assert self.hive_ds("hosts", "env", hostfile).returncode == 0
+            return self.command(
+                *(str(BINARIES / "deepspeed"), "--hostfile", hostfile, "--module", "hive_ds.train"),
+                *tiny.arguments(1, run, *options),
+            )
+        code = "import sys; from hive_ds.cli import main; sys.exit(main())"
+        arguments = ("hosts", "run", hostfile, "--", *tiny.arguments(1, run, *options))
+        return self.command(sys.executable, "-c", code, *arguments)
+
+    def ranks(self, node: str) -> list[str]:
+        """Process numbers on a host of everything that trains: launchers, ranks, workers."""
+        lines = self.cluster.run("ps", "-eo", "pid,args", node=node).splitlines()
+        return [line.split()[0] for line in lines if "hive_ds.train" in line or "hive_ds.launch" in line]
+
+
+@pytest.fixture(scope="module")
+def hosts(site_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    cluster = MiniCluster.up(
+        tmp_path_factory.mktemp("hosts") / "cluster", 2, shared=SlurmSite.shared_folders(site_folder)
+    )
+    folder = site_folder / "hosts"
+    folder.mkdir()
+    yield Hosts(cluster, folder)
+    cluster.down()
+
+
+def test_check_finds_what_is_wrong(hosts: Hosts, tmp_path: Path) -> None:
+    good = hosts.hive_ds("hosts", "check", hosts.hostfile("node1 slots=1", "node2 slots=1"))
+    assert (good.returncode, good.stdout) == (0, "2 hosts, 2 slots: no fault found\n"), good.stderr
+    listener = subprocess.Popen(
+        hosts.cluster.command(
+            *(sys.executable, "-c", "import socket, time; s = socket.create_server(('', 29500)); time.sleep(60)"),
+            node="node1",
+        )
+    )
+    wait_for(lambda: ":29500" in hosts.cluster.run("ss", "-ltn", node="node1"), 20, "the listener")
+    hosts.cluster.run("mount", "-o", "remount,size=64m", "/dev/shm", node="node2")
+    file = hosts.hostfile("node1 slots=1", "node2 slots=99", "node9 slots=1")
+    bad = hosts.hive_ds("hosts", "check", file, "--folder", str(tmp_path))
+    hosts.cluster.run("mount", "-o", "remount,size=2g", "/dev/shm", node="node2")
+    listener.kill()
+    listener.wait()
+    assert bad.returncode == 1
+    cores = len(os.sched_getaffinity(0))
+    expected = {
+        "node9: not reachable by ssh: ",
+        "node1: port 29500 is in use; choose another --master_port",
+        f"node1: cannot write to {tmp_path}; it must be the same shared folder on every host",
+        f"node2: cannot write to {tmp_path}; it must be the same shared folder on every host",
+        f"node2: 99 slots, but no GPU and {cores} cores",
+        "node2: /dev/shm has 0.07 GB; expected 24.8 GB for 99 slots",
+    }
+    lines = bad.stdout.splitlines()
+    assert len(lines) == len(expected), bad.stdout
+    assert all(any(line.startswith(start) for line in lines) for start in expected), bad.stdout
+
+
+def test_environment_file(hosts: Hosts) -> None:
+    done = hosts.hive_ds("hosts", "env", hosts.hostfile("node1 slots=1", "", "# node3 slots=1", "node2 slots=1"))
+    assert done.returncode == 0, done.stderr
+    lines = (hosts.folder / ".deepspeed_env").read_text().splitlines()
+    assert f"PYTHONPATH={REPOSITORY}" in lines
+    assert "HIVE_CARRIED=two words" in lines
+    assert all("=" in line and not line.startswith("#") for line in lines)
+
+
+@pytest.mark.long
+def test_two_hosts_train_as_one(hosts: Hosts, tiny: TinyRun) -> None:
+    options = ("--set", "stages.connector_pretraining.steps=3")
+    one = tiny.train(1, "one-host", *options)
+    assert one.returncode == 0, one.stderr
+    for launcher in LAUNCHERS:
+        run = f"two-hosts-{launcher.split()[0]}"
+        done = subprocess.run(hosts.train(launcher, tiny, run, *options), capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert training_lines(tiny.root / run) == training_lines(tiny.root / "one-host")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_killed_rank_ends_all(hosts: Hosts, tiny: TinyRun, launcher: str, tmp_path: Path) -> None:
+    run = f"killed-{launcher.split()[0]}"
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(hosts.train(launcher, tiny, run), stdout=output, stderr=output)
+        wait_for((tiny.root / run / "stage1" / "latest").exists, 240, "a checkpoint")
+        victim = hosts.cluster.run("pgrep", "-f", "python -u -m hive_ds.train", node="node2").split()[-1]
+        environment = hosts.cluster.run("cat", f"/proc/{victim}/environ", node="node2")
+        assert "HIVE_CARRIED=two words" in environment.split("\0")
+        hosts.cluster.run("kill", "-9", victim, node="node2")
+        killed = time.monotonic()
+        wait_for(lambda: not hosts.ranks("node1") and not hosts.ranks("node2"), 100, "the end of all", every=0.2)
+        assert process.wait(timeout=60) != 0
+        seconds = time.monotonic() - killed
+    print(f"{launcher}: all ended after {seconds:.1f} s")
+    assert seconds < 15, (tmp_path / "output").read_text()
