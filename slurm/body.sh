@@ -51,12 +51,12 @@ run_stage() { # NUMBER ARGUMENTS: a job's whole life
     fi
     restarts=${SLURM_RESTART_COUNT:-0}
     time_is_up= trainer=
+    rm -f "$folder/STOP" # of the attempt before; what comes from here on is for this one
     trap on_time_is_up USR1
     # The trainer writes it to RUN/stageN/attempt, and writes nothing more once another attempt's stands there.
     export HIVE_ATTEMPT=$SLURM_JOB_ID.$restarts
     logs=$folder/attempts/$HIVE_ATTEMPT
     mkdir -p "$logs" || fail "cannot write $logs; change --run"
-    rm -f "$folder/STOP"
     set_stop_time
     snapshot "$@"
     say "stage $number of $run, attempt $HIVE_ATTEMPT on $SLURM_JOB_NODELIST; ranks log to $logs"

@@ -57,7 +57,8 @@ def read_hostfile(path: Path) -> list[Host]:
 
 def carried_variables(env: Mapping[str, str]) -> dict[str, str]:
     """What of ``env`` the ranks of other hosts need."""
-    return {name: env[name] for name in sorted(env) if CARRIED.fullmatch(name) and not _OWN.fullmatch(name)}
+    names = sorted(name for name in env if CARRIED.fullmatch(name) and not _OWN.fullmatch(name))
+    return {name: env[name] for name in names if env[name].strip()}
 
 
 def write_deepspeed_env(path: Path, variables: Mapping[str, str]) -> None:
@@ -68,6 +69,6 @@ def write_deepspeed_env(path: Path, variables: Mapping[str, str]) -> None:
             pdsh has put in its own for a percent sign.
     """
     for name, value in variables.items():
-        if re.search(r'["$`\\%\n]', value) or not value.strip():
+        if re.search(r'["$`\\%\n]', value):
             raise HiveError(f"variable {name} is {value!r}, which the launcher cannot carry; change or unset it")
     path.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))

@@ -38,10 +38,11 @@ def test_wrong_hostfile_is_refused(tmp_path: Path, text: str, message: str) -> N
 def test_what_is_carried(tmp_path: Path) -> None:
     kept = {"HF_HOME": "/a", "NCCL_DEBUG": "INFO", "PATH": "/bin", "PYTHONPATH": "/b"}
     left = {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "x", "WANDB_API_KEY": "x", "HIVE_ATTEMPT": "1"}
+    left["LD_LIBRARY_PATH"] = ""
     assert carried_variables(left | kept) == kept
     write_deepspeed_env(tmp_path / "env", kept)
     assert (tmp_path / "env").read_text() == "HF_HOME=/a\nNCCL_DEBUG=INFO\nPATH=/bin\nPYTHONPATH=/b\n"
-    for value in ('a"b', "a$b", "a\nb", "100%", ""):
+    for value in ('a"b', "a$b", "a\nb", "100%"):
         with pytest.raises(HiveError, match="variable HF_HOME is"):
             write_deepspeed_env(tmp_path / "env", {"HF_HOME": value})
 
