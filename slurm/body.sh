@@ -50,7 +50,7 @@ run_stage() { # NUMBER ARGUMENTS: a job's whole life
         exit 0
     fi
     restarts=${SLURM_RESTART_COUNT:-0}
-    time_is_up= trainer=
+    time_is_up='' trainer=''
     rm -f "$folder/STOP" # of the attempt before; what comes from here on is for this one
     trap on_time_is_up USR1
     # The trainer writes it to RUN/stageN/attempt, and writes nothing more once another attempt's stands there.

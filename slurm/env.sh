@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # Everything that belongs to your site. Read the lines marked EDIT; nothing else in this folder needs changing.
 #
 # Every job sources this file on its first node, and passes its variables to all nodes. Variables that sbatch reads

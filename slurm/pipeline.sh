@@ -4,6 +4,7 @@
 # convert (if env.sh says what) -> stages 1, 2, 3 -> export, each after the one before it has succeeded. Called again, it
 # submits only what is neither done nor queued: after a failure, mend the cause and call it again.
 set -uo pipefail
+# shellcheck source-path=SCRIPTDIR source=body.sh
 source "$(dirname "${BASH_SOURCE[0]}")/body.sh" || exit 2
 
 nodes=1 arguments=()
@@ -17,7 +18,7 @@ while [ $# -gt 0 ]; do
 done
 parse ${arguments[@]+"${arguments[@]}"}
 export HIVE_DS=$HIVE_CLONE
-previous=
+previous=''
 
 submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...
     local name=$1 done_file=$2 job
@@ -27,7 +28,8 @@ submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...
         return
     fi
     # The comment tells the jobs of one run folder from those of others.
-    job=$(squeue --noheader --me --name "hive-$name" --format '%i %k' | awk -v run="$run" 'substr($0, index($0, " ") + 1) == run { print $1; exit }')
+    job=$(squeue --noheader --me --name "hive-$name" --format '%i %k' |
+        awk -v run="$run" 'substr($0, index($0, " ") + 1) == run { print $1; exit }')
     if [ -n "$job" ]; then
         echo "$name: job $job is queued or running"
     else
