@@ -12,7 +12,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +21,15 @@ from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
 from hive_ds.training.groups import OptimizerGroup
+from hive_ds.training.piece_files import PieceReader
+from hive_ds.training.pieces import Piece, own_part, own_pieces, publish_weights, start_state
 
 if not uses_gpu():
     os.environ["DS_ACCELERATOR"] = "cpu"  # before the import: DeepSpeed decides then
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils.tensor_fragment import fragment_address
 
 # On CPUs, joining the process group would compile DeepSpeed's shared-memory all-reduce (g++, 52 s) and leave 66 MB a
 # rank in /dev/shm. It serves tensor-parallel inference only. DeepSpeed builds the ops this table calls compatible.
@@ -90,7 +88,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
         optimizer.state.clear()
-        self._engine.checkpoint_engine.load = _load_checkpoint_file
+        self._adamw = optimizer
         self.model: Any = self._engine.module
         _register_external_parameters(self.model)
 
@@ -154,24 +152,46 @@ class Engine:
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write weights and optimizer state to ``folder / tag``; every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def pieces(self) -> list[Piece]:
+        """This rank's part of the trained weights and of AdamW's state, which are zeros before the first step."""
+        if not self._adamw.state:
+            start_state(self._optimizer, self._adamw, 0)
+        return list(own_pieces(self._optimizer, self._adamw, self.groups))
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote; every rank calls it, as many as saved it.
+    def restore(self, reader: PieceReader, steps: int) -> None:
+        """Take weights and optimizer state from a checkpoint that any number of ranks has saved.
+
+        Learning rates and decay are this run's own.
+
+        Args:
+            reader: of the checkpoint's pieces.
+            steps: optimizer steps that changed weights.
 
         Raises:
-            HiveError: the checkpoint cannot be read into this model.
+            HiveError: the checkpoint lacks a part of a parameter.
         """
-        try:
-            found, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-            raise HiveError(f"checkpoint {folder}: does not fit this model and stage ({error})") from error
-        if found is None:
-            raise HiveError(f"checkpoint {folder / tag}: nothing to load")
-        for group, restored in zip(self.groups, self._optimizer.param_groups, strict=True):
-            restored.update(name=group.name, peak_lr=group.lr, weight_decay=group.weight_decay)
+        start_state(self._optimizer, self._adamw, steps)
+        pieces = {piece.name: piece for piece in self.pieces()}
+        for piece in pieces.values():
+            reader.read_into(piece)
+        for group in self.groups:
+            for name, parameter in group.parameters.items():
+                whole = None if self.zero_stage == 3 else reader.whole_weight(name, parameter.numel())
+                publish_weights(parameter, pieces.get(name), whole)
+
+    @property
+    def trained_elements(self) -> int:
+        """Elements of all trained parameters, over all ranks."""
+        sizes = (getattr(p, "ds_numel", p.numel()) for group in self.groups for p in group.parameters.values())
+        return sum(sizes)
+
+    def frozen_sums(self) -> dict[str, float]:
+        """Sum of squares of every frozen weight over all ranks: says whether they are those of another run."""
+        frozen = {name: p for name, p in self.model.named_parameters() if not self._trained[name]}
+        own = [own_part(p).double().square().sum().item() for p in frozen.values()]
+        total = sum_over_ranks(own, self.device)
+        ranks = 1 if self.zero_stage == 3 else self.world.size
+        return {name: value / ranks for name, value in zip(frozen, total, strict=True)}
 
     def gather_state(self) -> dict[str, Tensor]:
         """All weights and persistent buffers by name, on rank 0's CPU; every rank calls it, others get {}.
@@ -271,12 +291,6 @@ def _adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool)
         eps=stage.eps,
         fused=fused,
     )
-
-
-def _load_checkpoint_file(path: str, map_location: Any = None) -> Any:
-    """Read a file of a checkpoint without running code from it, which DeepSpeed's own reader would."""
-    with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _register_external_parameters(model: nn.Module) -> None:

@@ -43,6 +43,16 @@ def make_model(stage: Stage, **changes: Any) -> Any:
     return tiny_hive(image_kv=stage.image_kv, qk_norm="pre_rope", **changes).train()
 
 
+def scrambled(model: Any, stage: Stage) -> Any:
+    """``model`` with other weights wherever ``stage`` trains: what it goes on with must come from a checkpoint."""
+    plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    return model
+
+
 def make_trainee(
     ranks: Any,
     *,
