@@ -250,7 +250,7 @@ class Engine:
                 yield index, [p.grad for p in group.parameters.values() if p.grad is not None]
         elif self._offloads_optimizer:  # the gradients are in CPU memory, their norms still on the device
             for parameter_id, norm in self._optimizer.norm_for_param_grads.items():
-                yield to_group[self._optimizer.grad_position[parameter_id][0]], [norm]
+                yield to_group[self._optimizer.grad_position[parameter_id][0]], [norm.float()]
         else:
             for index, gradients in self._optimizer.averaged_gradients.items():
                 yield to_group.get(index, index), [gradient for gradient in gradients if gradient is not None]

@@ -47,19 +47,19 @@ def make_trainee(
     ranks: Any,
     *,
     stage: int | Stage = 2,
-    zero: int = 3,
+    zero: int | str = 3,
     precision: str = "fp32",
     config: StageConfig = CONFIG,
     model: Any = None,
     folder: Path | None = None,
     tensorboard: bool = False,
 ) -> Trainee:
-    """Plan a stage of a tiny model and put it under an engine."""
+    """Plan a stage of a tiny model and put it under an engine; ``zero`` is a ZeRO stage or the name of a policy."""
     stage = stage_by_number(stage) if isinstance(stage, int) else stage
     model = make_model(stage) if model is None else model
     plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), config)
     ds_config = build_ds_config(
-        read_policy(f"zero{zero}"),
+        read_policy(zero if isinstance(zero, str) else f"zero{zero}"),
         config,
         TrainingConfig(precision=precision, tensorboard=tensorboard),
         num_ranks=ranks.world.size,
