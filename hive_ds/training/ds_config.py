@@ -39,7 +39,11 @@ _OWNERS = {
 
 _HPZ = "zero_hpz_partition_size"
 _OFFLOAD = ("offload_optimizer", "offload_param")
-_UNSUPPORTED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param", "zenflow": "offload_optimizer"}
+_UNSUPPORTED = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "zenflow": "offload_optimizer",
+}
 """Key of zero_optimization that the engine cannot train with -> what to write instead."""
 
 
