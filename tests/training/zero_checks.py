@@ -31,7 +31,7 @@ def secondary_shares(trainee: Any) -> set[float]:
 
 
 def check_profile_losses(ranks: Any) -> dict[str, list[list[float]]]:
-    """Loss and gradient norms by split of the batch and profile; few steps of hpZ, which does no arithmetic of its own."""
+    """Loss and gradient norms by split of the batch and profile; hpZ, which does no arithmetic of its own, is short."""
     return {
         "2x2 zero3_offload_optimizer": trained_losses(ranks, 2, "zero3_offload_optimizer"),
         "2x1 zero3_offload_param": trained_losses(ranks, 1, "zero3_offload_param"),
