@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
-from hive_ds.training.groups import OptimizerGroup
+from hive_ds.training.groups import OptimizerGroup, adamw
 
 if not uses_gpu():
     os.environ["DS_ACCELERATOR"] = "cpu"  # before the import: DeepSpeed decides then
@@ -88,7 +88,7 @@ class Engine:
             for name, parameter in group.parameters.items()
         ]
         self._offloads_optimizer = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-        optimizer = _adamw(groups, stage, fused=self._offloads_optimizer or device.type == "cuda")
+        optimizer = adamw(groups, stage, fused=self._offloads_optimizer or device.type == "cuda")
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
         optimizer.state.clear()
@@ -261,24 +261,6 @@ class Engine:
             self._engine.step()
         else:
             self._engine.zero_grad()
-
-
-def _adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [
-            {
-                "params": list(group.parameters.values()),
-                "name": group.name,
-                "lr": 0.0,  # set before every step; a step inside DeepSpeed's constructor must not decay weights
-                "peak_lr": group.lr,
-                "weight_decay": group.weight_decay,
-            }
-            for group in groups
-        ],
-        betas=stage.betas,
-        eps=stage.eps,
-        fused=fused,
-    )
 
 
 def _load_checkpoint_file(path: str, map_location: Any = None) -> Any:
