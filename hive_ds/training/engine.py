@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
-from hive_ds.training.groups import OptimizerGroup
+from hive_ds.training.groups import OptimizerGroup, adamw
 from hive_ds.training.piece_files import PieceReader
 from hive_ds.training.pieces import Piece, own_part, own_pieces, publish_weights, start_state
 
@@ -72,7 +72,8 @@ class Engine:
     ) -> None:
         self.world, self.device = world, device
         self.groups = list(groups)
-        self.zero_stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
+        zero = ds_config.get("zero_optimization", {})
+        self.zero_stage: int = zero.get("stage", 0)
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         self.skipped_steps = 0
         if not deepspeed_logger.isEnabledFor(logging.DEBUG):
@@ -84,7 +85,8 @@ class Engine:
             for group in groups
             for name, parameter in group.parameters.items()
         ]
-        optimizer = _adamw(groups, stage, fused=device.type == "cuda")
+        self._offloads_optimizer = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        optimizer = adamw(groups, stage, fused=self._offloads_optimizer or device.type == "cuda")
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
         optimizer.state.clear()
@@ -216,8 +218,11 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers."""
+        """Release DeepSpeed's hooks, buffers and, under hpZ, its process group, which a later engine would inherit."""
         self._engine.destroy()
+        group = deepspeed.utils.groups._get_zero_param_intra_parallel_group()
+        if group is not None:
+            deepspeed.comm.destroy_process_group(group)
 
     def _gathered(self, parameters: Sequence[nn.Parameter | None]) -> Any:
         partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
@@ -258,12 +263,15 @@ class Engine:
         return dict(zip(names, squares.sqrt().tolist(), strict=True))
 
     def _local_gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """(index of an optimizer group, this rank's part of its averaged gradients)."""
+        """(index of an optimizer group, this rank's part of its averaged gradients, or the norms of these parts)."""
+        to_group = getattr(self._optimizer, "sub_group_to_group_id", {})
         if self.zero_stage == 0:
             for index, group in enumerate(self.groups):
                 yield index, [p.grad for p in group.parameters.values() if p.grad is not None]
+        elif self._offloads_optimizer:  # the gradients are in CPU memory, their norms still on the device
+            for parameter_id, norm in self._optimizer.norm_for_param_grads.items():
+                yield to_group[self._optimizer.grad_position[parameter_id][0]], [norm.float()]
         else:
-            to_group = getattr(self._optimizer, "sub_group_to_group_id", {})
             for index, gradients in self._optimizer.averaged_gradients.items():
                 yield to_group.get(index, index), [gradient for gradient in gradients if gradient is not None]
 
@@ -273,24 +281,6 @@ class Engine:
             self._engine.step()
         else:
             self._engine.zero_grad()
-
-
-def _adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [
-            {
-                "params": list(group.parameters.values()),
-                "name": group.name,
-                "lr": 0.0,  # set before every step; a step inside DeepSpeed's constructor must not decay weights
-                "peak_lr": group.lr,
-                "weight_decay": group.weight_decay,
-            }
-            for group in groups
-        ],
-        betas=stage.betas,
-        eps=stage.eps,
-        fused=fused,
-    )
 
 
 def _register_external_parameters(model: nn.Module) -> None:

@@ -110,3 +110,5 @@ def publish_weights(parameter: Any, piece: Piece | None, whole: Tensor | None) -
         parameter.data.view(-1).copy_(whole)
     elif piece is not None:
         parameter.ds_tensor.data.view(-1)[: piece.count].copy_(piece.values["weight"])
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None  # hpZ's copy within the node is made anew from what was restored
