@@ -156,6 +156,12 @@ class TrainingConfig:
     """Micro-batches per rank of one validation."""
     checkpoint_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints for resuming; 0 means none before the end."""
+    keep_checkpoints: Annotated[int, at_least(1)] = 2
+    """Newest checkpoints that are kept."""
+    keep_every: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between checkpoints that are kept for good; 0 means none."""
+    stop_on_failed_save: bool = False
+    """Whether a checkpoint that cannot be written (disk full) ends the run; else it goes on with the last good one."""
     log_interval: Annotated[int, at_least(1)] = 1
     max_skipped_steps: Annotated[int, at_least(1)] = 5
     """Steps in a row with a non-finite gradient before the run stops."""

@@ -27,10 +27,10 @@ from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import STAGES, Stage, hive_groups, next_stage, stage_by_number
 from hive_ds.training.attempt import EXIT_STOPPED, Attempt
 from hive_ds.training.checkpoint import (
+    CheckpointWriter,
     RunIdentity,
     load_checkpoint,
     newest_checkpoint,
-    save_checkpoint,
     save_model,
 )
 from hive_ds.training.distributed import World, from_main, read_world, report_error, start, stop
@@ -41,6 +41,7 @@ from hive_ds.training.groups import StagePlan, plan_stage
 from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
 from hive_ds.training.metrics import Meter, MetricsLog
+from hive_ds.training.origin import describe_origin
 from hive_ds.training.run_folder import StageFolder
 from hive_ds.training.schedule import Schedule
 from hive_ds.training.table import print_plan
@@ -206,12 +207,14 @@ def _start_job(
 ) -> tuple[Job, int]:
     """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
     world, device, training, config = run.world, run.device, run.recipe.training, run.config
-    identity = RunIdentity.of(plan, training, config, ranks=world.size, ds_config=ds_config)
+    identity = RunIdentity.of(plan, training, config)
     engine = Engine(model, plan.groups, ds_config, config, world=world, device=device)
     if world.is_main:
         print_plan(plan, engine)
     torch.manual_seed(training.seed + world.rank)
-    first_step = _resume(run, engine, identity, loader)
+    origin = describe_origin(run.recipe)
+    writer = CheckpointWriter(run.folder.path, engine, identity, origin, world, run.attempt, training)
+    first_step = _resume(run, writer, loader)
     rate = matmul_rate(device, engine.dtype)
     metrics = MetricsLog(run.folder.metrics, world, first_step)
     metrics.write("start", first_step, ranks=world.size, device=_device_name(device), matmul_flops_per_second=rate)
@@ -227,20 +230,20 @@ def _start_job(
         patch_size=model.config.vision_config.patch_size,
         world=world,
         device=device,
-        save=lambda step: save_checkpoint(
-            run.folder.path, step, engine, identity, loader.state_dict(), world, run.attempt
-        ),
+        save=lambda step: writer.save(step, loader.state_dict()),
         attempt=run.attempt,
     )
     return job, first_step
 
 
-def _resume(run: Run, engine: Engine, identity: RunIdentity, loader: SampleLoader) -> int:
+def _resume(run: Run, writer: CheckpointWriter, loader: SampleLoader) -> int:
     """Load the newest complete checkpoint, if there is one; return the steps it has done."""
     checkpoint = newest_checkpoint(run.folder.path, run.world, run.say)
     if checkpoint is None:
         return 0
-    step, position = load_checkpoint(checkpoint, engine, identity, run.world)
+    step, position = load_checkpoint(
+        checkpoint, writer.engine, writer.identity, run.world, origin=writer.origin, warn=run.say
+    )
     loader.load_state_dict(position)
     run.say(f"resumed from {checkpoint}")
     return step

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def convert(source: Source, out: str | Path, options: ConvertOptions | None = No
         job = PartJob(
             source, order, options.part_size, work, options.images, options.compression, captions, remote, os.getpid()
         )
-        _convert_parts(job, options)
-        summary = _finish(job, options)
+        seconds = _convert_parts(job, options)
+        summary = replace(_finish(job, options), seconds=seconds)
         if remote is None:
             if Path(out).exists():
                 Path(out).rmdir()
@@ -141,8 +141,8 @@ def _check_plan(work: Path, plan: dict[str, Any]) -> None:
             )
 
 
-def _convert_parts(job: PartJob, options: ConvertOptions) -> None:
-    """Convert the parts that have no record yet."""
+def _convert_parts(job: PartJob, options: ConvertOptions) -> dict[str, float]:
+    """Convert the parts that have no record yet; processor time spent on images."""
     shutil.rmtree(job.work / "writing", ignore_errors=True)
     done = [number for number in range(job.num_parts) if job.record(number).is_file()]
     todo = sorted(set(range(job.num_parts)) - set(done))
@@ -159,6 +159,7 @@ def _convert_parts(job: PartJob, options: ConvertOptions) -> None:
             took = {f"{name} s": f"{value:.0f}" for name, value in seconds.items()}
             progress.set_postfix({"rejected": rejected, **took})
             _check_rejects(job, rejected, options)
+    return seconds
 
 
 def _reports(job: PartJob, todo: list[int], workers: int) -> Iterator[PartReport]:
@@ -225,7 +226,7 @@ def _finish(job: PartJob, options: ConvertOptions) -> ConversionSummary:
     out = job.work / "out"
     write_sizes(out, [size for record in records for size in record["sizes"]])
     (out / REJECTS).write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
-    (out / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    (out / SUMMARY).write_text(summary.to_json())
     write_index(out, [shard for record in records for shard in record["shards"]])
     return summary
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,20 +50,27 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class ConversionSummary:
-    """What a conversion wrote; also in ``summary.json`` of the folder."""
+    """What a conversion wrote; also in ``summary.json`` of the folder, but for the time it took."""
 
     samples: int
     rejected: int
     images: int
     image_bytes: int
     source_image_bytes: int
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """Processor time of this start of the conversion by what it was spent on."""
 
     def __str__(self) -> str:
         rejected = f"{self.rejected} rejected" + (f", listed in {REJECTS}" if self.rejected else "")
         images = f"{self.images} images ({self.image_bytes / 1e6:.1f} MB"
         if self.image_bytes != self.source_image_bytes:
             images += f", {1 - self.image_bytes / self.source_image_bytes:.0%} less than the source's"
-        return f"{self.samples} samples, {images}); {rejected}"
+        took = "".join(f"; {name} took {value:.1f} s" for name, value in self.seconds.items() if value)
+        return f"{self.samples} samples, {images}); {rejected}{took}"
+
+    def to_json(self) -> str:
+        """The text of ``summary.json``."""
+        return json.dumps({name: value for name, value in vars(self).items() if name != "seconds"}, indent=2) + "\n"
 
 
 def read_captions(path: str | Path) -> dict[str, str]:

@@ -1,44 +1,50 @@
 """Checkpoints to resume a stage from, and the folder of weights that one stage hands to the next.
 
-A checkpoint is a folder ``checkpoints/step-000100``: DeepSpeed's files, one small file per rank (loader position,
-random state) and ``manifest.json`` with the size of every file. It is written under another name and renamed when
-whole; ``latest``, written last, names the newest.
+A checkpoint is a folder ``checkpoints/step-000100``: the pieces of each rank (weights, optimizer state), one small file
+per rank (random state), ``state.json`` (what run wrote it, where it is in the data) and ``manifest.json`` with size and
+SHA-256 of every file. It is written under another name and renamed when whole; ``latest``, written last, names the
+newest. Any number of ranks, under any ZeRO stage, resumes from it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.attempt import Attempt
+from hive_ds.training.checkpoint_files import (
+    check_space,
+    describe_file,
+    fault_of,
+    on_all_ranks,
+    publish,
+    remove_old,
+    step_folders,
+    write_text,
+)
 from hive_ds.training.distributed import World, barrier, from_main
 from hive_ds.training.engine import Engine
 from hive_ds.training.groups import StagePlan
+from hive_ds.training.piece_files import PieceReader, file_name, write_pieces
+from hive_ds.training.random_state import random_state, restore_random_state
 
-KEEP = 2
-"""Checkpoints left in a run folder: the newest and, should it turn out damaged, the one before."""
-
-_ENGINE = "engine"
+FROZEN_TOLERANCE = 1e-9
+"""Relative difference of sums of squares in fp64 that the order of summation makes."""
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a resumed run must share with the one that wrote the checkpoint."""
+    """What a resumed run must share with the one that wrote the checkpoint; ranks and ZeRO stage may differ."""
 
     stage: str
-    ranks: int
-    zero_stage: int
     precision: str
     seed: int
     global_batch_size: int
@@ -47,14 +53,10 @@ class RunIdentity:
     optimizer_groups: list[str]
 
     @classmethod
-    def of(
-        cls, plan: StagePlan, training: TrainingConfig, config: StageConfig, *, ranks: int, ds_config: dict[str, Any]
-    ) -> RunIdentity:
+    def of(cls, plan: StagePlan, training: TrainingConfig, config: StageConfig) -> RunIdentity:
         """The identity of a run."""
         return cls(
             stage=plan.stage.name,
-            ranks=ranks,
-            zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
             precision=training.precision,
             seed=training.seed,
             global_batch_size=config.global_batch_size,
@@ -63,66 +65,124 @@ class RunIdentity:
         )
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    engine: Engine,
-    identity: RunIdentity,
-    loader_state: dict[str, Any],
-    world: World,
-    attempt: Attempt,
-) -> None:
-    """Write ``folder/checkpoints/step-XXXXXX`` and point ``folder/latest`` at it; every rank calls it.
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Writes checkpoints of one run into the folder of a stage.
 
-    Args:
+    Attributes:
         folder: of the stage.
-        step: optimizer steps done.
         engine: weights and optimizer state.
         identity: checked on resume.
-        loader_state: this rank's position in the data.
+        origin: recipe and versions of the run, compared on resume.
         world: this process among all.
-        attempt: HiveError where another has taken over.
+        attempt: of this run.
+        training: what is kept.
     """
-    attempt.check()
-    final = folder / "checkpoints" / f"step-{step:06d}"
-    aside = final.with_name(f".{final.name}.partial")
-    if world.is_main:
-        for left_over in final.parent.glob(".step-*.partial"):
+
+    folder: Path
+    engine: Engine
+    identity: RunIdentity
+    origin: dict[str, Any]
+    world: World
+    attempt: Attempt
+    training: TrainingConfig
+
+    def save(self, step: int, loader_state: dict[str, Any]) -> str | None:
+        """Write ``folder/checkpoints/step-XXXXXX`` and point ``folder/latest`` at it; every rank calls it.
+
+        Args:
+            step: optimizer steps done.
+            loader_state: position in the data, the same on every rank.
+
+        Returns:
+            Why it could not be written (a full disk, say), the same on every rank; None if it was.
+
+        Raises:
+            HiveError: another attempt has taken over.
+        """
+        final = self.folder / "checkpoints" / f"step-{step:06d}"
+        aside = final.with_name(f".{final.name}.partial")
+        frozen = self.engine.frozen_sums()
+        _, failed = on_all_ranks(lambda: self._prepare(aside))
+        described: list[dict[str, Any]] = []
+        if failed is None:
+            described, failed = on_all_ranks(lambda: self._write_own(aside))
+        if failed is None:
+            state = {
+                "step": step,
+                "skipped_steps": self.engine.skipped_steps,
+                "ranks": self.world.size,
+                "loader": loader_state,
+                "identity": asdict(self.identity),
+                "origin": self.origin,
+                "frozen": frozen,
+            }
+            _, failed = on_all_ranks(lambda: self._publish(aside, final, state, described))
+        if failed is not None and self.world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        return failed
+
+    def _prepare(self, aside: Path) -> None:
+        if not self.world.is_main:
+            return
+        self.attempt.check()
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in aside.parent.glob(".step-*.partial"):
             shutil.rmtree(left_over)
-        aside.mkdir(parents=True)
-    barrier()
-    engine.save(aside, _ENGINE)
-    torch.save({"loader": loader_state, "random": _random_state()}, aside / f"rank-{world.rank:05d}.pt")
-    barrier()
-    if world.is_main:
-        state = {"step": step, "skipped_steps": engine.skipped_steps, "identity": asdict(identity)}
+        check_space(aside.parent, 12 * self.engine.trained_elements)
+        aside.mkdir()
+
+    def _write_own(self, aside: Path) -> dict[str, Any]:
+        rank_file = f"rank-{self.world.rank:05d}.pt"
+        pieces_file = file_name(self.world.rank)
+        write_pieces(aside / pieces_file, self.engine.pieces())
+        torch.save({"random": random_state()}, aside / rank_file)
+        return {name: describe_file(aside / name) for name in (pieces_file, rank_file)}
+
+    def _publish(self, aside: Path, final: Path, state: dict[str, Any], described: list[dict[str, Any]]) -> None:
+        if not self.world.is_main:
+            return
         (aside / "state.json").write_text(json.dumps(state))
-        attempt.check()
-        _publish(aside, final)
-        _write_text(folder / "latest", final.name)
-        for old in _step_folders(folder)[KEEP:]:
-            shutil.rmtree(old)
-    barrier()
+        files = {name: entry for own in described for name, entry in own.items()}
+        files["state.json"] = describe_file(aside / "state.json")
+        self.attempt.check()
+        publish(aside, final, files)
+        write_text(self.folder / "latest", final.name)
+        remove_old(self.folder, self.training.keep_checkpoints, self.training.keep_every)
 
 
 def newest_checkpoint(folder: Path, world: World, warn: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint of a stage, equal on all ranks; ``warn`` hears of each that was passed over."""
-    found = None
-    if world.is_main:
-        for candidate in _step_folders(folder):
-            fault = _fault(candidate)
-            if fault is None:
-                found = candidate
-                break
-            warn(f"checkpoint {candidate} is not complete and is passed over: {fault}")
-    return from_main(found)
+    for candidate in from_main(step_folders(folder)):
+        fault = fault_of(candidate, world)
+        if fault is None:
+            return Path(candidate)
+        warn(f"checkpoint {candidate} is not complete and is passed over: {fault}")
+    return None
 
 
-def load_checkpoint(path: Path, engine: Engine, identity: RunIdentity, world: World) -> tuple[int, dict[str, Any]]:
-    """Restore weights, optimizer and random state; return (steps done, this rank's loader state).
+def load_checkpoint(
+    path: Path,
+    engine: Engine,
+    identity: RunIdentity,
+    world: World,
+    *,
+    origin: dict[str, Any],
+    warn: Callable[[str], None],
+) -> tuple[int, dict[str, Any]]:
+    """Restore weights, optimizer and random state; return (steps done, loader state).
+
+    Args:
+        path: of the checkpoint.
+        engine: of this run, on any number of ranks.
+        identity: of this run.
+        world: this process among all.
+        origin: of this run; ``warn`` hears where the checkpoint's differs.
+        warn: prints on rank 0.
 
     Raises:
-        HiveError: the checkpoint belongs to another model, stage or number of ranks.
+        HiveError: the checkpoint belongs to another model, stage or batch, or frozen weights are not those it was
+            trained with.
     """
     state = json.loads((path / "state.json").read_text())
     for name, value in asdict(identity).items():
@@ -131,11 +191,18 @@ def load_checkpoint(path: Path, engine: Engine, identity: RunIdentity, world: Wo
             raise HiveError(
                 f"checkpoint {path}: {_difference(name, saved, value)}; use a new run folder or change it back"
             )
-    engine.load(path, _ENGINE)
+    _check_frozen(path, state["frozen"], engine.frozen_sums())
+    for name in sorted({*state["origin"], *origin}):
+        before, now = state["origin"].get(name), origin.get(name)
+        if before != now:
+            warn(f"checkpoint {path} was written with {name} = {before}, this run has {now}")
+    with PieceReader([path / file_name(rank) for rank in range(state["ranks"])]) as reader:
+        engine.restore(reader, state["step"] - state["skipped_steps"])
     engine.skipped_steps = state["skipped_steps"]
-    mine = torch.load(path / f"rank-{world.rank:05d}.pt", weights_only=True)
-    _restore_random_state(mine["random"])
-    return state["step"], mine["loader"]
+    if world.rank < state["ranks"]:  # a rank that was not there goes on from its seed
+        mine = torch.load(path / f"rank-{world.rank:05d}.pt", weights_only=True)
+        restore_random_state(mine["random"])
+    return state["step"], state["loader"]
 
 
 def save_model(folder: Path, engine: Engine, processor: Any, world: World, attempt: Attempt) -> None:
@@ -155,36 +222,13 @@ def save_model(folder: Path, engine: Engine, processor: Any, world: World, attem
     barrier()
 
 
-def _publish(aside: Path, final: Path) -> None:
-    """Write the manifest, flush everything to disk, and give the folder its name."""
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(aside)): path.stat().st_size for path in files}
-    _write_text(aside / "manifest.json", json.dumps(sizes, indent=1))
-    for path in files:
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    _flush(final.parent)
-
-
-def _fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
-    try:
-        sizes = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"no readable manifest.json ({error})"
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, expected {size}"
-    return None
-
-
-def _step_folders(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+def _check_frozen(path: Path, saved: dict[str, float], now: dict[str, float]) -> None:
+    for name, value in now.items():
+        if name not in saved or abs(value - saved[name]) > FROZEN_TOLERANCE * max(abs(value), abs(saved[name])):
+            raise HiveError(
+                f"checkpoint {path}: frozen weights {name} are not those it was trained with; the base models, or the "
+                "model of the stage before, have changed"
+            )
 
 
 def _difference(name: str, saved: Any, wanted: Any) -> str:
@@ -196,42 +240,3 @@ def _difference(name: str, saved: Any, wanted: Any) -> str:
         f"it holds another model: {len(differing)} trained parameters differ, first {first} with shape "
         f"{saved.get(first)} against {wanted.get(first)}"
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    _flush(aside)
-    os.replace(aside, path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _random_state() -> dict[str, Any]:
-    """Random state of Python, numpy and torch, in types that ``weights_only`` loading allows."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state()
-    name, keys, position, has_gauss, cached = numpy_state
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
+from hive_ds.training.distributed import all_values, read_world
 
 _OWNERS = {
     "train_batch_size": "stages.*.global_batch_size",
@@ -34,6 +36,15 @@ _OWNERS = {
     "zero_force_ds_cpu_optimizer": "the training engine",
 }
 """DeepSpeed's key -> who sets it instead."""
+
+_HPZ = "zero_hpz_partition_size"
+_OFFLOAD = ("offload_optimizer", "offload_param")
+_UNSUPPORTED = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "zenflow": "offload_optimizer",
+}
+"""Key of zero_optimization that the engine cannot train with -> what to write instead."""
 
 
 def accumulation_steps(config: StageConfig, num_ranks: int) -> int:
@@ -96,15 +107,37 @@ def _check_zero(path: Path, zero: dict[str, Any], data_types: dict[str, Any]) ->
         raise HiveError(f"ds_config {path}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
     if stage < 2 and data_types.get("grad_accum_dtype"):
         raise HiveError(f"ds_config {path}: data_types.grad_accum_dtype needs ZeRO 2 or 3, but the stage is {stage}")
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") != "none":
-            raise HiveError(f"ds_config {path}: zero_optimization.{key} is not supported by this version; remove it")
+    for key, instead in _UNSUPPORTED.items():
+        if key in zero:
+            raise HiveError(f"ds_config {path}: zero_optimization.{key} is not supported; expected {instead}")
+    for key in _OFFLOAD:
+        _check_offload(path, key, zero.get(key, {}), stage)
+    size = zero.get(_HPZ, 1)
+    if size != "auto" and (type(size) is not int or size < 1):
+        raise HiveError(f"ds_config {path}: zero_optimization.{_HPZ} is {size!r}; expected 'auto' or a number of ranks")
+    if size != 1 and stage != 3:
+        raise HiveError(f"ds_config {path}: zero_optimization.{_HPZ} needs ZeRO 3, but the stage is {stage}")
+
+
+def _check_offload(path: Path, key: str, offload: Any, stage: int) -> None:
+    if not isinstance(offload, dict):
+        raise HiveError(f"ds_config {path}: zero_optimization.{key} is {offload!r}; expected a JSON object")
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu"):
+        raise HiveError(f"ds_config {path}: zero_optimization.{key}.device is {device!r}; expected 'cpu' or 'none'")
+    unknown = sorted(offload.keys() - {"device", "pin_memory"})
+    if unknown:
+        raise HiveError(
+            f"ds_config {path}: zero_optimization.{key}.{unknown[0]} is not supported; expected device and pin_memory"
+        )
+    if device != "none" and stage != 3:
+        raise HiveError(f"ds_config {path}: zero_optimization.{key} needs ZeRO 3, but the stage is {stage}")
 
 
 def build_ds_config(
     policy: dict[str, Any], stage: StageConfig, training: TrainingConfig, *, num_ranks: int, log_folder: Path, job: str
 ) -> dict[str, Any]:
-    """Return ``policy`` with the recipe's values filled in; HiveError where wandb is asked for and not installed.
+    """Return ``policy`` with the recipe's values filled in; every rank calls it.
 
     Args:
         policy: of `read_policy`.
@@ -113,11 +146,19 @@ def build_ds_config(
         num_ranks: ranks of the run.
         log_folder: folder for TensorBoard files.
         job: name of the run in TensorBoard and wandb.
+
+    Raises:
+        HiveError: wandb is asked for and not installed, or the ranks cannot be divided as ``zero_hpz_partition_size``
+            says.
     """
     if training.wandb and importlib.util.find_spec("wandb") is None:
         raise HiveError("training.wandb is true, but wandb is not installed: pip install 'hive-ds[wandb]'")
+    zero = policy.get("zero_optimization", {})
+    if _HPZ in zero:
+        zero = {**zero, _HPZ: _hpz_size(zero[_HPZ], num_ranks)}
     return {
         **policy,
+        "zero_optimization": zero,
         "train_batch_size": stage.global_batch_size,
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(stage, num_ranks),
@@ -128,3 +169,17 @@ def build_ds_config(
         "tensorboard": {"enabled": training.tensorboard, "output_path": str(log_folder), "job_name": job},
         "wandb": {"enabled": training.wandb, "project": "hive-ds", "group": job},
     }
+
+
+def _hpz_size(size: int | str, num_ranks: int) -> int:
+    """Ranks that hold one copy of the weights between them; "auto" means those of a node, 1 none on a single node."""
+    if size == "auto":
+        per_node = sorted(set(all_values(read_world(os.environ).local_size)))
+        if len(per_node) > 1:
+            raise HiveError(
+                f"{_HPZ} 'auto' needs as many ranks on every node, but nodes have {' or '.join(map(str, per_node))}"
+            )
+        return per_node[0] if per_node[0] < num_ranks else 1
+    if num_ranks % int(size):
+        raise HiveError(f"{_HPZ} {size} does not divide {num_ranks} ranks; expected the ranks of a node, or 'auto'")
+    return int(size)

@@ -12,7 +12,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +20,16 @@ from torch import Tensor, nn
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
-from hive_ds.training.groups import OptimizerGroup
+from hive_ds.training.groups import OptimizerGroup, adamw
+from hive_ds.training.piece_files import PieceReader
+from hive_ds.training.pieces import Piece, own_part, own_pieces, publish_weights, start_state
 
 if not uses_gpu():
     os.environ["DS_ACCELERATOR"] = "cpu"  # before the import: DeepSpeed decides then
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils.tensor_fragment import fragment_address
 
 # On CPUs, joining the process group would compile DeepSpeed's shared-memory all-reduce (g++, 52 s) and leave 66 MB a
 # rank in /dev/shm. It serves tensor-parallel inference only. DeepSpeed builds the ops this table calls compatible.
@@ -74,7 +72,8 @@ class Engine:
     ) -> None:
         self.world, self.device = world, device
         self.groups = list(groups)
-        self.zero_stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
+        zero = ds_config.get("zero_optimization", {})
+        self.zero_stage: int = zero.get("stage", 0)
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         self.skipped_steps = 0
         if not deepspeed_logger.isEnabledFor(logging.DEBUG):
@@ -86,11 +85,12 @@ class Engine:
             for group in groups
             for name, parameter in group.parameters.items()
         ]
-        optimizer = _adamw(groups, stage, fused=device.type == "cuda")
+        self._offloads_optimizer = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        optimizer = adamw(groups, stage, fused=self._offloads_optimizer or device.type == "cuda")
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
         optimizer.state.clear()
-        self._engine.checkpoint_engine.load = _load_checkpoint_file
+        self._adamw = optimizer
         self.model: Any = self._engine.module
         _register_external_parameters(self.model)
 
@@ -154,24 +154,46 @@ class Engine:
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write weights and optimizer state to ``folder / tag``; every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def pieces(self) -> list[Piece]:
+        """This rank's part of the trained weights and of AdamW's state, which are zeros before the first step."""
+        if not self._adamw.state:
+            start_state(self._optimizer, self._adamw, 0)
+        return list(own_pieces(self._optimizer, self._adamw, self.groups))
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote; every rank calls it, as many as saved it.
+    def restore(self, reader: PieceReader, steps: int) -> None:
+        """Take weights and optimizer state from a checkpoint that any number of ranks has saved.
+
+        Learning rates and decay are this run's own.
+
+        Args:
+            reader: of the checkpoint's pieces.
+            steps: optimizer steps that changed weights.
 
         Raises:
-            HiveError: the checkpoint cannot be read into this model.
+            HiveError: the checkpoint lacks a part of a parameter.
         """
-        try:
-            found, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-            raise HiveError(f"checkpoint {folder}: does not fit this model and stage ({error})") from error
-        if found is None:
-            raise HiveError(f"checkpoint {folder / tag}: nothing to load")
-        for group, restored in zip(self.groups, self._optimizer.param_groups, strict=True):
-            restored.update(name=group.name, peak_lr=group.lr, weight_decay=group.weight_decay)
+        start_state(self._optimizer, self._adamw, steps)
+        pieces = {piece.name: piece for piece in self.pieces()}
+        for piece in pieces.values():
+            reader.read_into(piece)
+        for group in self.groups:
+            for name, parameter in group.parameters.items():
+                whole = None if self.zero_stage == 3 else reader.whole_weight(name, parameter.numel())
+                publish_weights(parameter, pieces.get(name), whole)
+
+    @property
+    def trained_elements(self) -> int:
+        """Elements of all trained parameters, over all ranks."""
+        sizes = (getattr(p, "ds_numel", p.numel()) for group in self.groups for p in group.parameters.values())
+        return sum(sizes)
+
+    def frozen_sums(self) -> dict[str, float]:
+        """Sum of squares of every frozen weight over all ranks: says whether they are those of another run."""
+        frozen = {name: p for name, p in self.model.named_parameters() if not self._trained[name]}
+        own = [own_part(p).double().square().sum().item() for p in frozen.values()]
+        total = sum_over_ranks(own, self.device)
+        ranks = 1 if self.zero_stage == 3 else self.world.size
+        return {name: value / ranks for name, value in zip(frozen, total, strict=True)}
 
     def gather_state(self) -> dict[str, Tensor]:
         """All weights and persistent buffers by name, on rank 0's CPU; every rank calls it, others get {}.
@@ -196,8 +218,11 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers."""
+        """Release DeepSpeed's hooks, buffers and, under hpZ, its process group, which a later engine would inherit."""
         self._engine.destroy()
+        group = deepspeed.utils.groups._get_zero_param_intra_parallel_group()
+        if group is not None:
+            deepspeed.comm.destroy_process_group(group)
 
     def _gathered(self, parameters: Sequence[nn.Parameter | None]) -> Any:
         partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
@@ -238,12 +263,15 @@ class Engine:
         return dict(zip(names, squares.sqrt().tolist(), strict=True))
 
     def _local_gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """(index of an optimizer group, this rank's part of its averaged gradients)."""
+        """(index of an optimizer group, this rank's part of its averaged gradients, or the norms of these parts)."""
+        to_group = getattr(self._optimizer, "sub_group_to_group_id", {})
         if self.zero_stage == 0:
             for index, group in enumerate(self.groups):
                 yield index, [p.grad for p in group.parameters.values() if p.grad is not None]
+        elif self._offloads_optimizer:  # the gradients are in CPU memory, their norms still on the device
+            for parameter_id, norm in self._optimizer.norm_for_param_grads.items():
+                yield to_group[self._optimizer.grad_position[parameter_id][0]], [norm.float()]
         else:
-            to_group = getattr(self._optimizer, "sub_group_to_group_id", {})
             for index, gradients in self._optimizer.averaged_gradients.items():
                 yield to_group.get(index, index), [gradient for gradient in gradients if gradient is not None]
 
@@ -253,30 +281,6 @@ class Engine:
             self._engine.step()
         else:
             self._engine.zero_grad()
-
-
-def _adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [
-            {
-                "params": list(group.parameters.values()),
-                "name": group.name,
-                "lr": 0.0,  # set before every step; a step inside DeepSpeed's constructor must not decay weights
-                "peak_lr": group.lr,
-                "weight_decay": group.weight_decay,
-            }
-            for group in groups
-        ],
-        betas=stage.betas,
-        eps=stage.eps,
-        fused=fused,
-    )
-
-
-def _load_checkpoint_file(path: str, map_location: Any = None) -> Any:
-    """Read a file of a checkpoint without running code from it, which DeepSpeed's own reader would."""
-    with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _register_external_parameters(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from hive_ds.config import StageConfig
@@ -71,6 +72,25 @@ def plan_stage(model: nn.Module, stage: Stage, module_groups: Sequence[ModuleGro
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     groups = sorted(by_name.values(), key=lambda group: stage.trains.index(group.module_group))
     return StagePlan(stage, tuple(module_groups), group_of, shapes, groups)
+
+
+def adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW over ``groups``; ``fused`` for one kernel a step, on GPUs and CPUs."""
+    return torch.optim.AdamW(
+        [
+            {
+                "params": list(group.parameters.values()),
+                "name": group.name,
+                "lr": 0.0,  # set before every step; a step inside DeepSpeed's constructor must not decay weights
+                "peak_lr": group.lr,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
+        betas=stage.betas,
+        eps=stage.eps,
+        fused=fused,
+    )
 
 
 def _peak_rates(stage: Stage, module_groups: Sequence[ModuleGroup], config: StageConfig) -> dict[str, float]:

@@ -38,8 +38,8 @@ class Job:
     patch_size: int
     world: World
     device: torch.device
-    save: Callable[[int], None]
-    """Write a checkpoint after so many steps."""
+    save: Callable[[int], str | None]
+    """Write a checkpoint after so many steps, or say why it could not be written."""
     attempt: Attempt
 
 
@@ -70,8 +70,7 @@ def train(job: Job, first_step: int) -> int:
             _validate(job, done)
         stop = job.attempt.should_stop(job.device)
         if stop or _due(done, job.training.checkpoint_interval, steps):
-            job.save(done)
-            job.meter.restart()
+            _save(job, done, last=stop or done == steps)
         if stop:
             break
     bar.close()
@@ -90,6 +89,24 @@ def evaluate(job: Job, loader: Any) -> float:
     job.engine.model.train()
     loss_sum, tokens = sum_over_ranks([loss_sum, tokens], job.device)
     return loss_sum / max(tokens, 1)
+
+
+def _save(job: Job, done: int, *, last: bool) -> None:
+    """Write a checkpoint. Where that fails the run goes on with the one before, unless it has nothing else to do.
+
+    Raises:
+        HiveError: it failed, and the run was to stop here or the recipe says that it should.
+    """
+    start = time.perf_counter()
+    failed = job.save(done)
+    job.metrics.write("checkpoint", done, seconds=time.perf_counter() - start, failed=failed)
+    if failed is not None:
+        message = f"step {done}: no checkpoint could be written ({failed}); earlier ones are untouched"
+        if last or job.training.stop_on_failed_save:
+            raise HiveError(message)
+        if job.world.is_main:
+            tqdm.write(f"warning: {message}, training goes on")
+    job.meter.restart()
 
 
 def _fetch(job: Job, batches: Iterator[Any]) -> tuple[list[Any], Totals]:

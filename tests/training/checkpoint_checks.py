@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from stage_helpers import (
     COMBINATIONS,
@@ -16,6 +19,7 @@ from stage_helpers import (
     make_trainee,
     moved,
     run_step,
+    scrambled,
     state_of,
     step_batches,
 )
@@ -25,12 +29,13 @@ from hive_ds.model.loading import load_weights
 from hive_ds.stages import stage_by_number
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import (
+    CheckpointWriter,
     RunIdentity,
     load_checkpoint,
     newest_checkpoint,
-    save_checkpoint,
     save_model,
 )
+from hive_ds.training.checkpoint_files import check_space
 from hive_ds.training.distributed import barrier
 from hive_ds.training.flops import FlopCounter
 from hive_ds.training.loop import Job, train
@@ -52,10 +57,23 @@ def signed(ranks: Any, folder: Any, name: str = "first") -> Attempt:
     return attempt
 
 
-def identity_of(ranks: Any, trainee: Any, config: Any, precision: str = "fp32") -> RunIdentity:
-    ds_config = {"zero_optimization": {"stage": trainee.engine.zero_stage}}
-    training = TrainingConfig(precision=precision)
-    return RunIdentity.of(trainee.plan, training, config, ranks=ranks.world.size, ds_config=ds_config)
+def identity_of(trainee: Any, config: Any, precision: str = "fp32") -> RunIdentity:
+    return RunIdentity.of(trainee.plan, TrainingConfig(precision=precision), config)
+
+
+def writer_of(
+    ranks: Any, trainee: Any, folder: Any, config: Any, precision: str = "fp32", **training: Any
+) -> CheckpointWriter:
+    """A writer of checkpoints whose attempt has signed ``folder``."""
+    identity, attempt = identity_of(trainee, config, precision), signed(ranks, folder)
+    options = TrainingConfig(precision=precision, **training)
+    return CheckpointWriter(folder, trainee.engine, identity, {"recipe.name": "one"}, ranks.world, attempt, options)
+
+
+def load(ranks: Any, path: Any, trainee: Any, identity: RunIdentity, warnings: list[str] | None = None) -> Any:
+    warn = print if warnings is None else warnings.append
+    origin = {"recipe.name": "one" if warnings is None else "two"}
+    return load_checkpoint(path, trainee.engine, identity, ranks.world, origin=origin, warn=warn)
 
 
 def check_hand_over(ranks: Any) -> None:
@@ -89,24 +107,24 @@ def check_resume(ranks: Any) -> None:
         folder = ranks.folder / f"resume-{zero}-{precision}"
         config = config_for(1)
 
-        def build(seed: int, zero: int = zero, precision: str = precision, config: Any = config) -> tuple[Any, Any]:
-            model = make_model(stage_by_number(3), seed=seed)
+        def build(fresh: bool, zero: int = zero, precision: str = precision, config: Any = config) -> tuple[Any, Any]:
+            model = make_model(stage_by_number(3))
+            model = model if fresh else scrambled(model, stage_by_number(3))
             trainee = make_trainee(ranks, stage=3, zero=zero, precision=precision, config=config, model=model)
-            return trainee, identity_of(ranks, trainee, config, precision)
+            return trainee, identity_of(trainee, config, precision)
 
-        straight, identity = build(seed=0)
+        straight, identity = build(fresh=True)
         expected = []
         for step in range(5):
             if step == 2:
-                attempt = signed(ranks, folder)
-                save_checkpoint(folder, step, straight.engine, identity, {"samples": 8}, ranks.world, attempt)
+                assert writer_of(ranks, straight, folder, config, precision).save(step, {"samples": 8}) is None
             loss, report = run_step(ranks, straight, step_batches(ranks, step, 1), factor=1 - step / 5)
             expected.append((loss, report.grad_norms))
         wanted = state_of(straight)
         straight.engine.close()
-        resumed, identity = build(seed=7)
+        resumed, identity = build(fresh=False)
         path = newest_checkpoint(folder, ranks.world, print)
-        first, position = load_checkpoint(path, resumed.engine, identity, ranks.world)
+        first, position = load(ranks, path, resumed, identity)
         assert (first, position) == (2, {"samples": 8})
         for step in range(first, 5):
             loss, report = run_step(ranks, resumed, step_batches(ranks, step, 1), factor=1 - step / 5)
@@ -119,43 +137,77 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
     """Resume takes the newest complete checkpoint, says which it passed over, and reads none of another model."""
     folder = ranks.folder / "incomplete"
     trainee = make_trainee(ranks, config=config_for(2))
-    identity = identity_of(ranks, trainee, config_for(2))
-    for step in (1, 2, 3):
-        save_checkpoint(folder, step, trainee.engine, identity, {}, ranks.world, signed(ranks, folder))
-    assert (folder / "latest").read_text() == "step-000003"
+    identity = identity_of(trainee, config_for(2))
+    writer = writer_of(ranks, trainee, folder, config_for(2), keep_every=2)
+    for step in range(1, 7):
+        assert writer.save(step, {}) is None
+    assert (folder / "latest").read_text() == "step-000006"
+    steps = [folder / "checkpoints" / f"step-{step:06d}" for step in range(7)]
     if ranks.world.is_main:
-        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
-        with (folder / "checkpoints" / "step-000003" / "rank-00001.pt").open("ab") as file:
+        assert sorted((folder / "checkpoints").iterdir()) == [steps[2], steps[4], steps[5], steps[6]]
+        with (steps[6] / "rank-00001.pt").open("ab") as file:
             file.write(b"x")
+        pieces = steps[5] / "pieces-00000.safetensors"
+        data = pieces.read_bytes()
+        pieces.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     barrier()
     warnings: list[str] = []
     found = newest_checkpoint(folder, ranks.world, warnings.append)
-    assert found == folder / "checkpoints" / "step-000002"
-    if ranks.world.is_main:
-        assert len(warnings) == 1
-        assert "step-000003 is not complete and is passed over: rank-00001.pt has" in warnings[0]
+    assert found == steps[4]
+    assert len(warnings) == 2
+    assert "step-000006 is not complete and is passed over: rank-00001.pt has" in warnings[0]
+    assert "step-000005 is not complete and is passed over: pieces-00000.safetensors has been changed" in warnings[1]
     other = make_trainee(ranks, stage=1, config=config_for(2))
-    wrong = identity_of(ranks, other, config_for(2))
-    message = expect_error(lambda: load_checkpoint(found, other.engine, wrong, ranks.world))
+    message = expect_error(lambda: load(ranks, found, other, identity_of(other, config_for(2))))
     assert "written with stage modality_adaptation, this run has connector_pretraining" in message, message
     widened = replace(identity, parameters={**identity.parameters, "more": [2]})
-    message = expect_error(lambda: load_checkpoint(found, trainee.engine, widened, ranks.world))
+    message = expect_error(lambda: load(ranks, found, trainee, widened))
     assert "it holds another model: 1 trained parameters differ, first more with shape None against [2]" in message
+    changed = make_trainee(ranks, config=config_for(2), model=make_model(stage_by_number(2), seed=3))
+    message = expect_error(lambda: load(ranks, found, changed, identity))
+    assert "frozen weights vision_encoder" in message, message
+    assert "are not those it was trained with" in message, message
+    said: list[str] = []
+    load(ranks, found, trainee, identity, said)
+    assert said == [f"checkpoint {found} was written with recipe.name = one, this run has two"]
+    for one in (trainee, other, changed):
+        one.engine.close()
+
+
+def check_full_disk(ranks: Any) -> None:
+    """A checkpoint that cannot be written on one rank is said on all, and those before stay as they were."""
+    folder = ranks.folder / "full"
+    trainee = make_trainee(ranks, config=config_for(2))
+    writer = writer_of(ranks, trainee, folder, config_for(2))
+    assert writer.save(1, {}) is None
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if ranks.world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    failed = writer.save(2, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+    assert failed is not None
+    assert "File too large" in failed, failed
+    barrier()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with pytest.raises(OSError, match=r"GB left, and a checkpoint takes 1000000000\.00 GB"):
+        check_space(folder, 10**18)
     trainee.engine.close()
-    other.engine.close()
 
 
 def check_attempts(ranks: Any) -> None:
     """Row 11, fenced: an attempt that another has replaced publishes nothing; both stop by a file or by the time."""
     folder = ranks.folder / "attempts"
     trainee = make_trainee(ranks, config=config_for(2))
-    identity = identity_of(ranks, trainee, config_for(2))
     old, new = signed(ranks, folder, "old"), signed(ranks, folder, "new")
     barrier()
     if ranks.world.is_main:
         assert "attempt new took over from this one, old; nothing was written" in expect_error(old.check)
     new.check()
-    save_checkpoint(folder, 1, trainee.engine, identity, {}, ranks.world, new)
+    writer = writer_of(ranks, trainee, folder, config_for(2))
+    assert replace(writer, attempt=signed(ranks, folder, "new")).save(1, {}) is None
     assert not new.should_stop(ranks.device)
     late = Attempt(folder, ranks.world, {"HIVE_ATTEMPT": "new", "HIVE_STOP_AT": "1000"})
     assert late.should_stop(ranks.device)

@@ -26,7 +26,9 @@ IMAGES = (1, 0, 2, 1)
 """Images of the four samples of a step: one sample is text alone, one has two."""
 
 
-def trained_losses(ranks: Any, micro: int, zero: int, precision: str = "fp32", steps: int = STEPS) -> list[list[float]]:
+def trained_losses(
+    ranks: Any, micro: int, zero: int | str, precision: str = "fp32", steps: int = STEPS
+) -> list[list[float]]:
     trainee = make_trainee(ranks, stage=3, zero=zero, precision=precision, config=config_for(micro))
     rows = []
     for step in range(steps):

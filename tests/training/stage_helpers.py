@@ -22,8 +22,11 @@ from hive_ds.training.groups import StagePlan, plan_stage
 from hive_ds.training.loop import run_micro_batches
 
 GLOBAL_BATCH = 4
-COMBINATIONS = ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
-"""ZeRO stages and precisions: every code path of DeepSpeed once."""
+COMBINATIONS = (
+    *((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")),
+    *(("zero3_offload_param", "bf16"), ("zero3_hpz", "fp32")),
+)
+"""ZeRO stages or policies, and precisions: every code path of DeepSpeed once."""
 CONFIG = StageConfig(lr=2e-3, global_batch_size=GLOBAL_BATCH, micro_batch_size=1, weight_decay=0.1, clip=1.0)
 
 Drawn = tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]
@@ -43,23 +46,33 @@ def make_model(stage: Stage, **changes: Any) -> Any:
     return tiny_hive(image_kv=stage.image_kv, qk_norm="pre_rope", **changes).train()
 
 
+def scrambled(model: Any, stage: Stage) -> Any:
+    """``model`` with other weights wherever ``stage`` trains: what it goes on with must come from a checkpoint."""
+    plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    return model
+
+
 def make_trainee(
     ranks: Any,
     *,
     stage: int | Stage = 2,
-    zero: int = 3,
+    zero: int | str = 3,
     precision: str = "fp32",
     config: StageConfig = CONFIG,
     model: Any = None,
     folder: Path | None = None,
     tensorboard: bool = False,
 ) -> Trainee:
-    """Plan a stage of a tiny model and put it under an engine."""
+    """Plan a stage of a tiny model and put it under an engine; ``zero`` is a ZeRO stage or the name of a policy."""
     stage = stage_by_number(stage) if isinstance(stage, int) else stage
     model = make_model(stage) if model is None else model
     plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), config)
     ds_config = build_ds_config(
-        read_policy(f"zero{zero}"),
+        read_policy(zero if isinstance(zero, str) else f"zero{zero}"),
         config,
         TrainingConfig(precision=precision, tensorboard=tensorboard),
         num_ranks=ranks.world.size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +16,14 @@ from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read
 STAGE = StageConfig(lr=1e-3, global_batch_size=24, micro_batch_size=2, clip=0.6)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_recipe_values_are_filled_in(zero: int) -> None:
+@pytest.mark.parametrize(
+    ("policy", "zero"),
+    [("zero0", 0), ("zero1", 1), ("zero2", 2)]
+    + [(name, 3) for name in ("zero3", "zero3_offload_optimizer", "zero3_offload_param")],
+)
+def test_recipe_values_are_filled_in(policy: str, zero: int) -> None:
     config = build_ds_config(
-        read_policy(f"zero{zero}"), STAGE, TrainingConfig(), num_ranks=3, log_folder=Path("logs"), job="run"
+        read_policy(policy), STAGE, TrainingConfig(), num_ranks=3, log_folder=Path("logs"), job="run"
     )
     assert config["zero_optimization"]["stage"] == zero
     assert config["train_batch_size"] == 24
@@ -57,7 +62,28 @@ def test_value_that_the_recipe_owns_is_named(tmp_path: Path, key: str, value: ob
         ("{", "not readable as JSON"),
         ("[]", "expected a JSON object"),
         ('{"zero_optimization": {"stage": 4}}', "is 4;"),
-        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}', "offload_param is not supported"),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
+            "offload_optimizer needs ZeRO 3",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
+            "offload_param.device is 'nvme'; e",
+        ),
+        ('{"zero_optimization": {"stage": 3, "offload_param": true}}', "offload_param is True; expected a JSON object"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}',
+            "optimizer.ratio is not supported",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "cpu_offload": true}}',
+            "cpu_offload is not supported; expected offload_op",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "node"}}',
+            "is 'node'; expected 'auto' or a num",
+        ),
+        ('{"zero_optimization": {"stage": 2, "zero_hpz_partition_size": "auto"}}', "hpz_partition_size needs ZeRO 3"),
         ('{"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}', "needs ZeRO 2 or 3"),
     ],
 )
@@ -66,6 +92,34 @@ def test_wrong_policy_is_named(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(HiveError, match=message):
         read_policy(str(path))
+
+
+@pytest.mark.parametrize(
+    ("local_sizes", "size"),
+    [([2, 2, 2, 2], 2), ([1, 1], 1), ([4, 4, 4, 4], 1), ([2, 2, 4, 4, 4, 4], "nodes have 2 or 4")],
+    ids=["two of two", "two of one", "one node", "uneven"],
+)
+def test_hpz_size_is_the_ranks_of_a_node(
+    monkeypatch: pytest.MonkeyPatch, local_sizes: list[int], size: int | str
+) -> None:
+    monkeypatch.setattr("hive_ds.training.ds_config.all_values", lambda value: local_sizes)
+
+    def built() -> Any:
+        config = build_ds_config(
+            read_policy("zero3_hpz"),
+            STAGE,
+            TrainingConfig(),
+            num_ranks=len(local_sizes),
+            log_folder=Path("logs"),
+            job="run",
+        )
+        return config["zero_optimization"]["zero_hpz_partition_size"]
+
+    if isinstance(size, int):
+        assert built() == size
+    else:
+        with pytest.raises(HiveError, match=size):
+            built()
 
 
 def test_missing_policy_names_those_there_are() -> None:

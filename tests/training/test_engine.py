@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,11 @@ from stage_helpers import CONFIG, make_model, step_batches
 from hive_ds.stages import hive_groups, stage_by_number
 from hive_ds.training.groups import plan_stage
 
-CHECKS = check_names("engine_checks", "checkpoint_checks")
+CHECKS = check_names("engine_checks", "checkpoint_checks", "zero_checks")
 LOSSES, BF16, GENERATION = (f"engine_checks.check_{name}" for name in ("losses", "bf16", "generation"))
+PROFILES, PROFILES_BF16 = (f"zero_checks.check_profile_{name}" for name in ("losses", "bf16"))
+VALUES = (LOSSES, BF16, GENERATION, PROFILES, PROFILES_BF16)
+"""Checks whose results are compared."""
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +77,33 @@ def test_bf16_follows_fp32(zero: int, pair: dict[str, Verdict], reference: list[
     torch.testing.assert_close(losses, torch.tensor(reference[:BF16_STEPS]), rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    "profile", ["2x2 zero3_offload_optimizer", "2x1 zero3_offload_param", "2x1 hpz of 2", "2x2 zero3_hpz"]
+)
+def test_profile_trains_as_zero3(profile: str, pair: dict[str, Verdict]) -> None:
+    found = torch.tensor(passed(pair[PROFILES])[profile])
+    wanted = torch.tensor(passed(pair[LOSSES])[f"{profile.split()[0]} zero3"])
+    torch.testing.assert_close(found, wanted[: len(found)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("profile", ["zero3_offload_param", "hpz of 2"])
+def test_profile_trains_as_zero3_in_bf16(profile: str, pair: dict[str, Verdict]) -> None:
+    found = torch.tensor(passed(pair[PROFILES_BF16])[profile])
+    wanted = torch.tensor(passed(pair[BF16])["zero3"])
+    torch.testing.assert_close(found, wanted[: len(found)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.long
+def test_hpz_on_two_nodes_of_two_ranks(tmp_path: Path, reference: list[list[float]]) -> None:
+    name = "zero_checks.hpz_on_nodes"
+    losses = passed(launch_checks([name], 4, tmp_path)[name])
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(reference), rtol=1e-5, atol=1e-5)
+
+
 def test_generation_under_zero3_equals_one_process(alone: dict[str, Verdict], pair: dict[str, Verdict]) -> None:
     assert passed(pair[GENERATION]) == passed(alone[GENERATION])
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKS if name not in (LOSSES, BF16, GENERATION)])
+@pytest.mark.parametrize("name", [name for name in CHECKS if name not in VALUES])
 def test_on_two_ranks(name: str, pair: dict[str, Verdict]) -> None:
     passed(pair[name])

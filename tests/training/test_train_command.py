@@ -152,9 +152,10 @@ def test_stopped_by_a_file_and_gone_on(tiny: TinyRun) -> None:
     assert not (folder / "DONE").exists()
     assert (folder / "latest").read_text() == "step-000001"
     (folder / "STOP").unlink()
-    done = tiny.train(1, "stopped", *few, launcher="torchrun")
+    done = tiny.train(1, "stopped", *few, launcher="torchrun", ranks=1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "checkpoints/step-000001" in done.stdout
+    assert "training.seed" not in done.stdout
     assert [line["step"] for line in tiny.metrics("stopped", 1, "train")] == [1, 2, 3]
 
 
@@ -208,8 +209,8 @@ def test_checkpoint_of_another_run_is_refused(
     folder = tiny.root / "straight" / "stage1"
     (tiny.root / "unfinished").mkdir()
     shutil.copytree(folder, tiny.root / "unfinished" / "stage1", ignore=shutil.ignore_patterns("DONE"))
-    assert main(tiny.arguments(1, "unfinished")) == 2
-    assert "step-000012: it was written with ranks 2, this run has 1; use a new run folder" in capsys.readouterr().err
+    assert main(tiny.arguments(1, "unfinished", "--set", "training.seed=1")) == 2
+    assert "step-000012: it was written with seed 0, this run has 1; use a new run folder" in capsys.readouterr().err
 
 
 def test_two_ranks_report_one_line_and_exit_with_two(tiny: TinyRun) -> None:
