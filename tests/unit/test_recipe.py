@@ -73,6 +73,9 @@ def test_precedence_and_origins(tmp_path: Path):
         "validation_interval": "base tiny.yaml:" + _line("tiny", "  validation_interval:"),
         "validation_batches": "base tiny.yaml:" + _line("tiny", "  validation_batches:"),
         "max_skipped_steps": "default",
+        "keep_checkpoints": "default",
+        "keep_every": "default",
+        "stop_on_failed_save": "default",
     }
     assert origins["name"] == f"{child}:2"
 
