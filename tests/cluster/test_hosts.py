@@ -131,8 +131,10 @@ def test_killed_rank_ends_all(hosts: Hosts, tiny: TinyRun, launcher: str, tmp_pa
     run = f"killed-{launcher.split()[0]}"
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(hosts.train(launcher, tiny, run), stdout=output, stderr=output)
-        wait_for((tiny.root / run / "stage1" / "latest").exists, 240, "a checkpoint")
-        victim = hosts.cluster.run("pgrep", "-f", "python -u -m hive_ds.train", node="node2").split()[-1]
+        latest = tiny.root / run / "stage1" / "latest"
+        wait_for(lambda: latest.exists() or process.poll() is not None, 240, "a checkpoint")
+        assert process.poll() is None, (tmp_path / "output").read_text()
+        victim = hosts.cluster.run("pgrep", "-f", "[p]ython[0-9.]* -u -m hive_ds.train", node="node2").split()[-1]
         environment = hosts.cluster.run("cat", f"/proc/{victim}/environ", node="node2")
         assert "HIVE_CARRIED=two words" in environment.split("\0")
         hosts.cluster.run("kill", "-9", victim, node="node2")
