@@ -40,7 +40,7 @@ $(VENV_TF5)/.installed: $(VENV)/.installed
 quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and show what it learned (10 minutes on 2 cores)
 	$(VENV)/bin/hive-ds quickstart
 
-test: $(VENV)/.installed ## Run the tests (under 15 minutes on 2 cores)
+test: $(VENV)/.installed ## Run the tests (16 minutes on 2 cores)
 	$(RUN) pytest -rs --durations=10
 
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and model, kernels and text on transformers 5
