@@ -28,9 +28,10 @@ import numpy as np
 from tqdm import tqdm
 
 from hive_ds.data.convert_options import REJECTS, SUMMARY, ConversionSummary, ConvertOptions, read_captions
-from hive_ds.data.convert_part import PartJob, PartReport, convert_part, write_whole
+from hive_ds.data.convert_part import PartJob, PartReport, convert_part
 from hive_ds.data.sources import Source
 from hive_ds.errors import HiveError
+from hive_ds.files import write_whole
 
 PLAN = "plan.json"
 PR_SET_PDEATHSIG = 1

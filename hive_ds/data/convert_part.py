@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from hive_ds.data.convert_images import ImageOptions, ImageStorer
 from hive_ds.data.schema import Sample, Turn
 from hive_ds.data.sources import Source
 from hive_ds.errors import HiveError
+from hive_ds.files import write_whole
 
 REASON_LENGTH = 300
 """Characters of a reject's reason that are kept: a library's message may quote the whole file."""
@@ -103,16 +103,6 @@ def convert_part(job: PartJob, number: int) -> PartReport:
     }
     write_whole(job.record(number), json.dumps(record))
     return PartReport(len(sizes), len(rejects), storer.seconds)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    aside = path.with_suffix(".partial")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
 
 
 def _read(job: PartJob, index: int) -> Sample:

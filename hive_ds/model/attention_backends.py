@@ -51,18 +51,11 @@ def warm_up_attention(model: HiveForCausalLM, device: torch.device, dtype: torch
     A compilation inside a step would look like a hang to the other ranks. The first process of a node compiles into a
     cache on that node's own disk, the others wait and load.
     """
-    seconds = 0.0
-    for kind in _kinds(model):
-        if _choose(kind, device, dtype).backend == "triton":
-            seconds += warm_up(
-                heads=kind.heads,
-                groups=kind.groups,
-                head_dim=kind.head_dim,
-                dtype=dtype,
-                device=device,
-                qk_norm=kind.qk_norm,
-            )
-    return seconds
+    served = [kind for kind in _kinds(model) if _choose(kind, device, dtype).backend == "triton"]
+    return sum(
+        warm_up(heads=heads, groups=groups, head_dim=head_dim, dtype=dtype, device=device, qk_norm=qk_norm)
+        for heads, groups, head_dim, qk_norm in sorted({kind[2:] for kind in served})
+    )
 
 
 class _Kind(NamedTuple):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from hive_ds.errors import HiveError
+from hive_ds.files import write_whole
 from hive_ds.training.distributed import World, sum_over_ranks
 
 EXIT_STOPPED = 85
@@ -48,9 +49,7 @@ class Attempt:
         """Take the folder over from earlier attempts; on rank 0."""
         if self._world.is_main:
             self._signature.parent.mkdir(parents=True, exist_ok=True)
-            aside = self._signature.with_suffix(".partial")
-            aside.write_text(self._name)
-            aside.rename(self._signature)
+            write_whole(self._signature, self._name)
 
     def check(self) -> None:
         """Refuse to write where another attempt has signed since; rank 0 asks before it publishes anything.

@@ -19,6 +19,7 @@ import torch
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
+from hive_ds.files import write_whole
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint_files import (
     check_space,
@@ -28,7 +29,6 @@ from hive_ds.training.checkpoint_files import (
     publish,
     remove_old,
     step_folders,
-    write_text,
 )
 from hive_ds.training.distributed import World, barrier, from_main
 from hive_ds.training.engine import Engine
@@ -102,7 +102,7 @@ class CheckpointWriter:
         """
         final = self.folder / "checkpoints" / f"step-{step:06d}"
         aside = final.with_name(f".{final.name}.partial")
-        frozen = self.engine.frozen_sums()
+        frozen = self.engine.frozen_sums
         _, failed = on_all_ranks(lambda: self._prepare(aside))
         described: list[dict[str, Any]] = []
         if failed is None:
@@ -135,7 +135,9 @@ class CheckpointWriter:
     def _write_own(self, aside: Path) -> dict[str, Any]:
         rank_file = f"rank-{self.world.rank:05d}.pt"
         pieces_file = file_name(self.world.rank)
-        write_pieces(aside / pieces_file, self.engine.pieces())
+        # Under ZeRO 0 every rank holds everything: one copy is enough.
+        shares = self.engine.zero_stage > 0 or self.world.is_main
+        write_pieces(aside / pieces_file, self.engine.pieces() if shares else [])
         torch.save({"random": random_state()}, aside / rank_file)
         return {name: describe_file(aside / name) for name in (pieces_file, rank_file)}
 
@@ -147,7 +149,7 @@ class CheckpointWriter:
         files["state.json"] = describe_file(aside / "state.json")
         self.attempt.check()
         publish(aside, final, files)
-        write_text(self.folder / "latest", final.name)
+        write_whole(self.folder / "latest", final.name)
         remove_old(self.folder, self.training.keep_checkpoints, self.training.keep_every)
 
 
@@ -191,7 +193,7 @@ def load_checkpoint(
             raise HiveError(
                 f"checkpoint {path}: {_difference(name, saved, value)}; use a new run folder or change it back"
             )
-    _check_frozen(path, state["frozen"], engine.frozen_sums())
+    _check_frozen(path, state["frozen"], engine.frozen_sums)
     for name in sorted({*state["origin"], *origin}):
         before, now = state["origin"].get(name), origin.get(name)
         if before != now:

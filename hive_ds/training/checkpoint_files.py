@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from hive_ds.files import flush, write_whole
 from hive_ds.training.distributed import World, all_values
 
 MANIFEST = "manifest.json"
@@ -29,7 +29,7 @@ def step_of(checkpoint: Path) -> int:
 
 def publish(aside: Path, final: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the manifest and give the folder its name; ``files`` are `describe_file` of each by name."""
-    write_text(aside / MANIFEST, json.dumps(files, indent=1))
+    write_whole(aside / MANIFEST, json.dumps(files, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     flush(final.parent)
@@ -80,23 +80,6 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{folder} has {free / 1e9:.2f} GB left, and a checkpoint takes {needed / 1e9:.2f} GB")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    flush(aside)
-    os.replace(aside, path)
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold ``path``."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def on_all_ranks(work: Callable[[], Any]) -> tuple[list[Any], str | None]:

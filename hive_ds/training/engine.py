@@ -12,6 +12,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -187,10 +188,14 @@ class Engine:
         sizes = (getattr(p, "ds_numel", p.numel()) for group in self.groups for p in group.parameters.values())
         return sum(sizes)
 
+    @cached_property
     def frozen_sums(self) -> dict[str, float]:
-        """Sum of squares of every frozen weight over all ranks: says whether they are those of another run."""
+        """Sum of squares of every frozen weight over all ranks: says whether they are those of another run.
+
+        Every rank asks for it; made once, for frozen weights stay as they are.
+        """
         frozen = {name: p for name, p in self.model.named_parameters() if not self._trained[name]}
-        own = [own_part(p).double().square().sum().item() for p in frozen.values()]
+        own = [torch.linalg.vector_norm(own_part(p), dtype=torch.float64).item() ** 2 for p in frozen.values()]
         total = sum_over_ranks(own, self.device)
         ranks = 1 if self.zero_stage == 3 else self.world.size
         return {name: value / ranks for name, value in zip(frozen, total, strict=True)}

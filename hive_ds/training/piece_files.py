@@ -70,7 +70,6 @@ class PieceReader:
 
     def _copy(self, key: str, name: str, start: int, target: Tensor) -> None:
         end, filled = start + target.numel(), 0
-        # Under ZeRO 0 every rank has saved the whole: each element is taken from the first file that has it.
         for saved_start, count, number in sorted(self._places.get(name, [])):
             low, high = max(start + filled, saved_start), min(end, saved_start + count)
             if low == start + filled < high:

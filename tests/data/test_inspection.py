@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from shard_folders import write_columns, write_samples
-from tiny_data import make_samples, make_tokenizer, png
+from tiny_data import make_samples, png
 
 from hive_ds.cli import main
 from hive_ds.data.inspection.findings import NAMED
@@ -22,13 +22,6 @@ from hive_ds.data.mds.sizes import write_sizes
 from hive_ds.data.schema import Sample, Turn, caption_sample, to_columns
 
 NUMBER = 23
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer("llama3").save_pretrained(folder)
-    return str(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

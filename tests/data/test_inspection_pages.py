@@ -23,13 +23,6 @@ from hive_ds.data.text import encode_sample, prepare_tokenizer
 NUMBER = 23
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer("llama3").save_pretrained(folder)
-    return str(folder)
-
-
 def test_histograms_are_those_of_the_samples(
     tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

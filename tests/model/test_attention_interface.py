@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hive_ds.errors import HiveError
+from hive_ds.model import attention_interface
 from hive_ds.model.attention_interface import register_attention
 
 register_attention()
@@ -90,6 +91,13 @@ def test_generates_the_same(cache: str | None) -> None:
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
     for batch in (padded("left"), {"input_ids": texts()[0][None]}):
         assert torch.equal(ours.generate(**batch, **options), plain.generate(**batch, **options))
+
+
+def test_a_mask_of_ones_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` always hands one over; by it each layer would copy its whole cache for each token."""
+    _, ours = pair("llama")
+    monkeypatch.setattr(attention_interface, "_padded_layout", lambda *_: pytest.fail("copied a batch without padding"))
+    ours.generate(torch.stack([texts()[0], texts()[0]]), max_new_tokens=3, do_sample=False)
 
 
 def test_prefill_in_pieces() -> None:

@@ -15,6 +15,7 @@ from streaming.base.storage import CloudUploader
 
 from hive_ds.data.mds.folder import SHARD_BYTES
 from hive_ds.data.schema import MDS_COLUMNS, Sample, to_columns
+from hive_ds.files import flush
 
 INDEX = "index.json"
 
@@ -58,9 +59,9 @@ class PartWriter:
             upload(self._aside, sorted(os.listdir(self._aside)), f"{self._remote}/{self._folder.name}")
         elif self.shards:
             for file in self._aside.iterdir():
-                _flush(file)
+                flush(file)
             self._aside.rename(self._folder)
-            _flush(self._folder.parent)
+            flush(self._folder.parent)
 
 
 def write_index(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
@@ -83,12 +84,3 @@ def _below(part: str, shard: dict[str, Any]) -> dict[str, Any]:
         if shard.get(key):
             shard[key]["basename"] = f"{part}/{shard[key]['basename']}"
     return shard
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold ``path`` before something else says that it does."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
