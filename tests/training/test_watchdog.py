@@ -1,0 +1,200 @@
+"""Row 27: the watchdog by itself. `test_faults` has it in the trainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from watchdog_ranks import TIMEOUT
+
+from hive_ds.training.distributed import current_store
+from hive_ds.training.hang_report import Dump, keep_older_dumps, read_dumps, verdict, write_dump
+from hive_ds.training.place import Place, here, waits_for_others
+from hive_ds.training.watchdog import EXIT_HUNG, Watchdog, longest_wait
+
+HERE = Path(__file__).parent
+PLACE = {"step": 7, "phase": "forward", "module": "layers.3.mlp", "samples": ["a", "b"], "marks": 40}
+WAITING = Dump(rank=0, idle=5.0, host="one", pid=1, in_collective=True, **PLACE)  # type: ignore[arg-type]
+
+
+def run_ranks(fault: str, folder: Path, size: int = 2) -> list[tuple[int, str]]:
+    """Exit code and output of each rank; one that is stopped is killed when the other has ended."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    env = {**os.environ, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, str(HERE / "watchdog_ranks.py"), fault, str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [
+        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
+        for rank in range(size)
+    ]
+    ends = []
+    for rank in reversed(ranks):
+        if fault in ("is_stopped", "lacks_a_gpu") and ends:
+            rank.send_signal(signal.SIGKILL)
+        output, _ = rank.communicate(timeout=120)
+        ends.append((rank.returncode, output))
+    return ends[::-1]
+
+
+@pytest.mark.parametrize("fault", ["is_stopped", "keeps_the_lock"])
+def test_rank_that_cannot_answer_is_named(fault: str, tmp_path: Path) -> None:
+    (silent, silent_errors), (code, errors) = run_ranks(fault, tmp_path / "hang")
+    assert code == EXIT_HUNG, errors
+    assert f"hang: no answer from rank 0 on {socket.gethostname()}: stopped" in errors
+    (dump,) = read_dumps(tmp_path / "hang", 0).values()
+    assert (dump.rank, dump.step, dump.phase, dump.in_collective) == (1, 2, "data", True)
+    assert TIMEOUT <= dump.idle < TIMEOUT + 2
+    assert "in barrier\n" in (tmp_path / "hang" / "rank-00001.txt").read_text()
+    if fault == "keeps_the_lock":  # C code ends it, with its stack
+        assert silent == 1
+        assert "in keeps_the_lock" in silent_errors
+    else:
+        assert silent == -signal.SIGKILL
+
+
+def test_rank_that_cannot_write_ends_too(tmp_path: Path) -> None:
+    (code, errors), (other, other_errors) = run_ranks("cannot_write", tmp_path / "hang")
+    assert (code, other) == (EXIT_HUNG, EXIT_HUNG)
+    assert "hang: rank 0 on " in errors
+    assert "does not wait for other ranks" in errors
+    assert "hang: no answer from rank 0 on " in other_errors
+
+
+def test_stopped_and_let_go_on_is_no_hang(tmp_path: Path) -> None:
+    assert run_ranks("was_stopped", tmp_path / "hang", size=1) == [(0, "over\n")]
+
+
+def test_missing_gpu_is_said_by_the_rank_that_misses_it(tmp_path: Path) -> None:
+    _, (code, errors) = run_ranks("lacks_a_gpu", tmp_path)
+    assert (code, errors) == (
+        2,
+        f"error (rank 1): 2 ranks on {socket.gethostname()}, but 1 GPUs: start one rank a GPU\n",
+    )
+
+
+def test_verdict() -> None:
+    hosts = ["one", "two", "three"]
+    dumps = {rank: replace(WAITING, rank=rank, host=host) for rank, host in enumerate(hosts)}
+    where = 'step 7, forward, module layers.3.mlp, samples ["a", "b"]'
+    assert verdict(dumps, hosts) == f"all ranks are at the same place, {where}: the network, or the same fault on all"
+    behind = {**dumps, 1: replace(dumps[1], marks=39, phase="data")}
+    assert verdict(behind, hosts) == f"the others wait for rank 1 on two: {where.replace('forward', 'data')}"
+    busy = {**behind, 2: replace(dumps[2], in_collective=False)}
+    assert verdict(busy, hosts) == f"the others wait for rank 2 on three: {where}"
+    silent = {0: dumps[0], 2: busy[2]}
+    assert verdict(silent, hosts).startswith("no answer from rank 1 on two: stopped, ended, or cut off")
+    many = verdict({0: dumps[0]}, ["one"] * 20)
+    assert "rank 8 on one and 11 more" in many
+    assert verdict({0: dumps[0]}, ["one"]) == f"the only rank hangs: {where}"
+
+
+def test_dump_is_read_as_written_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "hang"
+    write_dump(folder, WAITING)
+    text = (folder / "rank-00000.txt").read_text()
+    assert text.count("in test_dump_is_read_as_written_and_kept") == 2  # with source lines, and by faulthandler
+    assert read_dumps(folder, 0) == {0: WAITING}
+    assert read_dumps(folder, time.time() + 60) == {}
+    for number in (1, 2):
+        keep_older_dumps(folder)
+        assert read_dumps(tmp_path / f"hang-{number}", 0) == {0: WAITING}
+        write_dump(folder, WAITING)
+
+
+class Probe(torch.autograd.Function):
+    """Asks for the place in backward."""
+
+    found: Place
+
+    @staticmethod
+    def forward(context: object, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        seen.append(Probe.found.describe()["module"])
+        return gradient
+
+
+seen: list[str | None] = []
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return Probe.apply(self.inner(tensor))
+
+
+class Model(nn.Module):
+    def __init__(self, *, checkpointed: bool) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        for block in self.blocks:
+            tensor = checkpoint(block, tensor, use_reentrant=False) if self.checkpointed else block(tensor)
+        return tensor
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_block_in_backward_and_module_in_forward(checkpointed: bool) -> None:
+    place, model = Place(), Model(checkpointed=checkpointed)
+    place.follow(model)
+    Probe.found = place
+    seen.clear()
+    in_forward: list[str | None] = []
+    model.blocks[1].inner.register_forward_pre_hook(lambda *_: in_forward.append(place.describe()["module"]))
+    output = model(torch.ones(1, 2)).sum()
+    place.enter("backward")
+    output.backward()
+    assert seen == ["blocks.2", "blocks.1", "blocks.0"]
+    # Recomputation runs modules in backward, and is as exact as forward.
+    assert in_forward == ["blocks.1.inner"] * (2 if checkpointed else 1)
+    place.enter("step")
+    assert place.describe()["module"] is None
+
+
+def test_waiting_is_told_from_working() -> None:
+    assert not waits_for_others(sys._getframe())
+    frames = []
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sys.setprofile(lambda frame, event, _: frames.append(waits_for_others(frame)) if event == "c_call" else None)
+        torch.distributed.barrier()
+    finally:
+        sys.setprofile(None)
+        torch.distributed.destroy_process_group()
+    assert any(frames)
+
+
+def test_switched_off_and_stopped(tmp_path: Path) -> None:
+    assert current_store() is None
+    off = Watchdog(tmp_path, 0, ["one"], 0, None)
+    off.start()
+    off.stop()
+    on = Watchdog(tmp_path, 0, ["one"], 0.2, None)
+    on.start()
+    for _ in range(10):  # longer than the timeout, but something moves
+        here.enter("data")
+        time.sleep(0.1)
+    on.stop()
+    time.sleep(0.5)  # nothing moves, and nobody watches
+    assert longest_wait(1800).total_seconds() > 2 * 1800
