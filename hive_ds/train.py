@@ -239,7 +239,7 @@ def _start_job(
         training=training,
         metrics=metrics,
         meter=Meter(world.size, rate, device, samples=first_step * config.global_batch_size),
-        pace=Pace(world, device, engine.dtype, rate),
+        pace=Pace(world, device, engine.dtype),
         flops=FlopCounter(model, plan),
         patch_size=model.config.vision_config.patch_size,
         world=world,

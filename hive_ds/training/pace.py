@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from hive_ds.training.distributed import World, all_values, sum_over_ranks
-from hive_ds.training.flops import matmul_rate
+from hive_ds.training.flops import matmul_times
 
 PROBE_SECONDS = 60.0
-"""Between two timings of the matrix product, which take about 0.05 s."""
+"""Between two timings of matrix products."""
 SLOW_RATIO = 1.3
 """From here on a rank is called slow: sound devices of one type differ by some percent."""
 SLOW_SECONDS = 180.0
@@ -35,13 +35,12 @@ class Pace:
         world: this process among all.
         device: what computes.
         dtype: of the weights.
-        rate: FLOPs per second of this rank's matrix product now (`matmul_rate`).
     """
 
-    def __init__(self, world: World, device: torch.device, dtype: torch.dtype, rate: float) -> None:
-        self._world, self._device, self._dtype, self._rate = world, device, dtype, rate
+    def __init__(self, world: World, device: torch.device, dtype: torch.dtype) -> None:
+        self._world, self._device, self._dtype = world, device, dtype
         self._hosts: list[str] = all_values(socket.gethostname())
-        self._probed = time.monotonic()
+        self._probe()
         self._wait, self._steps = 0.0, 0
         self._slow: tuple[int, str] | None = None
         self._since, self._lines, self._warned = 0.0, 0, -REPEAT_SECONDS
@@ -59,16 +58,20 @@ class Pace:
             warn: prints; rank 0 hears of a rank that stays slow.
         """
         if time.monotonic() - self._probed >= PROBE_SECONDS:
-            self._rate, self._probed = matmul_rate(self._device, self._dtype), time.monotonic()
+            self._probe()
         size, rank = self._world.size, self._world.rank
         own = [0.0] * (2 * size)
-        own[rank], own[size + rank] = 1 / self._rate, self._wait / max(self._steps, 1)
+        own[rank], own[size + rank] = self._compute, self._wait / max(self._steps, 1)
         shared = sum_over_ranks(own, self._device)
         self._wait, self._steps = 0.0, 0
         found = slowest(shared[:size], shared[size:], seconds_per_step)
         if self._world.is_main:
             self._watch(found, warn)
         return found
+
+    def _probe(self) -> None:
+        # Their sum, not the best: a core that other processes use is slow on the whole only.
+        self._compute, self._probed = sum(matmul_times(self._device, self._dtype)), time.monotonic()
 
     def _watch(self, found: dict[str, Any], warn: Callable[[str], None]) -> None:
         now = time.monotonic()

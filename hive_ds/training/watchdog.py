@@ -78,12 +78,12 @@ class Watchdog:
         """Stop watching: the work is done."""
         if not self._thread.is_alive():
             return
+        if self._store is not None:  # still watched, for the rank that keeps the store may hang
+            with suppress(RuntimeError):  # it has gone
+                self._store.set(_HUNG, _OVER)
         self._stopped = True
         self._told.set()
         self._thread.join()
-        if self._store is not None:
-            with suppress(RuntimeError):  # the store has gone with the rank that kept it
-                self._store.set(_HUNG, _OVER)
 
     def _watch(self) -> None:
         idle, seen, before = 0.0, -1, time.monotonic()

@@ -247,7 +247,7 @@ def endless_skips(ranks: Any, precision: str) -> None:
         training=TrainingConfig(max_skipped_steps=3),
         metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
         meter=Meter(ranks.world.size, 1e12, ranks.device),
-        pace=Pace(ranks.world, ranks.device, torch.float32, 1e12),
+        pace=Pace(ranks.world, ranks.device, torch.float32),
         flops=FlopCounter(trainee.engine.model, trainee.plan),
         patch_size=8,
         world=ranks.world,

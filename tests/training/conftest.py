@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
-from tiny_run import TinyRun
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent / "data")]
+
+from tiny_run import TinyRun  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from watchdog_ranks import TIMEOUT
 
-from hive_ds.training.distributed import current_store
+from hive_ds.training.distributed import World, current_store, start, stop
 from hive_ds.training.hang_report import Dump, keep_older_dumps, read_dumps, verdict, write_dump
 from hive_ds.training.place import Place, here, waits_for_others
-from hive_ds.training.watchdog import EXIT_HUNG, Watchdog, longest_wait
+from hive_ds.training.watchdog import ANSWER_SECONDS, EXIT_HUNG, Watchdog, longest_wait
 
 HERE = Path(__file__).parent
 PLACE = {"step": 7, "phase": "forward", "module": "layers.3.mlp", "samples": ["a", "b"], "marks": 40}
@@ -185,6 +185,19 @@ def test_waiting_is_told_from_working() -> None:
     assert any(frames)
 
 
+def test_groups_made_later_wait_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed makes groups of its own, and says nothing of timeouts."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")  # so that it is put back afterwards
+    start(World(), longest_wait(1800))
+    try:
+        group = torch.distributed.new_group([0])
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+    finally:
+        stop()
+    assert timeout.total_seconds() > 2 * 1800 + ANSWER_SECONDS
+
+
 def test_switched_off_and_stopped(tmp_path: Path) -> None:
     assert current_store() is None
     off = Watchdog(tmp_path, 0, ["one"], 0, None)
@@ -197,4 +210,3 @@ def test_switched_off_and_stopped(tmp_path: Path) -> None:
         time.sleep(0.1)
     on.stop()
     time.sleep(0.5)  # nothing moves, and nobody watches
-    assert longest_wait(1800).total_seconds() > 2 * 1800
