@@ -65,14 +65,17 @@ def write_dump(folder: Path, dump: Dump) -> None:
     write_whole(path, f"{values}\nMain thread (innermost call last):\n{main}\n{text}")
 
 
-def read_dumps(folder: Path, since: float) -> dict[int, Dump]:
-    """The dumps of this attempt by rank: those written after ``since``, in seconds since the epoch."""
+def dumped_ranks(folder: Path) -> list[int]:
+    """Ranks whose dumps are there."""
+    return sorted(int(path.stem.removeprefix("rank-")) for path in folder.glob("rank-*.txt"))
+
+
+def read_dumps(folder: Path) -> dict[int, Dump]:
+    """All dumps by rank, without their stacks."""
     dumps = {}
-    for path in sorted(folder.glob("rank-*.txt")):
-        if path.stat().st_mtime >= since:
-            lines = path.read_text().split("\n\n", 1)[0].splitlines()
-            dump = Dump(**{name: json.loads(value) for name, value in (line.split(": ", 1) for line in lines)})
-            dumps[dump.rank] = dump
+    for rank in dumped_ranks(folder):
+        lines = file_of(folder, rank).read_text().split("\n\n", 1)[0].splitlines()
+        dumps[rank] = Dump(**{name: json.loads(value) for name, value in (line.split(": ", 1) for line in lines)})
     return dumps
 
 

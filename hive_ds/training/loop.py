@@ -171,7 +171,7 @@ def _watch_skips(job: Job, done: int, report: StepReport, micro_batches: list[An
     if in_row + 1 >= job.training.max_skipped_steps:
         raise HiveError(
             f"step {done}: the gradient was not finite for {in_row + 1} steps in a row (training.max_skipped_steps); "
-            f"samples of the last one, by rank: {sample_ids}"
+            f"samples of the last one, by rank: {sample_ids}; a restart would come to the same steps"
         )
     return in_row + 1
 

@@ -25,7 +25,7 @@ _LOCALS = ("self", "sub_module", "module")
 """Where a frame keeps the module it works for: a module's own code, and ZeRO-3's hooks around it."""
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/", "/hive_ds/training/distributed.py")
 _WAITS = {"wait", "synchronize"}
-_LIBRARIES = ("/torch/", "/deepspeed/")
+_WAITING_FILES = ("/torch/cuda/", "/deepspeed/runtime/")
 
 
 class Place:
@@ -65,8 +65,8 @@ class Place:
     def describe(self, error: Exception | None = None) -> dict[str, Any]:
         """What there is to say about this process, now or where ``error`` was raised; the values are JSON."""
         main = main_frame() if error is None else _frame_of(error)
-        frames = [frame for frame in (main, *_other_frames()) if frame is not None]
-        module = next((name for frame in frames if (name := self._module_in(frame))), self._block)
+        stacks = [main, *_other_frames()] if error is None else [main]
+        module = next((name for stack in stacks if (name := self._module_in(stack))), self._block)
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -103,7 +103,7 @@ def waits_for_others(frame: FrameType) -> bool:
     """Whether a stack ends in a collective, or in the wait for one that was started before."""
     code = frame.f_code
     in_collective = any(part in code.co_filename for part in _COLLECTIVE_FILES)
-    return in_collective or (code.co_name in _WAITS and any(part in code.co_filename for part in _LIBRARIES))
+    return in_collective or (code.co_name in _WAITS and any(part in code.co_filename for part in _WAITING_FILES))
 
 
 def one_line(place: dict[str, Any]) -> str:

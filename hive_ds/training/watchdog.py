@@ -21,7 +21,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hive_ds.training.distributed import TIMEOUT, World, all_values, current_store
-from hive_ds.training.hang_report import Dump, keep_older_dumps, read_dumps, verdict, write_dump
+from hive_ds.training.hang_report import Dump, dumped_ranks, keep_older_dumps, read_dumps, verdict, write_dump
 from hive_ds.training.place import here
 
 EXIT_HUNG = 87
@@ -57,7 +57,6 @@ class Watchdog:
         self._folder, self._rank, self._hosts, self._timeout = folder, rank, hosts, timeout
         self._poll = min(5.0, timeout / 10)
         self._stopped, self._told = False, threading.Event()
-        self._began = time.time()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         # Connections of its own: the rank's may be in the hands of a thread that hangs.
         shared = store if timeout and len(hosts) > 1 else None
@@ -123,12 +122,11 @@ class Watchdog:
         dump = Dump(rank=self._rank, idle=idle, **here.describe())
         _say(f"hang: {dump.line()}")
         write_dump(self._folder, dump)
-        ranks = range(len(self._hosts))
         deadline = time.monotonic() + ANSWER_SECONDS
-        while len(dumps := read_dumps(self._folder, self._began)) < len(ranks) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if self._rank == min(dumps):
-            text = verdict(dumps, self._hosts)
+        while len(ranks := dumped_ranks(self._folder)) < len(self._hosts) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if self._rank == ranks[0]:
+            text = verdict(read_dumps(self._folder), self._hosts)
             _say(f"hang: {text}; dumps in {self._folder}")
             (self._folder / "verdict.txt").write_text(f"{text}\n")
         else:

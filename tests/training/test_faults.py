@@ -43,7 +43,7 @@ def test_hang_is_dumped_and_gone_on_from(tiny: TinyRun, straight: str) -> None:
     output = hang(tiny, "hung", "sleep_for_ever 1", "torchrun")
     assert f"exitcode:{EXIT_HUNG}" in output.replace(" ", "")
     folder = tiny.root / "hung" / "stage1" / "hang"
-    dumps = read_dumps(folder, 0)
+    dumps = read_dumps(folder)
     assert sorted(dumps) == [0, 1]
     for dump in dumps.values():
         assert (dump.host, dump.step, dump.phase) == (HOST, 6, "forward")
@@ -70,7 +70,7 @@ def test_stopped_rank_is_named_and_gone_on_from(tiny: TinyRun, straight: str) ->
     """Rank 0, which under this launcher keeps the store that ranks talk through."""
     output = hang(tiny, "stopped-rank", "stop_this_process 0", "deepspeed")
     folder = tiny.root / "stopped-rank" / "stage1" / "hang"
-    assert list(read_dumps(folder, 0)) == [1]
+    assert list(read_dumps(folder)) == [1]
     assert f"\nhang: no answer from rank 0 on {HOST}: stopped, ended, or cut off" in output
     check_resumes(tiny, "stopped-rank", "deepspeed")
 
