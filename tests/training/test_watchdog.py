@@ -10,12 +10,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from watchdog_ranks import TIMEOUT
+from watchdog_ranks import FAULTS, TIMEOUT
 
 from hive_ds.training.distributed import World, current_store, start, stop
 from hive_ds.training.hang_report import Dump, keep_older_dumps, read_dumps, verdict, write_dump
@@ -27,62 +28,75 @@ PLACE = {"step": 7, "phase": "forward", "module": "layers.3.mlp", "samples": ["a
 WAITING = Dump(rank=0, idle=5.0, host="one", pid=1, in_collective=True, **PLACE)  # type: ignore[arg-type]
 
 
-def run_ranks(fault: str, folder: Path, size: int = 2) -> list[tuple[int, str]]:
-    """Exit code and output of each rank; one that is stopped is killed when the other has ended."""
+def start_ranks(fault: str, folder: Path, size: int) -> list[subprocess.Popen[str]]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     env = {**os.environ, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, str(HERE / "watchdog_ranks.py"), fault, str(folder)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [
+    command = [sys.executable, str(HERE / "watchdog_ranks.py"), fault, str(folder / fault)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [
         subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
         for rank in range(size)
     ]
-    ends = []
-    for rank in reversed(ranks):
-        if fault in ("is_stopped", "lacks_a_gpu") and ends:
-            rank.send_signal(signal.SIGKILL)
-        output, _ = rank.communicate(timeout=120)
-        ends.append((rank.returncode, output))
-    return ends[::-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of each fault's dumps."""
+    return tmp_path_factory.mktemp("hangs")
+
+
+@pytest.fixture(scope="module")
+def ends(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """Exit code and output of each rank, by fault; all run at once, for they mostly wait."""
+    runs = {fault: start_ranks(fault, folder, 1 if fault == "was_stopped" else 2) for fault in FAULTS}
+    results = {}
+    for fault, ranks in runs.items():
+        found = []
+        for rank in reversed(ranks):
+            if found and fault in ("is_stopped", "lacks_a_gpu"):  # nobody else ends it
+                rank.kill()
+            output, _ = rank.communicate(timeout=120)
+            found.append((rank.returncode, output))
+        results[fault] = found[::-1]
+    return results
 
 
 @pytest.mark.parametrize("fault", ["is_stopped", "keeps_the_lock"])
-def test_rank_that_cannot_answer_is_named(fault: str, tmp_path: Path) -> None:
-    (silent, silent_errors), (code, errors) = run_ranks(fault, tmp_path / "hang")
-    assert code == EXIT_HUNG, errors
-    assert f"hang: no answer from rank 0 on {socket.gethostname()}: stopped" in errors
-    (dump,) = read_dumps(tmp_path / "hang").values()
+def test_rank_that_cannot_answer_is_named(fault: str, folder: Path, ends: dict[str, list[tuple[int, str]]]) -> None:
+    (silent, silent_output), (code, output) = ends[fault]
+    assert code == EXIT_HUNG, output
+    assert f"hang: no answer from rank 0 on {socket.gethostname()}: stopped" in output
+    (dump,) = read_dumps(folder / fault).values()
     assert (dump.rank, dump.step, dump.phase, dump.in_collective) == (1, 2, "data", True)
     assert TIMEOUT <= dump.idle < TIMEOUT + 2
-    assert "in barrier\n" in (tmp_path / "hang" / "rank-00001.txt").read_text()
+    assert "in barrier\n" in (folder / fault / "rank-00001.txt").read_text()
     if fault == "keeps_the_lock":  # C code ends it, with its stack
         assert silent == 1
-        assert "in keeps_the_lock" in silent_errors
+        assert "in keeps_the_lock" in silent_output
     else:
         assert silent == -signal.SIGKILL
 
 
-def test_rank_that_cannot_write_ends_too(tmp_path: Path) -> None:
-    (code, errors), (other, other_errors) = run_ranks("cannot_write", tmp_path / "hang")
+def test_rank_that_cannot_write_ends_too(ends: dict[str, list[tuple[int, str]]]) -> None:
+    (code, output), (other, other_output) = ends["cannot_write"]
     assert (code, other) == (EXIT_HUNG, EXIT_HUNG)
-    assert "hang: rank 0 on " in errors
-    assert "does not wait for other ranks" in errors
-    assert "hang: no answer from rank 0 on " in other_errors
+    assert "hang: rank 0 on " in output
+    assert "does not wait for other ranks" in output
+    assert "hang: no answer from rank 0 on " in other_output
 
 
-def test_stopped_and_let_go_on_is_no_hang(tmp_path: Path) -> None:
-    assert run_ranks("was_stopped", tmp_path / "hang", size=1) == [(0, "over\n")]
+def test_stopped_and_let_go_on_is_no_hang(ends: dict[str, list[tuple[int, str]]]) -> None:
+    assert ends["was_stopped"] == [(0, "over\n")]
 
 
-def test_missing_gpu_is_said_by_the_rank_that_misses_it(tmp_path: Path) -> None:
-    _, (code, errors) = run_ranks("lacks_a_gpu", tmp_path)
-    assert (code, errors) == (
-        2,
-        f"error (rank 1): 2 ranks on {socket.gethostname()}, but 1 GPUs: start one rank a GPU\n",
-    )
+def test_missing_gpu_is_said_by_the_rank_that_misses_it(ends: dict[str, list[tuple[int, str]]]) -> None:
+    _, (code, output) = ends["lacks_a_gpu"]
+    assert code == 2
+    wanted = f"error (rank 1): 2 ranks on {socket.gethostname()}, but 1 GPUs: start one rank a GPU"
+    assert [line for line in output.splitlines() if "rank" in line] == [wanted]
 
 
 def test_verdict() -> None:

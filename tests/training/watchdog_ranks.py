@@ -50,15 +50,19 @@ def was_stopped() -> None:
     here.enter("end")
 
 
-FAULTS = {fault.__name__: fault for fault in (is_stopped, keeps_the_lock, cannot_write, was_stopped)}
+def lacks_a_gpu() -> None:
+    """As on a host with a GPU less than ranks, while the other ranks have theirs: before the start."""
+    distributed.uses_gpu, torch.cuda.device_count = lambda: True, lambda: 1
+    faults._REPORT_WAIT = timedelta(seconds=1)
+
+
+FAULTS = {fault.__name__: fault for fault in (is_stopped, keeps_the_lock, cannot_write, was_stopped, lacks_a_gpu)}
 
 if __name__ == "__main__":
     watchdog.ANSWER_SECONDS, watchdog._PATIENCE = 2.0, 4.0
     world = read_world(os.environ)
     if sys.argv[1] == "lacks_a_gpu" and world.rank == 1:
-        # As on a host with a GPU less than ranks, while the other ranks have theirs.
-        distributed.uses_gpu, torch.cuda.device_count = lambda: True, lambda: 1
-        faults._REPORT_WAIT = timedelta(seconds=1)
+        lacks_a_gpu()
     try:
         start(world)
     except HiveError as error:
