@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +32,22 @@ from hive_ds.training.checkpoint import (
     newest_checkpoint,
     save_model,
 )
-from hive_ds.training.distributed import World, from_main, read_world, report_error, start, stop
+from hive_ds.training.distributed import World, from_main, read_world, start, stop
 from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
 from hive_ds.training.engine import Engine
+from hive_ds.training.faults import leave, report_crash, report_error
 from hive_ds.training.flops import FlopCounter, matmul_rate
 from hive_ds.training.groups import StagePlan, plan_stage
 from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
 from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.origin import describe_origin
+from hive_ds.training.pace import Pace
+from hive_ds.training.place import here, one_line
 from hive_ds.training.run_folder import StageFolder
 from hive_ds.training.schedule import Schedule
 from hive_ds.training.table import print_plan
+from hive_ds.training.watchdog import longest_wait, stop_watching, watch
 
 if TYPE_CHECKING:
     from hive_ds.data.mds import SampleLoader
@@ -60,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HiveError as error:
         report_error(error, world, debug=options.debug)
         return 2
+    except Exception as error:
+        report_crash(error, world, one_line(here.describe(error)))
+        return 1
+    finally:
+        stop_watching()
     stop()
     return 0 if finished else EXIT_STOPPED
 
@@ -88,12 +96,16 @@ def train(options: argparse.Namespace, world: World) -> bool:
     accumulation_steps(config, world.size)
     policy = read_policy(recipe.training.ds_config)
     folder = StageFolder(Path(options.run), stage)
-    run = Run(recipe, stage, config, folder, world, start(world), Attempt(folder.path, world))
+    hang_timeout = recipe.training.hang_timeout
+    device = start(world, longest_wait(hang_timeout))
+    run = Run(recipe, stage, config, folder, world, device, Attempt(folder.path, world))
+    watch(folder.path / "hang", world, hang_timeout)
     if from_main(run.folder.done.is_file()):
         run.say(f"stage {stage.number} of {options.run} is done already; {_next_command(options, stage)}")
         return True
     run.attempt.sign()
     model, processor = _load_model(run)
+    here.follow(model)
     plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), config)
     _warn_untrained_blocks(run, model)
     _prepare_attention(run, model)
@@ -105,6 +117,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
         run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
         job.engine.close()
         return False
+    here.enter("hand-over", ())
     save_model(run.folder.model, job.engine, processor, world, run.attempt)
     _finish(run, job)
     run.say(f"stage {stage.number} is done: {run.folder.model}\n{_next_command(options, stage)}")
@@ -226,6 +239,7 @@ def _start_job(
         training=training,
         metrics=metrics,
         meter=Meter(world.size, rate, device, samples=first_step * config.global_batch_size),
+        pace=Pace(world, device, engine.dtype),
         flops=FlopCounter(model, plan),
         patch_size=model.config.vision_config.patch_size,
         world=world,
@@ -296,4 +310,4 @@ def _next_command(options: argparse.Namespace, stage: Stage) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
