@@ -26,13 +26,8 @@ from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import STAGES, Stage, hive_groups, next_stage, stage_by_number
 from hive_ds.training.attempt import EXIT_STOPPED, Attempt
-from hive_ds.training.checkpoint import (
-    CheckpointWriter,
-    RunIdentity,
-    load_checkpoint,
-    newest_checkpoint,
-    save_model,
-)
+from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
+from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import World, from_main, read_world, report_error, start, stop
 from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
 from hive_ds.training.engine import Engine
@@ -230,7 +225,7 @@ def _start_job(
         patch_size=model.config.vision_config.patch_size,
         world=world,
         device=device,
-        save=lambda step: writer.save(step, loader.state_dict()),
+        checkpoints=writer,
         attempt=run.attempt,
     )
     return job, first_step

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,19 +30,15 @@ from stage_helpers import (
 from hive_ds.config import TrainingConfig
 from hive_ds.model.loading import load_weights
 from hive_ds.stages import stage_by_number
-from hive_ds.training.attempt import Attempt
-from hive_ds.training.checkpoint import (
-    CheckpointWriter,
-    RunIdentity,
-    load_checkpoint,
-    newest_checkpoint,
-    save_model,
-)
+from hive_ds.training.attempt import Agreement, Attempt
+from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_files import check_space
+from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import barrier
 from hive_ds.training.flops import FlopCounter
 from hive_ds.training.loop import Job, train
 from hive_ds.training.metrics import Meter, MetricsLog
+from hive_ds.training.piece_files import PieceCopy
 from hive_ds.training.schedule import Schedule
 
 
@@ -68,6 +67,16 @@ def writer_of(
     identity, attempt = identity_of(trainee, config, precision), signed(ranks, folder)
     options = TrainingConfig(precision=precision, **training)
     return CheckpointWriter(folder, trainee.engine, identity, {"recipe.name": "one"}, ranks.world, attempt, options)
+
+
+def save(writer: CheckpointWriter, step: int, position: dict[str, Any] | None = None) -> str | None:
+    """Save and wait for it; why it failed."""
+    writer.begin(step, position or {})
+    report = writer.wait()
+    assert report is not None
+    assert report.step == step
+    assert 0 < report.blocked_seconds <= report.seconds
+    return report.failed
 
 
 def load(ranks: Any, path: Any, trainee: Any, identity: RunIdentity, warnings: list[str] | None = None) -> Any:
@@ -102,7 +111,10 @@ def check_hand_over(ranks: Any) -> None:
 
 
 def check_resume(ranks: Any) -> None:
-    """Straight training = a checkpoint loaded by fresh objects, to the bit, for every ZeRO stage and precision."""
+    """Straight training = a checkpoint loaded by fresh objects, to the bit, for every ZeRO stage and precision.
+
+    It holds the step at which it was begun, though a step was trained before its writing was through.
+    """
     for zero, precision in COMBINATIONS:
         folder = ranks.folder / f"resume-{zero}-{precision}"
         config = config_for(1)
@@ -117,7 +129,15 @@ def check_resume(ranks: Any) -> None:
         expected = []
         for step in range(5):
             if step == 2:
-                assert writer_of(ranks, straight, folder, config, precision).save(step, {"samples": 8}) is None
+                writer = writer_of(ranks, straight, folder, config, precision)
+                with held_back() as threads:
+                    writer.begin(step, {"samples": 8})
+                    loss, report = run_step(ranks, straight, step_batches(ranks, step, 1), factor=1 - step / 5)
+                    assert writer.advance(writing=True) is None
+                    threads.set()
+                expected.append((loss, report.grad_norms))
+                assert writer.wait().failed is None
+                continue
             loss, report = run_step(ranks, straight, step_batches(ranks, step, 1), factor=1 - step / 5)
             expected.append((loss, report.grad_norms))
         wanted = state_of(straight)
@@ -140,7 +160,7 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
     identity = identity_of(trainee, config_for(2))
     writer = writer_of(ranks, trainee, folder, config_for(2), keep_every=2)
     for step in range(1, 7):
-        assert writer.save(step, {}) is None
+        assert save(writer, step) is None
     assert (folder / "latest").read_text() == "step-000006"
     steps = [folder / "checkpoints" / f"step-{step:06d}" for step in range(7)]
     if ranks.world.is_main:
@@ -179,13 +199,13 @@ def check_full_disk(ranks: Any) -> None:
     folder = ranks.folder / "full"
     trainee = make_trainee(ranks, config=config_for(2))
     writer = writer_of(ranks, trainee, folder, config_for(2))
-    assert writer.save(1, {}) is None
+    assert save(writer, 1) is None
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if ranks.world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    failed = writer.save(2, {})
+    failed = save(writer, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     signal.signal(signal.SIGXFSZ, handler)
     assert failed is not None
@@ -207,16 +227,69 @@ def check_attempts(ranks: Any) -> None:
         assert "attempt new took over from this one, old; nothing was written" in expect_error(old.check)
     new.check()
     writer = writer_of(ranks, trainee, folder, config_for(2))
-    assert replace(writer, attempt=signed(ranks, folder, "new")).save(1, {}) is None
-    assert not new.should_stop(ranks.device)
+    assert save(writer, 1) is None
+    assert not agree(ranks, new).stop
     late = Attempt(folder, ranks.world, {"HIVE_ATTEMPT": "new", "HIVE_STOP_AT": "1000"})
-    assert late.should_stop(ranks.device)
+    assert agree(ranks, late).stop
     if ranks.world.is_main:
         (folder / "STOP").touch()
-    assert new.should_stop(ranks.device)
+    assert agree(ranks, new).stop
     message = expect_error(lambda: Attempt(folder, ranks.world, {"HIVE_STOP_AT": "noon"}))
     assert message == "HIVE_STOP_AT is 'noon'; expected seconds since the epoch"
     trainee.engine.close()
+
+
+def check_background_save(ranks: Any) -> None:
+    """A save ends at a later step, on all ranks at once; an attempt that is replaced meanwhile publishes nothing."""
+    folder = ranks.folder / "background"
+    trainee = make_trainee(ranks, config=config_for(2))
+    writer = writer_of(ranks, trainee, folder, config_for(2))
+    attempt = Attempt(folder, ranks.world, {})
+    slow = ranks.world.rank == 1
+    with held_back(slow) as threads:
+        writer.begin(1, {})
+        while writer.writing and not slow:
+            time.sleep(0.001)
+        agreed = attempt.agree(ranks.device, writing=writer.writing)
+        assert agreed.writing
+        assert writer.advance(agreed.writing) is None
+        assert not (folder / "latest").exists()
+        threads.set()
+        report, steps = None, 0
+        while report is None:
+            report = writer.advance(attempt.agree(ranks.device, writing=writer.writing).writing)
+            steps += 1
+    assert report.failed is None
+    assert steps > 1
+    assert (folder / "latest").read_text() == "step-000001"
+    with held_back() as threads:
+        writer.begin(2, {})
+        signed(ranks, folder, "new")
+        barrier()
+        threads.set()
+        assert "attempt new took over from this one, first; nothing was written" in expect_error(writer.wait)
+    assert [path.name for path in (folder / "checkpoints").glob("[!.]*")] == ["step-000001"]
+    trainee.engine.close()
+
+
+@contextmanager
+def held_back(here: bool = True) -> Iterator[threading.Event]:
+    """Within, no thread of this rank, if it is ``here``, writes pieces until the event is set."""
+    event = threading.Event()
+    write = PieceCopy.write
+
+    def wait_and_write(self: PieceCopy, path: Any) -> None:
+        assert event.wait(60)
+        write(self, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if here:
+            patch.setattr(PieceCopy, "write", wait_and_write)
+        yield event
+
+
+def agree(ranks: Any, attempt: Attempt) -> Agreement:
+    return attempt.agree(ranks.device, writing=False)
 
 
 def check_endless_skips(ranks: Any) -> None:
@@ -244,7 +317,7 @@ def check_endless_skips(ranks: Any) -> None:
         patch_size=8,
         world=ranks.world,
         device=ranks.device,
-        save=lambda step: None,
+        checkpoints=writer_of(ranks, trainee, folder, config_for(2)),
         attempt=Attempt(folder, ranks.world, {}),
     )
     message = expect_error(lambda: train(job, 0))

@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from checkpoint_checks import identity_of, signed
+from checkpoint_checks import identity_of, save, signed
 from engine_checks import IMAGES
 from stage_helpers import GLOBAL_BATCH, config_for, make_model, make_trainee, run_step, scrambled, step_batches
 
 from hive_ds.config import TrainingConfig
 from hive_ds.stages import stage_by_number
-from hive_ds.training.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
+from hive_ds.training.checkpoint import load_checkpoint, newest_checkpoint
+from hive_ds.training.checkpoint_writer import CheckpointWriter
 
 STEPS = 2
 """Steps of a leg."""
@@ -42,6 +43,6 @@ def check_leg(ranks: Any) -> dict[str, list[list[float]]]:
             rows[chain].append([loss, *report.grad_norms.values()])
         attempt = signed(ranks, place)
         writer = CheckpointWriter(place, trainee.engine, identity, {}, ranks.world, attempt, training)
-        assert writer.save(first + STEPS, {}) is None
+        assert save(writer, first + STEPS) is None
         trainee.engine.close()
     return rows
