@@ -20,9 +20,6 @@ from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
 from hive_ds.training.distributed import World, sum_over_ranks
 
-EXIT_STOPPED = 85
-"""Exit code of ranks that stopped early, with a checkpoint: start the same command again to go on."""
-
 
 @dataclass(frozen=True)
 class Agreement:

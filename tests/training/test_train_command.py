@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import STEPS, TinyRun
 
+from hive_ds.constants import EXIT_STOPPED
 from hive_ds.kernels import tiles
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import assign_groups, hive_groups, stage_by_number
 from hive_ds.train import main
-from hive_ds.training.attempt import EXIT_STOPPED
 from hive_ds.training.distributed import stop
 from hive_ds.training.metrics import TRAIN_KEYS
 

@@ -92,7 +92,7 @@ class TinyRun:
         """Run a stage to its end."""
         command = self.command(stage, run, *options, **launch)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env=self._env(), start_new_session=True, **pipes) as process:
+        with subprocess.Popen(command, env=self.environment(), start_new_session=True, **pipes) as process:
             try:
                 output, errors = process.communicate(timeout=240)
             except subprocess.TimeoutExpired:
@@ -104,7 +104,7 @@ class TinyRun:
         """Run a stage and kill every process of it, without warning, once its first checkpoint is there."""
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
-                self.command(stage, run), env=self._env(), stdout=output, stderr=output, start_new_session=True
+                self.command(stage, run), env=self.environment(), stdout=output, stderr=output, start_new_session=True
             )
             latest = self.root / run / f"stage{stage}" / "latest"
             deadline = time.monotonic() + 240
@@ -128,7 +128,7 @@ class TinyRun:
                 for other in block.parent.glob(f"{block.name.split('_')[0]}_*"):
                     other.unlink(missing_ok=True)
 
-    def _env(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Own folders for streaming and Triton, and no variables of an outer launcher."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "WORLD_", "RANK"))}
         return {**clean, "TMPDIR": tempfile.mkdtemp(dir=self.root)}
