@@ -82,11 +82,11 @@ class PieceReader:
         for key in STATE:
             self._copy(key, piece.name, piece.start, piece.values[key])
 
-    def whole_weight(self, name: str, numel: int) -> Tensor:
-        """The fp32 weight of a parameter, (numel,); errors as `read_into`."""
-        weight = torch.empty(numel)
-        self._copy("weight", name, 0, weight)
-        return weight
+    def read(self, key: str, name: str, start: int, count: int) -> Tensor:
+        """``count`` elements from ``start`` on of a parameter's `STATE` ``key``, fp32; errors as `read_into`."""
+        part = torch.empty(count)
+        self._copy(key, name, start, part)
+        return part
 
     def _copy(self, key: str, name: str, start: int, target: Tensor) -> None:
         end, filled = start + target.numel(), 0

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,9 +27,9 @@ from stage_helpers import (
 from hive_ds.config import TrainingConfig
 from hive_ds.model.loading import load_weights
 from hive_ds.stages import stage_by_number
-from hive_ds.training.attempt import Agreement, Attempt
+from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
-from hive_ds.training.checkpoint_files import check_space
+from hive_ds.training.checkpoint_tools import reshard
 from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import barrier
 from hive_ds.training.flops import FlopCounter
@@ -79,6 +76,22 @@ def save(writer: CheckpointWriter, step: int, position: dict[str, Any] | None = 
     return report.failed
 
 
+@contextmanager
+def held_back(here: bool = True) -> Iterator[threading.Event]:
+    """Within, no thread of this rank, if it is ``here``, writes pieces until the event is set."""
+    event = threading.Event()
+    write = PieceCopy.write
+
+    def wait_and_write(self: PieceCopy, path: Any) -> None:
+        assert event.wait(60)
+        write(self, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if here:
+            patch.setattr(PieceCopy, "write", wait_and_write)
+        yield event
+
+
 def load(ranks: Any, path: Any, trainee: Any, identity: RunIdentity, warnings: list[str] | None = None) -> Any:
     warn = print if warnings is None else warnings.append
     origin = {"recipe.name": "one" if warnings is None else "two"}
@@ -113,7 +126,8 @@ def check_hand_over(ranks: Any) -> None:
 def check_resume(ranks: Any) -> None:
     """Straight training = a checkpoint loaded by fresh objects, to the bit, for every ZeRO stage and precision.
 
-    It holds the step at which it was begun, though a step was trained before its writing was through.
+    It holds the step at which it was begun, though a step was trained before its writing was through. Under ZeRO 2 and
+    3 it is read after it was cut anew for three ranks.
     """
     for zero, precision in COMBINATIONS:
         folder = ranks.folder / f"resume-{zero}-{precision}"
@@ -144,6 +158,8 @@ def check_resume(ranks: Any) -> None:
         straight.engine.close()
         resumed, identity = build(fresh=False)
         path = newest_checkpoint(folder, ranks.world, print)
+        if zero in (2, 3):
+            path = resharded(ranks, path)
         first, position = load(ranks, path, resumed, identity)
         assert (first, position) == (2, {"samples": 8})
         for step in range(first, 5):
@@ -151,6 +167,15 @@ def check_resume(ranks: Any) -> None:
             assert (loss, report.grad_norms) == expected[step], (zero, precision, step)
         assert not moved(wanted, state_of(resumed)), (zero, precision)
         resumed.engine.close()
+
+
+def resharded(ranks: Any, path: Any) -> Any:
+    """The checkpoint at ``path`` again, for three ranks."""
+    out = path.parent.parent / "resharded" / path.name
+    if ranks.world.is_main:
+        reshard(path, out, 3)
+    barrier()
+    return out
 
 
 def check_incomplete_checkpoints(ranks: Any) -> None:
@@ -192,104 +217,6 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
     assert said == [f"checkpoint {found} was written with recipe.name = one, this run has two"]
     for one in (trainee, other, changed):
         one.engine.close()
-
-
-def check_full_disk(ranks: Any) -> None:
-    """A checkpoint that cannot be written on one rank is said on all, and those before stay as they were."""
-    folder = ranks.folder / "full"
-    trainee = make_trainee(ranks, config=config_for(2))
-    writer = writer_of(ranks, trainee, folder, config_for(2))
-    assert save(writer, 1) is None
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    if ranks.world.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    failed = save(writer, 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-    assert failed is not None
-    assert "File too large" in failed, failed
-    barrier()
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    with pytest.raises(OSError, match=r"GB left, and a checkpoint takes 1000000000\.00 GB"):
-        check_space(folder, 10**18)
-    trainee.engine.close()
-
-
-def check_attempts(ranks: Any) -> None:
-    """Row 11, fenced: an attempt that another has replaced publishes nothing; both stop by a file or by the time."""
-    folder = ranks.folder / "attempts"
-    trainee = make_trainee(ranks, config=config_for(2))
-    old, new = signed(ranks, folder, "old"), signed(ranks, folder, "new")
-    barrier()
-    if ranks.world.is_main:
-        assert "attempt new took over from this one, old; nothing was written" in expect_error(old.check)
-    new.check()
-    writer = writer_of(ranks, trainee, folder, config_for(2))
-    assert save(writer, 1) is None
-    assert not agree(ranks, new).stop
-    late = Attempt(folder, ranks.world, {"HIVE_ATTEMPT": "new", "HIVE_STOP_AT": "1000"})
-    assert agree(ranks, late).stop
-    if ranks.world.is_main:
-        (folder / "STOP").touch()
-    assert agree(ranks, new).stop
-    message = expect_error(lambda: Attempt(folder, ranks.world, {"HIVE_STOP_AT": "noon"}))
-    assert message == "HIVE_STOP_AT is 'noon'; expected seconds since the epoch"
-    trainee.engine.close()
-
-
-def check_background_save(ranks: Any) -> None:
-    """A save ends at a later step, on all ranks at once; an attempt that is replaced meanwhile publishes nothing."""
-    folder = ranks.folder / "background"
-    trainee = make_trainee(ranks, config=config_for(2))
-    writer = writer_of(ranks, trainee, folder, config_for(2))
-    attempt = Attempt(folder, ranks.world, {})
-    slow = ranks.world.rank == 1
-    with held_back(slow) as threads:
-        writer.begin(1, {})
-        while writer.writing and not slow:
-            time.sleep(0.001)
-        agreed = attempt.agree(ranks.device, writing=writer.writing)
-        assert agreed.writing
-        assert writer.advance(agreed.writing) is None
-        assert not (folder / "latest").exists()
-        threads.set()
-        report, steps = None, 0
-        while report is None:
-            report = writer.advance(attempt.agree(ranks.device, writing=writer.writing).writing)
-            steps += 1
-    assert report.failed is None
-    assert steps > 1
-    assert (folder / "latest").read_text() == "step-000001"
-    with held_back() as threads:
-        writer.begin(2, {})
-        signed(ranks, folder, "new")
-        barrier()
-        threads.set()
-        assert "attempt new took over from this one, first; nothing was written" in expect_error(writer.wait)
-    assert [path.name for path in (folder / "checkpoints").glob("[!.]*")] == ["step-000001"]
-    trainee.engine.close()
-
-
-@contextmanager
-def held_back(here: bool = True) -> Iterator[threading.Event]:
-    """Within, no thread of this rank, if it is ``here``, writes pieces until the event is set."""
-    event = threading.Event()
-    write = PieceCopy.write
-
-    def wait_and_write(self: PieceCopy, path: Any) -> None:
-        assert event.wait(60)
-        write(self, path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        if here:
-            patch.setattr(PieceCopy, "write", wait_and_write)
-        yield event
-
-
-def agree(ranks: Any, attempt: Attempt) -> Agreement:
-    return attempt.agree(ranks.device, writing=False)
 
 
 def check_endless_skips(ranks: Any) -> None:
