@@ -163,8 +163,7 @@ class CheckpointWriter:
 
     def _next_phase(self, save: _Save) -> bool:
         """Wait for this rank's thread, hear of the others', and go on; whether the save has ended."""
-        work, save.work = save.work, None
-        results, save.failed = on_all_ranks(lambda: work and work.result())
+        results, save.failed = on_all_ranks(lambda: self._result(save))
         if save.failed is None and not save.publishing:
             save.publishing = True
             if self._world.is_main:
@@ -173,6 +172,13 @@ class CheckpointWriter:
         if save.failed is not None and self._world.is_main:
             remove_left_overs(save.aside.parent)
         return True
+
+    def _result(self, save: _Save) -> Any:
+        """What this rank's thread has found out, if it had anything to do."""
+        work, save.work = save.work, None
+        if not save.publishing:
+            self._attempt.check()  # an attempt that took over has removed the files: say that, not that they are gone
+        return work and work.result()
 
     def _prepare(self, step: int) -> str:
         """Make the folder to write to, on rank 0."""

@@ -178,6 +178,42 @@ def resharded(ranks: Any, path: Any) -> Any:
     return out
 
 
+def check_what_universal_checkpoints_lose(ranks: Any) -> None:
+    """Groups keep their own rates and decay, tensors their own step counts, frozen weights their values.
+
+    DeepSpeed's universal checkpoints (0.19.8) give every group the rate and decay of the first, let tensors share one
+    counter, which AdamW then counts up once for each, and do not restore what is frozen.
+    """
+    config = config_for(2, group_lr={"routed_attention": 5e-4, "image_kv": 1e-4})
+    straight, folder = make_trainee(ranks, zero=3, config=config), ranks.folder / "universal"
+    for step in range(4):
+        if step == 2:
+            assert save(writer_of(ranks, straight, folder, config), step) is None
+        run_step(ranks, straight, step_batches(ranks, step, 2), factor=0.5)
+    wanted = state_of(straight)
+    straight.engine.close()
+    stage = stage_by_number(2)
+    for zero in (0, 1, 2, 3):
+        resumed = make_trainee(ranks, zero=zero, config=config, model=scrambled(make_model(stage), stage))
+        load(ranks, newest_checkpoint(folder, ranks.world, print), resumed, identity_of(resumed, config))
+        for step in (2, 3):
+            run_step(ranks, resumed, step_batches(ranks, step, 2), factor=0.5)
+        groups = {group["name"]: (group["lr"], group["weight_decay"]) for group in resumed.engine._adamw.param_groups}
+        assert groups["projectors/decay"] == (1e-3, 0.1), groups
+        assert groups["projectors/no_decay"] == (1e-3, 0.0), groups
+        assert groups["routed_attention/decay"] == (2.5e-4, 0.1), groups
+        assert groups["image_kv/decay"] == (5e-5, 0.1), groups
+        counters = [state["step"] for state in resumed.engine._adamw.state.values()]
+        assert [float(counter) for counter in counters] == [4.0] * len(counters), zero
+        assert len({counter.data_ptr() for counter in counters}) == len(counters) > 1, zero
+        found = state_of(resumed)
+        trained = {name for group in resumed.plan.groups for name in group.parameters}
+        for name, value in wanted.items():
+            tolerance = 1e-6 if name in trained else 0.0
+            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
+        resumed.engine.close()
+
+
 def check_incomplete_checkpoints(ranks: Any) -> None:
     """Resume takes the newest complete checkpoint, says which it passed over, and reads none of another model."""
     folder = ranks.folder / "incomplete"

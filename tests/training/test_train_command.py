@@ -107,6 +107,9 @@ def test_metrics(tiny: TinyRun, straight: str) -> None:
     validation = tiny.metrics("straight", 1, "validation")
     assert [line["step"] for line in validation] == [4, 8, 12]
     assert all(line["loss"] > 0 and line["text_loss"] > 0 for line in validation)
+    saves = tiny.metrics("straight", 1, "checkpoint")
+    assert [(line["step"], line["failed"]) for line in saves] == [(step, None) for step in (4, 8, 12)]
+    assert all(0 < line["blocked_seconds"] <= line["seconds"] for line in saves)
     folder = next((tiny.root / "straight" / "stage1" / "tensorboard").rglob("events.*")).parent
     events = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
     assert [event.value for event in events] == pytest.approx([line["loss"] for line in lines])
