@@ -21,7 +21,7 @@ from tiny_run import TinyRun
 from hive_ds.launch.supervise import attempt_processes
 
 MAIN = Path(__file__).parent / "kill_main.py"
-STEPS_A_KILL = 4
+STEPS_A_KILL = 8
 """Steps that the run must have for each kill, so that it does not end before the last."""
 PATIENCE = 240
 WRITE = 0.03

@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from checkpoint_checks import held_back, save, signed, writer_of
 from stage_helpers import config_for, expect_error, make_trainee
 
+from hive_ds.config import TrainingConfig
 from hive_ds.training.attempt import Agreement, Attempt
 from hive_ds.training.checkpoint_files import check_space
 from hive_ds.training.distributed import barrier
+from hive_ds.training.loop import _report_save
+from hive_ds.training.metrics import MetricsLog
 
 
 def check_full_disk(ranks: Any) -> None:
@@ -30,13 +35,24 @@ def check_full_disk(ranks: Any) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if ranks.world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    failed = save(writer, 2)
+    writer.begin(2, {})
+    report = writer.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     signal.signal(signal.SIGXFSZ, handler)
-    assert failed is not None
-    assert "File too large" in failed, failed
+    assert "File too large" in str(report.failed), report
     barrier()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    for stop, last in ((False, False), (True, False), (False, True)):
+        job: Any = SimpleNamespace(
+            metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
+            training=TrainingConfig(stop_on_failed_save=stop),
+            world=ranks.world,
+        )
+        if stop or last:
+            message = expect_error(lambda job=job, last=last: _report_save(job, report, last=last))
+            assert re.fullmatch(r"step 2: no checkpoint could .*File too large.*; earlier ones are untouched", message)
+        else:
+            _report_save(job, report)
     with pytest.raises(OSError, match=r"GB left, and a checkpoint takes 1000000000\.00 GB"):
         check_space(folder, 10**18)
     trainee.engine.close()
