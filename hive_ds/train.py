@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hive_ds.config import Recipe, StageConfig
+from hive_ds.constants import EXIT_STOPPED
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import describe_attention, warm_up_attention
@@ -24,14 +25,9 @@ from hive_ds.model.loading import build_model, load_model
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import STAGES, Stage, hive_groups, next_stage, stage_by_number
-from hive_ds.training.attempt import EXIT_STOPPED, Attempt
-from hive_ds.training.checkpoint import (
-    CheckpointWriter,
-    RunIdentity,
-    load_checkpoint,
-    newest_checkpoint,
-    save_model,
-)
+from hive_ds.training.attempt import Attempt
+from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
+from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import World, from_main, read_world, start, stop
 from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
 from hive_ds.training.engine import Engine
@@ -244,7 +240,7 @@ def _start_job(
         patch_size=model.config.vision_config.patch_size,
         world=world,
         device=device,
-        save=lambda step: writer.save(step, loader.state_dict()),
+        checkpoints=writer,
         attempt=run.attempt,
     )
     return job, first_step

@@ -14,7 +14,7 @@ from stage_helpers import CONFIG, make_model, step_batches
 from hive_ds.stages import hive_groups, stage_by_number
 from hive_ds.training.groups import plan_stage
 
-CHECKS = check_names("engine_checks", "checkpoint_checks", "zero_checks", "pace_checks")
+CHECKS = check_names("engine_checks", "checkpoint_checks", "save_checks", "zero_checks", "pace_checks")
 LOSSES, BF16, GENERATION = (f"engine_checks.check_{name}" for name in ("losses", "bf16", "generation"))
 PROFILES, PROFILES_BF16 = (f"zero_checks.check_profile_{name}" for name in ("losses", "bf16"))
 VALUES = (LOSSES, BF16, GENERATION, PROFILES, PROFILES_BF16)

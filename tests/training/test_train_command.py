@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import STEPS, TinyRun
 
+from hive_ds.constants import EXIT_STOPPED
 from hive_ds.kernels import tiles
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import assign_groups, hive_groups, stage_by_number
 from hive_ds.train import main
-from hive_ds.training.attempt import EXIT_STOPPED
 from hive_ds.training.distributed import stop
 from hive_ds.training.metrics import TRAIN_KEYS
 
@@ -94,6 +94,9 @@ def test_metrics(tiny: TinyRun, straight: str) -> None:
     validation = tiny.metrics("straight", 1, "validation")
     assert [line["step"] for line in validation] == [4, 8, 12]
     assert all(line["loss"] > 0 and line["text_loss"] > 0 for line in validation)
+    saves = tiny.metrics("straight", 1, "checkpoint")
+    assert [(line["step"], line["failed"]) for line in saves] == [(step, None) for step in (4, 8, 12)]
+    assert all(0 < line["blocked_seconds"] <= line["seconds"] for line in saves)
     folder = next((tiny.root / "straight" / "stage1" / "tensorboard").rglob("events.*")).parent
     events = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
     assert [event.value for event in events] == pytest.approx([line["loss"] for line in lines])

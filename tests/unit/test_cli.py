@@ -57,6 +57,11 @@ def test_help_is_quick_and_imports_nothing_heavy():
             "hosts check",
             "hosts env",
             "hosts run",
+            "supervise",
+            "checkpoint",
+            "checkpoint list",
+            "checkpoint verify",
+            "checkpoint reshard",
             "export",
             "export encoder",
         ),
@@ -114,6 +119,10 @@ WRONG = {
     "missing images": (["data", "convert", "{tmp}/one.json", "{tmp}/out", "--images", "{tmp}/none"], "{tmp}/none"),
     "no hostfile": (["hosts", "check", "{tmp}/hosts"], "hostfile {tmp}/hosts: cannot be read"),
     "empty hostfile": (["hosts", "env", "{tmp}/no_hosts", "--out", "{tmp}/out"], "holds no host"),
+    "no stage": (["checkpoint", "list", "{tmp}"], "run {tmp}: holds no stage folder"),
+    "no checkpoint": (["checkpoint", "verify", "{tmp}"], "{tmp}: neither a checkpoint"),
+    "nothing to reshard": (["checkpoint", "reshard", "{tmp}/a", "{tmp}/out", "--ranks", "2"], "checkpoint {tmp}/a: no"),
+    "no stage to supervise": (["supervise", "--", "true", "--run", "a"], "true --run a: expected a training command"),
     "no model": (["export", "encoder", "{tmp}", "{tmp}/out"], "neither a model folder"),
 }
 
