@@ -1,6 +1,6 @@
 """Where the ranks of a Slurm step meet, when nothing has said so.
 
-torchrun and DeepSpeed's own launchers export MASTER_ADDR and MASTER_PORT; srun and ``deepspeed --launcher slurm`` do not.
+torchrun and most launchers export MASTER_ADDR and MASTER_PORT; srun and ``deepspeed --launcher slurm`` do not.
 All ranks of a step read the same variables of Slurm, and so come to the same answer.
 """
 

@@ -45,7 +45,7 @@ SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
-SlurmdTimeout=5
+SlurmdTimeout={patience}
 MessageTimeout=3
 KillWait=3
 MinJobAge=3600
@@ -95,18 +95,21 @@ class MiniCluster:
     """Its pid 1, as this machine sees it."""
 
     @classmethod
-    def up(cls, base: Path, nodes: int, *, gpus: int = 0, shared: tuple[Path, ...] = ()) -> MiniCluster:
+    def up(
+        cls, base: Path, nodes: int, *, gpus: int = 0, patience: int = 5, shared: tuple[Path, ...] = ()
+    ) -> MiniCluster:
         """Start a cluster.
 
         Args:
             base: new folder for its files, which every node sees.
             nodes: number of nodes.
             gpus: devices a node that Slurm takes for GPUs; no program can compute on them.
+            patience: seconds after which Slurm takes a silent node for dead; sites have minutes.
             shared: more folders that every node sees. All nodes see what is outside of /tmp anyhow.
         """
         for name in ("etc", "state", "log", "dev"):
             (base / name).mkdir(parents=True)
-        _write_config(base, nodes, gpus, [base, *shared])
+        _write_config(base, nodes, gpus, patience, [base, *shared])
         command = ["unshare", *_NAMESPACES, "bash", str(HERE / "mini" / "outer.sh"), str(base), str(nodes)]
         with (base / "log" / "outer.out").open("w") as output:
             parent = subprocess.Popen(
@@ -179,11 +182,12 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: flo
     return value
 
 
-def _write_config(base: Path, nodes: int, gpus: int, shared: list[Path]) -> None:
+def _write_config(base: Path, nodes: int, gpus: int, patience: int, shared: list[Path]) -> None:
     etc = base / "etc"
     values = {
         "base": base,
         "nodes": nodes,
+        "patience": patience,
         "last": 10 + nodes,
         "gpus": "GresTypes=gpu\n" if gpus else "",
         "gres": f" Gres=gpu:{gpus}" if gpus else "",

@@ -1,0 +1,175 @@
+"""Do the nodes reach one another, and how fast: pairs first, so that a bad node has a name, then all at once.
+
+The nodes meet at a key-value store on the first one. Each exchanges data with its two neighbours of a ring; one that
+cannot, or is far slower than the others, is out, and so is one whose versions, clock or GPUs differ. The rest does one
+all-reduce together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hive_ds.launch.network import choose_interface
+from hive_ds.launch.preflight import node_name, write_faults
+from hive_ds.launch.preflight_verdict import compare_nodes, judge_links, links
+
+MEET = timedelta(seconds=60)
+"""From the first node to the last: on a shared disk that is not warm, imports alone take half of that."""
+EXCHANGE = timedelta(seconds=15)
+ELEMENTS = 1 << 24
+"""Of an all-reduce: 64 MiB, enough to fill a link and quick on a slow one."""
+
+
+def check_network(out: Path, nodes: Sequence[str], port: int) -> None:
+    """Take part as one node. The first writes faults of all to ``out``, and at last ``out``/network: the rates.
+
+    Without that file nothing is known: the first node itself may be the one that nobody reaches. A node that did not
+    reach it writes NODE.lost.
+    """
+    choose_interface(os.environ, nodes[0])
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a link that fails raises; else it would end the process
+    node = node_name()
+    try:
+        store = dist.TCPStore(nodes[0], port, is_master=node == nodes[0], timeout=MEET, wait_for_workers=False)
+        _take_part(Meeting.join(store, nodes, node), out)
+    except RuntimeError as error:  # torch's errors of network and store
+        reason = str(error).splitlines()[0]
+        (out / f"{node}.lost").write_text(f"did not meet the others on {nodes[0]}, port {port}: {reason}\n")
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The nodes that came."""
+
+    store: dist.Store
+    nodes: list[str]
+    absent: list[str]
+    index: int
+    """Of this node."""
+    skew: float
+    """Seconds that this node's clock is ahead of the first one's, and the moment that an answer took."""
+
+    @classmethod
+    def join(cls, store: dist.Store, nodes: Sequence[str], node: str) -> Meeting:
+        """Wait for the others; the first one closes the door. RuntimeError for who comes too late, or is alone."""
+        keys = [f"here/{other}" for other in nodes]
+        store.set(f"here/{node}", "")
+        if node == nodes[0]:
+            deadline = time.monotonic() + MEET.total_seconds()
+            while not store.check(keys) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            store.set("came", json.dumps([[other for other in nodes if store.check([f"here/{other}"])], time.time()]))
+        store.wait(["came"], 2 * MEET)
+        came, clock = json.loads(store.get("came"))
+        skew = time.time() - clock
+        if node not in came or len(came) == 1:
+            raise RuntimeError(f"{len(came)} of {len(nodes)} came in time: {', '.join(came)}")
+        return cls(store, came, [other for other in nodes if other not in came], came.index(node), skew)
+
+    def say(self, topic: str, value: Any) -> None:
+        """Let the others know."""
+        self.store.set(f"{topic}/{self.index}", json.dumps(value))
+
+    def hear(self, topic: str) -> list[Any]:
+        """What each node said, once all have; None for those that say nothing for too long."""
+        keys = [f"{topic}/{index}" for index in range(len(self.nodes))]
+        with contextlib.suppress(dist.DistStoreError):
+            self.store.wait(keys, 2 * EXCHANGE)
+        return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
+
+
+def _take_part(meeting: Meeting, out: Path) -> None:
+    node = meeting.nodes[meeting.index]
+    facts = json.loads((out / f"{node}.json").read_text())
+    meeting.say("facts", {**facts, "skew": meeting.skew})
+    meeting.say("links", _try_links(meeting))
+    if meeting.index == 0:
+        faults, rates = _judge(meeting)
+        for bad, found in faults.items():
+            write_faults(out, bad, found)
+        good = [index for index, node in enumerate(meeting.nodes) if node not in faults]
+        meeting.store.set("good", json.dumps(good))
+    meeting.store.wait(["good"], 4 * EXCHANGE)
+    good = json.loads(meeting.store.get("good"))
+    rate = None
+    if meeting.index in good and len(good) > 1:
+        rate = _exchange(meeting, "all", good)
+        if rate is None:
+            write_faults(out, node, [f"the all-reduce of {len(good)} nodes failed"])
+    meeting.say("all", rate)
+    if meeting.index == 0:  # and holds the store until the others have left it
+        together = [rate for rate in meeting.hear("all") if rate is not None]
+        lines = [f"{meeting.nodes[a]} - {meeting.nodes[b]}: {_gigabytes(rate)}" for (a, b, _), rate in rates]
+        lines.append(f"all-reduce of {len(good)} nodes: {_gigabytes(min(together, default=None))}")
+        (out / "network").write_text("".join(f"{line}\n" for line in lines))
+
+
+def _try_links(meeting: Meeting) -> dict[int, float | None]:
+    """Bytes per second of this node's links, by their numbers."""
+    rates = {}
+    all_links = links(len(meeting.nodes))
+    for turn in sorted({turn for *_, turn in all_links}):
+        for number, (a, b, when) in enumerate(all_links):
+            if when == turn and meeting.index in (a, b):
+                rates[number] = _exchange(meeting, f"link{number}", [a, b])
+        meeting.say(f"turn{turn}", True)
+        meeting.hear(f"turn{turn}")  # else who waited for a dead neighbour would keep its other one waiting
+    return rates
+
+
+def _judge(meeting: Meeting) -> tuple[dict[str, list[str]], list[tuple[tuple[int, int, int], float | None]]]:
+    """Faults by node, and the rate of each link as its slower end saw it."""
+    said = [{} if one is None else one for one in meeting.hear("links")]
+    all_links = links(len(meeting.nodes))
+    rates = []
+    for number, (a, b, _) in enumerate(all_links):
+        ends = [said[a].get(str(number)), said[b].get(str(number))]
+        rates.append(None if None in ends else min(ends))
+    facts = dict(zip(meeting.nodes, meeting.hear("facts"), strict=True))
+    faults = compare_nodes({node: one for node, one in facts.items() if one is not None})
+    faults |= {node: [f"did not reach {meeting.nodes[0]}"] for node in meeting.absent}
+    for node, fault in judge_links(meeting.nodes, rates).items():
+        faults.setdefault(node, []).append(fault)
+    return faults, list(zip(all_links, rates, strict=True))
+
+
+def _exchange(meeting: Meeting, name: str, members: Sequence[int]) -> float | None:
+    """Bytes per second in each direction of an all-reduce among some nodes, the best of three; None if it fails."""
+    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    best = float("inf")
+    try:
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=dist.PrefixStore(name, meeting.store),
+            rank=members.index(meeting.index),
+            world_size=len(members),
+            timeout=EXCHANGE,
+        )
+        data = torch.empty(ELEMENTS, device="cuda:0" if gpu else "cpu")
+        for _ in range(3):
+            data.fill_(1.0)
+            start = time.perf_counter()
+            dist.all_reduce(data)
+            right = bool((data == len(members)).all())  # and waits for the GPU
+            best = min(best, time.perf_counter() - start)
+    except RuntimeError:
+        return None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 2 * (len(members) - 1) / len(members) * data.nbytes / best if right else None
+
+
+def _gigabytes(rate: float | None) -> str:
+    return "nothing went through" if rate is None else f"{rate / 1e9:.2f} GB/s"
