@@ -13,6 +13,7 @@ choose_nodes() { # sets nodes: as many good ones as the job needs, or ends the s
         mkdir -p "$checks" || fail "cannot write $checks"
         try_nodes
         try_network
+        [ -z "$time_is_up" ] || requeue "time is up" # and what was found may be half of it
         say "preflight: ${#nodes[@]} of ${#all[@]} nodes are good, $needed needed, $((SECONDS - started)) s" \
             "$(grep -h '^all-reduce' "$checks/network" 2>/dev/null)"
         for fault in "$checks"/*.fault; do

@@ -1,8 +1,8 @@
 """Do the nodes reach one another, and how fast: pairs first, so that a bad node has a name, then all at once.
 
-The nodes meet at a key-value store on the first one. Each exchanges data with its two neighbours of a ring; one that
-cannot, or is far slower than the others, is out, and so is one whose versions, clock or GPUs differ. The rest does one
-all-reduce together.
+The nodes meet at a key-value store on the first one. Each exchanges data with its two neighbours of a ring, over TCP;
+one that cannot, or is far slower than the others, is out, and so is one whose versions, clock or GPUs differ. The rest
+does one all-reduce together, over NCCL where there are GPUs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,15 +22,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hive_ds.launch.network import choose_interface
+from hive_ds.launch.network import choose_interface, interface_addresses
 from hive_ds.launch.preflight import node_name, write_faults
 from hive_ds.launch.preflight_verdict import compare_nodes, judge_links, links
 
 MEET = timedelta(seconds=60)
 """From the first node to the last: on a shared disk that is not warm, imports alone take half of that."""
-EXCHANGE = timedelta(seconds=15)
-ELEMENTS = 1 << 24
-"""Of an all-reduce: 64 MiB, enough to fill a link and quick on a slow one."""
+EXCHANGE = timedelta(seconds=10)
+SIZE = 64 << 20
+"""Bytes: enough to fill a link, and quick on a slow one."""
 
 
 def check_network(out: Path, nodes: Sequence[str], port: int) -> None:
@@ -38,7 +40,7 @@ def check_network(out: Path, nodes: Sequence[str], port: int) -> None:
     reach it writes NODE.lost.
     """
     choose_interface(os.environ, nodes[0])
-    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a link that fails raises; else it would end the process
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an all-reduce that fails raises; else it ends the process
     node = node_name()
     try:
         store = dist.TCPStore(nodes[0], port, is_master=node == nodes[0], timeout=MEET, wait_for_workers=False)
@@ -104,9 +106,10 @@ def _take_part(meeting: Meeting, out: Path) -> None:
     good = json.loads(meeting.store.get("good"))
     rate = None
     if meeting.index in good and len(good) > 1:
-        rate = _exchange(meeting, "all", good)
-        if rate is None:
-            write_faults(out, node, [f"the all-reduce of {len(good)} nodes failed"])
+        try:
+            rate = _all_reduce(meeting.store, good.index(meeting.index), len(good))
+        except RuntimeError as error:
+            write_faults(out, node, [f"the all-reduce of {len(good)} nodes: {str(error).splitlines()[0]}"])
     meeting.say("all", rate)
     if meeting.index == 0:  # and holds the store until the others have left it
         together = [rate for rate in meeting.hear("all") if rate is not None]
@@ -122,7 +125,7 @@ def _try_links(meeting: Meeting) -> dict[int, float | None]:
     for turn in sorted({turn for *_, turn in all_links}):
         for number, (a, b, when) in enumerate(all_links):
             if when == turn and meeting.index in (a, b):
-                rates[number] = _exchange(meeting, f"link{number}", [a, b])
+                rates[number] = _exchange(meeting.store, f"link{number}", listens=meeting.index == a)
         meeting.say(f"turn{turn}", True)
         meeting.hear(f"turn{turn}")  # else who waited for a dead neighbour would keep its other one waiting
     return rates
@@ -144,31 +147,59 @@ def _judge(meeting: Meeting) -> tuple[dict[str, list[str]], list[tuple[tuple[int
     return faults, list(zip(all_links, rates, strict=True))
 
 
-def _exchange(meeting: Meeting, name: str, members: Sequence[int]) -> float | None:
-    """Bytes per second in each direction of an all-reduce among some nodes, the best of three; None if it fails."""
-    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    best = float("inf")
+def _exchange(store: dist.Store, name: str, *, listens: bool) -> float | None:
+    """Bytes per second in each direction between two nodes, over TCP, which fails in time; None if it does."""
+    seconds = EXCHANGE.total_seconds()
     try:
-        dist.init_process_group(
-            "nccl" if gpu else "gloo",
-            store=dist.PrefixStore(name, meeting.store),
-            rank=members.index(meeting.index),
-            world_size=len(members),
-            timeout=EXCHANGE,
-        )
-        data = torch.empty(ELEMENTS, device="cuda:0" if gpu else "cpu")
-        for _ in range(3):
-            data.fill_(1.0)
+        if listens:
+            with socket.create_server((_own_address(), 0)) as server:
+                store.set(name, json.dumps(server.getsockname()[:2]))
+                server.settimeout(seconds)
+                connection, _ = server.accept()
+        else:
+            store.wait([name], EXCHANGE)
+            connection = socket.create_connection(json.loads(store.get(name)), timeout=seconds)
+        with connection, ThreadPoolExecutor(max_workers=1) as pool:
+            connection.settimeout(seconds)
             start = time.perf_counter()
-            dist.all_reduce(data)
-            right = bool((data == len(members)).all())  # and waits for the GPU
-            best = min(best, time.perf_counter() - start)
-    except RuntimeError:
+            sent = pool.submit(connection.sendall, bytes(SIZE))
+            left, buffer = SIZE, bytearray(1 << 20)
+            while left and (count := connection.recv_into(buffer, min(left, len(buffer)))):
+                left -= count
+            sent.result()
+    except (OSError, dist.DistStoreError):
         return None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 2 * (len(members) - 1) / len(members) * data.nbytes / best if right else None
+    return None if left else SIZE / (time.perf_counter() - start)
+
+
+def _own_address() -> str:
+    """This node's address on the interface that ranks are to use."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    return interface_addresses().get(interface, socket.gethostname())
+
+
+def _all_reduce(store: dist.Store, rank: int, size: int) -> float:
+    """Bytes per second that each node sends, and receives, in an all-reduce; RuntimeError where it fails."""
+    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=dist.PrefixStore("all", store),
+        rank=rank,
+        world_size=size,
+        timeout=EXCHANGE,
+    )
+    data = torch.empty(SIZE // 4, device="cuda:0" if gpu else "cpu")
+    best = float("inf")
+    for _ in range(3):
+        data.fill_(1.0)
+        start = time.perf_counter()
+        dist.all_reduce(data)
+        right = bool((data == size).all())  # and waits for the GPU
+        best = min(best, time.perf_counter() - start)
+        if not right:
+            raise RuntimeError("its result is wrong")
+    dist.destroy_process_group()
+    return 2 * (size - 1) / size * SIZE / best
 
 
 def _gigabytes(rate: float | None) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from hive_ds.launch import preflight
 from hive_ds.launch.preflight_verdict import compare_nodes, judge_links, links
 
 A, B, C, D, E = nodes = [f"node{name}" for name in "ABCDE"]
@@ -60,3 +64,22 @@ def test_bad_node_of_a_ring_is_named(rates: list[float | None], left_out: dict[s
 def test_where_nothing_goes_through_all_are_out() -> None:
     assert judge_links([A, B], [None]) == {A: "network: nodeB not reached", B: "network: nodeA not reached"}
     assert set(judge_links(nodes, [None] * 5)) == set(nodes)
+
+
+def test_matrix_product_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preflight._matmul(torch.device("cpu"), size=256) > 0
+    monkeypatch.setattr(torch, "ones", lambda *size, **options: torch.full(size, 1.01, **options))
+    with pytest.raises(RuntimeError, match="a matrix product is wrong"):
+        preflight._matmul(torch.device("cpu"), size=256)
+
+
+def test_node_without_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    folders = ("--out", str(tmp_path), "--run", str(tmp_path), "--scratch", str(tmp_path / "none"))
+    assert preflight.main(["node", "--ranks", "0", "--gpus", "8", *folders]) == 0
+    assert (tmp_path / "node1.fault").read_text().splitlines() == [
+        f"cannot write to {tmp_path}/none: No such file or directory",
+        "0 GPUs work of 8",
+    ]
+    assert json.loads((tmp_path / "node1.json").read_text())["run_free"] > 0
