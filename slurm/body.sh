@@ -164,7 +164,7 @@ requeue() { # WHY [NODES]: start this job again, later, on whatever nodes are go
         exit 1
     fi
     say "$1: requeueing the job${2:+, without $2}"
-    trap '' TERM # Slurm ends this script, which has something left to do
+    if [ -n "${2:-}" ]; then trap '' TERM; fi # Slurm ends this script, which then has something left to do
     scontrol requeue "$SLURM_JOB_ID" || exit 1
     if [ -n "${2:-}" ]; then avoid "$2"; fi
     sleep 300 # Slurm ends this script; ending by itself could be taken for the job's end

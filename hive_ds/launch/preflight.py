@@ -65,7 +65,7 @@ def check_node(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     for name, folder in (("scratch", options.scratch), ("run", options.run)):
         values[f"{name}_free"], fault = _try_to_write(folder)
         faults += [fault] if fault else []
-    if options.gpus:
+    if options.gpus and os.environ.get("DS_ACCELERATOR") != "cpu":
         rates: list[float] = []
         faults += _try_gpus(options.gpus, rates)
         values["matmul_flops_per_second"] = rates

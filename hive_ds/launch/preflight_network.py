@@ -83,11 +83,16 @@ class Meeting:
         """Let the others know."""
         self.store.set(f"{topic}/{self.index}", json.dumps(value))
 
-    def hear(self, topic: str) -> list[Any]:
-        """What each node said, once all have; None for those that say nothing for too long."""
+    def wait_for_all(self, topic: str) -> list[str]:
+        """Return once every node has said something, or after a while; the store's keys, by node."""
         keys = [f"{topic}/{index}" for index in range(len(self.nodes))]
         with contextlib.suppress(dist.DistStoreError):
             self.store.wait(keys, 2 * EXCHANGE)
+        return keys
+
+    def hear(self, topic: str) -> list[Any]:
+        """What each node said, once all have; None for those that say nothing for too long."""
+        keys = self.wait_for_all(topic)
         return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
 
 
@@ -127,7 +132,7 @@ def _try_links(meeting: Meeting) -> dict[int, float | None]:
             if when == turn and meeting.index in (a, b):
                 rates[number] = _exchange(meeting.store, f"link{number}", listens=meeting.index == a)
         meeting.say(f"turn{turn}", True)
-        meeting.hear(f"turn{turn}")  # else who waited for a dead neighbour would keep its other one waiting
+        meeting.wait_for_all(f"turn{turn}")  # else who waited for a dead neighbour would keep its other one waiting
     return rates
 
 

@@ -76,6 +76,7 @@ def test_matrix_product_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch) ->
 def test_node_without_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     folders = ("--out", str(tmp_path), "--run", str(tmp_path), "--scratch", str(tmp_path / "none"))
     assert preflight.main(["node", "--ranks", "0", "--gpus", "8", *folders]) == 0
     assert (tmp_path / "node1.fault").read_text().splitlines() == [
