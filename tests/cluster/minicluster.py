@@ -19,7 +19,19 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2 openssh-server pdsh"
-_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "sshd", "pdsh", "ssh-keygen", "unshare", "nsenter")
+_PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "munged",
+    "ip",
+    "sshd",
+    "pdsh",
+    "ssh-keygen",
+    "setpriv",
+    "unshare",
+    "nsenter",
+)
 _NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 _PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -110,7 +122,9 @@ class MiniCluster:
         for name in ("etc", "state", "log", "dev"):
             (base / name).mkdir(parents=True)
         _write_config(base, nodes, gpus, patience, [base, *shared])
-        command = ["unshare", *_NAMESPACES, "bash", str(HERE / "mini" / "outer.sh"), str(base), str(nodes)]
+        # Also when this process is killed before it can take the cluster down.
+        tied = ["setpriv", "--pdeathsig", "KILL"]
+        command = [*tied, "unshare", *_NAMESPACES, "bash", str(HERE / "mini" / "outer.sh"), str(base), str(nodes)]
         with (base / "log" / "outer.out").open("w") as output:
             parent = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={"PATH": _PATH}, process_group=0
