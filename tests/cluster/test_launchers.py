@@ -5,11 +5,10 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from minicluster import MiniCluster
 from site_clone import REPOSITORY, SlurmSite, training_lines
 from ssh_hosts import BINARIES, Hosts
 from tiny_run import TinyRun
@@ -27,18 +26,6 @@ print(world.rank, world.local_rank, world.local_size, int(total), os.environ["MA
 
 
 @pytest.fixture(scope="module")
-def pair(site_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    """Two nodes that Slurm and ssh reach."""
-    cluster = MiniCluster.up(
-        tmp_path_factory.mktemp("pair") / "cluster", 2, shared=SlurmSite.shared_folders(site_folder)
-    )
-    folder = site_folder / "launchers"
-    folder.mkdir()
-    yield Hosts(cluster, folder)
-    cluster.down()
-
-
-@pytest.fixture(scope="module")
 def losses(tiny: TinyRun) -> list[dict[str, float]]:
     """Of three steps on two ranks of one host, under plain torchrun."""
     done = tiny.train(1, "reference", *FEW, launcher="torchrun")
@@ -46,31 +33,31 @@ def losses(tiny: TinyRun) -> list[dict[str, float]]:
     return training_lines(tiny.root / "reference")
 
 
-def test_ranks_of_srun_find_one_another(pair: Hosts) -> None:
-    command = pair.command("srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "-c", MEET)
+def test_ranks_of_srun_find_one_another(hosts: Hosts) -> None:
+    command = hosts.command("srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "-c", MEET)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"{rank} {rank % 2} 2 15 node1" for rank in range(4)]
 
 
-def srun_per_rank(pair: Hosts, train: list[str]) -> list[str]:
+def srun_per_rank(hosts: Hosts, train: list[str]) -> list[str]:
     return ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", MODULE, *train]
 
 
-def srun_deepspeed_a_node(pair: Hosts, train: list[str]) -> list[str]:
-    hostfile = pair.hostfile("node1 slots=1", "node2 slots=1")
+def srun_deepspeed_a_node(hosts: Hosts, train: list[str]) -> list[str]:
+    hostfile = hosts.hostfile("node1 slots=1", "node2 slots=1")
     launch = f"{BINARIES}/deepspeed --no_ssh --node_rank $SLURM_NODEID --hostfile {hostfile} --master_addr node1"
     command = f'{launch} --module hive_ds.train "$@"'
     return ["srun", "--nodes=2", "--ntasks-per-node=1", "bash", "-c", command, "node", *train]
 
 
-def deepspeed_launcher_slurm(pair: Hosts, train: list[str]) -> list[str]:
-    hostfile = pair.hostfile("node1 slots=1", "node2 slots=1")
+def deepspeed_launcher_slurm(hosts: Hosts, train: list[str]) -> list[str]:
+    hostfile = hosts.hostfile("node1 slots=1", "node2 slots=1")
     launch = [f"{BINARIES}/deepspeed", "--launcher", "slurm", "--hostfile", hostfile]
     return ["salloc", "--nodes=2", "--ntasks-per-node=1", *launch, f"{REPOSITORY}/hive_ds/train.py", *train]
 
 
-def torchrun_by_hand_on_two_hosts(pair: Hosts, train: list[str]) -> list[str]:
+def torchrun_by_hand_on_two_hosts(hosts: Hosts, train: list[str]) -> list[str]:
     variables = (f"PYTHONPATH={REPOSITORY}", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1", "HF_HUB_OFFLINE=1")
     launch = ("env", *variables, f"{BINARIES}/torchrun", "--nnodes=2", "--nproc-per-node=1", "--master-addr=node1")
     first, second = (
@@ -80,15 +67,15 @@ def torchrun_by_hand_on_two_hosts(pair: Hosts, train: list[str]) -> list[str]:
     return ["bash", "-c", f"{second} & {first} && wait $!"]
 
 
-def deepspeed_hostfile(pair: Hosts, train: list[str]) -> list[str]:
-    hostfile = pair.hostfile("# the mini cluster", "", "node1 slots=1", "node2 slots=1")
-    assert pair.hive_ds("hosts", "env", hostfile).returncode == 0
+def deepspeed_hostfile(hosts: Hosts, train: list[str]) -> list[str]:
+    hostfile = hosts.hostfile("# the mini cluster", "", "node1 slots=1", "node2 slots=1")
+    assert hosts.hive_ds("hosts", "env", hostfile).returncode == 0
     return [f"{BINARIES}/deepspeed", "--hostfile", hostfile, "--module", MODULE, *train]
 
 
-def hive_ds_hosts_run(pair: Hosts, train: list[str]) -> list[str]:
+def hive_ds_hosts_run(hosts: Hosts, train: list[str]) -> list[str]:
     code = "import sys; from hive_ds.cli import main; sys.exit(main())"
-    return [sys.executable, "-c", code, "hosts", "run", pair.hostfile("node1 slots=1", "node2 slots=1"), "--", *train]
+    return [sys.executable, "-c", code, "hosts", "run", hosts.hostfile("node1 slots=1", "node2 slots=1"), "--", *train]
 
 
 @pytest.mark.long
@@ -104,9 +91,9 @@ def hive_ds_hosts_run(pair: Hosts, train: list[str]) -> list[str]:
     ],
 )
 def test_two_hosts_train_as_one(
-    pair: Hosts, tiny: TinyRun, losses: list[dict[str, float]], launcher: Callable[[Hosts, list[str]], list[str]]
+    hosts: Hosts, tiny: TinyRun, losses: list[dict[str, float]], launcher: Callable[[Hosts, list[str]], list[str]]
 ) -> None:
-    command = pair.command(*launcher(pair, tiny.arguments(1, launcher.__name__, *FEW)))
+    command = hosts.command(*launcher(hosts, tiny.arguments(1, launcher.__name__, *FEW)))
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert training_lines(tiny.root / launcher.__name__) == losses
@@ -114,9 +101,9 @@ def test_two_hosts_train_as_one(
 
 @pytest.mark.long
 def test_job_script_trains_the_same(
-    pair: Hosts, site_folder: Path, tiny: TinyRun, losses: list[dict[str, float]]
+    hosts: Hosts, site_folder: Path, tiny: TinyRun, losses: list[dict[str, float]]
 ) -> None:
-    site, run = SlurmSite.make(site_folder, pair.cluster), tiny.root / "job-script"
+    site, run = SlurmSite.make(site_folder, hosts.cluster), tiny.root / "job-script"
     job = site.submit(1, run, *FEW, recipe=tiny.root / "recipe.yaml", options=("--nodes=2",))
     assert site.wait(job) == "COMPLETED", site.log(job)
     assert training_lines(run) == losses

@@ -6,28 +6,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from minicluster import MiniCluster, wait_for
-from site_clone import REPOSITORY, SlurmSite
+from minicluster import wait_for
+from site_clone import REPOSITORY
 from ssh_hosts import Hosts
 from tiny_run import TinyRun
 
 pytestmark = pytest.mark.cluster
 LAUNCHERS = ("deepspeed", "hosts run")
-
-
-@pytest.fixture(scope="module")
-def hosts(site_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    cluster = MiniCluster.up(
-        tmp_path_factory.mktemp("hosts") / "cluster", 2, shared=SlurmSite.shared_folders(site_folder)
-    )
-    folder = site_folder / "hosts"
-    folder.mkdir()
-    yield Hosts(cluster, folder)
-    cluster.down()
 
 
 def test_check_finds_what_is_wrong(hosts: Hosts, tmp_path: Path) -> None:
