@@ -29,7 +29,7 @@ from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import World, from_main, read_world, start, stop
-from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
+from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error
 from hive_ds.training.flops import FlopCounter, matmul_rate
@@ -88,8 +88,8 @@ class Run:
 
 def train(options: argparse.Namespace, world: World) -> bool:
     """Train one stage from its start, or from its newest checkpoint, to its end; False if it was stopped before."""
-    recipe, stage, config = _read_recipe(options)
-    accumulation_steps(config, world.size)
+    recipe, stage, asked = _read_recipe(options)
+    config = fit_micro_batch(asked, world.size)
     policy = read_policy(recipe.training.ds_config)
     folder = StageFolder(Path(options.run), stage)
     hang_timeout = recipe.training.hang_timeout
@@ -100,6 +100,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
         run.say(f"stage {stage.number} of {options.run} is done already; {_next_command(options, stage)}")
         return True
     run.attempt.sign()
+    run.say(describe_batch(config, world.size, asked.micro_batch_size))
     model, processor = _load_model(run)
     here.follow(model)
     plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), config)

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Submit the whole chain: slurm/pipeline.sh [--nodes N] [--recipe R] [--run RUN] [--set KEY=VALUE ...]
+# Submit the whole chain: slurm/pipeline.sh [--nodes N] [--spares N] [--recipe R] [--run RUN] [--set KEY=VALUE ...]
 #
 # convert (if env.sh says what) -> stages 1, 2, 3 -> export, each after the one before it has succeeded. Called again, it
 # submits only what is neither done nor queued: after a failure, mend the cause and call it again.
@@ -7,11 +7,11 @@ set -uo pipefail
 # shellcheck source-path=SCRIPTDIR source=body.sh
 source "$(dirname "${BASH_SOURCE[0]}")/body.sh" || exit 2
 
-nodes=1 arguments=()
+node_count=1 arguments=()
 while [ $# -gt 0 ]; do
     if [ "$1" = --nodes ]; then
         [ $# -ge 2 ] || fail "--nodes needs a value"
-        nodes=$2 && shift 2
+        node_count=$2 && shift 2
     else
         arguments+=("$1") && shift
     fi
@@ -46,7 +46,7 @@ if [ ${#HIVE_CONVERT[@]} -gt 0 ]; then
     submit convert "${HIVE_CONVERT[1]}/index.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/convert.sh"
 fi
 for stage in 1 2 3; do
-    submit "stage$stage" "$run/stage$stage/DONE" --nodes "$nodes" "$slurm_folder/stage$stage.sh" \
+    submit "stage$stage" "$run/stage$stage/DONE" --nodes "$node_count" "$slurm_folder/stage$stage.sh" \
         ${arguments[@]+"${arguments[@]}"}
 done
 submit export "$run/encoder/config.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/export.sh" "$run"
