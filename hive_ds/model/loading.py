@@ -20,6 +20,7 @@ from hive_ds.model.attention import HiveAttention
 from hive_ds.model.attention_backends import set_vision_attention
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.identity import weight_files
 from hive_ds.model.language import check_language_model
 from hive_ds.model.vision import vision_class, vision_config_of
 
@@ -122,7 +123,7 @@ def load_weights(model: HiveForCausalLM, folder: str | Path) -> LoadReport:
     own = {_canonical(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     loaded, unexpected = [], []
     with torch.no_grad():
-        for file in _weight_files(Path(folder)):
+        for file in weight_files(Path(folder)):
             with safe_open(file, framework="pt") as tensors:
                 for saved_name in tensors.keys():  # noqa: SIM118 (not a dict)
                     name = _canonical(saved_name)
@@ -179,15 +180,6 @@ def _read_config(name: str, what: str) -> dict:
     if "model_type" not in values:
         raise HiveError(f"{what} {name!r}: its config.json names no model_type; expected a Hugging Face model")
     return values
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise HiveError(f"{folder} holds no model.safetensors; expected a folder saved by an earlier stage")
 
 
 def _canonical(name: str) -> str:
