@@ -21,6 +21,15 @@ from hive_ds.errors import HiveError
 
 TOWER_PREFIX = re.compile(r"(model\.)?(vision_encoder|vision_tower)\.")
 """Before a tower's names in a HIVE model and in a LLaVA-style one."""
+RENAMES = (
+    (r"^vision_model\.", ""),
+    (r"\.attention\.attention\.query\.", ".attention.q_proj."),
+    (r"\.attention\.attention\.key\.", ".attention.k_proj."),
+    (r"\.attention\.attention\.value\.", ".attention.v_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.mlp\.weights_out\.", ".mlp.down_proj."),
+)
+"""From names of transformers 4 (SigLIP and CLIP nested one level deeper, DINOv2's own words) to those of 5."""
 
 
 def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -33,13 +42,13 @@ def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
     Raises:
         HiveError: there are none.
     """
-    lines, tower_lines = [], []
+    lines: dict[bool, list[str]] = {True: [], False: []}
     for name, tensor in weights:
-        line = (
-            f"{canonical_name(name)} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes(tensor)).hexdigest()}"
-        )
-        (tower_lines if TOWER_PREFIX.match(name) else lines).append(line)
-    chosen = sorted(tower_lines or lines)
+        in_whole_model = TOWER_PREFIX.match(name) is not None
+        for part, values in canonical_parts(name, tensor):
+            digest = hashlib.sha256(_bytes(values)).hexdigest()
+            lines[in_whole_model].append(f"{part} {values.dtype} {tuple(values.shape)} {digest}")
+    chosen = sorted(lines[True] or lines[False])
     if not chosen:
         raise HiveError("no weights to hash; expected those of a vision tower")
     return hashlib.sha256("\n".join(chosen).encode()).hexdigest()
@@ -69,9 +78,20 @@ def read_tower(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, tensors.get_tensor(name)
 
 
-def canonical_name(name: str) -> str:
-    """Name of a tower's tensor within the tower, as transformers 5 has it (4 nests SigLIP and CLIP one level deeper)."""
-    return TOWER_PREFIX.sub("", name, count=1).removeprefix("vision_model.")
+def canonical_parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A tower's tensor under its `canonical_names`."""
+    names = canonical_names(name)
+    return list(zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True))
+
+
+def canonical_names(name: str) -> list[str]:
+    """Names within the tower as transformers 5 has them in memory; it keeps one tensor of transformers 4 as two."""
+    name = TOWER_PREFIX.sub("", name, count=1)
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    if ".mlp.weights_in." in name:
+        return [name.replace("weights_in", part) for part in ("gate_proj", "up_proj")]
+    return [name]
 
 
 def weight_files(folder: Path) -> list[Path]:
