@@ -90,7 +90,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class VlmConfig:
-    """The cascaded model of stages 4 and 5, which judges the encoder; attention and checkpointing are those of ``model``."""
+    """The cascaded model of stages 4 and 5, which judges the encoder; attention and checkpointing are ``model``'s."""
 
     language_model: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the chat LLM."""
@@ -115,7 +115,7 @@ class DataConfig:
     image_position: Annotated[str, one_of("first", "after_bos")] = "first"
     """Place of the image under ``plain``: ``first``, or ``after_bos`` (the published order)."""
     image_aspect: Annotated[str, one_of("square", "pad")] = "square"
-    """``square``: as the encoder's own processor does it (stretched or cropped); ``pad``: to a square, with its mean colour."""
+    """``square``: as the encoder's own processor has it (stretched or cropped); ``pad``: padded in its mean colour."""
     max_length: Annotated[int, at_least(2)] = 2048
     """Text tokens of one sample at most; longer samples are cut at the end and counted."""
     shuffle: bool = True
@@ -213,9 +213,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         judged = [stage.name for stage in VLM_STAGES if stage.name in self.stages]
-        if judged and self.vlm is None:
+        if not judged:
+            return
+        if self.vlm is None:
             raise HiveError(f"vlm is missing, but stages has {', '.join(judged)}; expected a language_model at least")
-        if judged and self.vlm.vision_encoder is None and not set(self.stages) - {stage.name for stage in VLM_STAGES}:
+        if self.vlm.vision_encoder is None and len(judged) == len(self.stages):
             raise HiveError("vlm.vision_encoder is null, but no stage trains an encoder; expected a name or a folder")
 
     def vlm_model(self, vision_encoder: str) -> ModelConfig:

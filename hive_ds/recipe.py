@@ -1,7 +1,7 @@
 """Recipes: YAML files that name a run's every value, laid over a base recipe and under ``--set`` options.
 
-Precedence, stated once: defaults of `hive_ds.config` < ``base:`` recipe < the file < ``--set``. The ``data`` of a stage is
-the recipe's, under what the stage itself writes there.
+Precedence, stated once: defaults of `hive_ds.config` < ``base:`` recipe < the file < ``--set``. The ``data`` of a stage
+is the recipe's, under what the stage itself writes there.
 """
 
 from __future__ import annotations

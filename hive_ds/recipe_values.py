@@ -108,7 +108,7 @@ def _plain(kind: Any, entry: Entry) -> Any:
 
 def _section(kind: Any) -> type | None:
     """The dataclass that ``kind`` is, alone or beside null; None where it is none."""
-    return next((option for option in _options(kind) if is_dataclass(option)), None)
+    return next((option for option in _options(kind) if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def _options(kind: Any) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """The training stages as data: which parameters form a group, and which groups a stage trains.
 
-A group is a regular expression over parameter names, built from how the model is joined. Every parameter must match exactly
-one group, so nothing is trained or frozen by accident. Source: arXiv 2604.00086.
+A group is a regular expression over parameter names, built from how the model is joined. Every parameter must match
+exactly one group, so nothing is trained or frozen by accident. Source: arXiv 2604.00086.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class Stage:
     number: int
     name: str
     image_kv: str
-    """Of a HIVE model. ``shared``: images use the LLM layers' own k_proj and v_proj; ``own``: they have their own, copied
-    from those."""
+    """Of a HIVE model. ``shared``: images use the LLM layers' own k_proj and v_proj; ``own``: they have copies of those."""
     trains: tuple[str, ...]
     """Names of the groups that train; all others are frozen."""
 
@@ -53,7 +52,7 @@ VLM_STAGES: tuple[Stage, ...] = (
     Stage(4, "vlm_alignment", "shared", ("projectors",)),
     Stage(5, "vlm_instruction_tuning", "shared", ("projectors", "first_attention", "language_model")),
 )
-"""Stages that judge the encoder: it goes, frozen, into a cascaded model with a chat LLM (`hive_ds.config.VlmConfig`)."""
+"""Stages that judge the encoder, frozen in a cascaded model with a chat LLM (`hive_ds.config.VlmConfig`)."""
 
 STAGES = HIVE_STAGES + VLM_STAGES
 STAGES_BY_KIND = {"hive": STAGES, "cascaded": CASCADED_STAGES + VLM_STAGES}

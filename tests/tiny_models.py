@@ -10,7 +10,8 @@ from hive_ds.model.attention import HeadRMSNorm
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
-from hive_ds.model.vision import tower_sha256, vision_class
+from hive_ds.model.identity import weights_sha256
+from hive_ds.model.vision import vision_class
 
 VOCABULARY = 96
 IMAGE_SIZE = 32
@@ -128,7 +129,7 @@ def tiny_cascaded(
         llm.config,
         feature_block=feature_block,
         image_token_id=VOCABULARY - 1,
-        vision_sha256=tower_sha256(encoder.state_dict()),
+        vision_sha256=weights_sha256(encoder.state_dict().items()),
     )
     return CascadedForCausalLM(config, encoder, llm, **changes).eval()
 

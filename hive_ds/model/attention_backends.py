@@ -9,8 +9,8 @@ import torch
 from hive_ds.errors import HiveError
 from hive_ds.kernels import Choice, choose_backend, warm_up
 from hive_ds.model.attention import HiveAttention
-from hive_ds.model.flash import FLASH_ATTENTION, flash_attention_refusal
 from hive_ds.model.cascaded import CascadedForCausalLM
+from hive_ds.model.flash import FLASH_ATTENTION, flash_attention_refusal
 from hive_ds.model.hive import HiveForCausalLM
 
 TrainedModel = HiveForCausalLM | CascadedForCausalLM

@@ -1,6 +1,6 @@
 """A cascaded (LLaVA-style) model: features of one vision block, through an MLP, are tokens at the LLM's input.
 
-The same batches as `hive_ds.model.hive`, the same loss; saved as a folder of transformers' `LlavaForConditionalGeneration`.
+The same batches and loss as `hive_ds.model.hive`; saved as a folder of transformers' `LlavaForConditionalGeneration`.
 Axes: B row, S slot of a padded row, T text token, N image token, D model, V vocabulary.
 """
 
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_interface import attention_name
+from hive_ds.model.identity import weights_sha256
 from hive_ds.model.inputs import PackedText
 from hive_ds.model.interleaving import Interleaving
 from hive_ds.model.positions import Grid
@@ -37,12 +38,14 @@ def cascaded_config(
 ) -> LlavaConfig:
     """Config of a cascaded model, a stock Llava's and the hash of the encoder that it was made with.
 
+    A saved one also has ``tower_sha256``, of the encoder's weights beside it: in bf16, say, or trained further.
+
     Args:
         vision_config: of the encoder.
         text_config: of the LLM.
         feature_block: block whose features are taken, from 1 or, negative, from the end.
         image_token_id: placeholder in stock transformers; here it never reaches the model.
-        vision_sha256: of `hive_ds.model.vision.tower_sha256`.
+        vision_sha256: `hive_ds.model.identity.weights_sha256` of the encoder.
     """
     side = getattr(vision_config, "image_size", 0) // vision_config.patch_size
     return LlavaConfig(
@@ -254,16 +257,17 @@ class CascadedForCausalLM(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.architectures = ["LlavaForConditionalGeneration"]
-        self.config.save_pretrained(folder)
-        if getattr(self.language_model, "generation_config", None) is not None:
-            self.language_model.generation_config.save_pretrained(folder)
         named = {
             self._stock_name(name): tensor
             for name, tensor in (self.state_dict() if state_dict is None else state_dict).items()
         }
         if self.config.text_config.tie_word_embeddings:
             del named["language_model.lm_head.weight"]  # stock transformers ties it to the embeddings, not them to it
+        self.config.architectures = ["LlavaForConditionalGeneration"]
+        self.config.tower_sha256 = weights_sha256(named.items())
+        self.config.save_pretrained(folder)
+        if getattr(self.language_model, "generation_config", None) is not None:
+            self.language_model.generation_config.save_pretrained(folder)
         save_torch_state_dict(named, folder)
 
     def _stock_name(self, name: str) -> str:
@@ -285,7 +289,7 @@ def _block_number(feature_block: int, num_blocks: int) -> int:
     number = feature_block if feature_block > 0 else num_blocks + 1 + feature_block
     if not 1 <= number <= num_blocks:
         raise HiveError(
-            f"feature_block is {feature_block}, but the encoder has {num_blocks} blocks; expected 1 to {num_blocks}, or "
-            f"-1 to -{num_blocks}"
+            f"feature_block is {feature_block}, but the encoder has {num_blocks} blocks; expected 1 to {num_blocks}, "
+            f"or -1 to -{num_blocks}"
         )
     return number

@@ -17,8 +17,9 @@ from hive_ds.model.attention_backends import set_vision_attention
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.language import check_language_model
-from hive_ds.model.vision import tower_sha256, vision_class, vision_config_of
+from hive_ds.model.vision import vision_class, vision_config_of
 from hive_ds.model.weights import LoadReport, load_weights, own_image_attentions
 
 
@@ -98,8 +99,8 @@ def build_cascaded(
 
     Args:
         config: the recipe's ``model`` section, or what `hive_ds.config.Recipe.vlm_model` makes of its ``vlm``.
-        image_token_id: of ``<image>`` in the LLM's tokenizer. Stock transformers looks it up among the LLM's embeddings,
-            which get a row for it where they end before.
+        image_token_id: of ``<image>`` in the LLM's tokenizer. Stock transformers looks it up among the LLM's
+            embeddings, which get a row for it where they end before.
         dtype: of all weights.
 
     Raises:
@@ -114,7 +115,7 @@ def build_cascaded(
         language_model.config,
         feature_block=config.feature_block,
         image_token_id=image_token_id,
-        vision_sha256=tower_sha256(vision_encoder.state_dict()),
+        vision_sha256=weights_sha256(vision_encoder.state_dict().items()),
     )
     model = CascadedForCausalLM(joined, vision_encoder, language_model, attention_backend=config.text_attention_backend)
     set_vision_attention(model, config.vision_attention)
@@ -156,17 +157,16 @@ def load_any(folder: str | Path, dtype: torch.dtype = torch.float32) -> HiveForC
 def _load_cascaded(
     folder: Path, saved: LlavaConfig, backend: str, vision_attention: str, dtype: torch.dtype
 ) -> tuple[CascadedForCausalLM, LoadReport]:
-    model = CascadedForCausalLM(saved, attention_backend=backend).to(dtype)
-    set_vision_attention(model, vision_attention)
-    report = load_weights(model, folder)
-    model.load_generation_config(folder)
-    found, expected = tower_sha256(model.vision_encoder.state_dict()), getattr(saved, "vision_sha256", None)
+    found, expected = folder_sha256(folder), getattr(saved, "tower_sha256", None)
     if found != expected:
         raise HiveError(
-            f"{folder}: the vision encoder in it has SHA-256 {found}, but the model was made with one of {expected}; "
+            f"{folder}: the vision encoder in it has SHA-256 {found}, but it was saved with one of {expected}; "
             "expected the same tower"
         )
-    return model, report
+    model = CascadedForCausalLM(saved, attention_backend=backend).to(dtype)
+    set_vision_attention(model, vision_attention)
+    model.load_generation_config(folder)
+    return model, load_weights(model, folder)
 
 
 def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

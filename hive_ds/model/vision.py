@@ -7,9 +7,8 @@ tokens dropped), before the encoder's final norm. Axes: I image, P token of an i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,23 +83,6 @@ def tower_key_mapping(config: transformers.PretrainedConfig) -> dict[str, str]:
     if nested:
         return {r"^vision_encoder\.(?!vision_model\.)": "vision_encoder.vision_model."}
     return {r"^vision_encoder\.vision_model\.": "vision_encoder."}
-
-
-def tower_sha256(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of an encoder's weights, the same in fp32 and bf16, in every file format and version of transformers.
-
-    Values are taken as bf16: a stage that trains in it rounds the weights that it keeps frozen.
-
-    Args:
-        weights: a tower's ``state_dict``, or a part of it; names with or without transformers 4's ``vision_model``.
-    """
-    digest = hashlib.sha256()
-    named = {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()}
-    for name, tensor in sorted(named.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().to("cpu", torch.bfloat16).contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def vision_blocks(encoder: nn.Module) -> nn.ModuleList:

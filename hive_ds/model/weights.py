@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from hive_ds.errors import HiveError
 from hive_ds.model.attention import HiveAttention
 from hive_ds.model.cascaded import STOCK_NAMES
+from hive_ds.model.identity import weight_files
 
 
 @dataclass(frozen=True)
@@ -61,34 +61,6 @@ def load_weights(model: nn.Module, folder: str | Path) -> LoadReport:
     if not loaded or missing or unexpected:
         raise HiveError(f"{folder} does not hold this model's weights; {report}")
     return report
-
-
-def read_tower(folder: str | Path) -> dict[str, Tensor]:
-    """Weights of the vision encoder in the folder of a HIVE or a cascaded model.
-
-    Raises:
-        HiveError: no weights in the folder.
-    """
-    start, tower = "vision_encoder.", {}
-    for file in weight_files(Path(folder)):
-        with safe_open(file, framework="pt") as tensors:
-            names = {_canonical(name): name for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-            tower |= {
-                name.removeprefix(start): tensors.get_tensor(saved)
-                for name, saved in names.items()
-                if name.startswith(start)
-            }
-    return tower
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise HiveError(f"{folder} holds no model.safetensors; expected a folder saved by an earlier stage")
 
 
 def _canonical(name: str) -> str:

@@ -16,7 +16,6 @@ from hive_ds.constants import IGNORE_INDEX
 from hive_ds.errors import HiveError
 from hive_ds.model.cascaded import CascadedForCausalLM
 from hive_ds.model.loading import load_any
-from hive_ds.model.vision import tower_sha256
 
 STOCK = ("siglip", "clip", "dinov2", "aimv2")
 """Encoders that a stock Llava can hold."""
@@ -205,16 +204,8 @@ def test_saved_folder_comes_back_and_another_tower_is_refused(tmp_path: Path) ->
     name = next(name for name in weights if "vision_tower" in name and name.endswith("fc1.weight"))
     weights[name] += 0.1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(HiveError, match=r"the vision encoder in it has SHA-256 \w+, but the model was made with"):
+    with pytest.raises(HiveError, match=r"the vision encoder in it has SHA-256 \w+, but it was saved with"):
         load_any(tmp_path)
-
-
-def test_hash_of_a_tower_survives_bf16_and_names_of_transformers_4() -> None:
-    tower = tiny_cascaded().vision_encoder
-    found = tower_sha256(tower.state_dict())
-    state = {f"vision_model.{name.removeprefix('vision_model.')}": t for name, t in tower.state_dict().items()}
-    assert tower_sha256({name: tensor.bfloat16() for name, tensor in state.items()}) == found
-    assert tower_sha256(tower.state_dict() | {next(iter(tower.state_dict())): torch.zeros(1)}) != found
 
 
 def test_block_out_of_range_is_named() -> None:
