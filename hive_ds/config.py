@@ -62,10 +62,10 @@ class ModelConfig:
     """Hugging Face name or local folder of the vision encoder."""
     language_model: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the LLM."""
-    kind: Annotated[str, one_of(*STAGES_BY_KIND)] = "hive"
-    """``hive``, or ``cascaded``: features of one block go through an MLP to the LLM's input (the paper's SA)."""
     routes: RoutesConfig | None = None
     """Of kind ``hive``, which needs them."""
+    kind: Annotated[str, one_of(*STAGES_BY_KIND)] = "hive"
+    """``hive``, or ``cascaded``: features of one block go through an MLP to the LLM's input (the paper's SA)."""
     feature_block: Annotated[int, NOT_ZERO] = -2
     """Vision block that a cascaded model takes, from 1 or, negative, from the end: -2 is the penultimate."""
     qk_norm: Annotated[str, one_of("none", "pre_rope", "post_rope")] = "pre_rope"

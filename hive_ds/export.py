@@ -13,7 +13,9 @@ import torch
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from hive_ds.errors import HiveError
+from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.loading import load_any
 from hive_ds.model.vision import encode_images, vision_class
 
 TOLERANCE = 1e-5
@@ -54,7 +56,7 @@ def export_encoder(source: str | Path, out: str | Path) -> ExportReport:
     folder, out = model_folder(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HiveError(f"export folder {out}: exists and is not an empty folder; name a new one or remove it")
-    model = HiveForCausalLM.from_pretrained(folder).eval().float()
+    model = load_any(folder).float()
     processor = AutoImageProcessor.from_pretrained(folder)
     aside = out.absolute().with_name(f".{out.name}.partial-{os.getpid()}")
     try:
@@ -67,7 +69,7 @@ def export_encoder(source: str | Path, out: str | Path) -> ExportReport:
     return report
 
 
-def _write(model: HiveForCausalLM, processor: BaseImageProcessor, aside: Path, out: Path) -> ExportReport:
+def _write(model: TrainedModel, processor: BaseImageProcessor, aside: Path, out: Path) -> ExportReport:
     """Write the folder ``aside``, which is to become ``out``, and check it."""
     encoder = model.vision_encoder
     encoder.save_pretrained(aside)
@@ -91,7 +93,7 @@ def _write(model: HiveForCausalLM, processor: BaseImageProcessor, aside: Path, o
 
 
 def model_folder(source: str | Path) -> Path:
-    """The folder of a model's weights: ``source`` itself, or the last finished stage below a run's folder.
+    """The folder of a model's weights: ``source`` itself, or the last finished one of a run's stages 1 to 3.
 
     Raises:
         HiveError: neither is there.
@@ -100,7 +102,7 @@ def model_folder(source: str | Path) -> Path:
     if (source / "config.json").is_file():
         return source
     stages = [
-        (int(match[1]), path) for path in source.glob("stage*") if (match := re.fullmatch(r"stage(\d+)", path.name))
+        (int(match[1]), path) for path in source.glob("stage*") if (match := re.fullmatch(r"stage([123])", path.name))
     ]
     finished = [path / "model" for _, path in sorted(stages) if (path / "DONE").is_file()]
     if not finished:
@@ -109,14 +111,14 @@ def model_folder(source: str | Path) -> Path:
 
 
 @torch.no_grad()
-def _largest_difference(model: HiveForCausalLM, folder: Path, processor: BaseImageProcessor) -> float:
+def _largest_difference(model: TrainedModel, folder: Path, processor: BaseImageProcessor) -> float:
     """Over the routed blocks, on random pictures, between HIVE and the folder read by plain transformers."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (PARITY_IMAGES, 96, 96, 3), generator=generator, dtype=torch.uint8)
     inputs = {name: value for name, value in processor(list(pictures.numpy()), return_tensors="pt").items()}
     restored = vision_class(model.vision_encoder.config).from_pretrained(folder, dtype=torch.float32).eval()
     hidden_states = restored(**inputs, output_hidden_states=True).hidden_states
-    expected = encode_images(model.vision_encoder, model.routes.blocks, **inputs).by_block
+    expected = encode_images(model.vision_encoder, model.feature_blocks, **inputs).by_block
     mask = inputs.get("pixel_attention_mask")
     return max(
         float((features - _patch_tokens(hidden_states[block], len(features), mask)).abs().max())
@@ -131,9 +133,15 @@ def _patch_tokens(hidden: torch.Tensor, patches: int, mask: torch.Tensor | None)
     return hidden[:, hidden.shape[1] - patches // len(hidden) :].flatten(0, 1)
 
 
-def model_card(report: ExportReport, model: HiveForCausalLM) -> str:
+def model_card(report: ExportReport, model: TrainedModel) -> str:
     """Text of the exported folder's README.md."""
-    routes = ", ".join(f"{block}->{layer}" for block, layer in model.routes.pairs)
+    if isinstance(model, HiveForCausalLM):
+        method = "HIVE's hierarchical cross-attention (arXiv 2604.00086)"
+        routes = ", ".join(f"{block}->{layer}" for block, layer in model.routes.pairs)
+        read = f"Routes (vision block -> LLM layer): {routes}."
+    else:
+        method = "the self-attention baseline of HIVE (arXiv 2604.00086)"
+        read = f"Features of block {model.last_vision_block} were tokens at the LLM's input."
     if report.trained_blocks == report.num_blocks:
         tail = "Every block was trained. The final norm and the pooling head were not: no gradient reaches them."
     else:
@@ -146,18 +154,18 @@ def model_card(report: ExportReport, model: HiveForCausalLM) -> str:
 library_name: transformers
 tags: [hive, vision]
 ---
-# Vision encoder pre-trained with HIVE
+# Vision encoder pre-trained with a language model
 
 A stock `{report.model_class}` of {report.num_blocks} blocks. It loads in plain transformers:
 
     from transformers import {report.model_class}
     encoder = {report.model_class}.from_pretrained("{report.folder.name}")
 
-Trained by HIVE's hierarchical cross-attention (arXiv 2604.00086) through a language model.
-Routes (vision block -> LLM layer): {routes}.
+Trained by {method} through a language model.
+{read}
 
 {tail}
 
-Features of the routed blocks, read back by plain transformers, equal those in training to
+Features of these blocks, read back by plain transformers, equal those in training to
 {report.largest_difference:.1e} (fp32). sha256 of the weights: {report.sha256}
 """

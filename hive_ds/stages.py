@@ -29,7 +29,7 @@ class Stage:
     number: int
     name: str
     image_kv: str
-    """Of a HIVE model. ``shared``: images use the LLM layers' own k_proj and v_proj; ``own``: they have copies of those."""
+    """Of a HIVE model. ``shared``: images use the LLM layers' own k_proj and v_proj; ``own``: copies of those."""
     trains: tuple[str, ...]
     """Names of the groups that train; all others are frozen."""
 

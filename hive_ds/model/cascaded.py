@@ -109,6 +109,11 @@ class CascadedForCausalLM(nn.Module):
         self.last_vision_block = _block_number(config.vision_feature_layer, len(vision_blocks(vision_encoder)))
 
     @property
+    def feature_blocks(self) -> tuple[int, ...]:
+        """The vision block whose features are read."""
+        return (self.last_vision_block,)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.projector.linear_1.weight.device
@@ -277,6 +282,16 @@ class CascadedForCausalLM(nn.Module):
             name = name.replace("vision_encoder.", "vision_encoder.vision_model.", 1)
         start = next((start for start in STOCK_NAMES if name.startswith(start)), None)
         return name if start is None else STOCK_NAMES[start] + name.removeprefix(start)
+
+    def processor_values(self) -> dict[str, Any]:
+        """What ``processor_config.json`` must say for stock transformers to write as many placeholders as patches."""
+        strategy = self.config.vision_feature_select_strategy
+        return {
+            "processor_class": "LlavaProcessor",
+            "patch_size": self.config.vision_config.patch_size,
+            "vision_feature_select_strategy": strategy,
+            "num_additional_image_tokens": 1 if strategy == "default" else 0,
+        }
 
     def load_generation_config(self, folder: str | Path) -> None:
         """Take over how the folder's model generates by default, if it says so."""
