@@ -119,8 +119,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--run",
         "--run-folder",
         required=True,
-        help="folder of the run; stage N starts from RUN/stage{N-1}/model, stage 4 from RUN/encoder. Under torchrun write "
-        "--run-folder: it takes --run for its own --run-path",
+        help="folder of the run; stage N starts from RUN/stage{N-1}/model, stage 4 from RUN/encoder. Under torchrun "
+        "write --run-folder: it takes --run for its own --run-path",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"

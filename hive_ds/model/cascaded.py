@@ -36,9 +36,7 @@ STOCK_NAMES = {
 def cascaded_config(
     vision_config: Any, text_config: Any, *, feature_block: int, image_token_id: int, vision_sha256: str
 ) -> LlavaConfig:
-    """Config of a cascaded model, a stock Llava's and the hash of the encoder that it was made with.
-
-    A saved one also has ``tower_sha256``, of the encoder's weights beside it: in bf16, say, or trained further.
+    """Config of a cascaded model, a stock Llava's with the hash of the encoder.
 
     Args:
         vision_config: of the encoder.
@@ -269,7 +267,7 @@ class CascadedForCausalLM(nn.Module):
         if self.config.text_config.tie_word_embeddings:
             del named["language_model.lm_head.weight"]  # stock transformers ties it to the embeddings, not them to it
         self.config.architectures = ["LlavaForConditionalGeneration"]
-        self.config.tower_sha256 = weights_sha256(named.items())
+        self.config.vision_sha256 = weights_sha256(named.items())  # another one if it trains
         self.config.save_pretrained(folder)
         if getattr(self.language_model, "generation_config", None) is not None:
             self.language_model.generation_config.save_pretrained(folder)

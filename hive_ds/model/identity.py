@@ -2,7 +2,8 @@
 
 It is equal for the tower in training, its exported folder (sharded or not), that folder loaded again, and the tower
 inside of a HIVE or LLaVA-style model, under transformers 4 and 5. A hash of files would not be: shards and metadata
-change with every save. Weights in another dtype are other weights: the bf16 copy of an fp32 tower has another hash.
+change with every save. Values count as bf16: an fp32 tower that a later stage keeps frozen in bf16 is still that tower.
+So changes below the precision of bf16 do not show; training changes far more.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ RENAMES = (
 
 
 def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of a vision tower's weights: names, dtypes, shapes and bytes, in whatever order they come.
+    """Hash of a vision tower's weights: names, shapes and values in bf16, in whatever order and dtype they come.
 
     Args:
         weights: names and whole tensors, as ``encoder.state_dict().items()`` or `read_tower`; tensors are read one at
@@ -47,7 +48,7 @@ def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
         in_whole_model = TOWER_PREFIX.match(name) is not None
         for part, values in canonical_parts(name, tensor):
             digest = hashlib.sha256(_bytes(values)).hexdigest()
-            lines[in_whole_model].append(f"{part} {values.dtype} {tuple(values.shape)} {digest}")
+            lines[in_whole_model].append(f"{part} {tuple(values.shape)} {digest}")
     chosen = sorted(lines[True] or lines[False])
     if not chosen:
         raise HiveError("no weights to hash; expected those of a vision tower")
@@ -114,4 +115,4 @@ def _names(file: Path) -> list[str]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().to("cpu", torch.bfloat16).contiguous().reshape(-1).view(torch.uint8).numpy())

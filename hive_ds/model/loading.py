@@ -157,7 +157,7 @@ def load_any(folder: str | Path, dtype: torch.dtype = torch.float32) -> HiveForC
 def _load_cascaded(
     folder: Path, saved: LlavaConfig, backend: str, vision_attention: str, dtype: torch.dtype
 ) -> tuple[CascadedForCausalLM, LoadReport]:
-    found, expected = folder_sha256(folder), getattr(saved, "tower_sha256", None)
+    found, expected = folder_sha256(folder), getattr(saved, "vision_sha256", None)
     if found != expected:
         raise HiveError(
             f"{folder}: the vision encoder in it has SHA-256 {found}, but it was saved with one of {expected}; "

@@ -14,7 +14,7 @@ from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.cascaded import CascadedForCausalLM
-from hive_ds.model.identity import read_tower, weights_sha256
+from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.loading import build_cascaded, build_model, load_cascaded, load_model, load_vision_encoder
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import HIVE_STAGES, VLM_STAGES
@@ -92,12 +92,10 @@ def _encoder_source(
         if not (folder.encoder / "config.json").is_file():
             report = export_encoder(trained, folder.encoder)
             say(f"{report.folder}: exported, features equal to {report.largest_difference:.1e}")
-        fits = weights_sha256(load_vision_encoder(str(folder.encoder)).state_dict().items())
-        # The export is in fp32, whatever the run's precision.
-        wanted = weights_sha256((name, tensor.float()) for name, tensor in read_tower(trained))
-        if fits != wanted:
+        found, expected = folder_sha256(folder.encoder), folder_sha256(trained)
+        if found != expected:
             raise HiveError(
-                f"{folder.encoder} holds another encoder than {trained} (SHA-256 {fits}, expected {wanted}); remove "
+                f"{folder.encoder} holds another encoder than {trained} (SHA-256 {found}, expected {expected}); remove "
                 "it, and it is exported again"
             )
     from_main(None)  # the others wait

@@ -35,6 +35,7 @@ def test_a_tower_has_one_hash_wherever_it_is_kept(family: str, tmp_path) -> None
         sha256(HiveForCausalLM.from_pretrained(tmp_path / "hive")),
         folder_sha256(tmp_path / "encoder"),
         sha256(encoder),
+        sha256(encoder.bfloat16()),
     } == {expected}
 
 
@@ -49,17 +50,19 @@ def test_the_tower_inside_of_a_llava_model_has_the_same_hash(family: str, tmp_pa
 
 
 def test_names_of_transformers_4_and_5_hash_alike_and_order_does_not_matter(tmp_path) -> None:
+    exact = {"embeddings.weight": range(6), "head.bias": [1.0]}
     weights = {"embeddings.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.tensor(1.0)}
     expected = weights_sha256(weights.items())
     assert weights_sha256((f"vision_model.{name}", tensor) for name, tensor in reversed(weights.items())) == expected
     save_file({f"vision_model.{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
     assert folder_sha256(tmp_path) == expected
     # the form itself: a change of it would part old results from new ones
-    lines = (
-        f"embeddings.weight torch.float32 (2, 3) {hashlib.sha256(struct.pack('<6f', *range(6))).hexdigest()}\n"
-        f"head.bias torch.float32 () {hashlib.sha256(struct.pack('<f', 1.0)).hexdigest()}"
-    )
-    assert expected == hashlib.sha256(lines.encode()).hexdigest()
+    in_bf16 = {name: b"".join(struct.pack("<f", value)[2:] for value in values) for name, values in exact.items()}
+    lines = [
+        f"embeddings.weight (2, 3) {hashlib.sha256(in_bf16['embeddings.weight']).hexdigest()}",
+        f"head.bias () {hashlib.sha256(in_bf16['head.bias']).hexdigest()}",
+    ]
+    assert expected == hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def test_dinov2_hashes_alike_under_both_namings(tmp_path) -> None:
@@ -85,14 +88,13 @@ def test_other_weights_have_another_hash() -> None:
     weights = dict(tiny_encoder().state_dict())
     name = next(name for name in weights if name.endswith("fc1.weight"))
     changed = weights[name].clone()
-    changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(1.0))
+    changed[0, 0] = torch.nextafter(changed[0, 0].bfloat16(), torch.tensor(1.0).bfloat16())
     variants = [
         weights,
         weights | {name: changed},
         weights | {name: weights[name].T},
         {key: tensor for key, tensor in weights.items() if key != name},
         {(f"{key}2" if key == name else key): tensor for key, tensor in weights.items()},
-        {key: tensor.bfloat16() for key, tensor in weights.items()},
     ]
     assert len({weights_sha256(variant.items()) for variant in variants}) == len(variants)
 
