@@ -1,4 +1,4 @@
-"""The stages of a recipe, for scripts that submit them: ``python -m hive_ds.launch.stages RECIPE [--set KEY=VALUE]``."""
+"""The stages of a recipe, for scripts: ``python -m hive_ds.launch.stages RECIPE [--set KEY=VALUE]``."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ RECIPES = (
 
 
 def stand_in_package(folder: Path) -> Path:
-    """A new folder with a package hive_ds, whose trainer is this file and whose launcher and recipes are the real ones."""
+    """A new folder with a package hive_ds, whose trainer is this file; launcher and recipes are the real ones."""
     package = folder / "stand-in" / "hive_ds"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
