@@ -94,7 +94,7 @@ class VlmConfig:
 
     language_model: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the chat LLM."""
-    vision_encoder: str | None = None
+    vision_encoder: Annotated[str | None, NOT_EMPTY] = None
     """Hugging Face name or local folder; null: what stages 1 to 3 have made, exported to RUN/encoder."""
     feature_block: Annotated[int, NOT_ZERO] = -2
     """As ``model.feature_block``."""
