@@ -1,4 +1,4 @@
-"""Which attention runs where in a HIVE model, said before training and compiled before its first step."""
+"""Which attention runs where in a model, said before training and compiled before its first step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from hive_ds.errors import HiveError
 from hive_ds.kernels import Choice, choose_backend, warm_up
 from hive_ds.model.attention import HiveAttention
+from hive_ds.model.cascaded import CascadedForCausalLM
 from hive_ds.model.flash import FLASH_ATTENTION, flash_attention_refusal
 from hive_ds.model.hive import HiveForCausalLM
 
+TrainedModel = HiveForCausalLM | CascadedForCausalLM
 
-def set_vision_attention(model: HiveForCausalLM, name: str) -> None:
+
+def set_vision_attention(model: TrainedModel, name: str) -> None:
     """Let the vision encoder attend as ``name`` says: sdpa, flash_attention_2 or eager, as transformers has them.
 
     Raises:
@@ -25,7 +28,7 @@ def set_vision_attention(model: HiveForCausalLM, name: str) -> None:
         raise HiveError(f"model.vision_attention is {name!r}, which does not work here: {error}") from error
 
 
-def describe_attention(model: HiveForCausalLM, device: torch.device, dtype: torch.dtype) -> list[str]:
+def describe_attention(model: TrainedModel, device: torch.device, dtype: torch.dtype) -> list[str]:
     """A line for routed layers, un-routed layers and the encoder: which attention each runs, and why.
 
     Args:
@@ -45,7 +48,7 @@ def describe_attention(model: HiveForCausalLM, device: torch.device, dtype: torc
     return [*lines, f"attention of the vision encoder: {vision}, by transformers"]
 
 
-def warm_up_attention(model: HiveForCausalLM, device: torch.device, dtype: torch.dtype) -> float:
+def warm_up_attention(model: TrainedModel, device: torch.device, dtype: torch.dtype) -> float:
     """Compile the Triton kernels that training ``model`` will need, if it needs any; seconds it took.
 
     A compilation inside a step would look like a hang to the other ranks. The first process of a node compiles into a
@@ -53,8 +56,10 @@ def warm_up_attention(model: HiveForCausalLM, device: torch.device, dtype: torch
     """
     served = [kind for kind in _kinds(model) if _choose(kind, device, dtype).backend == "triton"]
     return sum(
-        warm_up(heads=heads, groups=groups, head_dim=head_dim, dtype=dtype, device=device, qk_norm=qk_norm)
-        for heads, groups, head_dim, qk_norm in sorted({kind[2:] for kind in served})
+        warm_up(
+            heads=heads, groups=groups, head_dim=head_dim, dtype=dtype, device=device, qk_norm=qk_norm, rotate=rotate
+        )
+        for heads, groups, head_dim, qk_norm, rotate in sorted({kind[2:] for kind in served})
     )
 
 
@@ -67,16 +72,23 @@ class _Kind(NamedTuple):
     groups: int
     head_dim: int
     qk_norm: str
+    rotate: bool
+    """Whether queries and keys are rotated in the kernel, or come to it rotated."""
 
 
-def _kinds(model: HiveForCausalLM) -> dict[_Kind, list[int]]:
+def _kinds(model: TrainedModel) -> dict[_Kind, list[int]]:
     """Kinds of attention in the model and their layers, routed ones first."""
     kinds: dict[_Kind, list[int]] = {}
     text = model.config.text_config
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    if isinstance(model, CascadedForCausalLM):  # queries and keys come to its attention normed and rotated
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kind = _Kind(False, model.attention_backend, heads, groups, head_dim, "none", rotate=False)
+        return {kind: list(range(text.num_hidden_layers))}
     for module in model.modules():
         if isinstance(module, HiveAttention):
-            heads, groups = text.num_attention_heads, text.num_key_value_heads
-            kind = _Kind(module.routed, module.backend, heads, groups, module.head_dim, module.qk_norm)
+            kind = _Kind(module.routed, module.backend, heads, groups, module.head_dim, module.qk_norm, rotate=True)
             kinds.setdefault(kind, []).append(module.layer)
     return dict(sorted(kinds.items(), reverse=True))
 

@@ -25,7 +25,7 @@ from stage_helpers import (
 )
 
 from hive_ds.config import TrainingConfig
-from hive_ds.model.loading import load_weights
+from hive_ds.model.weights import load_weights
 from hive_ds.stages import stage_by_number
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
