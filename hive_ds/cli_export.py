@@ -44,7 +44,7 @@ def _add_encoder(export: Any) -> None:
         choices=("keep", "cut"),
         default="keep",
         help="blocks after the last routed one, final norm and pooling head, which no gradient reached: keep them as "
-        "they were before training, so that nothing is lost, or cut them and end with a new norm (default: %(default)s)",
+        "they were, so that nothing is lost, or cut them and end with a new norm (default: %(default)s)",
     )
     _add_scores(parser)
 
