@@ -24,7 +24,7 @@ PROCESSORS = {
 
 
 def save_hive(folder: Path, family: str = "siglip", **changes: object) -> HiveForCausalLM:
-    """Write a HIVE model, routes from blocks 1 and 3 of 4, and its image processor; ``changes``: of its vision config."""
+    """Write a HIVE model, routes from blocks 1 and 3 of 4, and its image processor; ``changes`` are of its encoder."""
     model = tiny_hive(vision=family)
     if changes:
         config = type(model.config.vision_config)(**{**model.config.vision_config.to_dict(), **changes})
