@@ -74,5 +74,8 @@ def _add_vlm(export: Any) -> None:
 
 def _add_scores(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--scores", metavar="FILE", type=Path, help="JSON file of results, shown in the model card and copied"
+        "--scores",
+        metavar="FILE",
+        type=Path,
+        help="results for the model card, JSON (default: every results.json in the run that judged this encoder)",
     )

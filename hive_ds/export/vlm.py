@@ -67,7 +67,7 @@ def export_vlm(source: str | Path, out: str | Path, *, scores: Path | None = Non
     Args:
         source: a run's folder (its last finished stage of 4 and 5 is taken) or a model's.
         out: folder to write; it must not hold files.
-        scores: a JSON file of results, shown in the model card.
+        scores: a JSON file of results for the model card; None: those in the run that judged this encoder.
 
     Raises:
         HiveError: no such model in ``source``, ``out`` holds files, or stock transformers does something else.
@@ -89,9 +89,8 @@ def export_vlm(source: str | Path, out: str | Path, *, scores: Path | None = Non
         stock_processor(own).save_pretrained(aside)
         answers = _check(found.folder, aside, own)
         report = VlmReport(out, folder_sha256(aside), answers)
-        write_card(
-            aside, "LLaVA-style model around a HIVE encoder", "transformers", _sections(report, own), found, scores
-        )
+        title, sections = "LLaVA-style model around a HIVE encoder", _sections(report, own)
+        write_card(aside, title, "transformers", sections, found, scores=scores, hashes={report.vision_sha256})
     return report
 
 
