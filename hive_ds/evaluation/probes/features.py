@@ -115,7 +115,8 @@ def _fill(
             width = int(counts.max()) if mask is None else mask.shape[1]
             for block, features in by_block.items():
                 values = _mean(features, counts) if kind == "mean" else _padded(features, counts, width)
-                stored = values.cpu().numpy().astype(STORED[settings.stored])
+                with np.errstate(over="ignore"):
+                    stored = values.cpu().numpy().astype(STORED[settings.stored])
                 if not np.isfinite(stored).all():
                     raise HiveError(
                         f"features of {encoder.info.name}, block {block}: not finite as {settings.stored}; expected"

@@ -27,6 +27,8 @@ from hive_ds.plots import Line, line_plot
 RESULTS, PAGE = "probes.json", "probes.html"
 COLOURS = ("#2563eb", "#d97706", "#15803d", "#b42318", "#7c3aed", "#0e7490")
 PACKAGES = ("torch", "transformers", "torchvision", "pillow", "numpy", "scipy", "datasets")
+CONVERGED = 1e-3
+"""Largest gradient of a linear fit that is taken for its optimum."""
 NOTE = (
     "Accuracy on the test images in percent, mean ± standard deviation over seeds; without ± where no seed could change"
     " it. The best block of an encoder is picked on the same test images, so it reads a little too high."
@@ -93,6 +95,8 @@ class ProbeReport:
             for row in body:
                 table.add_row(*row, end_section=row is body[-2 if len(body) > 1 else -1])
             console.print(table)
+        if poor := self._unconverged():
+            console.print(f"{poor} linear fits ended with a gradient above {CONVERGED:g}: they may read too low")
 
     def write(self, out: str | Path) -> None:
         """Write `RESULTS` and `PAGE` to the folder ``out``; HiveError where it cannot be written."""
@@ -106,6 +110,9 @@ class ProbeReport:
 
     def _best(self, encoder: str, task: str) -> BlockResult:
         return best_block(self.results, encoder, task)
+
+    def _unconverged(self) -> int:
+        return sum(score.fit.get("gradient", 0) > CONVERGED for one in self.results for score in one.scores)
 
     def _title(self, task: str) -> str:
         one = next(result for result in self.results if result.task == task)
