@@ -193,7 +193,7 @@ def labels_of_floats(root: Path) -> DataOptions:
 
 WRONG = {
     "one class": (one_class, "'label' has one class, 'cat'; expected at least 2"),
-    "empty split": (empty_split, "test: holds no image"),
+    "empty split": (empty_split, "does not load"),  # datasets itself cannot read one
     "hidden labels": (hidden_labels, "test: no image has a label of 'label'"),
     "empty folder": (empty_folder, r"test holds no CLASS/IMAGE"),
     "class not in the test images": (absent("test"), "test: has no image of class 'dog'"),
@@ -236,6 +236,8 @@ def test_labels_that_do_not_apply_are_left_out() -> None:
     assert sorted([*split.train_rows, *split.test_rows]) == [0, 1, 3, 4]
     with pytest.raises(HiveError, match="six: no image has a label of 'none'"):
         ProbeData("six", LabelledImages.from_files("six", [b""] * 6, labels), None).tasks()
+    with pytest.raises(HiveError, match="none: holds no image"):
+        ProbeData("six", images, LabelledImages.from_files("none", [], {TASK: []}))
     with pytest.raises(HiveError, match="2 labels of 'short' for 6 images"):
         ProbeData("six", LabelledImages.from_files("six", [b""] * 6, {"short": ["a", "b"]}), None)
     with pytest.raises(HiveError, match="seven: has no labels of 'label'"):

@@ -15,7 +15,7 @@ from hive_ds.evaluation.probes.attentive import AttentiveHead, predict_attentive
 from hive_ds.evaluation.probes.cache import Features
 from hive_ds.evaluation.probes.data import Split, hold_out
 from hive_ds.evaluation.probes.knn import predict_knn
-from hive_ds.evaluation.probes.linear import fit_logistic, predict_linear
+from hive_ds.evaluation.probes.linear import GRID, HELD_OUT, fit_logistic, predict_linear
 from hive_ds.evaluation.probes.results import Score
 from hive_ds.evaluation.probes.settings import AttentiveSettings, KnnSettings, LinearSettings
 
@@ -71,18 +71,17 @@ def test_linear_head_equals_sklearn_on_standardised_features() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_l2_is_the_best_on_held_out_training_images(seed: int) -> None:
-    settings = LinearSettings()
     features = StandardScaler().fit_transform(TRAIN[0].double().numpy())[:150]
     labels = TRAIN[1].numpy()[:150]
-    kept, held = hold_out(labels, 0.2, seed)
+    kept, held = hold_out(labels, HELD_OUT, seed)
     rights = [
         int((sklearn_fit(features[kept], labels[kept], l2).predict(features[held]) == labels[held]).sum())
-        for l2 in settings.GRID
+        for l2 in GRID
     ]
     assert len(set(rights)) > 1  # there is something to choose
     train = torch.from_numpy(features).float()
-    _, fit = predict_linear(train, TRAIN[1][:150], train, CLASSES, settings, seed)
-    assert fit["l2"] == settings.GRID[rights.index(max(rights))]
+    _, fit = predict_linear(train, TRAIN[1][:150], train, CLASSES, LinearSettings(), seed)
+    assert fit["l2"] == GRID[rights.index(max(rights))]
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (200, 0.5), (600, 0.001)])

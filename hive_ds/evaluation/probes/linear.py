@@ -20,6 +20,10 @@ from hive_ds.evaluation.probes.settings import LinearSettings
 
 ROWS = 16384
 """Images whose logits are in memory at once."""
+GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+"""Weights of the L2 term to choose from; each fit starts from the one before."""
+HELD_OUT = 0.2
+"""Share of the training images on which it is chosen."""
 GRADIENT = 1e-5
 """Largest entry of the gradient at which the fit ends."""
 
@@ -90,20 +94,24 @@ def predict_linear(
     mean, std = train.mean(0), train.std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)
     train, test = (train - mean) / std, (test - mean) / std
-    l2 = settings.l2 or _choose_l2(train, train_labels, num_classes, settings, seed)
-    fit = fit_logistic(train, train_labels, num_classes, l2, max_steps=settings.max_steps)
+    l2, start = (settings.l2, None) if settings.l2 else _choose_l2(train, train_labels, num_classes, settings, seed)
+    fit = fit_logistic(train, train_labels, num_classes, l2, max_steps=settings.max_steps, start=start)
     return fit.logits(test).argmax(-1), {"l2": l2, "steps": fit.steps, "gradient": fit.gradient}
 
 
-def _choose_l2(train: Tensor, labels: Tensor, num_classes: int, settings: LinearSettings, seed: int) -> float:
-    """The value of the grid with the best accuracy on the held-out images; of equal ones the largest."""
-    kept, held = (torch.from_numpy(rows) for rows in hold_out(labels.cpu().numpy(), settings.HELD_OUT, seed))
-    best, best_right, fit = settings.GRID[0], -1, None
-    for l2 in settings.GRID:
+def _choose_l2(
+    train: Tensor, labels: Tensor, num_classes: int, settings: LinearSettings, seed: int
+) -> tuple[float, LinearFit]:
+    """The value of the grid with the best accuracy on the held-out images, of equal ones the largest; and its fit."""
+    kept, held = (torch.from_numpy(rows).to(train.device) for rows in hold_out(labels.cpu().numpy(), HELD_OUT, seed))
+    best: tuple[float, LinearFit] | None = None
+    best_right, fit = -1, None
+    for l2 in GRID:
         fit = fit_logistic(train[kept], labels[kept], num_classes, l2, max_steps=settings.max_steps, start=fit)
         right = int((fit.logits(train[held]).argmax(-1) == labels[held]).sum())
         if right > best_right:
-            best, best_right = l2, right
+            best, best_right = (l2, fit), right
+    assert best is not None
     return best
 
 

@@ -12,14 +12,10 @@ NAMED_BLOCKS = ("all", "last", "penultimate")
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """``l2`` weighs half the squared weights against the mean cross-entropy; None: chosen from `GRID` by each seed."""
+    """``l2`` weighs half the squared weights against the mean cross-entropy; None: each seed chooses it."""
 
     l2: float | None = None
     max_steps: int = 1000
-
-    GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-    HELD_OUT = 0.2
-    """Share of the training images on which ``l2`` is chosen."""
 
 
 @dataclass(frozen=True)
