@@ -18,6 +18,7 @@ from hive_ds.evaluation.probes.encoder import ProbeEncoder, make_encoder
 PROCESSORS = {
     "siglip": transformers.SiglipImageProcessor(size={"height": 32, "width": 32}),
     "siglip2": transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=15),
+    "aimv2": transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     "clip": transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     "dinov2": transformers.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     "dinov2_with_registers": transformers.BitImageProcessor(

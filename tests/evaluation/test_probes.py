@@ -30,7 +30,7 @@ HEADS = {
 
 
 def two_corners(name: str, size: int, first: int) -> LabelledImages:
-    """Noise with two corners bright or dark; the class says whether they are alike, which no mean tells."""
+    """Noise with two corners bright or dark; the class says whether they are alike."""
     drawn = np.random.default_rng(first)
     files, labels = [], []
     for _ in range(size):
@@ -44,16 +44,17 @@ def two_corners(name: str, size: int, first: int) -> LabelledImages:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_planted_block_is_found(head: str) -> None:
-    """Block 2 is made to tell the class along one direction, and block 3 to forget it again.
-
-    Block 1 holds the corners, from which kNN and attention may guess some of it.
-    """
+    """Block 1 sees noise, block 2 is told the class along one direction, and block 3 forgets it again."""
     probed = encoder()
     products = []
 
-    def multiply(_: object, inputs: tuple) -> None:
+    def noise(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=torch.Generator().manual_seed(len(like)))
+
+    def multiply(_: object, inputs: tuple) -> tuple:
         pixels = inputs[0]
         products[:] = [(pixels[:, :, :8, :8].mean((1, 2, 3)) * pixels[:, :, :8, 24:].mean((1, 2, 3)))[:, None]]
+        return (noise(pixels),)
 
     def tell(_: object, __: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
@@ -62,7 +63,7 @@ def test_the_planted_block_is_found(head: str) -> None:
 
     def forget(_: object, __: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden.copy_(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(len(hidden))))
+        hidden.copy_(noise(hidden))
         return output
 
     embeddings = next(module for name, module in probed.tower.named_modules() if name.endswith("embeddings"))
@@ -75,8 +76,7 @@ def test_the_planted_block_is_found(head: str) -> None:
     best = best_block(results, "siglip-0", TASK)
     assert best.block == 2
     assert best.accuracy > 0.95
-    assert results[0].accuracy < 0.85
-    assert all(result.accuracy < 0.7 for result in results if result.block > 2)
+    assert max(result.accuracy for result in results if result.block != 2) < 0.7
 
 
 @pytest.mark.parametrize("head", HEADS)

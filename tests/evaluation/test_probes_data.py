@@ -99,6 +99,20 @@ def test_every_form_gives_the_same(make: Callable[[Path], DataOptions], tmp_path
     assert len(split.test_rows) == 4
 
 
+def test_a_folder_goes_before_the_preset_of_its_name(tmp_path: Path, monkeypatch) -> None:
+    class_folders(tmp_path / "food101")
+    monkeypatch.chdir(tmp_path)
+    for preset in (None, "food101"):
+        assert sorted(rows_of(open_data(DataOptions("food101", preset)).train)) == sorted(TRAIN)
+    loaded = []
+    monkeypatch.setattr(
+        "hive_ds.evaluation.probes.sources.load_splits",
+        lambda name, **_: loaded.append(name) or {"train": table(TRAIN), "test": table(TEST)},
+    )
+    assert open_data(DataOptions("oxford_pets")).train.name == "oxford_pets train"
+    assert loaded == ["timm/oxford-iiit-pet"]
+
+
 def test_without_test_images_each_seed_holds_out_its_own(tmp_path: Path) -> None:
     write_classes(tmp_path / "folders", [(noise_png(n), ("cat", "dog")[n % 2]) for n in range(40)])
     table(TRAIN).to_parquet(tmp_path / "one.parquet")
@@ -112,6 +126,10 @@ def test_without_test_images_each_seed_holds_out_its_own(tmp_path: Path) -> None
         assert split.test_labels.tolist() == task.train[split.test_rows].tolist()
     assert splits[0].test_rows.tolist() == splits[1].test_rows.tolist() != splits[2].test_rows.tolist()
     assert open_data(replace(saved(tmp_path), test_split="none")).test is None
+    write_classes(tmp_path / "alone" / "train", TRAIN)
+    assert [task.classes for task in open_data(DataOptions(str(tmp_path / "alone"))).tasks()] == [("cat", "dog")]
+    write_classes(tmp_path / "vehicles", [(data, {"cat": "car", "dog": "train"}[label]) for data, label in TRAIN])
+    assert [task.classes for task in open_data(DataOptions(str(tmp_path / "vehicles"))).tasks()] == [("car", "train")]
 
 
 def test_fingerprints_follow_the_images(tmp_path: Path) -> None:

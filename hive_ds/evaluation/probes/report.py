@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,13 @@ class ProbeReport:
         return f"{self.data.name}, {task}: {self.settings.head_name} probe, {sizes}"
 
     def _page(self) -> str:
-        sections = [f"<h1>Probes of frozen encoders on {self.data.name}</h1>", f'<p class="faint">{NOTE}</p>']
+        sections = [f"<h1>Probes of frozen encoders on {escape(self.data.name)}</h1>", f'<p class="faint">{NOTE}</p>']
         for task in self.tasks:
             lines = [
                 Line(name, COLOURS[place % len(COLOURS)], self._series(name, task))
                 for place, name in enumerate(self.names)
             ]
-            sections.append(f"<h2>{self._title(task)}</h2>")
+            sections.append(f"<h2>{escape(self._title(task))}</h2>")
             if len({result.block for result in self.results}) > 1:
                 sections.append(line_plot(lines, "block", "accuracy in percent"))
             sections.append(page_table(self.rows(task)))

@@ -43,8 +43,10 @@ def open_data(options: DataOptions) -> ProbeData:
     HiveError where it does not load, or a split or column is not there.
     """
     preset = find_preset_of(options)
-    source = preset.hub_name if preset and options.source in PRESETS else options.source
-    path = Path(source).expanduser()
+    path = Path(options.source).expanduser()
+    source = options.source
+    if preset and not path.exists() and source in PRESETS:
+        source = preset.hub_name
     splits: Mapping[str, Any]
     open_split: Callable[[str, Any], LabelledImages]
     if path.is_dir() and not _is_dataset(path):
@@ -97,10 +99,10 @@ def _is_dataset(folder: Path) -> bool:
 
 def _image_folders(root: Path) -> dict[str, Path]:
     """Split -> folder of class folders; one split "train" where ``root`` itself holds the classes."""
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    if "train" in names and any(name in names for name in TEST_SPLITS):
-        return {name: root / name for name in names}
-    return {"train": root / "train" if names == ["train"] else root}
+    train = root / "train"
+    if train.is_dir() and any(entry.is_dir() for entry in train.iterdir()):  # else it may be a class of trains
+        return {entry.name: entry for entry in sorted(root.iterdir()) if entry.is_dir()}
+    return {"train": root}
 
 
 def _open_image_folder(name: str, folder: Path) -> LabelledImages:
