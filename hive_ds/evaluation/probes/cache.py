@@ -44,9 +44,10 @@ class Features:
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """Everything that features depend on: hashes of weights, processor settings and images, block and number types."""
+    """Everything that features depend on: hashes of weights, settings and images, block and number types."""
 
     weights: str
+    config: str
     processor: str
     images: str
     block: int
@@ -220,7 +221,7 @@ def _read_entry(folder: Path, key: FeatureKey) -> Features | None:
         meta = json.loads((folder / "meta.json").read_text())
         values = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
         counts = np.load(folder / "counts.npy", allow_pickle=False) if meta["counts"] else None
-    except (OSError, ValueError, KeyError):
+        whole = meta["key"] == key.as_dict() and meta["shape"] == list(values.shape)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = meta["key"] == key.as_dict() and meta["shape"] == list(values.shape)
     return Features(values, counts) if whole else None

@@ -22,6 +22,9 @@ from hive_ds.model.vision import vision_blocks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""What a config says of the file and not of the computation."""
+
 
 @dataclass(frozen=True)
 class EncoderInfo:
@@ -37,6 +40,8 @@ class EncoderInfo:
     num_blocks: int
     dtype: str
     weights_sha256: str
+    config_sha256: str
+    """Of what else its computation depends on: heads, activation, epsilon and the like."""
     processor_class: str
     processor_sha256: str
 
@@ -84,7 +89,6 @@ def make_encoder(
     """An encoder that is in memory already; it is moved to ``device``, frozen and left in eval mode."""
     if dtype not in DTYPES:
         raise HiveError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    settings = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
     processor_class = type(image_processor).__name__
     info = EncoderInfo(
         name=name,
@@ -93,8 +97,9 @@ def make_encoder(
         num_blocks=len(vision_blocks(tower)),
         dtype=dtype,
         weights_sha256=weights_sha256(tower),
+        config_sha256=_dict_sha256({k: v for k, v in tower.config.to_dict().items() if k not in NOT_COMPUTED}),
         processor_class=processor_class,
-        processor_sha256=hashlib.sha256(f"{processor_class} {settings}".encode()).hexdigest(),
+        processor_sha256=_dict_sha256({**image_processor.to_dict(), "class": processor_class}),
     )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     frozen = tower.to(target, DTYPES[dtype]).eval().requires_grad_(False)
@@ -109,6 +114,10 @@ def weights_sha256(tower: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _dict_sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _holds_hive_model(where: str) -> bool:

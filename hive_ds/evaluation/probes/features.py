@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from hive_ds.evaluation.probes.data import LabelledImages
 from hive_ds.evaluation.probes.encoder import ProbeEncoder
 from hive_ds.model.vision import encode_images
 
-KINDS = ("mean", "tokens")
+Kind = Literal["mean", "tokens"]
 """``mean``: (I, D), over an image's patches. ``tokens``: (I, P, D), every patch."""
 STORED = {"fp32": np.float32, "fp16": np.float16}
 
@@ -54,7 +55,7 @@ def compute_features(
     encoder: ProbeEncoder,
     images: LabelledImages,
     blocks: Sequence[int],
-    kind: str,
+    kind: Kind,
     settings: ExtractSettings = DEFAULT,
     cache: FeatureCache | None = None,
 ) -> dict[int, Features]:
@@ -71,7 +72,7 @@ def compute_features(
             raise HiveError(f"block {block} of {encoder.info.name}: expected 1 to {encoder.info.num_blocks}")
     keys = {block: _key(encoder, images, block, kind, settings) for block in blocks}
     found = {block: entry for block, key in keys.items() if cache and (entry := cache.find(key)) is not None}
-    missing = [block for block in blocks if block not in found]
+    missing = [block for block in keys if block not in found]
     if missing:
         with contextlib.ExitStack() as stack:
             sinks = {block: stack.enter_context(_sink(cache, keys[block], images.size)) for block in missing}
@@ -84,9 +85,12 @@ def _sink(cache: FeatureCache | None, key: FeatureKey, size: int) -> contextlib.
     return cache.write(key, size) if cache else contextlib.nullcontext(MemorySink())
 
 
-def _key(encoder: ProbeEncoder, images: LabelledImages, block: int, kind: str, settings: ExtractSettings) -> FeatureKey:
+def _key(
+    encoder: ProbeEncoder, images: LabelledImages, block: int, kind: Kind, settings: ExtractSettings
+) -> FeatureKey:
     return FeatureKey(
         weights=encoder.info.weights_sha256,
+        config=encoder.info.config_sha256,
         processor=encoder.info.processor_sha256,
         images=images.fingerprint,
         block=block,
@@ -99,7 +103,7 @@ def _key(encoder: ProbeEncoder, images: LabelledImages, block: int, kind: str, s
 def _fill(
     encoder: ProbeEncoder,
     images: LabelledImages,
-    kind: str,
+    kind: Kind,
     settings: ExtractSettings,
     sinks: Mapping[int, FeatureSink],
 ) -> None:

@@ -11,7 +11,7 @@ from hive_ds.evaluation.probes.attentive import predict_attentive
 from hive_ds.evaluation.probes.cache import FeatureCache, Features
 from hive_ds.evaluation.probes.data import ProbeData, Split, Task
 from hive_ds.evaluation.probes.encoder import ProbeEncoder
-from hive_ds.evaluation.probes.features import DEFAULT, ExtractSettings, compute_features
+from hive_ds.evaluation.probes.features import DEFAULT, ExtractSettings, Kind, compute_features
 from hive_ds.evaluation.probes.knn import predict_knn
 from hive_ds.evaluation.probes.linear import predict_linear
 from hive_ds.evaluation.probes.results import BlockResult, Score
@@ -37,7 +37,7 @@ def probe(
     tasks = data.tasks()
     splits = {task.name: [data.split(task, seed) for seed in _seeds(data, settings)] for task in tasks}
     blocks = settings.blocks_of(encoder.info.num_blocks)
-    kind = "tokens" if isinstance(settings.head, AttentiveSettings) else "mean"
+    kind: Kind = "tokens" if isinstance(settings.head, AttentiveSettings) else "mean"
     train = compute_features(encoder, data.train, blocks, kind, extract, cache)
     test = train if data.test is None else compute_features(encoder, data.test, blocks, kind, extract, cache)
     runs = tqdm(
