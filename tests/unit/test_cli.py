@@ -64,6 +64,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
             "checkpoint reshard",
             "export",
             "export encoder",
+            "probe",
         ),
     ],
 )
