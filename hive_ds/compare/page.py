@@ -44,8 +44,8 @@ def render_page(gathered: Gathered, record: dict[str, Any], *, held_out: int) ->
     sections = [
         "<h1>HIVE beside its baselines, at small scale</h1>",
         f"<p>Every arm starts from the same encoder and the same LLM and sees the same data in the same order; {seeds} "
-        "seeds. The encoder that comes out is judged in a LLaVA-style model (stages 4 and 5) on held-out questions, and "
-        "by linear probes on held-out pictures. Percent, mean ± standard deviation over seeds.</p>",
+        "seeds. The encoder that comes out is judged in a LLaVA-style model (stages 4 and 5) on held-out questions, "
+        "and by linear probes on held-out pictures. Percent, mean ± standard deviation over seeds.</p>",
         table(list(_share_rows(gathered))),
         f'<p class="faint">One run answers {held_out} questions: that alone leaves up to ± {binomial:.1f} points.</p>',
         "<h2>Differences</h2>",

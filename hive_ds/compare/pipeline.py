@@ -52,7 +52,9 @@ class Comparison:
         bases = (self.language_model, self.vision_encoder)
         return [
             Step("scenes", "draw pictures with questions and answers", self._scenes, (self.folders.root,)),
-            Step("base models", "pretrain the LLM and the encoder that every arm starts from", self._base_models, bases),
+            Step(
+                "base models", "pretrain the LLM and the encoder that every arm starts from", self._base_models, bases
+            ),
             Step("runs", f"train and judge {', '.join(arms)} with {len(seeds)} seeds", self._runs),
             Step("page", "write the page and the results", self._page),
         ]

@@ -188,6 +188,12 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTra
         raise HiveError(f"language model {name!r} of type {values['model_type']!r} does not load: {error}") from error
 
 
+def depth_of(name: str) -> int:
+    """Blocks of a vision encoder, or layers of an LLM, by its config alone."""
+    values = _read_config(name, "model")
+    return int(values.get("vision_config", values)["num_hidden_layers"])
+
+
 def _routes(config: ModelConfig) -> RoutesConfig:
     assert config.routes is not None, "a model of kind hive has routes"
     return config.routes
