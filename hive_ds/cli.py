@@ -16,6 +16,7 @@ from hive_ds.cli_data import add_data_commands
 from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
 from hive_ds.cli_parts import command, group
+from hive_ds.cli_probe import add_probe_command
 from hive_ds.errors import run_command
 from hive_ds.recipe import RECIPES, dump_recipe, load_recipe, recipe_names, resolve
 
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_ablate_commands(group(commands, "ablate", "train one recipe in several arms and seeds, and compare them"))
     add_host_commands(group(commands, "hosts", "check the hosts of a hostfile, and run on them"))
     add_export_commands(group(commands, "export", "turn trained models into folders that other libraries load"))
+    add_probe_command(commands)
     return parser
 
 

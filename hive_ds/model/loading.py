@@ -170,10 +170,16 @@ def _load_cascaded(
 
 
 def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The vision tower of a checkpoint (its text tower, if any, is left out)."""
+    """The vision tower of a checkpoint (its text tower, if any, is left out).
+
+    HiveError where the checkpoint lacks weights of it, which transformers would start at random.
+    """
     values = _read_config(name, "vision encoder")
     config = vision_config_of(AutoConfig.for_model(**values))
-    return vision_class(config).from_pretrained(name, config=config, dtype=dtype)
+    tower, report = vision_class(config).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    if missing := tuple(sorted(report["missing_keys"])):
+        raise HiveError(f"vision encoder {name!r} lacks {len(missing)} weights of its tower ({_shortened(missing)})")
+    return tower
 
 
 def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

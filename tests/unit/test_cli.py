@@ -59,6 +59,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
             "hosts run",
             "export",
             "export encoder",
+            "probe",
         ),
     ],
 )
