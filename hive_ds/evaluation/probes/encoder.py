@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
@@ -17,8 +16,10 @@ from hive_ds.errors import HiveError
 from hive_ds.export import model_folder
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
-from hive_ds.model.loading import load_vision_encoder, load_weights
+from hive_ds.model.identity import weights_sha256
+from hive_ds.model.loading import load_vision_encoder
 from hive_ds.model.vision import vision_blocks
+from hive_ds.model.weights import load_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,7 +97,7 @@ def make_encoder(
         model_class=type(tower).__name__,
         num_blocks=len(vision_blocks(tower)),
         dtype=dtype,
-        weights_sha256=weights_sha256(tower),
+        weights_sha256=weights_sha256(tower.state_dict().items()),
         config_sha256=_dict_sha256({k: v for k, v in tower.config.to_dict().items() if k not in NOT_COMPUTED}),
         processor_class=processor_class,
         processor_sha256=_dict_sha256({**image_processor.to_dict(), "class": processor_class}),
@@ -104,16 +105,6 @@ def make_encoder(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     frozen = tower.to(target, DTYPES[dtype]).eval().requires_grad_(False)
     return ProbeEncoder(info, frozen, make_preprocessor(image_processor))
-
-
-def weights_sha256(tower: nn.Module) -> str:
-    """Hash of a tower's parameters: names as transformers 5 has them, shapes, and values in float32."""
-    named = {name.removeprefix("vision_model."): tensor for name, tensor in tower.named_parameters()}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _dict_sha256(values: dict[str, Any]) -> str:

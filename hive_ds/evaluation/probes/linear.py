@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
-from hive_ds.errors import HiveError
 from hive_ds.evaluation.probes.data import hold_out
 from hive_ds.evaluation.probes.settings import LinearSettings
 
@@ -58,10 +58,6 @@ def fit_logistic(
         max_steps: of L-BFGS.
         start: another fit to start from.
     """
-    try:
-        from scipy.optimize import minimize
-    except ImportError as error:
-        raise HiveError(f"the linear probe needs scipy ({error}): pip install 'hive-ds[probe]'") from None
     size, width = features.shape
 
     def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
