@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hive_ds import __version__
+from hive_ds.cli_chat import add_chat_command
 from hive_ds.cli_data import add_data_commands
 from hive_ds.cli_hosts import add_host_commands
 from hive_ds.cli_parts import command, group
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_host_commands(group(commands, "hosts", "check the hosts of a hostfile, and run on them"))
     export = group(commands, "export", "turn a trained model into stock Hugging Face folders")
     _add_export_encoder(export)
+    add_chat_command(commands)
     return parser
 
 

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a small file in one step, over what is there; it is on disk when this returns."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(aside)
     aside.replace(path)
 
