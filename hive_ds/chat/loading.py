@@ -69,7 +69,7 @@ def chat_folder(checkpoint: Path) -> Path:
 
 
 def template_of(folder: Path, processor: HiveProcessor) -> str:
-    """The template of the stage's recipe, which training leaves beside ``folder``; else ``chat`` if the tokenizer has it."""
+    """The template of the recipe that training leaves beside ``folder``; else ``chat`` if the tokenizer has one."""
     recipe, number = folder.parent / "recipe.yaml", _stage_number(folder.parent)
     if number is None or not recipe.is_file():
         return "chat" if processor.tokenizer.chat_template else "plain"
