@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hive_ds.analysis.attention_maps import AttentionMaps, LayerMaps
+from hive_ds.analysis.maps import AttentionMaps, LayerMaps
 
 COLOURS = "inferno"
 PANEL = 160
@@ -96,7 +97,7 @@ def attention_figure(
             scale is shared by all panels and drawn beside them.
     """
     shared = highest_value(maps, rows)
-    small = [_fitted(picture) for picture in pictures]
+    small = [fitted(picture, PANEL) for picture in pictures]
     columns = [(image, layer) for image in range(len(pictures)) for layer in maps.layers]
     step = PANEL + GAP
     canvas = Image.new("RGB", (len(columns) * step - GAP, len(rows) * step - GAP), "white")
@@ -110,8 +111,9 @@ def attention_figure(
     return _framed(canvas, names, [row.label for row in rows], title, None if per_panel else shared)
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
-    scale = PANEL / max(picture.size)
+def fitted(picture: Image.Image, longer: int) -> Image.Image:
+    """``picture`` with a longer side of so many pixels; a smaller one shows its pixels as squares."""
+    scale = longer / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
@@ -147,5 +149,7 @@ def _framed(
         bar = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
         figure.colorbar(ScalarMappable(Normalize(0, highest), COLOURS), cax=bar, label="probability of a patch")
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens may be of any script: a box stands for them
+        figure.savefig(drawn, format="png")
     return Image.open(drawn).convert("RGB")

@@ -6,16 +6,18 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from hive_ds.analysis.attention_maps import AttentionMaps, token_attention_maps
-from hive_ds.analysis.attention_pictures import Row, attention_figure, heat_over, highest_value, seen_part
+from hive_ds.analysis.attention_maps import token_attention_maps
+from hive_ds.analysis.attention_pictures import Row, attention_figure, fitted, heat_over, highest_value, seen_part
+from hive_ds.analysis.maps import AttentionMaps
 from hive_ds.chat.conversation import Answer
 from hive_ds.chat.loading import ChatModel
 from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
 
+VIEW = 640
+"""Longer side in pixels of a map by itself."""
 MOST_ROWS = 16
 """Of a figure."""
 
@@ -43,13 +45,12 @@ class AnswerMaps:
         return attention_figure(self.maps, rows, self.pictures, title=title, per_panel=per_panel)
 
     def panel(self, row: int, layer: int, image: int, *, per_panel: bool = False) -> Image.Image:
-        """One map over its picture, on the scale that all rows, layers and images share unless ``per_panel``."""
+        """One map over its picture, on the scale of all rows, layers and images unless ``per_panel``."""
         values = self.rows[row].on_patches(self.maps.layers[layer], image)
         highest = float(values.max()) if per_panel else highest_value(self.maps, self.rows)
-        return heat_over(self.pictures[image], values, highest)
+        return heat_over(fitted(self.pictures[image], VIEW), values, highest)
 
 
-@torch.no_grad()
 def answer_maps(chat: ChatModel, answer: Answer, *, head: int | None = None) -> AnswerMaps:
     """Run prompt and answer through the model once more and see where it looked.
 
@@ -61,15 +62,20 @@ def answer_maps(chat: ChatModel, answer: Answer, *, head: int | None = None) -> 
     said = [place for place in range(answer.prompt_length, len(ids)) if ids[place] not in special]
     if not said:
         raise HiveError("attention map of an empty answer: the model said nothing")
-    inputs = dict(answer.inputs)
-    offsets = inputs.pop("image_offsets")
-    images = chat.model.encode_prompt_images(image_offsets=offsets, prompts=1, **{"pixel_values": None, **inputs})
-    maps = token_attention_maps(chat.model, answer.token_ids, images, head=head)
-    rows = [Row(chat.processor.decode([ids[place]]).strip() or "(space)", [place - 1]) for place in said]
+    pixels = dict(answer.inputs)
+    (offsets,) = pixels.pop("image_offsets")
+    maps = token_attention_maps(chat.model, answer.token_ids, offsets, pixels, head=head)
+    rows = [Row(token_name(chat.processor.decode([ids[place]])), [place - 1]) for place in said]
     if len(rows) > 1:
         rows.insert(0, Row("whole answer", [place - 1 for place in said]))
     processor = chat.processor.image_processor
     return AnswerMaps(maps, rows, [seen_part(image, processor) for image in answer.images])
+
+
+def token_name(text: str) -> str:
+    """What a token is called: its text without spaces around it, escaped where it cannot be printed."""
+    bare = text.strip()
+    return bare if bare and bare.isprintable() else ascii(text)
 
 
 def save_answer_map(maps: AnswerMaps, title: str, path: Path, *, per_panel: bool = False) -> None:

@@ -20,6 +20,7 @@ from hive_ds.data.images import decode_image
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import render_prompt
 from hive_ds.errors import HiveError
+from hive_ds.model.hive import HiveForCausalLM
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Conversation:
     @torch.no_grad()
     def _generate(self, turns: Sequence[Turn], images: Sequence[Image.Image], streamer: BaseStreamer | None) -> Answer:
         model, processor = self.chat.model, self.chat.processor
-        tokenizer, longest = processor.tokenizer, model.config.text_config.max_position_embeddings
+        tokenizer, longest = processor.tokenizer, self._longest_text(len(images))
         prompt = render_prompt(turns, tokenizer, template=self.chat.template)
         inputs = processor(prompt, images or None, max_length=longest - 1).to(model.device, model.dtype)
         length = inputs["input_ids"].shape[1]
@@ -128,6 +129,12 @@ class Conversation:
         )
         rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         return Answer(processor.decode(token_ids[0, length:]).strip(), token_ids, length, rest, tuple(images))
+
+    def _longest_text(self, images: int) -> int:
+        """Text tokens, the answer's included, that the LLM was made for; a cascaded model's images are tokens, too."""
+        config = self.chat.model.config
+        taken = 0 if isinstance(self.chat.model, HiveForCausalLM) else images * config.image_seq_length
+        return int(config.text_config.max_position_embeddings - taken)
 
 
 def read_image(path: str | Path) -> Image.Image:

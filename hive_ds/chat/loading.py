@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 import yaml
 
 from hive_ds.errors import HiveError
-from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.attention_backends import TrainedModel
+from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import stage_by_number
 
@@ -24,7 +24,7 @@ class ChatModel:
     """
 
     folder: Path
-    model: HiveForCausalLM
+    model: TrainedModel
     processor: HiveProcessor
     template: str
 
@@ -44,16 +44,16 @@ def load_chat_model(checkpoint: str | Path) -> ChatModel:
     """
     folder = chat_folder(Path(checkpoint))
     on_gpu = torch.cuda.is_available()
-    model = HiveForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    model = load_any(folder, torch.bfloat16 if on_gpu else torch.float32)
     processor = HiveProcessor.from_pretrained(folder)
-    return ChatModel(folder, model.to("cuda" if on_gpu else "cpu").eval(), processor, template_of(folder, processor))
+    return ChatModel(folder, model.to("cuda" if on_gpu else "cpu"), processor, template_of(folder, processor))
 
 
 def chat_folder(checkpoint: Path) -> Path:
     """The model folder that ``checkpoint`` (a run, a stage or a model) stands for.
 
     Raises:
-        HiveError: no such folder, or a model in it that cannot answer.
+        HiveError: no such folder, or no model in it.
     """
     if not checkpoint.is_dir():
         raise HiveError(f"checkpoint {checkpoint}: no such folder; expected that of a run, a stage or a model")
@@ -62,9 +62,6 @@ def chat_folder(checkpoint: Path) -> Path:
         raise HiveError(
             f"checkpoint {checkpoint}: holds no model (config.json) and no finished stage (stageN/DONE with a model)"
         )
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind != "hive":
-        raise HiveError(f"checkpoint {folder}: holds a model of type {kind!r}, which cannot answer; expected 'hive'")
     return folder
 
 

@@ -21,6 +21,8 @@ FONTS = ("system-ui", "sans-serif")
 ASK_API = "ask"
 """Name of the page's one public endpoint: picture and question in, answer first out."""
 HOUR = 3600
+BUTTONS = ("fullscreen", "download")
+"""Of a picture; not the one that shares it on a hub."""
 
 
 def require_gradio() -> Any:
@@ -69,11 +71,14 @@ def build_page(chat: ChatModel, settings: AnswerSettings) -> Any:
                 button = gr.Button("Ask" if asks else "Describe", variant="primary")
                 answer = gr.Textbox(label="Answer", interactive=False)
             with gr.Column():
-                view = gr.Image(label="Where the model looked", interactive=False, height=320, format="png")
+                view = gr.Image(
+                    label="Where the model looked", interactive=False, height=320, format="png", buttons=BUTTONS
+                )
                 note = gr.Markdown()
-                token = gr.Radio(label="For which part of the answer", choices=[], visible=False)
-                layer = gr.Radio(label="At which layer", choices=[], visible=False)
-                own = gr.Checkbox(label="A scale of its own for each map", visible=False)
+                # Not hidden until there is an answer: with gradio 6.17 the page hangs when they appear.
+                token = gr.Radio(label="For which part of the answer", choices=[])
+                layer = gr.Radio(label="At which layer", choices=[])
+                own = gr.Checkbox(label="A scale of its own for each map")
         choosers = [token, layer, own]
 
         def ask(file: str | None, text: str) -> Iterator[list[Any]]:
@@ -143,7 +148,7 @@ def _chosen(gr: Any, maps: AnswerMaps) -> list[Any]:
     tokens = [(row.label, place) for place, row in enumerate(maps.rows)]
     layers = [(f"{one.layer}", place) for place, one in enumerate(maps.maps.layers)]
     return [
-        gr.Radio(choices=tokens, value=0, visible=True),
-        gr.Radio(choices=layers, value=best_layer(maps), visible=True),
-        gr.Checkbox(value=False, visible=True),
+        gr.Radio(choices=tokens, value=0),
+        gr.Radio(choices=layers, value=best_layer(maps)),
+        gr.Checkbox(value=False),
     ]

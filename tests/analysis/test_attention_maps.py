@@ -7,9 +7,11 @@ import itertools
 import pytest
 import torch
 from scene_models import save_scene_model
-from tiny_models import random_images, random_tokens, tiny_hive
+from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
+from transformers import LlavaForConditionalGeneration
 
-from hive_ds.analysis.attention_maps import AttentionMaps, LayerMaps, attention_maps, token_attention_maps
+from hive_ds.analysis.attention_maps import attention_maps, token_attention_maps
+from hive_ds.analysis.maps import AttentionMaps, LayerMaps
 from hive_ds.data.scenes_samples import question_samples
 from hive_ds.errors import HiveError
 from hive_ds.kernels import finish_keys
@@ -30,9 +32,7 @@ def maps_and_calls(model, monkeypatch, *, offsets=OFFSETS, head=None, **images) 
         return out
 
     monkeypatch.setattr(attention_module, "hierarchical_attention", spy)
-    with torch.no_grad():
-        encoded = model.encode_prompt_images(image_offsets=[offsets], prompts=1, **images)
-        maps = token_attention_maps(model, random_tokens(LENGTH)[None], encoded, head=head)
+    maps = token_attention_maps(model, random_tokens(LENGTH)[None], offsets, images, head=head)
     return maps, {layer: calls[layer] for layer in model.routes.blocks_by_layer}
 
 
@@ -117,3 +117,29 @@ def test_straight_from_a_folder_and_a_file(tmp_path):
         attention_maps(model, processor, text, tmp_path / "picture.png", head=6)
     with pytest.raises(HiveError, match="text without an image"):
         attention_maps(model, processor, "no picture", [])
+
+
+@pytest.mark.parametrize("language", ["llama", "qwen3"])
+def test_maps_of_a_cascaded_model_are_those_of_stock_transformers(language, tmp_path):
+    """Text tokens on image tokens, at every layer; an image after the text is not in the sequence."""
+    model = tiny_cascaded(language)
+    offsets, pixels, text = [0, 3], random_images(2), random_tokens(LENGTH)
+    model.save_pretrained(tmp_path)
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    patches = torch.full((16,), model.config.image_token_index)
+    ids = torch.cat([patches, text[:3], patches, text[3:]])
+    attentions = stock(ids[None], pixel_values=pixels, output_attentions=True).attentions
+    places = (ids != model.config.image_token_index).nonzero()[:, 0]
+    for head in (None, 1):
+        maps = token_attention_maps(
+            model, text[None], [*offsets, LENGTH], {"pixel_values": random_images(3)}, head=head
+        )
+        assert [one.layer for one in maps.layers] == list(range(5))
+        for one, weights in zip(maps.layers, attentions, strict=True):
+            expected = (weights[0].mean(0) if head is None else weights[0, head])[places]
+            torch.testing.assert_close(one.text_TT, expected[:, places], **CLOSE)
+            torch.testing.assert_close(one.on_patches(0).flatten(1), expected[:, :16], **CLOSE)
+            torch.testing.assert_close(one.on_patches(1).flatten(1), expected[:, 19:35], **CLOSE)
+            torch.testing.assert_close(all_keys(one).sum(1), torch.ones(LENGTH), **CLOSE)
+            assert one.images[2].sum() == 0
+    assert model.language_model.config._attn_implementation == "hive"
