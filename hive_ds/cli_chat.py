@@ -53,6 +53,7 @@ def _run(args: argparse.Namespace) -> None:
 
         require_gradio()  # before the model is loaded, which may take minutes
     import sys
+    import warnings
 
     import transformers
 
@@ -60,6 +61,7 @@ def _run(args: argparse.Namespace) -> None:
     from hive_ds.chat.loading import load_chat_model
 
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"gradio\.")  # of what other packages have deprecated
     settings = AnswerSettings(args.max_new_tokens, args.temperature, args.beams)
     images = [read_image(path) for path in args.images]
     chat = load_chat_model(args.checkpoint)

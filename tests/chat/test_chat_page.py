@@ -1,4 +1,4 @@
-"""The page in the browser, asked through gradio's own client: a stream, a map, clear refusals, nothing from elsewhere."""
+"""The page in the browser, asked through gradio's client: a stream, a map, clear refusals, nothing from elsewhere."""
 
 from __future__ import annotations
 
