@@ -94,7 +94,7 @@ class VlmConfig:
 
     language_model: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the chat LLM."""
-    vision_encoder: str | None = None
+    vision_encoder: Annotated[str | None, NOT_EMPTY] = None
     """Hugging Face name or local folder; null: what stages 1 to 3 have made, exported to RUN/encoder."""
     feature_block: Annotated[int, NOT_ZERO] = -2
     """As ``model.feature_block``."""
@@ -193,6 +193,8 @@ class TrainingConfig:
     log_interval: Annotated[int, at_least(1)] = 1
     max_skipped_steps: Annotated[int, at_least(1)] = 5
     """Steps in a row with a non-finite gradient before the run stops."""
+    hang_timeout: Annotated[float, NOT_NEGATIVE] = 1800
+    """Seconds without progress after which every rank writes where it is and the run ends; 0 switches that off."""
     tensorboard: bool = False
     wandb: bool = False
 

@@ -26,13 +26,14 @@ from hive_ds.training.start_model import start_model
 SA = ("model.kind=cascaded", "model.routes=null")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyRun]:
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """A process group of this process, and no launcher variables left behind."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             patch.setenv(name, "")
         start(World())
-        yield TinyRun.make(tmp_path_factory.mktemp("run"))
+        yield
         stop()
 
 

@@ -40,19 +40,6 @@ EQUAL_ACROSS_ATTEMPTS = (
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun.make(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def straight(tiny: TinyRun) -> str:
-    """Stage 1 under ZeRO-3 on 2 ranks through the deepspeed launcher; returns what it printed."""
-    done = tiny.train(1, "straight")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
 def pretrained(tiny: TinyRun, straight: str) -> dict[int, str]:
     """Stages 2 and 3 after `straight`; what each printed."""
     printed = {}
