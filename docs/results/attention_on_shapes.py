@@ -1,6 +1,7 @@
-"""On which shape lies the attention that predicts an answer: the asked-for one, another one? After `make quickstart`."""
+"""On which shape lies the attention that predicts an answer: the asked-for one, another? After `make quickstart`."""
 
 import torch
+
 from hive_ds.chat.answer_maps import answer_maps
 from hive_ds.chat.conversation import AnswerSettings, Conversation
 from hive_ds.chat.loading import load_chat_model
@@ -35,7 +36,7 @@ for number in table[:, 0].unique():
     of = table[table[:, 0] == number]
     right, difference = of[of[:, 4] == 1], of[:, 2] - of[:, 3]
     print(
-        f"layer {number:.0f}: {len(of)} questions, {len(right)} right; on the picture {of[:, 1].mean():.0%}, of it on the "
-        f"asked shape's cell {of[:, 2].mean():.1%} ({right[:, 2].mean():.1%} when right), on another shape's "
+        f"layer {number:.0f}: {len(of)} questions, {len(right)} right; on the picture {of[:, 1].mean():.0%}, of it on "
+        f"the asked shape's cell {of[:, 2].mean():.1%} ({right[:, 2].mean():.1%} when right), on another shape's "
         f"{of[:, 3].mean():.1%}; difference {difference.mean():.1%} +- {difference.std() / len(of) ** 0.5:.1%}"
     )
