@@ -140,7 +140,8 @@ class StageConfig:
     global_batch_size: Annotated[int, at_least(1)]
     """Samples of one optimizer step over all ranks and accumulation steps."""
     micro_batch_size: Annotated[int, at_least(1)]
-    """Samples of one forward pass on one rank."""
+    """Samples of one forward pass on one rank, at most: where it does not divide a rank's share of the global batch,
+    the next smaller number that does. The weights do not depend on it."""
     epochs: Annotated[float, POSITIVE] = 1.0
     steps: Annotated[int | None, at_least(1)] = None
     """Optimizer steps; overrides ``epochs``."""
@@ -160,13 +161,6 @@ class StageConfig:
     """Largest global gradient norm."""
     data: DataConfig | None = None
     """What this stage has of its own; all that is not written here is that of ``data``. null: nothing."""
-
-    def __post_init__(self) -> None:
-        if self.global_batch_size % self.micro_batch_size:
-            raise HiveError(
-                f"global_batch_size = {self.global_batch_size} is not divisible by"
-                f" micro_batch_size = {self.micro_batch_size}; expected a multiple of it"
-            )
 
 
 @dataclass(frozen=True)
