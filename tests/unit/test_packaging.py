@@ -74,6 +74,7 @@ def test_declared_metadata(wheel: Path):
         "streaming",
         "datasets",
         "flash",
+        "chat",
         "timm",
         "open-clip",
         "eval",
