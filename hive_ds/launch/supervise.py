@@ -69,8 +69,9 @@ class Supervisor:
                 verdict = self._conclude(code)
                 if verdict is not None:
                     return verdict
-                say(f"the try ended with exit code {code} before the stage was done; starting it again")
-                self._sleep()
+                say(f"the try ended with exit code {code} before the stage was done")
+                if number < self._restarts:
+                    self._sleep()
         say(f"no restart is left (--restarts {self._restarts}); run the same command to go on")
         return 1
 
