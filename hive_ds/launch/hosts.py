@@ -24,6 +24,9 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAli
 PORT = 29500
 """DeepSpeed's own default of --master_port."""
 
+OF_THIS_START = ("HIVE_ATTEMPT", "HIVE_STOP_AT")
+"""Variables that are carried to this start's ranks but must not stand in a file for later ones."""
+
 GIGABYTE = 10**9
 DISK = 20 * GIGABYTE
 CLOCK_SKEW = 5.0
@@ -94,7 +97,8 @@ def _first_failure(running: dict[Host, subprocess.Popen[bytes]]) -> int:
 
 def _remote(command: Sequence[str]) -> str:
     """A shell command line that runs ``command`` in this folder with this environment."""
-    variables = [f"{name}={value}" for name, value in carried_variables(os.environ).items()]
+    own = {name: os.environ[name] for name in OF_THIS_START if name in os.environ}
+    variables = [f"{name}={value}" for name, value in {**carried_variables(os.environ), **own}.items()]
     return f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*variables, *command])}"
 
 

@@ -24,7 +24,8 @@ class Hosts:
 
     def command(self, *command: str) -> list[str]:
         """A command line on the login host, in the folder."""
-        env = (f"PYTHONPATH={REPOSITORY}", f"PATH={os.environ['PATH']}", "HIVE_CARRIED=two words")
+        carried = ("HIVE_CARRIED=two words", "HIVE_ATTEMPT=mine")
+        env = (f"PYTHONPATH={REPOSITORY}", f"PATH={os.environ['PATH']}", *carried)
         return self.cluster.command("env", f"--chdir={self.folder}", *env, *command)
 
     def hive_ds(self, *arguments: str) -> subprocess.CompletedProcess[str]:

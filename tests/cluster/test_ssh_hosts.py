@@ -46,6 +46,7 @@ def test_environment_file(hosts: Hosts) -> None:
     lines = (hosts.folder / ".deepspeed_env").read_text().splitlines()
     assert f"PYTHONPATH={REPOSITORY}" in lines
     assert "HIVE_CARRIED=two words" in lines
+    assert "HIVE_ATTEMPT=mine" not in lines
     assert all("=" in line and not line.startswith("#") for line in lines)
 
 
@@ -61,6 +62,7 @@ def test_killed_rank_ends_all(hosts: Hosts, tiny: TinyRun, launcher: str, tmp_pa
         victim = hosts.cluster.run("pgrep", "-f", "[p]ython[0-9.]* -u -m hive_ds.train", node="node2").split()[-1]
         environment = hosts.cluster.run("cat", f"/proc/{victim}/environ", node="node2")
         assert "HIVE_CARRIED=two words" in environment.split("\0")
+        assert ("HIVE_ATTEMPT=mine" in environment.split("\0")) == (launcher == "hosts run")
         hosts.cluster.run("kill", "-9", victim, node="node2")
         killed = time.monotonic()
         wait_for(lambda: not hosts.ranks("node1") and not hosts.ranks("node2"), 100, "the end of all", every=0.2)
