@@ -62,6 +62,7 @@ class Watchdog:
         shared = store if timeout and len(hosts) > 1 else None
         self._store = None if shared is None else shared.clone()
         self._ear = None if shared is None else shared.clone()
+        self._listener = threading.Thread(target=self._listen, name="watchdog-ear", daemon=True)
 
     def start(self) -> None:
         """Watch from now on."""
@@ -69,7 +70,7 @@ class Watchdog:
             return
         self._thread.start()
         if self._ear is not None:
-            threading.Thread(target=self._listen, name="watchdog-ear", daemon=True).start()
+            self._listener.start()
 
     def stop(self) -> None:
         """Stop watching: the work is done."""
@@ -81,6 +82,9 @@ class Watchdog:
         self._stopped = True
         self._told.set()
         self._thread.join()
+        if self._listener.is_alive():
+            # It has heard that the work is over. Still inside the store's code when Python ends, it would abort the process.
+            self._listener.join(ANSWER_SECONDS)
 
     def _watch(self) -> None:
         idle, seen, before = 0.0, -1, time.monotonic()
