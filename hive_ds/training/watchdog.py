@@ -83,7 +83,7 @@ class Watchdog:
         self._told.set()
         self._thread.join()
         if self._listener.is_alive():
-            # It has heard that the work is over. Still inside the store's code when Python ends, it would abort the process.
+            # It has heard that the work is over; in the store's C++ code when Python ends, it would abort the process.
             self._listener.join(ANSWER_SECONDS)
 
     def _watch(self) -> None:
