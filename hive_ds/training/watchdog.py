@@ -82,9 +82,8 @@ class Watchdog:
         self._stopped = True
         self._told.set()
         self._thread.join()
-        if self._listener.is_alive():
-            # It has heard that the work is over; in the store's C++ code when Python ends, it would abort the process.
-            self._listener.join(ANSWER_SECONDS)
+        if self._ear is not None:  # a thread that wakes up in the store's code while Python ends aborts the process
+            self._listener.join(_PATIENCE)
 
     def _watch(self) -> None:
         idle, seen, before = 0.0, -1, time.monotonic()

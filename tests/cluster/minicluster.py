@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,15 @@ class MiniCluster:
     def heal(self, node: str) -> None:
         """Put the cable back."""
         self.run("ip", "link", "set", f"v{node.removeprefix('node')}", "up")
+
+    @contextmanager
+    def listening(self, node: str, port: int) -> Iterator[None]:
+        """A port of a node in the hands of a program that accepts connections and says nothing."""
+        code = f"import socket, sys; s = socket.create_server(('', {port})); sys.stdin.read()"
+        command = self.command(sys.executable, "-c", code, node=node)
+        with subprocess.Popen(command, stdin=subprocess.PIPE):  # which ends when its stdin closes
+            wait_for(lambda: f":{port}" in self.run("ss", "-ltn", node=node), 20, "the listener")
+            yield
 
     def _idle(self) -> int:
         done = self.start("sinfo", "--noheader", "--states=idle", "--format=%D", timeout=10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,13 +125,9 @@ def test_first_node_that_nobody_meets_is_left_out(seven: SlurmSite, site_folder:
     seven.edit("HIVE_SCRATCH=/run/scratch HIVE_PREFLIGHT=1")
     job = seven.submit(1, run, "--spares", "1", recipe="tiny", options=("--nodes=3", "--hold"))
     port = 12000 + job * 13  # of body.sh; whoever listens there does not speak the store's language
-    code = f"import socket, time; s = socket.create_server(('', {port})); time.sleep(600)"
-    listener = subprocess.Popen(seven.cluster.command(sys.executable, "-c", code, node="node1"))
-    wait_for(lambda: f":{port}" in seven.cluster.run("ss", "-ltn", node="node1"), 20, "the listener")
-    seven.login("scontrol", "release", str(job))
-    assert seven.wait(job) == "COMPLETED", seven.log(job)
-    listener.kill()
-    listener.wait()
+    with seven.cluster.listening("node1", port):
+        seven.login("scontrol", "release", str(job))
+        assert seven.wait(job) == "COMPLETED", seven.log(job)
     assert faults(seven, job)["node1"].startswith(f"did not meet the others on node1, port {port}: ")
     assert set(faults(seven, job)) == {"node1"}
     assert "2 of 3 nodes are good, 2 needed" in seven.log(job)

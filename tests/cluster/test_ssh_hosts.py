@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,19 +20,11 @@ LAUNCHERS = ("deepspeed", "hosts run")
 def test_check_finds_what_is_wrong(hosts: Hosts, tmp_path: Path) -> None:
     good = hosts.hive_ds("hosts", "check", hosts.hostfile("node1 slots=1", "node2 slots=1"))
     assert (good.returncode, good.stdout) == (0, "2 hosts, 2 slots: no fault found\n"), good.stderr
-    listener = subprocess.Popen(
-        hosts.cluster.command(
-            *(sys.executable, "-c", "import socket, time; s = socket.create_server(('', 29500)); time.sleep(60)"),
-            node="node1",
-        )
-    )
-    wait_for(lambda: ":29500" in hosts.cluster.run("ss", "-ltn", node="node1"), 20, "the listener")
     hosts.cluster.run("mount", "-o", "remount,size=64m", "/dev/shm", node="node2")
     file = hosts.hostfile("node1 slots=1", "node2 slots=99", "node9 slots=1")
-    bad = hosts.hive_ds("hosts", "check", file, "--folder", str(tmp_path))
+    with hosts.cluster.listening("node1", 29500):
+        bad = hosts.hive_ds("hosts", "check", file, "--folder", str(tmp_path))
     hosts.cluster.run("mount", "-o", "remount,size=2g", "/dev/shm", node="node2")
-    listener.kill()
-    listener.wait()
     assert bad.returncode == 1
     cores = len(os.sched_getaffinity(0))
     expected = {

@@ -65,6 +65,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
             "export",
             "export encoder",
             "probe",
+            "chat",
         ),
     ],
 )
@@ -125,6 +126,13 @@ WRONG = {
     "nothing to reshard": (["checkpoint", "reshard", "{tmp}/a", "{tmp}/out", "--ranks", "2"], "checkpoint {tmp}/a: no"),
     "no stage to supervise": (["supervise", "--", "true", "--run", "a"], "true --run a: expected a training command"),
     "no model": (["export", "encoder", "{tmp}", "{tmp}/out"], "neither a model folder"),
+    "no checkpoint to ask": (["chat", "{tmp}/none", "hm?"], "checkpoint {tmp}/none: no such folder"),
+    "no picture": (["chat", "{tmp}", "hm?", "--image", "{tmp}/none.png"], "image {tmp}/none.png: No such file"),
+    "not a picture": (["chat", "{tmp}", "hm?", "--image", "{tmp}/one.json"], "one.json: image of"),
+    "no beams": (["chat", "{tmp}", "hm?", "--beams", "0"], "beams is 0, expected at least 1"),
+    "no folder for a map": (["chat", "{tmp}", "--map", "{tmp}/out/map.png"], "there is no folder {tmp}/out"),
+    "map without picture": (["chat", "{tmp}", "hm?", "--map", "{tmp}/map.png"], "--map without --image"),
+    "page with a question": (["chat", "{tmp}", "hm?", "--browser"], "--browser with QUESTION"),
 }
 
 
