@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from hive_ds import __version__
 from hive_ds.cli_data import add_data_commands
+from hive_ds.cli_eval import add_eval_command
 from hive_ds.cli_hosts import add_host_commands
 from hive_ds.cli_parts import command, group
 from hive_ds.errors import run_command
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe_show(recipe)
     add_data_commands(group(commands, "data", "make training data: generated scenes, or a dataset of your own"))
     add_host_commands(group(commands, "hosts", "check the hosts of a hostfile, and run on them"))
+    add_eval_command(commands)
     export = group(commands, "export", "turn a trained model into stock Hugging Face folders")
     _add_export_encoder(export)
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -81,7 +82,6 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sa
         yield samples[start : start + batch_size]
 
 
-@torch.no_grad()
 def _generate(
     model: HiveForCausalLM, processor: HiveProcessor, batch: Sequence[Sample], template: str, max_new_tokens: int
 ) -> list[str]:
@@ -89,14 +89,41 @@ def _generate(
     for sample in batch:
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
         prompts.append(render_prompt(turns, processor.tokenizer, template=template))
-    inputs = processor(prompts, [image for sample in batch for image in sample.images] or None).to(model.device)
-    offsets = inputs.pop("image_offsets")
+    images = [image for sample in batch for image in sample.images]
+    return generate_answers(model, processor, prompts, images, max_new_tokens=max_new_tokens)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[str],
+    images: Sequence[Any],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+) -> list[str]:
+    """Greedy (or beam) answers to rendered prompts, in order, without surrounding spaces.
+
+    Args:
+        model: in eval mode; its ``generate`` takes what ``processor`` returns.
+        processor: called with prompts and images; pads on the left.
+        prompts: texts with a placeholder for each image.
+        images: those of all prompts, in the order of the placeholders.
+        max_new_tokens: longest answer.
+        num_beams: 1 is greedy.
+    """
+    inputs = dict(processor(text=list(prompts), images=list(images) or None))
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            inputs[name] = value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
     tokens = model.generate(
         **inputs,
-        image_offsets=offsets,
         do_sample=False,
+        num_beams=num_beams,
         max_new_tokens=max_new_tokens,
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
-    return [answer.strip() for answer in processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :])]
+    answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
