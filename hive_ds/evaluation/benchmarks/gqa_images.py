@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -28,5 +29,6 @@ def doc_to_visual(doc: Mapping[str, Any], settings: Mapping[str, Any]) -> list[I
 
 @lru_cache(maxsize=1)
 def _index(files: Sequence[str]) -> tuple[Dataset, dict[str, int]]:
-    dataset = with_images(load_dataset("parquet", data_files=list(files), split="train"))
+    cache = os.environ.get("LMMS_EVAL_DATASETS_CACHE")  # where lmms-eval puts its own
+    dataset = with_images(load_dataset("parquet", data_files=list(files), split="train", cache_dir=cache))
     return dataset, {name: row for row, name in enumerate(dataset["id"])}

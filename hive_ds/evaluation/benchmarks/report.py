@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hive_ds import __version__
-from hive_ds.evaluation.benchmarks.catalogue import Benchmark, write_task
+from hive_ds.evaluation.benchmarks.catalogue import write_task
 from hive_ds.evaluation.benchmarks.checkpoint_model import CheckpointModel
 from hive_ds.evaluation.benchmarks.local_data import describe_files
-from hive_ds.evaluation.benchmarks.scores import Answered, Score
+from hive_ds.evaluation.benchmarks.runner import Outcome
+from hive_ds.evaluation.benchmarks.self_test import SelfTest
 from hive_ds.evaluation.checkpoints import weights_sha256
 from hive_ds.files import write_whole
 
 RESULTS = "results.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lmms-eval", "accelerate", "pillow", "numpy")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One benchmark, answered and scored."""
-
-    benchmark: Benchmark
-    prompt_version: str
-    split: str
-    available: int
-    """Questions in the local copy."""
-    rows: Sequence[Answered]
-    scores: Sequence[Score]
-    lmms_eval: dict[str, float]
-    """All of its figures."""
 
 
 def checkpoint_record(checkpoint: Path, model: CheckpointModel) -> dict[str, Any]:
@@ -56,7 +42,7 @@ def write_results(
     outcomes: Sequence[Outcome],
     configs: dict[str, dict[str, Any]],
     record: dict[str, Any],
-    self_tests: list[dict[str, Any]] | None,
+    self_tests: Sequence[SelfTest] | None,
 ) -> None:
     """Write ``tasks/``, ``answers/``, ``scores.md`` and last ``results.json`` to ``out``."""
     (out / "tasks").mkdir(parents=True, exist_ok=True)
@@ -79,13 +65,9 @@ def write_results(
             "task_config": config,
         }
     write_whole(out / "scores.md", table(outcomes))
-    results = {**record, "self_tests": self_tests, "benchmarks": benchmarks}
+    tests = None if self_tests is None else [asdict(test) for test in self_tests]
+    results = {**record, "self_tests": tests, "benchmarks": benchmarks}
     write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
-
-
-def print_table(outcomes: Sequence[Outcome]) -> None:
-    """The main scores."""
-    print(table(outcomes), end="")
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -51,7 +51,7 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval by the normal approximation, within what the score can be; None where all answers were alike."""
+        """95 % interval by the normal approximation, within what the score can be; None where nothing varied."""
         if not self.standard_error:
             return None
         spread = Z_95 * self.standard_error
@@ -125,6 +125,8 @@ def _mme(rows: Sequence[Answered], lmms_eval: Mapping[str, float]) -> list[Score
     found = []
     for name, categories in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION)):
         own = [parts[category] for category in categories if category in parts]
+        if not own:  # none was asked about
+            continue
         errors = [part.standard_error for part in own]
         error = None if None in errors else math.sqrt(math.fsum((e or 0.0) ** 2 for e in errors))
         total = math.fsum(part.value for part in own)

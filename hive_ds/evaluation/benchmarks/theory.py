@@ -42,11 +42,12 @@ def _mme(labels: Sequence[Labels], kind: str) -> Expected:
     by_category: dict[str, list[float]] = defaultdict(list)
     for (category, _), pair in images.items():
         by_category[category].append({0: 0.0, 1: 50.0, 2: 200.0}[sum(pair)])
-    totals = {
-        name: sum(_mean(by_category[category]) for category in categories if category in by_category)
-        for name, categories in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION))
-    }
-    return {name: (total, total) for name, total in totals.items()}
+    found = {}
+    for name, categories in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION)):
+        own = [_mean(by_category[category]) for category in categories if category in by_category]
+        if own:
+            found[name] = (sum(own), sum(own))
+    return found
 
 
 def _pope(labels: Sequence[Labels], kind: str) -> Expected:
