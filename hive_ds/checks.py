@@ -53,6 +53,7 @@ def keys_from(*choices: str) -> Check:
 
 
 POSITIVE = Check("> 0", lambda value: value > 0)
+NOT_ZERO = Check("not 0", lambda value: value != 0)
 NOT_NEGATIVE = Check(">= 0", lambda value: value >= 0)
 SHARE = Check("from 0 to 1", lambda value: 0 <= value <= 1)
 FACTOR = Check("above 0 and at most 1", lambda value: 0 < value <= 1)

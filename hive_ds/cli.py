@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from hive_ds import __version__
 from hive_ds.cli_data import add_data_commands
 from hive_ds.cli_eval import add_eval_command
+from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
 from hive_ds.cli_parts import command, group
 from hive_ds.errors import run_command
@@ -49,8 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(group(commands, "data", "make training data: generated scenes, or a dataset of your own"))
     add_host_commands(group(commands, "hosts", "check the hosts of a hostfile, and run on them"))
     add_eval_command(commands)
-    export = group(commands, "export", "turn a trained model into stock Hugging Face folders")
-    _add_export_encoder(export)
+    add_export_commands(group(commands, "export", "turn trained models into folders that other libraries load"))
     return parser
 
 
@@ -106,23 +106,3 @@ def _add_recipe_show(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="override one value, as model.rope=1d or stages.vision_finetuning.lr=1e-5; the value is YAML; repeatable",
     )
-
-
-def _add_export_encoder(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> None:
-        from hive_ds.export import export_encoder
-
-        report = export_encoder(args.source, args.out)
-        trained = f"{report.trained_blocks} of {report.num_blocks} blocks trained"
-        parity = f"features read back within {report.largest_difference:.1e}"
-        print(f"wrote {report.model_class} to {report.folder}: {trained}, {parity}")
-
-    parser = command(
-        commands,
-        "encoder",
-        run,
-        "write the trained vision encoder as a folder that plain transformers loads",
-        "The folder is read back and its features compared before the command says it is done.",
-    )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="a run's folder, or a model's")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder")

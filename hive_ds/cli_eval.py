@@ -34,7 +34,10 @@ def add_eval_command(commands: Any) -> None:
         "--batch-size", type=int, default=16, metavar="B", help="questions together (default: %(default)s)"
     )
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: this rank's GPU, or the CPU)")
-    parser.add_argument("--dtype", default="auto", help="of the weights, as bfloat16 (default: as they were saved)")
+    parser.add_argument("--dtype", default="float32", help="of the weights; on a GPU bfloat16 (default: %(default)s)")
+    parser.add_argument(
+        "--encoder", type=Path, metavar="FOLDER", help="an exported encoder: stop unless the checkpoint holds this one"
+    )
     tests = parser.add_mutually_exclusive_group()
     tests.add_argument("--self-test", action="store_true", help="run the self-tests; the only thing without CHECKPOINT")
     tests.add_argument("--no-self-test", action="store_true", help="trust data and scorers: they were tested before")
@@ -61,6 +64,7 @@ def _run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             device=args.device,
             dtype=args.dtype,
+            encoder=args.encoder,
             self_test=not args.no_self_test,
         )
     )

@@ -7,7 +7,7 @@ may be stands in its annotation (`hive_ds.checks`); what binds several values, i
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from hive_ds.checks import (
@@ -17,6 +17,7 @@ from hive_ds.checks import (
     FOLDERS,
     NOT_EMPTY,
     NOT_NEGATIVE,
+    NOT_ZERO,
     POSITIVE,
     SHARE,
     at_least,
@@ -26,7 +27,7 @@ from hive_ds.checks import (
     one_of,
 )
 from hive_ds.errors import HiveError
-from hive_ds.stages import STAGES
+from hive_ds.stages import STAGES, STAGES_BY_KIND, VLM_STAGES
 
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 """The stages that a recipe may describe."""
@@ -61,7 +62,12 @@ class ModelConfig:
     """Hugging Face name or local folder of the vision encoder."""
     language_model: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the LLM."""
-    routes: RoutesConfig
+    routes: RoutesConfig | None = None
+    """Of kind ``hive``, which needs them."""
+    kind: Annotated[str, one_of(*STAGES_BY_KIND)] = "hive"
+    """``hive``, or ``cascaded``: features of one block go through an MLP to the LLM's input (the paper's SA)."""
+    feature_block: Annotated[int, NOT_ZERO] = -2
+    """Vision block that a cascaded model takes, from 1 or, negative, from the end: -2 is the penultimate."""
     qk_norm: Annotated[str, one_of("none", "pre_rope", "post_rope")] = "pre_rope"
     """``none``, ``pre_rope`` or ``post_rope`` (the paper's); an LLM with its own q/k norms keeps those."""
     rope: Annotated[str, one_of("2d", "1d")] = "2d"
@@ -74,6 +80,24 @@ class ModelConfig:
     """Attention of the vision encoder, as transformers names it."""
     gradient_checkpointing: bool = False
     """Recompute activations of encoder blocks and LLM layers in backward (non-reentrant)."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "hive" and self.routes is None:
+            raise HiveError("routes is missing; a model of kind hive expects vision_blocks and language_layers")
+        if self.kind == "cascaded" and self.routes is not None:
+            raise HiveError("routes are given, but a model of kind cascaded has none; expected null")
+
+
+@dataclass(frozen=True)
+class VlmConfig:
+    """The cascaded model of stages 4 and 5, which judges the encoder; attention and checkpointing are ``model``'s."""
+
+    language_model: Annotated[str, NOT_EMPTY]
+    """Hugging Face name or local folder of the chat LLM."""
+    vision_encoder: str | None = None
+    """Hugging Face name or local folder; null: what stages 1 to 3 have made, exported to RUN/encoder."""
+    feature_block: Annotated[int, NOT_ZERO] = -2
+    """As ``model.feature_block``."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,8 @@ class DataConfig:
     """``plain`` (image, caption, end of sequence) or ``chat`` (the tokenizer's chat template)."""
     image_position: Annotated[str, one_of("first", "after_bos")] = "first"
     """Place of the image under ``plain``: ``first``, or ``after_bos`` (the published order)."""
+    image_aspect: Annotated[str, one_of("square", "pad")] = "square"
+    """``square``: as the encoder's own processor has it (stretched or cropped); ``pad``: padded in its mean colour."""
     max_length: Annotated[int, at_least(2)] = 2048
     """Text tokens of one sample at most; longer samples are cut at the end and counted."""
     shuffle: bool = True
@@ -132,6 +158,8 @@ class StageConfig:
     """AdamW's decay; never on norms and biases."""
     clip: Annotated[float, POSITIVE] = 1.0
     """Largest global gradient norm."""
+    data: DataConfig | None = None
+    """What this stage has of its own; all that is not written here is that of ``data``. null: nothing."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.micro_batch_size:
@@ -179,4 +207,31 @@ class Recipe:
     data: DataConfig
     stages: Annotated[dict[str, StageConfig], keys_from(*STAGE_NAMES)]
     """By stage name (`hive_ds.stages`)."""
+    vlm: VlmConfig | None = None
+    """Needed by stages 4 and 5."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        judged = [stage.name for stage in VLM_STAGES if stage.name in self.stages]
+        if not judged:
+            return
+        if self.vlm is None:
+            raise HiveError(f"vlm is missing, but stages has {', '.join(judged)}; expected a language_model at least")
+        if self.vlm.vision_encoder is None and len(judged) == len(self.stages):
+            raise HiveError("vlm.vision_encoder is null, but no stage trains an encoder; expected a name or a folder")
+
+    def vlm_model(self, vision_encoder: str) -> ModelConfig:
+        """The model of stages 4 and 5 around ``vision_encoder``, in the form of ``model``."""
+        assert self.vlm is not None
+        return replace(
+            self.model,
+            kind="cascaded",
+            routes=None,
+            vision_encoder=vision_encoder,
+            language_model=self.vlm.language_model,
+            feature_block=self.vlm.feature_block,
+        )
+
+    def data_of(self, stage: str) -> DataConfig:
+        """The data of a stage."""
+        return self.stages[stage].data or self.data

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from hive_ds.errors import HiveError
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -21,3 +26,25 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``out`` when the block ends, and is gone if it raises.
+
+    Raises:
+        HiveError: ``out`` is there and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise HiveError(f"folder {out}: exists and is not an empty folder; name a new one or remove it")
+    aside = out.absolute().with_name(f".{out.name}.partial-{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            flush(path)
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

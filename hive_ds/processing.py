@@ -1,4 +1,4 @@
-"""HiveProcessor: texts with ``<image>`` and images -> the arguments of `HiveForCausalLM`, as in training."""
+"""HiveProcessor: texts with ``<image>`` and images -> the arguments of HIVE and cascaded models, as in training."""
 
 from __future__ import annotations
 
@@ -31,13 +31,21 @@ class HiveProcessor:
     here loads in both (``preprocessor_config.json``, the tokenizer's files, ``processor_config.json``).
     """
 
-    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase, image_position: str = "first") -> None:
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        image_position: str = "first",
+        stock: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Join them; ``stock`` is what else ``processor_config.json`` tells stock transformers, of a cascaded model."""
         if image_position not in IMAGE_POSITIONS:
             raise HiveError(f"image_position {image_position!r}: expected one of {', '.join(IMAGE_POSITIONS)}")
         self.image_processor: ImageProcessor = image_processor
         self.tokenizer = prepare_tokenizer(tokenizer)
         self.image_position = image_position
         self.image_token = IMAGE_TOKEN
+        self.stock = dict(stock or {})
 
     def __call__(
         self,
@@ -123,7 +131,7 @@ class HiveProcessor:
         """Write image processor, tokenizer and ``processor_config.json`` to ``folder``."""
         self.image_processor.save_pretrained(folder)  # type: ignore[attr-defined]
         self.tokenizer.save_pretrained(folder)
-        config = {"processor_class": type(self).__name__, "image_position": self.image_position}
+        config = {"processor_class": type(self).__name__, "image_position": self.image_position, **self.stock}
         (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -152,8 +160,10 @@ class HiveProcessor:
         config = Path(folder) / CONFIG_NAME
         if not config.is_file():
             raise HiveError(f"processor folder {folder}: holds no {CONFIG_NAME}")
-        position = json.loads(config.read_text()).get("image_position", "first")
-        return cls(AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), position)
+        values = json.loads(config.read_text())
+        position = values.pop("image_position", "first")
+        stock = values if values.get("processor_class") != cls.__name__ else None
+        return cls(AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), position, stock)
 
 
 def _load(image: ImageInput) -> Image.Image:

@@ -1,6 +1,7 @@
 """Recipes: YAML files that name a run's every value, laid over a base recipe and under ``--set`` options.
 
-Precedence, stated once: defaults of `hive_ds.config` < ``base:`` recipe < the file < ``--set``.
+Precedence, stated once: defaults of `hive_ds.config` < ``base:`` recipe < the file < ``--set``. The ``data`` of a stage
+is the recipe's, under what the stage itself writes there.
 """
 
 from __future__ import annotations
@@ -40,7 +41,20 @@ def resolve(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[Re
     for option in overrides:
         entries = merge(entries, read_override(option))
     origins: Origins = {}
-    return build(Recipe, entries, str(name_or_path), origins), origins
+    return build(Recipe, _with_stage_data(entries), str(name_or_path), origins), origins
+
+
+def _with_stage_data(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """``entries`` with the ``data`` of each stage that has its own laid over the recipe's, key by key."""
+    below, stages = entries.get("data"), entries.get("stages")
+    if below is None or stages is None or not isinstance(below.content, dict) or not isinstance(stages.content, dict):
+        return entries  # `build` says what is wrong
+    filled = {
+        name: Entry({**stage.content, "data": Entry({**below.content, **own.content}, own.origin)}, stage.origin)
+        for name, stage in stages.content.items()
+        if isinstance(stage.content, dict) and (own := stage.content.get("data")) and isinstance(own.content, dict)
+    }
+    return {**entries, "stages": Entry({**stages.content, **filled}, stages.origin)}
 
 
 def _find(name_or_path: str, relative_to: Path) -> Path:

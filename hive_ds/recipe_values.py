@@ -60,10 +60,11 @@ def _default(spec: Field[Any], hint: Any, key: str, source: str, origins: Origin
 def _convert(hint: Any, entry: Entry, key: str, source: str, origins: Origins) -> Any:
     """One written value as its field's type, checked."""
     kind, check = _split(hint)
-    if is_dataclass(kind):
+    section = _section(kind)
+    if section and not (entry.is_null and section is not kind):
         if not isinstance(entry.content, dict):
             raise _wrong_value(key, entry, hint)
-        return build(kind, entry.content, source, origins, f"{key}.")  # type: ignore[arg-type]
+        return build(section, entry.content, source, origins, f"{key}.")
     mapping = next((option for option in _options(kind) if get_origin(option) is dict), None)
     if mapping and (mapping is kind or isinstance(entry.content, dict)):
         value: Any = _mapping(mapping, entry, key, source, origins, check)
@@ -103,6 +104,11 @@ def _plain(kind: Any, entry: Entry) -> Any:
     if get_origin(kind) is tuple:
         return _tuple(get_args(kind), entry)
     return _scalar(kind, entry.content) if isinstance(entry.content, yaml.ScalarNode) else _WRONG
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass that ``kind`` is, alone or beside null; None where it is none."""
+    return next((option for option in _options(kind) if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
@@ -190,9 +196,9 @@ def known_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """Every dotted key that a recipe may hold; the key of a stage is written ``<stage>``."""
     for name, hint in get_type_hints(cls, include_extras=True).items():
         kind, _ = _split(hint)
-        inner = get_args(kind)[1] if get_origin(kind) is dict else kind
-        if is_dataclass(inner):
-            middle = "" if inner is kind else "<stage>."
-            yield from known_keys(inner, f"{prefix}{name}.{middle}")  # type: ignore[arg-type]
+        free = get_origin(kind) is dict
+        section = _section(get_args(kind)[1] if free else kind)
+        if section:
+            yield from known_keys(section, f"{prefix}{name}.{'<stage>.' if free else ''}")
         else:
             yield prefix + name

@@ -1,7 +1,7 @@
 """The training stages as data: which parameters form a group, and which groups a stage trains.
 
-A group is a regular expression over parameter names, built from the model's routes. Every parameter must match exactly
-one group, so nothing is trained or frozen by accident. Source: arXiv 2604.00086, stages 1 to 3.
+A group is a regular expression over parameter names, built from how the model is joined. Every parameter must match
+exactly one group, so nothing is trained or frozen by accident. Source: arXiv 2604.00086.
 """
 
 from __future__ import annotations
@@ -29,33 +29,51 @@ class Stage:
     number: int
     name: str
     image_kv: str
-    """``shared``: images use the LLM layers' own k_proj and v_proj; ``own``: they have their own, copied from those."""
+    """Of a HIVE model. ``shared``: images use the LLM layers' own k_proj and v_proj; ``own``: copies of those."""
     trains: tuple[str, ...]
     """Names of the groups that train; all others are frozen."""
 
 
-STAGES: tuple[Stage, ...] = (
+HIVE_STAGES: tuple[Stage, ...] = (
     Stage(1, "connector_pretraining", "shared", ("projectors", "qk_norms")),
     Stage(2, "modality_adaptation", "own", ("projectors", "qk_norms", "routed_attention", "image_kv")),
     Stage(3, "vision_finetuning", "own", ("projectors", "qk_norms", "routed_attention", "image_kv", "vision_encoder")),
 )
+"""Stages that pre-train the encoder, under a HIVE model."""
+
+CASCADED_STAGES: tuple[Stage, ...] = (
+    Stage(1, "connector_pretraining", "shared", ("projectors",)),
+    Stage(2, "modality_adaptation", "shared", ("projectors", "first_attention")),
+    Stage(3, "vision_finetuning", "shared", ("projectors", "first_attention", "vision_encoder")),
+)
+"""The same stages under a cascaded model: the paper's self-attention baseline."""
+
+VLM_STAGES: tuple[Stage, ...] = (
+    Stage(4, "vlm_alignment", "shared", ("projectors",)),
+    Stage(5, "vlm_instruction_tuning", "shared", ("projectors", "first_attention", "language_model")),
+)
+"""Stages that judge the encoder, frozen in a cascaded model with a chat LLM (`hive_ds.config.VlmConfig`)."""
+
+STAGES = HIVE_STAGES + VLM_STAGES
+STAGES_BY_KIND = {"hive": STAGES, "cascaded": CASCADED_STAGES + VLM_STAGES}
+"""Kind of the model that stages 1 to 3 train -> all stages of a run."""
 
 
-def stage_by_number(number: int) -> Stage:
-    """The stage called ``number``.
+def stage_by_number(number: int, kind: str = "hive") -> Stage:
+    """The stage called ``number`` of a run whose encoder is pre-trained in a model of ``kind``.
 
     Raises:
         HiveError: there is no such stage.
     """
-    for stage in STAGES:
+    for stage in STAGES_BY_KIND[kind]:
         if stage.number == number:
             return stage
     raise HiveError(f"stage {number}: expected one of {', '.join(f'{s.number} ({s.name})' for s in STAGES)}")
 
 
-def next_stage(stage: Stage) -> Stage | None:
-    """The stage after ``stage``, or None after the last one."""
-    return next((other for other in STAGES if other.number == stage.number + 1), None)
+def next_stage(stage: Stage, described: Iterable[str]) -> Stage | None:
+    """The stage after ``stage`` whose name is in ``described``, or None after the last one."""
+    return next((other for other in STAGES if other.number > stage.number and other.name in described), None)
 
 
 def hive_groups(language_layers: Iterable[int], last_vision_block: int) -> tuple[ModuleGroup, ...]:
@@ -72,14 +90,38 @@ def hive_groups(language_layers: Iterable[int], last_vision_block: int) -> tuple
     """
     routed = rf"language_model\.model\.layers\.{_one_of(language_layers)}\.self_attn\."
     routed_parts = rf"{routed}(?:[qk]_norm|[qkvo]_proj|image_[kv]_proj)\."
-    vision = r"vision_encoder\.(?:vision_model\.)?"
-    used = rf"(?:encoder\.)?layers?\.{_one_of(range(last_vision_block))}\."
     return (
         ModuleGroup("projectors", r"projectors\..+"),
         ModuleGroup("qk_norms", rf"{routed}[qk]_norm\..+"),
         ModuleGroup("routed_attention", rf"{routed}[qkvo]_proj\..+"),
         ModuleGroup("image_kv", rf"{routed}image_[kv]_proj\..+"),
         ModuleGroup("language_model", rf"(?!{routed_parts})language_model\..+"),
+        *_vision_groups(last_vision_block),
+    )
+
+
+def cascaded_groups(last_vision_block: int) -> tuple[ModuleGroup, ...]:
+    """The parameter groups of a cascaded model.
+
+    ``projectors``: its one projector; ``first_attention``: self-attention of the first LLM layer, which is the first to
+    see image tokens; ``language_model``: the rest of the LLM, its head included; the encoder's as in `hive_groups`.
+
+    Args:
+        last_vision_block: the block whose features the LLM sees, counted from 1.
+    """
+    first = r"language_model\.model\.layers\.0\.self_attn\."
+    return (
+        ModuleGroup("projectors", r"projector\..+"),
+        ModuleGroup("first_attention", rf"{first}.+"),
+        ModuleGroup("language_model", rf"(?!{first})language_model\..+"),
+        *_vision_groups(last_vision_block),
+    )
+
+
+def _vision_groups(last_vision_block: int) -> tuple[ModuleGroup, ...]:
+    vision = r"vision_encoder\.(?:vision_model\.)?"
+    used = rf"(?:encoder\.)?layers?\.{_one_of(range(last_vision_block))}\."
+    return (
         ModuleGroup(
             "vision_encoder",
             rf"{vision}(?:(?!embeddings\.mask_token)embeddings\.|pre_layrnorm\.|{used}).+",

@@ -19,12 +19,10 @@ import torch
 from hive_ds.config import Recipe, StageConfig
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
-from hive_ds.model.attention_backends import describe_attention, warm_up_attention
-from hive_ds.model.hive import HiveForCausalLM
-from hive_ds.model.loading import build_model, load_model
+from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
-from hive_ds.stages import STAGES, Stage, hive_groups, next_stage, stage_by_number
+from hive_ds.stages import STAGES, VLM_STAGES, Stage, next_stage, stage_by_number
 from hive_ds.training.attempt import EXIT_STOPPED, Attempt
 from hive_ds.training.checkpoint import (
     CheckpointWriter,
@@ -37,13 +35,14 @@ from hive_ds.training.distributed import World, from_main, read_world, report_er
 from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
 from hive_ds.training.engine import Engine
 from hive_ds.training.flops import FlopCounter, matmul_rate
-from hive_ds.training.groups import StagePlan, plan_stage
+from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
 from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.run_folder import StageFolder
 from hive_ds.training.schedule import Schedule
+from hive_ds.training.start_model import start_model
 from hive_ds.training.table import print_plan
 
 if TYPE_CHECKING:
@@ -90,11 +89,11 @@ def train(options: argparse.Namespace, world: World) -> bool:
     folder = StageFolder(Path(options.run), stage)
     run = Run(recipe, stage, config, folder, world, start(world), Attempt(folder.path, world))
     if from_main(run.folder.done.is_file()):
-        run.say(f"stage {stage.number} of {options.run} is done already; {_next_command(options, stage)}")
+        run.say(f"stage {stage.number} of {options.run} is done already; {_next_command(options, recipe, stage)}")
         return True
     run.attempt.sign()
-    model, processor = _load_model(run)
-    plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), config)
+    model, processor = start_model(recipe, folder, world, run.attempt, run.say)
+    plan = plan_stage(model, stage, groups_of(model), config)
     _warn_untrained_blocks(run, model)
     _prepare_attention(run, model)
     loader, validation = _load_data(run, processor)
@@ -107,7 +106,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
         return False
     save_model(run.folder.model, job.engine, processor, world, run.attempt)
     _finish(run, job)
-    run.say(f"stage {stage.number} is done: {run.folder.model}\n{_next_command(options, stage)}")
+    run.say(f"stage {stage.number} is done: {run.folder.model}\n{_next_command(options, recipe, stage)}")
     return True
 
 
@@ -120,8 +119,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--run",
         "--run-folder",
         required=True,
-        help="folder of the run; stage N starts from RUN/stage{N-1}/model. Under torchrun write --run-folder: it takes "
-        "--run for its own --run-path",
+        help="folder of the run; stage N starts from RUN/stage{N-1}/model, stage 4 from RUN/encoder. Under torchrun "
+        "write --run-folder: it takes --run for its own --run-path",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"
@@ -133,34 +132,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _read_recipe(options: argparse.Namespace) -> tuple[Recipe, Stage, StageConfig]:
     recipe = load_recipe(options.recipe, options.set)
-    stage = stage_by_number(options.stage)
+    stage = stage_by_number(options.stage, recipe.model.kind)
     if stage.name not in recipe.stages:
         raise HiveError(f"recipe {recipe.name} has no stage {stage.name}; it has {', '.join(recipe.stages)}")
     return recipe, stage, recipe.stages[stage.name]
 
 
-def _load_model(run: Run) -> tuple[HiveForCausalLM, HiveProcessor]:
-    """The model with the previous stage's weights, or the recipe's base models for stage 1, and its processor."""
-    recipe, image_kv = run.recipe, run.stage.image_kv
-    torch.manual_seed(recipe.training.seed)
-    weights = run.folder.start_weights()
-    if weights is None:
-        model = build_model(recipe.model, image_kv=image_kv, max_length=recipe.data.max_length)
-        processor = HiveProcessor.from_base_models(
-            recipe.model.vision_encoder, recipe.model.language_model, recipe.data.image_position
-        )
-    else:
-        model, report = load_model(weights, recipe.model, image_kv=image_kv)
-        processor = HiveProcessor.from_pretrained(weights)
-        run.say(f"{weights}: {report}")
-    if recipe.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model.train(), processor
-
-
 def _load_data(run: Run, processor: HiveProcessor) -> tuple[SampleLoader, dict[str, SampleLoader]]:
     """The training loader, and those of the validation losses by name."""
-    data, config = run.recipe.data, run.config
+    data, config = run.recipe.data_of(run.stage.name), run.config
 
     def build(folder: str | Mapping[str, float], global_batch_size: int, *, train: bool) -> SampleLoader:
         return build_loader(
@@ -199,7 +179,7 @@ def _write_inputs(run: Run, policy: dict[str, Any]) -> dict[str, Any]:
 
 def _start_job(
     run: Run,
-    model: HiveForCausalLM,
+    model: TrainedModel,
     plan: StagePlan,
     loader: SampleLoader,
     validation: dict[str, SampleLoader],
@@ -217,7 +197,14 @@ def _start_job(
     first_step = _resume(run, writer, loader)
     rate = matmul_rate(device, engine.dtype)
     metrics = MetricsLog(run.folder.metrics, world, first_step)
-    metrics.write("start", first_step, ranks=world.size, device=_device_name(device), matmul_flops_per_second=rate)
+    metrics.write(
+        "start",
+        first_step,
+        ranks=world.size,
+        device=_device_name(device),
+        matmul_flops_per_second=rate,
+        vision_sha256=getattr(model.config, "vision_sha256", None),
+    )
     job = Job(
         engine=engine,
         loader=loader,
@@ -262,15 +249,17 @@ def _num_steps(config: StageConfig, loader: SampleLoader, engine: Engine) -> int
     return config.steps or max(1, round(config.epochs * len(loader) / engine.accumulation))
 
 
-def _warn_untrained_blocks(run: Run, model: HiveForCausalLM) -> None:
-    blocks = model.routes.untrained_blocks(model.config.vision_config.num_hidden_layers)
+def _warn_untrained_blocks(run: Run, model: TrainedModel) -> None:
+    if run.stage in VLM_STAGES:  # they train none of it
+        return
+    blocks = range(model.last_vision_block + 1, model.config.vision_config.num_hidden_layers + 1)
     names = ", ".join(
         [*(f"block {block}" for block in blocks), "the final norm and the pooling head, where there is one"]
     )
     run.say(f"warning: no gradient reaches these parts of the vision encoder: {names}")
 
 
-def _prepare_attention(run: Run, model: HiveForCausalLM) -> None:
+def _prepare_attention(run: Run, model: TrainedModel) -> None:
     """Say which attention runs where, and compile its kernels before a step waits for them."""
     dtype = torch.bfloat16 if run.recipe.training.precision == "bf16" else torch.float32
     for line in describe_attention(model, run.device, dtype):
@@ -284,10 +273,10 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _next_command(options: argparse.Namespace, stage: Stage) -> str:
-    following = next_stage(stage)
+def _next_command(options: argparse.Namespace, recipe: Recipe, stage: Stage) -> str:
+    following = next_stage(stage, recipe.stages)
     if following is None:
-        return f"next: hive-ds export --help, to make a stock vision encoder of {options.run}"
+        return f"next: hive-ds export encoder {options.run} OUT, for a stock vision encoder"
     overrides = "".join(f" --set {value}" for value in options.set)
     command = (
         f"deepspeed --module hive_ds.train --recipe {options.recipe} --stage {following.number} --run {options.run}"

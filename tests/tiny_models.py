@@ -7,8 +7,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hive_ds.model.attention import HeadRMSNorm
+from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.identity import weights_sha256
 from hive_ds.model.vision import vision_class
 
 VOCABULARY = 96
@@ -109,6 +111,29 @@ def tiny_hive(
     return model
 
 
+def tiny_cascaded(
+    language: str = "llama",
+    vision: str = "siglip",
+    *,
+    feature_block: int = -2,
+    seed: int = 0,
+    text_changes: dict[str, object] | None = None,
+    **changes: object,
+) -> CascadedForCausalLM:
+    """A random cascaded model in eval mode; ``changes`` go to `CascadedForCausalLM`. Its last token is ``<image>``."""
+    encoder = tiny_encoder(vision, seed)
+    llm = tiny_language_model(language, seed, **(text_changes or {}))
+    torch.manual_seed(seed + 1)
+    config = cascaded_config(
+        encoder.config,
+        llm.config,
+        feature_block=feature_block,
+        image_token_id=VOCABULARY - 1,
+        vision_sha256=weights_sha256(encoder.state_dict().items()),
+    )
+    return CascadedForCausalLM(config, encoder, llm, **changes).eval()
+
+
 def random_images(count: int, seed: int = 0) -> torch.Tensor:
     """(count, 3, 32, 32) noise."""
     return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
@@ -116,4 +141,4 @@ def random_images(count: int, seed: int = 0) -> torch.Tensor:
 
 def random_tokens(length: int, seed: int = 0) -> torch.Tensor:
     """(length,) tokens that are neither padding nor specials."""
-    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, VOCABULARY - 1, (length,), generator=torch.Generator().manual_seed(seed))

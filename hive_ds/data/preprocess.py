@@ -1,9 +1,9 @@
 """The usual image processors, computed without their detours; every other one as it is.
 
-SigLIP's, CLIP's and DINOv2's (BitImageProcessor) all resize, crop the centre (but SigLIP's), and shift and scale each
-channel. Done directly, arrays are not copied and converted at every turn. The resize is the class's own, Pillow's
-or torchvision's: the two differ by up to two of 255 levels. What a processor does here is compared with what it does
-itself on two images before it is used.
+SigLIP's, CLIP's, DINOv2's (BitImageProcessor) and LLaVA's all pad to a square (LLaVA's alone), resize, crop the centre
+(but SigLIP's), and shift and scale each channel. Done directly, arrays are not copied and converted at every turn. The
+resize is the class's own, Pillow's or torchvision's: the two differ by up to two of 255 levels. What a processor does
+here is compared with what it does itself on two images before it is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional
 
 from hive_ds.data.images import ImageProcessor, process_images
 
-KNOWN = tuple(f"{name}ImageProcessor{kind}" for name in ("Siglip", "CLIP", "Bit") for kind in ("", "Fast"))
+KNOWN = tuple(f"{name}ImageProcessor{kind}" for name in ("Siglip", "CLIP", "Bit", "Llava") for kind in ("", "Fast"))
 """Classes of transformers that are computed here; a subclass may do anything, so it is not among them."""
 INTERPOLATIONS = {
     Image.Resampling.BILINEAR: functional.InterpolationMode.BILINEAR,
@@ -59,7 +59,10 @@ def make_preprocessor(processor: ImageProcessor) -> Preprocessor:
 
 @dataclass(frozen=True)
 class _Plan:
-    """``size`` is (height, width) or the shortest edge; ``scale`` and ``shift`` are (3,1,1), for levels of 255."""
+    """``size`` is (height, width) or the shortest edge; ``scale`` and ``shift`` are (3,1,1), for levels of 255.
+
+    ``background`` is the colour around an image that is padded to a square; None: it is not.
+    """
 
     size: tuple[int, int] | int
     crop: tuple[int, int] | None
@@ -67,8 +70,11 @@ class _Plan:
     on_tensors: bool
     scale: Tensor
     shift: Tensor
+    background: tuple[int, ...] | None = None
 
     def apply(self, image: Image.Image) -> Tensor:
+        if self.background is not None:
+            image = _squared(image, self.background)
         height, width = self._resized(image)
         if self.on_tensors:
             mode = INTERPOLATIONS[self.resample]
@@ -88,6 +94,13 @@ class _Plan:
         return (long, self.size) if image.width <= image.height else (self.size, long)
 
 
+def _squared(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def _read_plan(processor: Any) -> _Plan | None:
     """What ``processor``'s attributes say it does; None where that is not what `_Plan` can do."""
     name = type(processor).__name__
@@ -103,7 +116,9 @@ def _read_plan(processor: Any) -> _Plan | None:
         return None  # it would pad
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
     resample = Image.Resampling(processor.resample)
-    return _Plan(size, crop, resample, False, processor.rescale_factor / std, -mean / std)
+    pads = getattr(processor, "do_pad", None)
+    background = tuple(int(255 * channel) for channel in processor.image_mean) if pads else None
+    return _Plan(size, crop, resample, False, processor.rescale_factor / std, -mean / std, background)
 
 
 def _size(size: Mapping[str, int | None]) -> tuple[int, int] | int | None:

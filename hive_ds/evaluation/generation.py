@@ -12,12 +12,12 @@ import torch
 from hive_ds.data.schema import Sample
 from hive_ds.data.text import render_prompt
 from hive_ds.errors import HiveError
-from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.processing import HiveProcessor
 
 
 def answer_samples(
-    model: HiveForCausalLM,
+    model: TrainedModel,
     processor: HiveProcessor,
     samples: Sequence[Sample],
     *,
@@ -83,7 +83,7 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sa
 
 
 def _generate(
-    model: HiveForCausalLM, processor: HiveProcessor, batch: Sequence[Sample], template: str, max_new_tokens: int
+    model: TrainedModel, processor: HiveProcessor, batch: Sequence[Sample], template: str, max_new_tokens: int
 ) -> list[str]:
     prompts = []
     for sample in batch:

@@ -9,11 +9,14 @@ import torch
 from hive_ds.errors import HiveError
 from hive_ds.kernels import Choice, choose_backend, warm_up
 from hive_ds.model.attention import HiveAttention
+from hive_ds.model.cascaded import CascadedForCausalLM
 from hive_ds.model.flash import FLASH_ATTENTION, flash_attention_refusal
 from hive_ds.model.hive import HiveForCausalLM
 
+TrainedModel = HiveForCausalLM | CascadedForCausalLM
 
-def set_vision_attention(model: HiveForCausalLM, name: str) -> None:
+
+def set_vision_attention(model: TrainedModel, name: str) -> None:
     """Let the vision encoder attend as ``name`` says: sdpa, flash_attention_2 or eager, as transformers has them.
 
     Raises:
@@ -25,7 +28,7 @@ def set_vision_attention(model: HiveForCausalLM, name: str) -> None:
         raise HiveError(f"model.vision_attention is {name!r}, which does not work here: {error}") from error
 
 
-def describe_attention(model: HiveForCausalLM, device: torch.device, dtype: torch.dtype) -> list[str]:
+def describe_attention(model: TrainedModel, device: torch.device, dtype: torch.dtype) -> list[str]:
     """A line for routed layers, un-routed layers and the encoder: which attention each runs, and why.
 
     Args:
@@ -45,7 +48,7 @@ def describe_attention(model: HiveForCausalLM, device: torch.device, dtype: torc
     return [*lines, f"attention of the vision encoder: {vision}, by transformers"]
 
 
-def warm_up_attention(model: HiveForCausalLM, device: torch.device, dtype: torch.dtype) -> float:
+def warm_up_attention(model: TrainedModel, device: torch.device, dtype: torch.dtype) -> float:
     """Compile the Triton kernels that training ``model`` will need, if it needs any; seconds it took.
 
     A compilation inside a step would look like a hang to the other ranks. The first process of a node compiles into a
@@ -69,10 +72,15 @@ class _Kind(NamedTuple):
     qk_norm: str
 
 
-def _kinds(model: HiveForCausalLM) -> dict[_Kind, list[int]]:
+def _kinds(model: TrainedModel) -> dict[_Kind, list[int]]:
     """Kinds of attention in the model and their layers, routed ones first."""
     kinds: dict[_Kind, list[int]] = {}
     text = model.config.text_config
+    if isinstance(model, CascadedForCausalLM):  # queries and keys come to its attention normed and rotated
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads, groups = text.num_attention_heads, text.num_key_value_heads
+        kind = _Kind(False, model.attention_backend, heads, groups, head_dim, "none")
+        return {kind: list(range(text.num_hidden_layers))}
     for module in model.modules():
         if isinstance(module, HiveAttention):
             heads, groups = text.num_attention_heads, text.num_key_value_heads

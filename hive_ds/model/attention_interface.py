@@ -12,7 +12,7 @@ or by ``position_ids`` that start again at 0. A jump of positions is no start: t
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,17 +23,29 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hive_ds.errors import HiveError
 from hive_ds.kernels import AttentionLayout, hierarchical_attention
+from hive_ds.model.flash import FLASH_ATTENTION
 
 NAME = "hive"
+BACKENDS = ("triton", "sdpa", "reference")
+"""Of `hierarchical_attention`; each is also there by name, as ``hive_sdpa``."""
 
 _described: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What the host read from a mask, positions or bounds, and their version: all layers are handed the same tensor."""
 
 
 def register_attention() -> None:
-    """Make ``attn_implementation="hive"`` known to transformers; again is the same as once."""
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, key_mask)
+    """Make ``attn_implementation="hive"`` known to transformers, and ``hive_BACKEND``; again is the same as once."""
+    for name, backend in {NAME: "auto", **{f"{NAME}_{backend}": backend for backend in BACKENDS}}.items():
+        AttentionInterface.register(name, partial(attend, backend=backend))
+        AttentionMaskInterface.register(name, key_mask)
+
+
+def attention_name(backend: str) -> str:
+    """What transformers calls the attention that a recipe calls ``backend``; registered if it is ours."""
+    if backend == FLASH_ATTENTION:
+        return backend
+    register_attention()
+    return NAME if backend == "auto" else f"{NAME}_{backend}"
 
 
 def key_mask(
@@ -77,6 +89,8 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    backend: str = "auto",
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of one layer; queries (B, H, T, K), keys and values (B, G, S, K), already rotated.
@@ -93,23 +107,23 @@ def attend(
     if lengths is not None:
         layout = _without_images(lengths, lengths, query.device)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return _call(q, k, v, layout, scaling)[None], None
+        return _call(q, k, v, layout, scaling, backend)[None], None
     count, _, new, _ = query.shape
     rows = query.transpose(1, 2).flatten(0, 1)
     if attention_mask is None:
         layout = _without_images((key.shape[2],) * count, (new,) * count, query.device)
-        out = _call(rows, *_text_keys(key, value, layout), layout, scaling)
+        out = _call(rows, *_text_keys(key, value, layout), layout, scaling, backend)
         return out.view(count, new, *out.shape[1:]), None
     layout, key_rows, query_rows = _padded_layout(attention_mask, new)
     end = attention_mask.shape[1]
     k, v = (x[:, :, :end].transpose(1, 2).flatten(0, 1).index_select(0, key_rows) for x in (key, value))
-    found = _call(rows.index_select(0, query_rows), k, v, layout, scaling)
+    found = _call(rows.index_select(0, query_rows), k, v, layout, scaling, backend)
     out = torch.zeros_like(rows).index_copy(0, query_rows, found)
     return out.view(count, new, *out.shape[1:]), None
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scaling: float | None) -> Tensor:
-    out = hierarchical_attention(q, k, v, None, None, layout, softmax_scale=scaling)
+def _call(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scaling: float | None, backend: str) -> Tensor:
+    out = hierarchical_attention(q, k, v, None, None, layout, softmax_scale=scaling, backend=backend)
     assert isinstance(out, Tensor)
     return out
 

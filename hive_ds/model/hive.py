@@ -103,6 +103,11 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         return self.routes.last_block
 
     @property
+    def feature_blocks(self) -> tuple[int, ...]:
+        """The vision blocks whose features are read."""
+        return self.routes.blocks
+
+    @property
     def frequencies(self) -> RotaryFrequencies:
         """The LLM's rotary frequencies in fp32."""
         if self._frequencies is None:

@@ -6,41 +6,21 @@ Weights are read from safetensors only (or, for a base model that has none, by t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlavaConfig, PretrainedConfig, PreTrainedModel
 
-from hive_ds.config import ModelConfig
+from hive_ds.config import ModelConfig, RoutesConfig
 from hive_ds.errors import HiveError
-from hive_ds.model.attention import HiveAttention
 from hive_ds.model.attention_backends import set_vision_attention
+from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.language import check_language_model
 from hive_ds.model.vision import vision_class, vision_config_of
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load did, by parameter name."""
-
-    loaded: tuple[str, ...]
-    copied: tuple[str, ...]
-    """Set from another parameter of the model because the folder has none: image_k_proj, image_v_proj."""
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """One line of counts, with the names of what is not simply loaded."""
-        parts = [f"loaded {len(self.loaded)}"]
-        for label in ("copied", "missing", "unexpected"):
-            names = getattr(self, label)
-            parts.append(f"{label} {len(names)}" + (f" ({_shortened(names)})" if names else ""))
-        return "weights: " + ", ".join(parts)
+from hive_ds.model.weights import LoadReport, load_weights, own_image_attentions
 
 
 def build_model(
@@ -60,12 +40,13 @@ def build_model(
     vision_encoder = load_vision_encoder(config.vision_encoder, dtype)
     language_model = load_language_model(config.language_model, dtype)
     check_language_model(language_model, max_length=max_length)
+    routes = _routes(config)
     model = HiveForCausalLM(
         HiveConfig(
             vision_config=vision_encoder.config,
             text_config=language_model.config,
-            vision_blocks=config.routes.vision_blocks,
-            language_layers=config.routes.language_layers,
+            vision_blocks=routes.vision_blocks,
+            language_layers=routes.language_layers,
             qk_norm=config.qk_norm,
             rope=config.rope,
             image_kv=image_kv,
@@ -76,7 +57,7 @@ def build_model(
         language_model,
     )
     set_vision_attention(model, config.vision_attention)
-    for attention in _own_image_attentions(model).values():
+    for attention in own_image_attentions(model).values():
         attention.copy_image_projections()
     return model.to(dtype)
 
@@ -90,10 +71,10 @@ def load_model(
         HiveError: the folder holds no HIVE model, or one joined in another way than ``config`` says.
     """
     folder = Path(folder)
-    saved = HiveConfig.from_dict(_read_config(str(folder), "HIVE model"))
+    saved, routes = HiveConfig.from_dict(_read_config(str(folder), "HIVE model")), _routes(config)
     wanted = {
-        "vision_blocks": list(config.routes.vision_blocks),
-        "language_layers": list(config.routes.language_layers),
+        "vision_blocks": list(routes.vision_blocks),
+        "language_layers": list(routes.language_layers),
         "qk_norm": config.qk_norm,
         "rope": config.rope,
     }
@@ -111,33 +92,81 @@ def load_model(
     return model, load_weights(model, folder)
 
 
-def load_weights(model: HiveForCausalLM, folder: str | Path) -> LoadReport:
-    """Load the safetensors of ``folder`` by name, strictly.
+def build_cascaded(
+    config: ModelConfig, *, image_token_id: int, dtype: torch.dtype = torch.float32
+) -> CascadedForCausalLM:
+    """Join an encoder and an LLM by a fresh projector.
 
-    A model with its own image projections takes them from k_proj and v_proj where the folder has none (stage 1's).
+    Args:
+        config: the recipe's ``model`` section, or what `hive_ds.config.Recipe.vlm_model` makes of its ``vlm``.
+        image_token_id: of ``<image>`` in the LLM's tokenizer. Stock transformers looks it up among the LLM's
+            embeddings, which get a row for it where they end before.
+        dtype: of all weights.
 
     Raises:
-        HiveError: no weights in the folder, a name missing or unexpected, or a shape that differs.
+        HiveError: a folder is missing or a model is not supported.
     """
-    own = {_canonical(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    loaded, unexpected = [], []
-    with torch.no_grad():
-        for file in _weight_files(Path(folder)):
-            with safe_open(file, framework="pt") as tensors:
-                for saved_name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    name = _canonical(saved_name)
-                    if name not in own:
-                        unexpected.append(name)
-                        continue
-                    _copy(own[name], tensors.get_tensor(saved_name), name, folder)
-                    loaded.append(name)
-    copied = _copy_missing_image_projections(model, set(loaded))
-    have = {own[name].data_ptr() for name in (*loaded, *copied)}
-    missing = sorted(name for name, tensor in own.items() if tensor.data_ptr() not in have)
-    report = LoadReport(tuple(sorted(loaded)), copied, tuple(missing), tuple(sorted(unexpected)))
-    if not loaded or missing or unexpected:
-        raise HiveError(f"{folder} does not hold this model's weights; {report}")
-    return report
+    vision_encoder = load_vision_encoder(config.vision_encoder, dtype)
+    language_model = load_language_model(config.language_model, dtype)
+    if image_token_id >= language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(image_token_id + 1)
+    joined = cascaded_config(
+        vision_encoder.config,
+        language_model.config,
+        feature_block=config.feature_block,
+        image_token_id=image_token_id,
+        vision_sha256=weights_sha256(vision_encoder.state_dict().items()),
+    )
+    model = CascadedForCausalLM(joined, vision_encoder, language_model, attention_backend=config.text_attention_backend)
+    set_vision_attention(model, config.vision_attention)
+    return model.to(dtype)
+
+
+def load_cascaded(
+    folder: str | Path, config: ModelConfig, *, dtype: torch.dtype = torch.float32
+) -> tuple[CascadedForCausalLM, LoadReport]:
+    """The cascaded model that an earlier stage saved.
+
+    Raises:
+        HiveError: the folder holds none, one that takes another block than ``config`` says, or whose encoder is not the
+            one that it was made with.
+    """
+    saved = LlavaConfig.from_dict(_read_config(str(folder), "cascaded model"))
+    if saved.vision_feature_layer != config.feature_block:
+        raise HiveError(
+            f"{folder} was saved with feature_block {saved.vision_feature_layer}, but the recipe says "
+            f"{config.feature_block}; use the recipe that it was trained with"
+        )
+    return _load_cascaded(Path(folder), saved, config.text_attention_backend, config.vision_attention, dtype)
+
+
+def load_any(folder: str | Path, dtype: torch.dtype = torch.float32) -> HiveForCausalLM | CascadedForCausalLM:
+    """The model in ``folder`` in eval mode, HIVE's or a cascaded one; `HiveProcessor` reads the processor of either.
+
+    Raises:
+        HiveError: it holds neither, or a cascaded model whose encoder is not the one that it was made with.
+    """
+    values = _read_config(str(folder), "model")
+    if values["model_type"] == "hive":
+        return HiveForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if values["model_type"] != "llava":
+        raise HiveError(f"{folder} holds a {values['model_type']} model; expected one that this package has trained")
+    return _load_cascaded(Path(folder), LlavaConfig.from_dict(values), "auto", "sdpa", dtype)[0].eval()
+
+
+def _load_cascaded(
+    folder: Path, saved: LlavaConfig, backend: str, vision_attention: str, dtype: torch.dtype
+) -> tuple[CascadedForCausalLM, LoadReport]:
+    found, expected = folder_sha256(folder), getattr(saved, "vision_sha256", None)
+    if found != expected:
+        raise HiveError(
+            f"{folder}: the vision encoder in it has SHA-256 {found}, but it was saved with one of {expected}; "
+            "expected the same tower"
+        )
+    model = CascadedForCausalLM(saved, attention_backend=backend).to(dtype)
+    set_vision_attention(model, vision_attention)
+    model.load_generation_config(folder)
+    return model, load_weights(model, folder)
 
 
 def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -157,6 +186,11 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTra
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
     except ValueError as error:
         raise HiveError(f"language model {name!r} of type {values['model_type']!r} does not load: {error}") from error
+
+
+def _routes(config: ModelConfig) -> RoutesConfig:
+    assert config.routes is not None, "a model of kind hive has routes"
+    return config.routes
 
 
 def _mobilellm_config(values: dict) -> LlamaConfig:
@@ -179,52 +213,3 @@ def _read_config(name: str, what: str) -> dict:
     if "model_type" not in values:
         raise HiveError(f"{what} {name!r}: its config.json names no model_type; expected a Hugging Face model")
     return values
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise HiveError(f"{folder} holds no model.safetensors; expected a folder saved by an earlier stage")
-
-
-def _canonical(name: str) -> str:
-    """transformers 4 nests SigLIP and CLIP towers one level deeper than transformers 5; saved names use neither."""
-    return name.replace("vision_encoder.vision_model.", "vision_encoder.", 1)
-
-
-def _copy(parameter: Tensor, saved: Tensor, name: str, folder: str | Path) -> None:
-    if parameter.shape != saved.shape:
-        raise HiveError(
-            f"{folder} holds another model: {name} has shape {tuple(saved.shape)}, expected {tuple(parameter.shape)}"
-        )
-    parameter.copy_(saved)
-
-
-def _own_image_attentions(model: HiveForCausalLM) -> dict[str, HiveAttention]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, HiveAttention) and hasattr(module, "image_k_proj")
-    }
-
-
-def _copy_missing_image_projections(model: HiveForCausalLM, loaded: set[str]) -> tuple[str, ...]:
-    copied: list[str] = []
-    for prefix, attention in _own_image_attentions(model).items():
-        names = [
-            f"{prefix}.{child}.{parameter}"
-            for child in ("image_k_proj", "image_v_proj")
-            for parameter, _ in getattr(attention, child).named_parameters()
-        ]
-        if not loaded.intersection(names):
-            attention.copy_image_projections()
-            copied += names
-    return tuple(copied)
-
-
-def _shortened(names: tuple[str, ...], limit: int = 4) -> str:
-    more = "" if len(names) <= limit else f", and {len(names) - limit} more"
-    return ", ".join(names[:limit]) + more

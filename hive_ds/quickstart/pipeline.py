@@ -25,7 +25,7 @@ from hive_ds.quickstart.questions import QuestionResults, ask, table
 from hive_ds.quickstart.settings import DEFAULT, RECIPE, Settings
 from hive_ds.quickstart.steps import Step, run_steps, seconds_of
 from hive_ds.recipe import load_recipe
-from hive_ds.stages import STAGES, Stage
+from hive_ds.stages import HIVE_STAGES, Stage
 
 RANKS = 2
 
@@ -73,7 +73,7 @@ class Quickstart:
                 self._base_models,
                 (self.language_model, self.vision_encoder),
             ),
-            *(Step(f"stage {stage.number}", stage.name, partial(self._train, stage)) for stage in STAGES),
+            *(Step(f"stage {stage.number}", stage.name, partial(self._train, stage)) for stage in HIVE_STAGES),
             Step("export", "write the encoder as a stock folder", self._export, (self.encoder,)),
             Step("questions", "ask about held-out pictures, right and shuffled", self._questions),
             Step("page", "write the page of results", self._page),
@@ -128,6 +128,7 @@ class Quickstart:
         overrides = [
             f"model.vision_encoder={self.vision_encoder}",
             f"model.language_model={self.language_model}",
+            f"vlm.language_model={self.language_model}",
             f"data.train={self.folders.train}",
             f"data.validation={self.folders.validation}",
             f"data.text_validation={self.folders.text_validation}",
@@ -144,7 +145,7 @@ class Quickstart:
 
     def _questions(self) -> None:
         results = ask(
-            self.out / f"stage{STAGES[-1].number}" / "model",
+            self.out / f"stage{HIVE_STAGES[-1].number}" / "model",
             read_samples(self.folders.questions),
             template=load_recipe(RECIPE).data.template,
             seed=self.seed,
@@ -161,7 +162,7 @@ class Quickstart:
             chance=chance(),
             stages=[
                 StageRecord.read(f"Stage {s.number}: {s.name}", self.out / f"stage{s.number}" / "metrics.jsonl")
-                for s in STAGES
+                for s in HIVE_STAGES
             ],
             timings=timings,
             facts=self._facts(),
@@ -171,9 +172,11 @@ class Quickstart:
 
     def _facts(self) -> list[str]:
         settings, recipe = self.settings, load_recipe(RECIPE, self.settings.overrides)
+        assert recipe.model.routes is not None
         llm, vision = settings.language_model, settings.vision_encoder
         stages = ", ".join(
-            f"{name} {stage.steps} steps of {stage.global_batch_size}" for name, stage in recipe.stages.items()
+            f"{one.name} {recipe.stages[one.name].steps} steps of {recipe.stages[one.name].global_batch_size}"
+            for one in HIVE_STAGES
         )
         return [
             f"Seed {self.seed}; {settings.scenes} training scenes of {settings.image_size} x {settings.image_size} "
@@ -188,7 +191,7 @@ class Quickstart:
         ]
 
     def _next_steps(self) -> list[tuple[str, str]]:
-        stage = STAGES[-1]
+        stage = HIVE_STAGES[-1]
         return [
             (
                 "Use the trained encoder in plain transformers.",

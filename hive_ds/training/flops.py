@@ -7,7 +7,7 @@ the optimizer are left out, as is usual for MFU. For a weight of n elements that
 
 Attention adds 4 * heads * head_dim * pairs forward and twice that backward, over the visible (query, key) pairs.
 Gradients flow through the LLM from its head down to the first routed layer, where image features enter; lower layers
-have a forward pass only, unless something below them trains.
+have a forward pass only, unless something below them trains. A cascaded model's image features enter at the input.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class BatchSize:
     """Visible (text query, patch) pairs of one routed block."""
     encoder_pairs: int
     """(patch, patch) pairs of one encoder block."""
+    sequence_tokens: int
+    """Tokens of sequences that hold text and the patches that some text sees, as a cascaded model's."""
+    sequence_pairs: int
+    """Visible (query, key) pairs of one layer over such sequences."""
 
     @classmethod
     def of(
@@ -55,27 +59,32 @@ class BatchSize:
             supervised: tokens with a label.
             patches: of each image, in the order of the offsets.
         """
-        sizes = iter(patches)
-        image_pairs = sum(
-            (length - offset) * next(sizes)
-            for length, offsets in zip(text_lengths, image_offsets, strict=True)
-            for offset in offsets
-        )
+        sizes, image_pairs, sequences = iter(patches), 0, []
+        for length, offsets in zip(text_lengths, image_offsets, strict=True):
+            images = [(length - offset, next(sizes)) for offset in offsets]
+            image_pairs += sum(seen_by * size for seen_by, size in images)
+            sequences.append(length + sum(size for seen_by, size in images if seen_by))
         return cls(
             text_tokens=sum(text_lengths),
             supervised_tokens=supervised,
             patches=sum(patches),
-            text_pairs=sum(length * (length + 1) // 2 for length in text_lengths),
+            text_pairs=_causal_pairs(text_lengths),
             image_pairs=image_pairs,
             encoder_pairs=sum(count**2 for count in patches),
+            sequence_tokens=sum(sequences),
+            sequence_pairs=_causal_pairs(sequences),
         )
+
+
+def _causal_pairs(lengths: Sequence[int]) -> int:
+    return sum(length * (length + 1) // 2 for length in lengths)
 
 
 class FlopCounter:
     """FLOPs of training on a batch, per model and stage.
 
     Args:
-        model: a `HiveForCausalLM`.
+        model: a `HiveForCausalLM` or a `CascadedForCausalLM`, whose image tokens pass through the LLM.
         plan: what trains.
     """
 
@@ -85,12 +94,14 @@ class FlopCounter:
         self._text_width: int = text.num_attention_heads * head_dim
         self._vision_width: int = model.config.vision_config.hidden_size
         self._trains = plan.trained_groups
-        blocks_by_layer = model.routes.blocks_by_layer
+        self._in_sequence = not hasattr(model, "routes")
+        blocks_by_layer = {} if self._in_sequence else model.routes.blocks_by_layer
         self._routes = {layer: len(blocks) for layer, blocks in blocks_by_layer.items()}
         self._shared = not any(group == "image_kv" for group in plan.group_of.values())
         self._layers: int = text.num_hidden_layers
         self._blocks: int = model.last_vision_block
-        self._first_layer = -1 if "language_model" in self._trains else min(blocks_by_layer)
+        everywhere = self._in_sequence or "language_model" in self._trains
+        self._first_layer = -1 if everywhere else min(blocks_by_layer)
         self._weights = [
             (name, plan.group_of[name], math.prod(shape))
             for name, shape in plan.shapes.items()
@@ -114,14 +125,16 @@ class FlopCounter:
         if group == "vision_encoder":
             return [(batch.patches, "vision_encoder" in self._trains and "patch_embed" not in name)]
         if group == "projectors":
-            return [(batch.patches, True)]
+            # A cascaded model's begins with a product, whose input asks for a gradient if the encoder trains.
+            return [(batch.patches, "vision_encoder" in self._trains or not name.startswith("projector.linear_1"))]
         layer = _layer_of(name)
         routes = self._routes.get(layer, 0)
         if group == "image_kv":
             return [(routes * batch.patches, True)]
         # What enters the first of these layers is plain text, which asks for no gradient.
         enters = layer == self._first_layer and re.search(r"self_attn\.[qkv]_proj\.", name)
-        uses = [(batch.text_tokens, layer >= self._first_layer and not enters)]
+        tokens = batch.sequence_tokens if self._in_sequence else batch.text_tokens
+        uses = [(tokens, layer >= self._first_layer and not enters)]
         if self._shared and routes and re.search(r"self_attn\.[kv]_proj\.", name):
             uses.append((routes * batch.patches, True))
         return uses
@@ -129,7 +142,8 @@ class FlopCounter:
     def attention(self, batch: BatchSize) -> float:
         """The part of `count` that lies between queries, keys and values."""
         per_pair = 4.0 * self._text_width
-        text = per_pair * batch.text_pairs * (self._layers + 2 * (self._layers - max(self._first_layer, 0)))
+        pairs = batch.sequence_pairs if self._in_sequence else batch.text_pairs
+        text = per_pair * pairs * (self._layers + 2 * (self._layers - max(self._first_layer, 0)))
         image = 3 * per_pair * batch.image_pairs * sum(self._routes.values())
         passes = 3 if "vision_encoder" in self._trains else 1
         encoder = passes * 4.0 * self._vision_width * batch.encoder_pairs * self._blocks

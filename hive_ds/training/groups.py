@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
-from hive_ds.stages import ModuleGroup, Stage, assign_groups
+from hive_ds.stages import ModuleGroup, Stage, assign_groups, cascaded_groups, hive_groups
 
 VISION_GROUP = "vision_encoder"
 """The one group whose learning rate may fall from block to block."""
@@ -47,6 +48,13 @@ class StagePlan:
     def trained_groups(self) -> set[str]:
         """Names of the module groups that train."""
         return {group.module_group for group in self.groups}
+
+
+def groups_of(model: Any) -> tuple[ModuleGroup, ...]:
+    """The parameter groups of a HIVE or a cascaded model."""
+    if hasattr(model, "routes"):
+        return hive_groups(model.routes.blocks_by_layer, model.last_vision_block)
+    return cascaded_groups(model.last_vision_block)
 
 
 def plan_stage(model: nn.Module, stage: Stage, module_groups: Sequence[ModuleGroup], config: StageConfig) -> StagePlan:

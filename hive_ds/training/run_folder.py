@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive_ds.errors import HiveError
-from hive_ds.stages import Stage
+from hive_ds.stages import HIVE_STAGES, VLM_STAGES, Stage
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,30 @@ class StageFolder:
         return self.path / "DONE"
 
     def start_weights(self) -> Path | None:
-        """The previous stage's model; None for stage 1, which starts from the recipe's base models.
+        """The previous stage's model; None for stages 1 and 4, which join two models afresh.
 
         Raises:
             HiveError: the previous stage is not finished.
         """
-        if self.stage.number == 1:
+        if self.stage.number in (HIVE_STAGES[0].number, VLM_STAGES[0].number):
             return None
-        folder = self.run / f"stage{self.stage.number - 1}"
+        return self.model_of(self.stage.number - 1)
+
+    def model_of(self, number: int) -> Path:
+        """The model of an earlier stage, which this one starts from.
+
+        Raises:
+            HiveError: that stage is not finished.
+        """
+        folder = self.run / f"stage{number}"
         if not (folder / "DONE").is_file():
             raise HiveError(
                 f"stage {self.stage.number} starts from {folder / 'model'}, but {folder} is not finished (it has no "
-                f"file DONE); run stage {self.stage.number - 1} first, with the same --run"
+                f"file DONE); run stage {number} first, with the same --run"
             )
         return folder / "model"
+
+    @property
+    def encoder(self) -> Path:
+        """The vision encoder that stages 1 to 3 have trained, as a stock folder."""
+        return self.run / "encoder"

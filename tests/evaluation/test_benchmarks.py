@@ -28,7 +28,9 @@ from hive_ds.evaluation.benchmarks.run import Request, evaluate
 from hive_ds.evaluation.benchmarks.runner import load_tasks, run_model
 from hive_ds.evaluation.benchmarks.self_test import run_self_tests
 from hive_ds.evaluation.benchmarks.stand_ins import StandIn
-from hive_ds.evaluation.checkpoints import load_checkpoint, weights_sha256
+from hive_ds.evaluation.checkpoints import load_checkpoint, model_sha256
+from hive_ds.export.encoder import export_encoder
+from hive_ds.model.identity import folder_sha256
 
 ALL = ",".join(BENCHMARKS)
 QUESTIONS = {"mme": 30, "gqa": 4, "ok_vqa": 4, "scienceqa": 5, "scienceqa_img": 3, "textvqa_val": 4, "pope": 6}
@@ -91,9 +93,8 @@ def replies(out: Path, name: str) -> list[str]:
 def test_every_benchmark_runs_offline_and_says_what_was_measured(one_rank: Path, checkpoint: Path) -> None:
     results = read(one_rank)
     model, _ = load_checkpoint(checkpoint)
-    assert results["weights_sha256"] == weights_sha256(model)
-    assert results["vision_encoder_sha256"] == weights_sha256(model.vision_encoder)
-    assert results["weights_sha256"] != results["vision_encoder_sha256"]
+    assert results["weights_sha256"] == model_sha256(model)
+    assert results["vision_encoder_sha256"] == folder_sha256(checkpoint)
     assert {"lmms-eval", "transformers", "torch", "hive-ds"} <= set(results["versions"])
     assert len(results["self_tests"]) == 3 * (2 + 5 + 5)  # MME's two, POPE's five, one of each other benchmark
     assert set(results["benchmarks"]) == set(BENCHMARKS)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tiny_models import IMAGE_SIZE, VOCABULARY, tiny_hive
+from tiny_models import IMAGE_SIZE, VOCABULARY, tiny_cascaded, tiny_hive
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.batch import PackedBatch
 from hive_ds.errors import HiveError
-from hive_ds.stages import Stage, hive_groups, stage_by_number
+from hive_ds.stages import Stage, stage_by_number
 from hive_ds.training.distributed import from_main, sum_over_ranks
 from hive_ds.training.ds_config import build_ds_config, read_policy
 from hive_ds.training.engine import Engine, StepReport
-from hive_ds.training.groups import StagePlan, plan_stage
+from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.loop import run_micro_batches
 
 GLOBAL_BATCH = 4
@@ -46,9 +47,14 @@ def make_model(stage: Stage, **changes: Any) -> Any:
     return tiny_hive(image_kv=stage.image_kv, qk_norm="pre_rope", **changes).train()
 
 
+def make_cascaded(**changes: Any) -> Any:
+    """A tiny cascaded model, as any of its stages starts it."""
+    return tiny_cascaded(**changes).train()
+
+
 def scrambled(model: Any, stage: Stage) -> Any:
     """``model`` with other weights wherever ``stage`` trains: what it goes on with must come from a checkpoint."""
-    plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), CONFIG)
+    plan_stage(model, stage, groups_of(model), CONFIG)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -70,7 +76,7 @@ def make_trainee(
     """Plan a stage of a tiny model and put it under an engine; ``zero`` is a ZeRO stage or the name of a policy."""
     stage = stage_by_number(stage) if isinstance(stage, int) else stage
     model = make_model(stage) if model is None else model
-    plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), config)
+    plan = plan_stage(model, stage, groups_of(model), config)
     ds_config = build_ds_config(
         read_policy(zero if isinstance(zero, str) else f"zero{zero}"),
         config,
@@ -132,6 +138,30 @@ def run_step(ranks: Any, trainee: Trainee, batches: list[PackedBatch], factor: f
     supervised = sum_over_ranks([sum(batch.supervised_tokens for batch in batches)], ranks.device)[0]
     loss = run_micro_batches(trainee.engine, batches, supervised)
     return loss, trainee.engine.step(factor)
+
+
+def in_plain_pytorch(model: Any, stage: Stage, steps: int, images: Sequence[int]) -> list[list[float]]:
+    """Loss and gradient norms of steps without DeepSpeed: one batch of four samples, one mean over tokens."""
+    plan = plan_stage(model, stage, groups_of(model), CONFIG)
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.parameters.values()), "weight_decay": group.weight_decay} for group in plan.groups],
+        lr=CONFIG.lr,
+        betas=CONFIG.betas,
+        eps=CONFIG.eps,
+    )
+    rows = []
+    for step in range(steps):
+        (batch,) = step_batches(SimpleNamespace(world=SimpleNamespace(rank=0, size=1)), step, 4, images)
+        loss = model(**batch.model_inputs("cpu", torch.float32)).loss
+        loss.backward()
+        norms = {group.module_group: 0.0 for group in plan.groups}
+        for group in plan.groups:
+            norms[group.module_group] += sum(float(p.grad.norm() ** 2) for p in group.parameters.values())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append([loss.item(), *(square**0.5 for square in norms.values())])
+    return rows
 
 
 def config_for(micro: int, **changes: Any) -> StageConfig:

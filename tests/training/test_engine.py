@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
+import cascaded_checks
 import pytest
 import torch
 from engine_checks import BF16_STEPS, IMAGES, STEPS
 from ranks import Verdict, check_names, launch_checks, passed
-from stage_helpers import CONFIG, make_model, step_batches
+from stage_helpers import in_plain_pytorch, make_cascaded, make_model
 
-from hive_ds.stages import hive_groups, stage_by_number
-from hive_ds.training.groups import plan_stage
+from hive_ds.stages import stage_by_number
 
-CHECKS = check_names("engine_checks", "checkpoint_checks", "zero_checks")
+CHECKS = check_names("engine_checks", "checkpoint_checks", "zero_checks", "cascaded_checks")
 LOSSES, BF16, GENERATION = (f"engine_checks.check_{name}" for name in ("losses", "bf16", "generation"))
+CASCADED, CASCADED_GENERATION = (f"cascaded_checks.check_cascaded_{name}" for name in ("losses", "generation"))
 PROFILES, PROFILES_BF16 = (f"zero_checks.check_profile_{name}" for name in ("losses", "bf16"))
-VALUES = (LOSSES, BF16, GENERATION, PROFILES, PROFILES_BF16)
+VALUES = (LOSSES, BF16, GENERATION, PROFILES, PROFILES_BF16, CASCADED, CASCADED_GENERATION)
 """Checks whose results are compared."""
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
-    return launch_checks([LOSSES, GENERATION], 1, tmp_path_factory.mktemp("alone"))
+    return launch_checks([LOSSES, GENERATION, CASCADED, CASCADED_GENERATION], 1, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +33,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
 
 @pytest.fixture(scope="module")
 def reference() -> list[list[float]]:
-    """Loss and gradient norms of the same steps in plain PyTorch: one batch of four samples, one mean over tokens."""
-    model, stage = make_model(stage_by_number(3)), stage_by_number(3)
-    plan = plan_stage(model, stage, hive_groups(model.routes.blocks_by_layer, model.last_vision_block), CONFIG)
-    optimizer = torch.optim.AdamW(
-        [{"params": list(group.parameters.values()), "weight_decay": group.weight_decay} for group in plan.groups],
-        lr=CONFIG.lr,
-        betas=CONFIG.betas,
-        eps=CONFIG.eps,
-    )
-    rows = []
-    for step in range(STEPS):
-        (batch,) = step_batches(SimpleNamespace(world=SimpleNamespace(rank=0, size=1)), step, 4, IMAGES)
-        loss = model(**batch.model_inputs("cpu", torch.float32)).loss
-        loss.backward()
-        norms = {group.module_group: 0.0 for group in plan.groups}
-        for group in plan.groups:
-            norms[group.module_group] += sum(float(p.grad.norm() ** 2) for p in group.parameters.values())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        rows.append([loss.item(), *(square**0.5 for square in norms.values())])
-    return rows
+    """Loss and gradient norms of the same steps in plain PyTorch."""
+    stage = stage_by_number(3)
+    return in_plain_pytorch(make_model(stage), stage, STEPS, IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +81,20 @@ def test_hpz_on_two_nodes_of_two_ranks(tmp_path: Path, reference: list[list[floa
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(reference), rtol=1e-5, atol=1e-5)
 
 
-def test_generation_under_zero3_equals_one_process(alone: dict[str, Verdict], pair: dict[str, Verdict]) -> None:
-    assert passed(pair[GENERATION]) == passed(alone[GENERATION])
+@pytest.mark.parametrize("case", cascaded_checks.CASES)
+def test_cascaded_stages_train_as_plain_pytorch(case: str, alone: dict[str, Verdict], pair: dict[str, Verdict]) -> None:
+    stage = stage_by_number(int(case[len("stage")]), "cascaded")
+    expected = in_plain_pytorch(make_cascaded(), stage, cascaded_checks.STEPS, cascaded_checks.IMAGES)
+    for verdicts in (alone, pair):
+        found = torch.tensor(passed(verdicts[CASCADED])[case])
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [GENERATION, CASCADED_GENERATION])
+def test_generation_under_zero3_equals_one_process(
+    name: str, alone: dict[str, Verdict], pair: dict[str, Verdict]
+) -> None:
+    assert passed(pair[name]) == passed(alone[name])
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name not in VALUES])

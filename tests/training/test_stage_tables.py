@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import random_images, random_tokens, tiny_hive
+from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
 from torch import nn
 
-from hive_ds.config import StageConfig
+from hive_ds.config import STAGE_NAMES, StageConfig
 from hive_ds.errors import HiveError
-from hive_ds.stages import ModuleGroup, Stage, assign_groups, hive_groups, next_stage, stage_by_number
-from hive_ds.training.groups import StagePlan, plan_stage
+from hive_ds.stages import ModuleGroup, Stage, assign_groups, next_stage, stage_by_number
+from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.schedule import Schedule
 
 CONFIG = StageConfig(lr=1e-3, global_batch_size=4, micro_batch_size=1, weight_decay=0.1)
@@ -23,8 +23,7 @@ LANGUAGE = ("llama", "qwen2", "qwen3", "mistral")
 
 
 def planned(model: nn.Module, stage: int, config: StageConfig = CONFIG) -> StagePlan:
-    groups = hive_groups(model.routes.blocks_by_layer, model.last_vision_block)
-    return plan_stage(model, stage_by_number(stage), groups, config)
+    return plan_stage(model, stage_by_number(stage), groups_of(model), config)
 
 
 @pytest.mark.parametrize("vision", VISION)
@@ -67,6 +66,27 @@ def test_stages_train_what_the_paper_says(language: str) -> None:
         in_rows = [name for group in plan.groups for name in group.parameters]
         assert sorted(in_rows) == sorted(names), "each trained parameter in exactly one optimizer group"
         assert all(group.parameters for group in plan.groups)
+
+
+@pytest.mark.parametrize("vision", ["siglip", "clip", "dinov2", "dinov2_with_registers", "aimv2"])
+@pytest.mark.parametrize("language", ["llama", "qwen3"])
+def test_cascaded_stages_train_what_the_paper_says(vision: str, language: str) -> None:
+    """Every parameter in one group; what a stage trains gets a gradient, and what it freezes gets none."""
+    first = "language_model.model.layers.0.self_attn."
+    for number in (1, 2, 3, 4, 5):
+        model = tiny_cascaded(language, vision).train()
+        plan = plan_stage(model, stage_by_number(number, "cascaded"), groups_of(model), CONFIG)
+        tokens = random_tokens(6)
+        images = {"image_offsets": [[1]], "pixel_values": random_images(1)}
+        model(tokens, labels=tokens, text_lengths=[6], **images).loss.backward()
+        reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert reached == {name for group in plan.groups for name in group.parameters}
+        assert any(name.startswith("projector.") for name in reached)
+        assert any(name.startswith(first) for name in reached) == (number in (2, 3, 5))
+        assert any(name.startswith("language_model.") and first not in name for name in reached) == (number == 5)
+        in_vision = [name for name in reached if name.startswith("vision_encoder.")]
+        assert bool(in_vision) == (number == 3)
+        assert not any(".3." in name for name in in_vision), "the last of four blocks comes after the penultimate"
 
 
 def test_norms_and_biases_do_not_decay() -> None:
@@ -117,7 +137,7 @@ def test_strays_are_listed() -> None:
 
 
 def test_mechanism_holds_for_other_models() -> None:
-    """Stages 4 and 5 and the baselines bring their own groups; a stage is data."""
+    """A stage is data: groups and what trains may be anything."""
     model = nn.ModuleDict({"projector": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     groups = (ModuleGroup("projector", r"projector\..+"), ModuleGroup("rest", r"(?!projector\.).+"))
     plan = plan_stage(model, Stage(4, "vlm_alignment", "own", ("projector",)), groups, CONFIG)
@@ -126,13 +146,11 @@ def test_mechanism_holds_for_other_models() -> None:
 
 
 def test_stage_numbers() -> None:
-    assert [stage_by_number(number).name for number in (1, 2, 3)] == [
-        "connector_pretraining",
-        "modality_adaptation",
-        "vision_finetuning",
-    ]
-    assert next_stage(stage_by_number(1)) == stage_by_number(2)
-    assert next_stage(stage_by_number(3)) is None
+    for kind in ("hive", "cascaded"):
+        assert tuple(stage_by_number(number, kind).name for number in (1, 2, 3, 4, 5)) == STAGE_NAMES
+    assert next_stage(stage_by_number(1), STAGE_NAMES) == stage_by_number(2)
+    assert next_stage(stage_by_number(3), STAGE_NAMES[:3]) is None
+    assert next_stage(stage_by_number(3), (STAGE_NAMES[0], STAGE_NAMES[4])) == stage_by_number(5)
     with pytest.raises(HiveError, match=r"stage 7: expected one of 1 \(connector_pretraining\)"):
         stage_by_number(7)
 

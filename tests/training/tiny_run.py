@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tiny_data import make_image_processor, make_samples, make_tokenizer
 from tiny_models import IMAGE_SIZE, tiny_encoder, tiny_language_model
 
 from hive_ds.data.mds import write_mds
+from hive_ds.data.schema import Sample, Turn
 
 STEPS = 12
 INTERVAL = 4
@@ -35,6 +36,11 @@ stages:
   connector_pretraining: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 2, steps: {steps}, weight_decay: 0.1}}
   modality_adaptation: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 4, epochs: 0.5}}
   vision_finetuning: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 4, steps: 2, vision_layer_decay: 0.5}}
+  vlm_alignment: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 4, steps: 2, data: {{image_aspect: pad}}}}
+  vlm_instruction_tuning:
+    {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 4, steps: 2, data: {{train: {root}/chat, template: chat,
+    validation: null, text_validation: null}}}}
+vlm: {{language_model: {root}/language_model}}
 training:
   precision: fp32
   checkpoint_interval: {interval}
@@ -64,6 +70,7 @@ class TinyRun:
         write_mds(samples, root / "train")
         write_mds(samples[:10], root / "validation")
         write_mds([sample for sample in samples if not sample.images], root / "text")
+        write_mds([_asked(sample) for sample in samples], root / "chat")
         (root / "recipe.yaml").write_text(RECIPE.format(root=root, steps=STEPS, interval=INTERVAL))
         return cls(root)
 
@@ -132,6 +139,12 @@ class TinyRun:
         """Own folders for streaming and Triton, and no variables of an outer launcher."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "WORLD_", "RANK"))}
         return {**clean, "TMPDIR": tempfile.mkdtemp(dir=self.root)}
+
+
+def _asked(sample: Sample) -> Sample:
+    """A conversation of what may be an answer alone."""
+    asked = sample.turns[0].role == "user"
+    return sample if asked else replace(sample, turns=(Turn("user", "What is it?"), *sample.turns))
 
 
 def _free_port() -> int:

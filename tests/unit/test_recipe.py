@@ -8,18 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_ds.config import STAGE_NAMES
+from hive_ds.config import STAGE_NAMES, VlmConfig
 from hive_ds.errors import HiveError
 from hive_ds.recipe import RECIPES, dump_recipe, load_recipe, recipe_names, resolve
 
 PAPER = "hive-siglip-l-mobilellm-600m"
 
-# Stages 1 to 3 of arXiv 2604.00086 and its published scripts:
+# The stages of arXiv 2604.00086 and its published scripts:
 # lr, floor of the cosine, betas, decay, clip, global batch, epochs.
 PAPER_STAGES = {
     "connector_pretraining": (1e-3, 0.1, (0.9, 0.999), 1e-5, 1.0, 256, 0.2),
     "modality_adaptation": (1e-4, 0.1, (0.9, 0.95), 1e-5, 0.6, 1024, 1),
     "vision_finetuning": (5e-6, 0.0, (0.9, 0.95), 1e-5, 0.8, 1024, 1),
+    "vlm_alignment": (1e-3, 0.0, (0.9, 0.999), 0.0, 1.0, 256, 1),
+    "vlm_instruction_tuning": (2e-5, 0.0, (0.9, 0.999), 0.0, 1.0, 64, 1),
 }
 
 
@@ -38,6 +40,48 @@ def test_paper_recipe_has_the_papers_figures():
     } == PAPER_STAGES
     for stage in recipe.stages.values():
         assert (stage.warmup_ratio, stage.steps, stage.group_lr, stage.vision_layer_decay) == (0.03, None, {}, 1.0)
+    assert recipe.vlm is not None
+    assert recipe.vlm == VlmConfig("Qwen/Qwen2-0.5B-Instruct", vision_encoder=None, feature_block=-2)
+    data = {name: recipe.data_of(name) for name in STAGE_NAMES}
+    assert [data[name] == recipe.data for name in STAGE_NAMES] == [True, True, True, False, False]
+    assert [(data[name].train, data[name].template) for name in STAGE_NAMES[3:]] == [
+        ("data/llava-pretrain", "plain"),
+        ("data/llava-next", "chat"),
+    ]
+    assert all(one.max_length == 2048 for one in data.values())
+
+
+def test_baselines_differ_in_what_makes_them_baselines():
+    """Same stages, data and seeds as HIVE's recipe; the origins say what each file itself sets."""
+    own = {}
+    for name in ("sa-siglip-l-mobilellm-600m", "base-siglip-l", "last-siglip-l-mobilellm-600m"):
+        recipe, origins = resolve(name)
+        own[name.split("-")[0]] = {key for key, origin in origins.items() if origin.startswith(name)} - {
+            "name",
+            "description",
+        }
+        assert (recipe.data, recipe.training) == (load_recipe(PAPER).data, load_recipe(PAPER).training)
+    clips = {f"stages.{name}.clip" for name in STAGE_NAMES[:3]}
+    assert own == {
+        "sa": {"model.kind", "model.routes", "model.feature_block", *clips},
+        "base": {"vlm.vision_encoder"},
+        "last": {"model.routes.vision_blocks"},
+    }
+    assert tuple(load_recipe("base-siglip-l").stages) == STAGE_NAMES[3:]
+    assert {load_recipe("sa-siglip-l-mobilellm-600m").stages[name].clip for name in STAGE_NAMES} == {1.0}
+    routes = load_recipe("last-siglip-l-mobilellm-600m").model.routes
+    assert routes is not None
+    assert set(routes.vision_blocks) == {24}
+
+
+def test_data_of_a_stage_lies_over_the_recipes():
+    overrides = ["data.train={a: 1, b: 2}", "data.max_length=99", "stages.vlm_alignment.data={train: {c: 1}}"]
+    recipe, origins = resolve("tiny", overrides)
+    found = recipe.data_of("vlm_alignment")
+    assert found == replace(recipe.data, train={"c": 1.0})
+    assert recipe.data_of("vlm_instruction_tuning") is recipe.data
+    assert origins["stages.vlm_alignment.data.max_length"] == "--set"
+    assert origins["stages.vlm_alignment.data.template"] == origins["data.template"]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -45,11 +89,19 @@ def test_shipped_recipe(name: str):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    assert tuple(recipe.stages) == STAGE_NAMES
-    comments = "\n".join(line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if line.startswith("#"))
-    for part in (recipe.model.vision_encoder, recipe.model.language_model):
+    assert tuple(recipe.stages) == (STAGE_NAMES if "base" not in name else STAGE_NAMES[3:])
+    comments = _comments(name)
+    parts = [recipe.model.vision_encoder, recipe.model.language_model]
+    for part in [*parts, recipe.vlm.language_model] if recipe.vlm else parts:
         if not part.startswith("runs/"):
             assert re.search(rf"{re.escape(part)}\s+(Apache-2\.0|MIT|FAIR Noncommercial)", comments), part
+
+
+def _comments(name: str) -> str:
+    """Comments of a recipe and of those that it is based on."""
+    lines = (RECIPES / f"{name}.yaml").read_text().splitlines()
+    bases = [line.removeprefix("base: ") for line in lines if line.startswith("base: ")]
+    return "\n".join([*(line for line in lines if line.startswith("#")), *map(_comments, bases)])
 
 
 def test_precedence_and_origins(tmp_path: Path):
@@ -98,7 +150,7 @@ def _line(recipe: str, start: str) -> str:
             {"a": 1e-4, "b": 0.0},
         ),
         ("stages.vision_finetuning.group_lr.a=1e-4", lambda r: r.stages["vision_finetuning"].group_lr, {"a": 1e-4}),
-        ("stages.vision_finetuning=null", lambda r: tuple(r.stages), STAGE_NAMES[:2]),
+        ("stages.vision_finetuning=null", lambda r: tuple(r.stages), STAGE_NAMES[:2] + STAGE_NAMES[3:]),
         ("data.validation=", lambda r: r.data.validation, None),
         ("data.validation=2024", lambda r: r.data.validation, "2024"),
         ("data.train={a/b: 1, 's3://c': 0.5}", lambda r: r.data.train, {"a/b": 1.0, "s3://c": 0.5}),
@@ -140,6 +192,13 @@ BAD_VALUES = {
     "data.train={a: x}": "data.train.a = x (--set): expected a number",
     "data.train={}": "data.train = {} (--set): expected text or a mapping, not empty",
     "data.cache_limit=100": "data.cache_limit = 100 (--set): expected text or null, a size such as 100gb",
+    "model.routes=null": "model (--set): routes is missing; a model of kind hive expects vision_blocks",
+    "model.kind=cascaded": "routes are given, but a model of kind cascaded has none; expected null",
+    "model.feature_block=0": "expected a whole number, not 0",
+    "vlm=null": "vlm is missing, but stages has vlm_alignment, vlm_instruction_tuning",
+    "vlm.languag_model=a": "unknown key vlm.languag_model = a (--set); did you mean language_model?",
+    "stages.vlm_alignment.data={tempate: chat}": "unknown key stages.vlm_alignment.data.tempate = chat (--set)",
+    "stages.vlm_alignment.data=3": "stages.vlm_alignment.data = 3 (--set): expected a mapping or null",
     "training=3": "training = 3 (--set): expected a mapping",
     "model.routes.vision_blocks=[0, 1, 2]": "vision_blocks = [0, 1, 2] (--set): expected a list, each value a whole",
     "model.routes.vision_blocks=[]": "at least one",
@@ -149,7 +208,7 @@ BAD_VALUES = {
     "model.qknorm=none": "unknown key model.qknorm = none (--set); did you mean qk_norm?",
     "stages.vision_finetune.lr=1": "key stages.vision_finetune = {lr: 1} (--set); did you mean vision_finetuning?",
     "lr=1": "unknown key lr = 1 (--set); did you mean stages.<stage>.lr?",
-    "xyz=1": "unknown key xyz = 1 (--set); a recipe has name, description, model, data, stages, training",
+    "xyz=1": "unknown key xyz = 1 (--set); a recipe has name, description, model, data, stages, vlm, training",
     "base=tiny": "unknown key base = tiny (--set)",
     "model": "--set model: expected key=value",
     "model..rope=1d": "--set model..rope=1d: expected key=value",

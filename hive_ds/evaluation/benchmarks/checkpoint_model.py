@@ -90,7 +90,7 @@ class CheckpointModel(ChatModel):
     """
 
     def __init__(
-        self, pretrained: str, batch_size: int | str = 16, device: str | None = None, dtype: str = "auto"
+        self, pretrained: str, batch_size: int | str = 16, device: str | None = None, dtype: str = "float32"
     ) -> None:
         """Load the checkpoint.
 
@@ -98,15 +98,15 @@ class CheckpointModel(ChatModel):
             pretrained: a model's folder, or a run's.
             batch_size: questions a rank answers together.
             device: ``cpu``, ``cuda:0``, ...; default the one of this rank.
-            dtype: of the weights; ``auto`` as they were saved.
+            dtype: of the weights.
 
         Raises:
             HiveError: no such checkpoint.
         """
         super().__init__(device)
         self.batch_size = int(batch_size)
-        self.model, self.processor = load_checkpoint(pretrained, dtype=dtype)
-        self.model.to(self.device).eval()
+        self.model, self.processor = load_checkpoint(pretrained, dtype)
+        self.model.to(self.device)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers, in the order of the requests; questions of about equal length share a batch.

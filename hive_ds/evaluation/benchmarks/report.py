@@ -15,20 +15,24 @@ from hive_ds.evaluation.benchmarks.checkpoint_model import CheckpointModel
 from hive_ds.evaluation.benchmarks.local_data import describe_files
 from hive_ds.evaluation.benchmarks.runner import Outcome
 from hive_ds.evaluation.benchmarks.self_test import SelfTest
-from hive_ds.evaluation.checkpoints import weights_sha256
+from hive_ds.evaluation.checkpoints import model_sha256, tower_sha256
 from hive_ds.files import write_whole
 
 RESULTS = "results.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lmms-eval", "accelerate", "pillow", "numpy")
 
 
-def checkpoint_record(checkpoint: Path, model: CheckpointModel) -> dict[str, Any]:
-    """What was evaluated, and how it ran."""
+def checkpoint_record(checkpoint: Path, model: CheckpointModel, encoder: Path | None) -> dict[str, Any]:
+    """What was evaluated, and how it ran.
+
+    Raises:
+        HiveError: the checkpoint's vision encoder is not that of the folder ``encoder``.
+    """
     return {
         "checkpoint": str(checkpoint),
         "model_class": type(model.model).__name__,
-        "weights_sha256": weights_sha256(model.model),
-        "vision_encoder_sha256": weights_sha256(model.model.vision_encoder),
+        "weights_sha256": model_sha256(model.model),
+        "vision_encoder_sha256": tower_sha256(model.model, encoder),
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "ranks": model.world_size,

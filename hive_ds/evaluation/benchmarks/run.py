@@ -34,7 +34,9 @@ class Request:
     """Questions of each benchmark, the first ones; None is all."""
     batch_size: int = 16
     device: str | None = None
-    dtype: str = "auto"
+    dtype: str = "float32"
+    encoder: Path | None = None
+    """Folder of the exported encoder that the checkpoint must hold; None asks for no certain one."""
     self_test: bool = True
 
 
@@ -42,7 +44,7 @@ def evaluate(request: Request) -> list[Outcome]:
     """Evaluate on every rank; returns the outcomes, on rank 0, by benchmark.
 
     Raises:
-        HiveError: data is missing, a golden case or a self-test fails.
+        HiveError: data is missing, a golden case or a self-test fails, or the checkpoint holds another encoder.
         RuntimeError: the model failed on a question.
     """
     logger.remove()
@@ -64,7 +66,7 @@ def evaluate(request: Request) -> list[Outcome]:
     if request.checkpoint is None:
         return []
     model = CheckpointModel(str(request.checkpoint), request.batch_size, request.device, request.dtype)
-    record = checkpoint_record(request.checkpoint, model)  # lmms-eval drops the model when it has answered
+    record = checkpoint_record(request.checkpoint, model, request.encoder)  # lmms-eval drops the model when it has answered
     outcomes = run_model(model, benchmarks, tasks, request.limit)
     if ranks.is_main_process:
         print(table(outcomes), end="")

@@ -1,0 +1,55 @@
+"""``hive-ds export ...``: turn trained models into folders that other libraries load."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hive_ds.cli_parts import command
+
+
+def add_export_commands(export: Any) -> None:
+    """Add the commands to the group ``export``."""
+    _add_encoder(export)
+
+
+def _add_encoder(export: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from hive_ds.export import export_encoder
+
+        report = export_encoder(args.source, args.out, format=args.format, tail=args.tail, scores=args.scores)
+        trained = f"{report.num_blocks} blocks, trained up to {report.trained_blocks}"
+        parity = f"features read back within {report.largest_difference:.1e} ({report.precision})"
+        print(f"wrote {report.model_class} to {report.folder}: {trained}, {parity}, weights sha256 {report.sha256}")
+
+    parser = command(
+        export,
+        "encoder",
+        run,
+        "write the trained vision encoder as a folder that plain transformers, timm or open_clip loads",
+        "The folder is read back with that library and its features compared, to 1e-5, before the command says it is"
+        " done. README.md in it is a model card: recipe, data, scores, cost, licences, versions, hash of the weights.",
+    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a run's folder, or a model's")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
+    parser.add_argument(
+        "--format",
+        choices=("transformers", "timm", "open_clip"),
+        default="transformers",
+        help="timm: SigLIP, CLIP, DINOv2; open_clip: SigLIP, CLIP; transformers: every encoder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tail",
+        choices=("keep", "cut"),
+        default="keep",
+        help="blocks after the last routed one, final norm and pooling head, which no gradient reached: keep them as "
+        "they were before training, so that nothing is lost, or cut them and end with a new norm (default: %(default)s)",
+    )
+    _add_scores(parser)
+
+
+def _add_scores(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scores", metavar="FILE", type=Path, help="JSON file of results, shown in the model card and copied"
+    )

@@ -1,0 +1,166 @@
+"""The encoder under the names of open_clip's image towers: ``model.visual.load_state_dict(...)``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from hive_ds.errors import HiveError
+from hive_ds.export.formats import WEIGHTS, Job, Written, mean_and_std, mlp_ratio, refuse_family
+from hive_ds.export.names import OPEN_CLIP, rename
+from hive_ds.export.parity import check_names, foreign_difference
+from hive_ds.export.timm_format import find_named, import_timm, timm_arguments, timm_weights
+
+SUPPORTED = "CLIP and SigLIP (and SigLIP2 of fixed resolution)"
+ACTIVATIONS = {"gelu": False, "quick_gelu": True}
+"""transformers' name -> open_clip's ``quick_gelu``, for CLIP."""
+
+
+def write(job: Job) -> Written:
+    """Write weights under open_clip's names; compare features with its tower.
+
+    Raises:
+        HiveError: open_clip is not installed, or has no such tower.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise HiveError("open_clip is not installed; pip install 'hive-ds[open_clip]'") from error
+    config = job.encoder.config
+    if config.model_type == "siglip_vision_model":
+        return _write_siglip(job, open_clip)
+    if config.model_type == "clip_vision_model":
+        return _write_clip(job, open_clip)
+    raise refuse_family(config, "open_clip", SUPPORTED)
+
+
+def _write_clip(job: Job, open_clip: Any) -> Written:
+    config = job.encoder.config
+    if config.hidden_act not in ACTIVATIONS:
+        raise HiveError(f"hidden_act {config.hidden_act!r}: expected one of {', '.join(ACTIVATIONS)} for open_clip")
+    vision = open_clip.CLIPVisionCfg(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        head_width=config.hidden_size // config.num_attention_heads,
+        mlp_ratio=mlp_ratio(config),
+        patch_size=config.patch_size,
+        image_size=config.image_size,
+        norm_kwargs=None if config.layer_norm_eps == 1e-5 else {"eps": config.layer_norm_eps},
+    )
+    quick_gelu = ACTIVATIONS[config.hidden_act]
+    save_file(rename(job.encoder.state_dict().items(), OPEN_CLIP), job.folder / WEIGHTS, metadata={"format": "pt"})
+    names = _names(open_clip, vision, quick_gelu)
+    _write_config(job, vision, quick_gelu, names)
+    visual = _tower(open_clip, vision, quick_gelu, config.hidden_size)
+    found = visual.load_state_dict(load_file(job.folder / WEIGHTS), strict=False)
+    check_names([name for name in found.missing_keys if name != "proj"], found.unexpected_keys, "open_clip")
+    # Without its projection, the tower's output is transformers' pooled output.
+    nn.init.eye_(visual.proj)
+    note = (
+        "`visual.proj`, the projection to the space shared with a text tower, is not in the file: HIVE does not train "
+        "nor keep it. `load_state_dict` must name it alone as missing; features of blocks do not depend on it."
+    )
+    return Written(
+        f"open_clip {_first(names)}", _usage(job, names, strict=False), _difference(job, visual), "fp64", (note,)
+    )
+
+
+def _write_siglip(job: Job, open_clip: Any) -> Written:
+    config, timm = job.encoder.config, import_timm()
+    arguments = timm_arguments(config)
+    named = find_named(timm, config, arguments)
+    if named is None:
+        raise HiveError(
+            "open_clip builds SigLIP towers by names of timm's, whole and with their pooling head; timm has no such "
+            f"model of {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.image_size} pixels; "
+            "export it with --format timm, which needs no name"
+        )
+    vision = open_clip.CLIPVisionCfg(
+        timm_model_name=named, timm_pool="map", timm_proj="none", image_size=config.image_size
+    )
+    weights = {f"trunk.{name}": tensor for name, tensor in timm_weights(job.encoder).items()}
+    save_file(weights, job.folder / WEIGHTS, metadata={"format": "pt"})
+    names = _names(open_clip, vision, quick_gelu=False)
+    _write_config(job, vision, False, names)
+    visual = _tower(open_clip, vision, False, config.hidden_size)
+    found = visual.load_state_dict(load_file(job.folder / WEIGHTS), strict=False)
+    check_names(found.missing_keys, found.unexpected_keys, "open_clip")
+    notes = _set_activation(visual, config)
+    return Written(
+        f"open_clip {_first(names)}", _usage(job, names, strict=True) + notes, _difference(job, visual), "fp64"
+    )
+
+
+def _set_activation(visual: nn.Module, config: PretrainedConfig) -> str:
+    """Give the tower the encoder's tanh form of GELU, which open_clip cannot be told; the Python that does it."""
+    mlps = [module for module in visual.modules() if isinstance(getattr(module, "act", None), nn.Module)]
+    if config.hidden_act != "gelu_pytorch_tanh":
+        raise HiveError(f"hidden_act {config.hidden_act!r}: expected gelu_pytorch_tanh, as every SigLIP has")
+    if all(getattr(mlp.act, "approximate", "tanh") == "tanh" for mlp in mlps):
+        return ""
+    for mlp in mlps:
+        mlp.act = nn.GELU(approximate="tanh")
+    return (
+        "\n\n# open_clip builds this tower with exact GELU; the encoder was trained with its tanh form.\n"
+        "for module in visual.modules():\n"
+        '    if hasattr(module, "act"):\n'
+        '        module.act = torch.nn.GELU(approximate="tanh")'
+    )
+
+
+def _tower(open_clip: Any, vision: Any, quick_gelu: bool, width: int) -> nn.Module:
+    """The image tower of a whole model, whose text tower is as small as can be."""
+    text = open_clip.CLIPTextCfg(context_length=4, vocab_size=8, width=64, heads=1, layers=1)
+    return open_clip.CLIP(width, vision, text, quick_gelu=quick_gelu).visual.eval()
+
+
+def _names(open_clip: Any, vision: Any, quick_gelu: bool) -> list[str]:
+    """open_clip's models that have this image tower."""
+    configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    return [
+        name
+        for name, config in configs.items()
+        if open_clip.CLIPVisionCfg(**config["vision_cfg"]) == vision and config.get("quick_gelu", False) == quick_gelu
+    ]
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if names else "vision tower"
+
+
+def _write_config(job: Job, vision: Any, quick_gelu: bool, names: list[str]) -> None:
+    """``open_clip_vision.json``: the tower in open_clip's words."""
+    size = job.encoder.config.image_size
+    description = {
+        "models": names,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": {name: value for name, value in asdict(vision).items() if value is not None},
+        "preprocess_cfg": {"size": size, **mean_and_std(job.processor)},
+    }
+    (job.folder / "open_clip_vision.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _usage(job: Job, names: list[str], *, strict: bool) -> str:
+    made = f'open_clip.create_model("{names[0]}").visual' if names else "...  # a tower of open_clip_vision.json"
+    loose = "" if strict else ", strict=False"
+    return (
+        "import open_clip\nimport torch\nfrom safetensors.torch import load_file\n\n"
+        f'visual = {made}\nvisual.load_state_dict(load_file("{job.name}/{WEIGHTS}"){loose})'
+    )
+
+
+def _difference(job: Job, visual: nn.Module) -> float:
+    visual = visual.double()
+
+    @torch.no_grad()
+    def features(pictures: Tensor, indices: list[int]) -> list[Tensor]:
+        found = visual.forward_intermediates(pictures, indices=indices, output_fmt="NLC", intermediates_only=True)
+        return found["image_intermediates"]
+
+    return foreign_difference(job.encoder, job.blocks, features, torch.no_grad()(visual))

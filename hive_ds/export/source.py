@@ -1,0 +1,134 @@
+"""What is exported: the folder of a trained model, the stages that led to it, and its vision tower."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PretrainedConfig, PreTrainedModel
+
+from hive_ds.errors import HiveError
+from hive_ds.model.configuration import HiveConfig
+from hive_ds.model.identity import canonical_names, canonical_parts, read_tower
+from hive_ds.model.vision import vision_class, vision_config_of
+
+ENCODER_STAGES = (1, 2, 3)
+"""Stages that may change the encoder."""
+VLM_STAGES = (4, 5)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model."""
+
+    folder: Path
+    """Weights, config and processor."""
+    stages: tuple[Path, ...]
+    """Folders of the stages of its run up to it, in order; empty for a model that lies in no run."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision encoder with the weights, dtypes included, of a trained model."""
+
+    encoder: PreTrainedModel
+    routes: tuple[tuple[int, int], ...]
+    """Vision block, LLM layer; empty for a cascaded model."""
+    last_block: int
+    """The deepest block that the LLM saw, from 1: no gradient reached what comes after it."""
+
+
+def find_source(path: str | Path, stages: Container[int] = ENCODER_STAGES) -> Source:
+    """``path`` itself if it is a model's folder, or the last finished one of ``stages`` below a run's folder.
+
+    Raises:
+        HiveError: neither is there.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        in_run = path.name == "model" and (path.parent / "recipe.yaml").is_file()
+        return Source(path, _stages_up_to(path.parent) if in_run else ())
+    finished = [stage for number, stage in _stages(path) if number in stages and (stage / "DONE").is_file()]
+    if not finished:
+        raise HiveError(f"{path}: neither a model folder (config.json) nor a run with a finished stage (stageN/DONE)")
+    return Source(finished[-1] / "model", _stages_up_to(finished[-1]))
+
+
+def model_folder(source: str | Path) -> Path:
+    """The folder of a model's weights: ``source`` itself, or the last finished stage, of 1 to 3, of a run.
+
+    Raises:
+        HiveError: neither is there.
+    """
+    return find_source(source).folder
+
+
+def _stages(run: Path) -> list[tuple[int, Path]]:
+    matches = ((re.fullmatch(r"stage(\d+)", path.name), path) for path in run.glob("stage*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _stages_up_to(stage: Path) -> tuple[Path, ...]:
+    stages = [path for _, path in _stages(stage.parent)]
+    return tuple(stages[: stages.index(stage) + 1])
+
+
+def load_tower(folder: Path) -> Tower:
+    """The vision encoder of a HIVE or a LLaVA-style model; its other weights are not read.
+
+    Raises:
+        HiveError: the folder holds no such model, or weights of its encoder are missing or too many.
+    """
+    config = _read_config(folder)
+    vision = vision_config_of(config)
+    if isinstance(config, HiveConfig):
+        routes = tuple(zip(config.vision_blocks, config.language_layers, strict=True))
+        last_block = max(config.vision_blocks)
+    elif isinstance(getattr(config, "vision_feature_layer", None), int):
+        layer, routes = config.vision_feature_layer, ()
+        last_block = layer if layer > 0 else vision.num_hidden_layers + 1 + layer
+    else:
+        raise HiveError(f"{folder} holds a {config.model_type} model; expected a HIVE or a LLaVA-style one")
+    encoder = vision_class(vision)._from_config(vision)
+    _fill(encoder, folder)
+    return Tower(encoder.eval(), routes, last_block)
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    try:
+        values, _ = PretrainedConfig.get_config_dict(folder)
+        return HiveConfig.from_dict(values) if values["model_type"] == "hive" else AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise HiveError(f"{folder} has no config.json of a model: {str(error).splitlines()[0]}") from error
+
+
+def _fill(encoder: PreTrainedModel, folder: Path) -> None:
+    """Take the folder's tensors as they are; names may be those of transformers 4 or 5."""
+    found = dict(part for name, tensor in read_tower(folder) for part in canonical_parts(name, tensor))
+    wanted = {name: canonical_names(name) for name in encoder.state_dict()}
+    expected = {part for parts in wanted.values() for part in parts}
+    if expected != set(found):
+        raise HiveError(
+            f"{folder} does not hold its vision encoder: missing {sorted(expected - set(found))}, "
+            f"unexpected {sorted(set(found) - expected)}"
+        )
+    state = {
+        name: found[parts[0]] if len(parts) == 1 else torch.cat([found[part] for part in parts])
+        for name, parts in wanted.items()
+    }
+    encoder.load_state_dict(state, assign=True)
+
+
+def load_image_processor(folder: Path) -> BaseImageProcessor:
+    """The image processor that was saved with a model.
+
+    Raises:
+        HiveError: there is none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise HiveError(f"{folder} has no image processor: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,36 @@
+"""The encoder as a stock folder of transformers, read back by plain transformers."""
+
+from __future__ import annotations
+
+import torch
+
+from hive_ds.export.formats import SHARD_SIZE, Job, Written
+from hive_ds.export.parity import features_before, largest_difference, processed_pictures
+from hive_ds.model.vision import vision_class
+
+
+def write(job: Job) -> Written:
+    """Write config and weights, in shards where they are large, and compare features in fp32."""
+    job.encoder.save_pretrained(job.folder, max_shard_size=SHARD_SIZE)
+    name = type(job.encoder).__name__
+    usage = f'from transformers import {name}\n\nencoder = {name}.from_pretrained("{job.name}")'
+    return Written(name, usage, _difference(job), "fp32")
+
+
+@torch.no_grad()
+def _difference(job: Job) -> float:
+    inputs = processed_pictures(job.processor)
+    mask = inputs.get("pixel_attention_mask")
+    expected = features_before(job.encoder.float(), job.blocks, **inputs)
+    restored = vision_class(job.encoder.config).from_pretrained(job.folder, dtype=torch.float32).eval()
+    hidden_states = restored(**inputs, output_hidden_states=True).hidden_states
+    return largest_difference(
+        [(features, patch_tokens(hidden_states[block], len(features), mask)) for block, features in expected.items()]
+    )
+
+
+def patch_tokens(hidden: torch.Tensor, patches: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """(I, P, D) -> (N, D): without padding or, where there is no mask, without leading class and register tokens."""
+    if mask is not None:
+        return hidden[mask.bool()]
+    return hidden[:, hidden.shape[1] - patches // len(hidden) :].flatten(0, 1)

@@ -1,0 +1,308 @@
+"""A cascaded (LLaVA-style) model: features of one vision block, through an MLP, are tokens at the LLM's input.
+
+The same batches and loss as `hive_ds.model.hive`; saved as a folder of transformers' `LlavaForConditionalGeneration`.
+Axes: B row, S slot of a padded row, T text token, N image token, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, LlavaConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hive_ds.constants import IGNORE_INDEX
+from hive_ds.errors import HiveError
+from hive_ds.model.attention_interface import attention_name
+from hive_ds.model.identity import weights_sha256
+from hive_ds.model.inputs import PackedText
+from hive_ds.model.interleaving import Interleaving
+from hive_ds.model.positions import Grid
+from hive_ds.model.vision import FAMILIES, encode_images, vision_blocks, vision_class
+
+STOCK_NAMES = {
+    "vision_encoder.": "vision_tower.",
+    "projector.": "multi_modal_projector.",
+}
+"""Start of a parameter's name here -> in the folder of a stock Llava; the LLM's are the same."""
+
+
+def cascaded_config(
+    vision_config: Any, text_config: Any, *, feature_block: int, image_token_id: int, vision_sha256: str
+) -> LlavaConfig:
+    """Config of a cascaded model, a stock Llava's with the hash of the encoder.
+
+    Args:
+        vision_config: of the encoder.
+        text_config: of the LLM.
+        feature_block: block whose features are taken, from 1 or, negative, from the end.
+        image_token_id: placeholder in stock transformers; here it never reaches the model.
+        vision_sha256: `hive_ds.model.identity.weights_sha256` of the encoder.
+    """
+    side = getattr(vision_config, "image_size", 0) // vision_config.patch_size
+    return LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        projector_hidden_act="gelu",
+        vision_feature_layer=feature_block,
+        vision_feature_select_strategy="default" if FAMILIES[vision_config.model_type].has_cls else "full",
+        image_seq_length=side * side,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        vision_sha256=vision_sha256,
+        attn_implementation={},  # None, the default, would reset the attention that both have settled on
+    )
+
+
+class MlpProjector(nn.Module):
+    """Linear, GELU, Linear, as LLaVA 1.5's."""
+
+    def __init__(self, vision_size: int, language_size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_size, language_size)
+        self.linear_2 = nn.Linear(language_size, language_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, D_vision) -> (N, D)."""
+        return self.linear_2(F.gelu(self.linear_1(features)))
+
+
+class CascadedForCausalLM(nn.Module):
+    """A vision encoder, one projector, and an LLM that reads patches as tokens."""
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        vision_encoder: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+        *,
+        attention_backend: str = "auto",
+    ) -> None:
+        """Join two models; each is built with random weights from the config unless given.
+
+        Args:
+            config: of `cascaded_config`.
+            vision_encoder: of one of `hive_ds.model.vision.FAMILIES`.
+            language_model: any causal LM of transformers.
+            attention_backend: of the LLM, as the recipe's ``model.text_attention_backend``.
+
+        Raises:
+            HiveError: the encoder has no such block.
+        """
+        super().__init__()
+        if vision_encoder is None:
+            vision_encoder = vision_class(config.vision_config)._from_config(config.vision_config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        language_model.set_attn_implementation(attention_name(attention_backend))
+        self.config, self.attention_backend = config, attention_backend
+        self.vision_encoder, self.language_model = vision_encoder, language_model
+        self.projector = MlpProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.last_vision_block = _block_number(config.vision_feature_layer, len(vision_blocks(vision_encoder)))
+
+    @property
+    def feature_blocks(self) -> tuple[int, ...]:
+        """The vision block whose features are read."""
+        return (self.last_vision_block,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.projector.linear_1.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.projector.linear_1.weight.dtype
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute encoder blocks and LLM layers in backward, non-reentrant."""
+        for part in (self.vision_encoder, self.language_model):
+            part.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        text_lengths: Sequence[int] | None = None,
+        image_offsets: Sequence[Sequence[int]] | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Loss or logits of a batch, packed or padded; arguments as in `HiveForCausalLM.forward`.
+
+        An image after a sample's last token, such as the dummy of a batch without images, goes through encoder and
+        projector but does not enter the sequence.
+
+        Returns:
+            ``loss`` (fp32 scalar) if labels are given, over text tokens, each predicted from the text or image token
+            before it. ``logits`` of text tokens: (B, S, V) of a padded batch, (T, V) of a packed one; None with labels.
+        """
+        if input_ids.dim() == 1:
+            text = PackedText.from_packed(input_ids, text_lengths)
+        else:
+            text = PackedText.from_padded(input_ids, attention_mask)
+        images = self._encode(pixel_values, image_offsets, pixel_attention_mask, spatial_shapes)
+        places, states_SD = self._embed(text, images, image_offsets, keep_last=False)
+        if labels is None:
+            logits = self._logits(places, states_SD, places.text_T)
+            return CausalLMOutputWithPast(logits=text.padded(logits))
+        labels_T = labels if text.mask_BS is None else labels[text.mask_BS]
+        # The first token of a sequence has none before it.
+        counted = (labels_T != IGNORE_INDEX) & (places.positions_S[places.text_T] > 0)
+        logits = self._logits(places, states_SD, places.text_T[counted] - 1)
+        total = F.cross_entropy(logits.float(), labels_T[counted], reduction="sum")
+        items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / items)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        image_offsets: Sequence[Sequence[int]] | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """Continue prompts by the LLM's own ``generate``: greedy, sampling or beams, with or without its cache.
+
+        Args:
+            input_ids: (B, S) prompts, padded on the left.
+            attention_mask, image_offsets, pixel_values, pixel_attention_mask, spatial_shapes: as in `forward`.
+            arguments: every other argument of ``transformers.GenerationMixin.generate``.
+
+        Returns:
+            (B, S + new) tokens, or (B * k, S + new) where k sequences are asked for.
+        """
+        text = PackedText.from_padded(input_ids, attention_mask)
+        images = self._encode(pixel_values, image_offsets, pixel_attention_mask, spatial_shapes)
+        places, states_SD = self._embed(text, images, image_offsets, keep_last=True)
+        embeds_BWD, mask_BW = places.left_padded(states_SD)
+        new = self.language_model.generate(inputs_embeds=embeds_BWD, attention_mask=mask_BW, **arguments)
+        return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
+
+    def _encode(
+        self,
+        pixel_values: Tensor | None,
+        image_offsets: Sequence[Sequence[int]] | None,
+        pixel_attention_mask: Tensor | None,
+        spatial_shapes: Tensor | None,
+    ) -> tuple[Tensor, list[Grid]] | None:
+        """Projected patches (N, D) of all images, and the patches of each; None without images."""
+        if pixel_values is None:
+            if any(image_offsets or ()):
+                raise ValueError("image_offsets lists images but pixel_values is None; give both or neither")
+            return None
+        encoded = encode_images(
+            self.vision_encoder,
+            (self.last_vision_block,),
+            pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+        )
+        listed = sum(len(one) for one in image_offsets or ())
+        if listed != len(encoded.grids):
+            raise ValueError(f"image_offsets lists {listed} images; pixel_values holds {len(encoded.grids)}")
+        return self.projector(encoded.by_block[self.last_vision_block]), encoded.grids
+
+    def _embed(
+        self,
+        text: PackedText,
+        images: tuple[Tensor, list[Grid]] | None,
+        image_offsets: Sequence[Sequence[int]] | None,
+        *,
+        keep_last: bool,
+    ) -> tuple[Interleaving, Tensor]:
+        """Where tokens stand, and what the LLM reads there, (tokens of all sequences, D)."""
+        states = self.language_model.get_input_embeddings()(text.input_ids_T)
+        offsets = image_offsets if images is not None and image_offsets is not None else [[] for _ in text.lengths]
+        grids = iter(images[1] if images is not None else ())
+        places = Interleaving.build(
+            text.lengths,
+            [[rows * columns for rows, columns in (next(grids) for _ in one)] for one in offsets],
+            offsets,
+            keep_last=keep_last,
+            device=states.device,
+        )
+        if images is not None:  # one gather: patches that do not enter get a zero gradient, never None
+            states = torch.cat([states, images[0].to(states.dtype)])
+        return places, states.index_select(0, places.source_S)
+
+    def _logits(self, places: Interleaving, states_SD: Tensor, at: Tensor) -> Tensor:
+        """Logits at the places ``at``; the samples stay apart, for positions start again with each."""
+        output = self.language_model(
+            inputs_embeds=states_SD[None],
+            position_ids=places.positions_S[None],
+            use_cache=False,
+            logits_to_keep=at,
+        )
+        return output.logits[0]
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the folder of a stock `LlavaForConditionalGeneration`.
+
+        Args:
+            folder: made if it is not there.
+            state_dict: in place of the model's own, which may be partitioned.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {
+            self._stock_name(name): tensor
+            for name, tensor in (self.state_dict() if state_dict is None else state_dict).items()
+        }
+        if self.config.text_config.tie_word_embeddings:
+            del named["language_model.lm_head.weight"]  # stock transformers ties it to the embeddings, not them to it
+        self.config.architectures = ["LlavaForConditionalGeneration"]
+        self.config.vision_sha256 = weights_sha256(named.items())  # another one if it trains
+        self.config.save_pretrained(folder)
+        if getattr(self.language_model, "generation_config", None) is not None:
+            self.language_model.generation_config.save_pretrained(folder)
+        save_torch_state_dict(named, folder)
+
+    def _stock_name(self, name: str) -> str:
+        """Name of a parameter in a stock folder, which both transformers 4 and 5 read."""
+        nested = FAMILIES[self.config.vision_config.model_type].nested_in_v4
+        if nested and name.startswith("vision_encoder.") and not name.startswith("vision_encoder.vision_model."):
+            name = name.replace("vision_encoder.", "vision_encoder.vision_model.", 1)
+        start = next((start for start in STOCK_NAMES if name.startswith(start)), None)
+        return name if start is None else STOCK_NAMES[start] + name.removeprefix(start)
+
+    def processor_values(self) -> dict[str, Any]:
+        """What ``processor_config.json`` must say for stock transformers to write as many placeholders as patches."""
+        strategy = self.config.vision_feature_select_strategy
+        return {
+            "processor_class": "LlavaProcessor",
+            "patch_size": self.config.vision_config.patch_size,
+            "vision_feature_select_strategy": strategy,
+            "num_additional_image_tokens": 1 if strategy == "default" else 0,
+        }
+
+    def load_generation_config(self, folder: str | Path) -> None:
+        """Take over how the folder's model generates by default, if it says so."""
+        if (Path(folder) / "generation_config.json").is_file():
+            self.language_model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _block_number(feature_block: int, num_blocks: int) -> int:
+    """Number of a block, from 1."""
+    number = feature_block if feature_block > 0 else num_blocks + 1 + feature_block
+    if not 1 <= number <= num_blocks:
+        raise HiveError(
+            f"feature_block is {feature_block}, but the encoder has {num_blocks} blocks; expected 1 to {num_blocks}, "
+            f"or -1 to -{num_blocks}"
+        )
+    return number

@@ -1,0 +1,215 @@
+"""The cascaded model is a stock Llava: same logits, same loss, same answers, same folder; packed, padded or alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCABULARY, random_images, random_tokens, tiny_cascaded
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from hive_ds.constants import IGNORE_INDEX
+from hive_ds.errors import HiveError
+from hive_ds.model.cascaded import CascadedForCausalLM
+from hive_ds.model.loading import load_any
+
+STOCK = ("siglip", "clip", "dinov2", "aimv2")
+"""Encoders that a stock Llava can hold."""
+IMAGE = VOCABULARY - 1
+LENGTHS, OFFSETS = [6, 3, 8, 4], [[2], [], [0, 5], [4]]
+"""Texts and media offsets of four samples: one image, none, two, and one that no text token sees."""
+PATCHES = 16
+
+
+def texts() -> list[Tensor]:
+    return [random_tokens(length, seed) for seed, length in enumerate(LENGTHS)]
+
+
+def packed() -> dict[str, Any]:
+    return {
+        "input_ids": torch.cat(texts()),
+        "text_lengths": LENGTHS,
+        "image_offsets": OFFSETS,
+        "pixel_values": random_images(4),
+    }
+
+
+def padded(side: str) -> dict[str, Any]:
+    width = max(LENGTHS)
+    ids = torch.zeros(len(LENGTHS), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts()):
+        place = slice(width - len(text), width) if side == "left" else slice(0, len(text))
+        ids[row, place], mask[row, place] = text, 1
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "image_offsets": OFFSETS,
+        "pixel_values": random_images(4),
+    }
+
+
+def stock_inputs() -> dict[str, Tensor]:
+    """The same samples as stock transformers wants them: placeholders in the text, padded on the left."""
+    images, rows = iter(random_images(4)), []
+    seen = []
+    for text, offsets in zip(texts(), OFFSETS, strict=True):
+        ids = text.tolist()
+        for offset in sorted(offsets, reverse=True):
+            ids[offset:offset] = [IMAGE] * PATCHES
+        seen += [next(images) for _ in offsets]
+        rows.append(ids)
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.stack(seen)}
+
+
+def stock_of(model: CascadedForCausalLM, folder: Path) -> LlavaForConditionalGeneration:
+    model.save_pretrained(folder)
+    stock, report = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"], report
+    assert not report["unexpected_keys"], report
+    return stock.eval()
+
+
+@pytest.mark.parametrize("vision", [*STOCK, "dinov2_with_registers"])
+@torch.no_grad()
+def test_packed_is_single_is_padded(vision: str) -> None:
+    model = tiny_cascaded("qwen2", vision)
+    logits = model(**packed()).logits
+    images, alone = iter(random_images(4)), []
+    for text, offsets in zip(texts(), OFFSETS, strict=True):
+        pixels = torch.stack([next(images) for _ in offsets]) if offsets else None
+        alone.append(model(text, text_lengths=[len(text)], image_offsets=[offsets], pixel_values=pixels).logits)
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    for side in ("left", "right"):
+        batch = padded(side)
+        found = model(**batch).logits[batch["attention_mask"].bool()]
+        torch.testing.assert_close(logits, found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vision", STOCK)
+@pytest.mark.parametrize("tied", [True, False])
+def test_equals_stock_llava(vision: str, tied: bool, tmp_path: Path) -> None:
+    """Logits and loss to 1e-5, greedy answers with and without cache, from the saved folder."""
+    model = tiny_cascaded("qwen2", vision, text_changes={"tie_word_embeddings": tied})
+    stock = stock_of(model, tmp_path)
+    inputs = stock_inputs()
+    is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+    with torch.no_grad():
+        expected = stock(**inputs).logits[is_text]
+        torch.testing.assert_close(model(**packed()).logits, expected, rtol=0, atol=1e-5)
+        # The first token of a text: stock would predict it from the padding before it.
+        first = inputs["attention_mask"].cumsum(dim=1) == 1
+        labels = inputs["input_ids"].masked_fill(~is_text | first, IGNORE_INDEX)
+        expected_loss = stock(**inputs, labels=labels).loss
+        ids = torch.cat(texts())
+        loss = model(**packed(), labels=ids).loss
+        torch.testing.assert_close(loss, expected_loss, rtol=0, atol=1e-5)
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    answers = stock.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    batch = padded("left")
+    for use_cache in (True, False):
+        found = model.generate(**batch, **options, use_cache=use_cache)
+        assert torch.equal(found[:, : batch["input_ids"].shape[1]], batch["input_ids"])
+        assert torch.equal(found[:, batch["input_ids"].shape[1] :], answers)
+
+
+def test_beams_continue_their_prompts() -> None:
+    model = tiny_cascaded()
+    batch = padded("left")
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "pad_token_id": 0, "do_sample": False}
+    found = model.generate(**batch, **options)
+    assert found.shape[0] == 8
+    assert torch.equal(found[::2, : batch["input_ids"].shape[1]], batch["input_ids"])
+    uncached = model.generate(**batch, **options, use_cache=False)
+    assert torch.equal(found, uncached)
+
+
+def test_images_reach_the_texts_after_them_alone() -> None:
+    """Another picture moves the logits from its offset on, in its own sample; the text's own ones stay to the bit."""
+    model = tiny_cascaded()
+    inputs = packed()
+    with torch.no_grad():
+        before = model(**inputs).logits
+        inputs["pixel_values"][2] += 1.0  # the second image of the third sample, at offset 5
+        moved = (model(**inputs).logits != before).any(dim=1)
+    start = sum(LENGTHS[:2])
+    assert moved.nonzero()[:, 0].tolist() == list(range(start + 5, start + 8))
+
+
+def test_dummy_image_gets_a_zero_gradient() -> None:
+    """A batch without images carries one that no token sees: all modules are called, and nothing comes of it."""
+    model = tiny_cascaded().train()
+    model.requires_grad_(True)
+    ids = random_tokens(5)
+    loss = model(ids, labels=ids, text_lengths=[5], image_offsets=[[5]], pixel_values=random_images(1)).loss
+    loss.backward()
+    alone = model(ids, labels=ids, text_lengths=[5]).loss
+    assert torch.equal(loss, alone)
+    for parameter in model.projector.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_first_answer_token_is_predicted_from_the_image() -> None:
+    """A supervised token right after an image counts; the first token of a text without one has nothing before it."""
+    model = tiny_cascaded()
+    ids, labels = random_tokens(4), torch.full((4,), IGNORE_INDEX)
+    labels[0] = ids[0]
+    pixels = random_images(1)
+    with torch.no_grad():
+        seen = model(ids, labels=labels, text_lengths=[4], image_offsets=[[0]], pixel_values=pixels).loss
+        unseen = model(ids, labels=labels, text_lengths=[4]).loss
+    assert seen > 0
+    assert unseen == 0
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_cascaded().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        inputs = packed()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(name.startswith("vision_encoder.") for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_backends_agree(backend: str) -> None:
+    with torch.no_grad():
+        found = tiny_cascaded(attention_backend=backend)(**packed()).logits
+        torch.testing.assert_close(found, tiny_cascaded()(**packed()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_folder_comes_back_and_another_tower_is_refused(tmp_path: Path) -> None:
+    model = tiny_cascaded("qwen2", "clip", feature_block=2)
+    model.save_pretrained(tmp_path)
+    again = load_any(tmp_path)
+    assert isinstance(again, CascadedForCausalLM)
+    assert again.last_vision_block == 2
+    with torch.no_grad():
+        torch.testing.assert_close(again(**packed()).logits, model(**packed()).logits, rtol=0, atol=0)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "vision_tower" in name and name.endswith("fc1.weight"))
+    weights[name] += 0.1
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HiveError, match=r"the vision encoder in it has SHA-256 \w+, but it was saved with"):
+        load_any(tmp_path)
+
+
+def test_block_out_of_range_is_named() -> None:
+    with pytest.raises(
+        HiveError, match="feature_block is 7, but the encoder has 4 blocks; expected 1 to 4, or -1 to -4"
+    ):
+        tiny_cascaded(feature_block=7)
