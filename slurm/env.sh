@@ -48,6 +48,10 @@ HIVE_RUN=runs/tiny
 # `hive-ds data convert`. For example (/data/llava.json /data/llava-mds --images /data/images).
 HIVE_CONVERT=()
 
+# EDIT: what eval.sh scores, if pipeline.sh shall do that last: benchmarks, the folder of their data, options of
+# `hive-ds eval`. For example (mme,gqa,pope /data/benchmarks --dtype bfloat16 --batch-size 64).
+HIVE_EVAL=()
+
 # How often a job may start again, for whatever reason, and how often in a row after failures without a new checkpoint.
 HIVE_MAX_RESTARTS=100
 HIVE_MAX_FAILURES=3

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Submit the whole chain: slurm/pipeline.sh [--nodes N] [--recipe R] [--run RUN] [--set KEY=VALUE ...]
 #
-# convert (if env.sh says what) -> stages 1, 2, 3 -> export, each after the one before it has succeeded. Called again, it
+# convert (if env.sh says what) -> stages 1, 2, 3 -> export -> eval (if env.sh says what), each after the one before it has succeeded. Called again, it
 # submits only what is neither done nor queued: after a failure, mend the cause and call it again.
 set -uo pipefail
 # shellcheck source-path=SCRIPTDIR source=body.sh
@@ -50,3 +50,4 @@ for stage in 1 2 3; do
         ${arguments[@]+"${arguments[@]}"}
 done
 submit export "$run/encoder/config.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/export.sh" "$run"
+if [ ${#HIVE_EVAL[@]} -gt 0 ]; then submit eval "$run/eval/results.json" "$slurm_folder/eval.sh" "$run"; fi

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from benchmark_data import picture, write_benchmarks
-from scene_models import save_scene_model
+from scene_models import save_cascaded_scene_model, save_scene_model
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; make venv installs it")
 
@@ -106,6 +106,9 @@ def test_every_benchmark_runs_offline_and_says_what_was_measured(one_rank: Path,
     scores = {score["name"]: score for score in results["benchmarks"]["mme"]["scores"]}
     assert (scores["perception"]["maximum"], scores["cognition"]["maximum"]) == (2000, 800)
     assert len({reply for name in BENCHMARKS for reply in replies(one_rank, name)}) > 10  # a random model, no constant
+    summary = json.loads((one_rank / "scores.json").read_text())
+    assert summary["weights_sha256"] == results["weights_sha256"]
+    assert list(summary["scores"])[0] == "mme-1 (mme, test, 30 questions)"
     table = (one_rank / "scores.md").read_text()
     assert all(f"| {name} " in table for name in BENCHMARKS)
 
@@ -116,6 +119,23 @@ def test_one_by_one_answers_as_in_batches(one_rank: Path, data: Path, checkpoint
     outcomes = evaluate(Request(chosen, data, checkpoint, batch_size=1, device="cpu", self_test=False))
     for outcome in outcomes:
         assert [row.answer for row in outcome.rows] == replies(one_rank, outcome.benchmark.name)
+
+
+def test_a_cascaded_model_answers_and_another_encoder_is_refused(data: Path, tmp_path: Path) -> None:
+    save_cascaded_scene_model(tmp_path / "cascaded")
+    save_scene_model(tmp_path / "hive")
+    export_encoder(tmp_path / "cascaded", tmp_path / "encoder")
+    export_encoder(tmp_path / "hive", tmp_path / "other")
+    request = Request(["scienceqa"], data, tmp_path / "cascaded", device="cpu", self_test=False)
+    request = replace(request, encoder=tmp_path / "encoder", out=tmp_path / "out", batch_size=5)
+    (together,) = evaluate(request)
+    (alone,) = evaluate(replace(request, batch_size=1, out=None))
+    assert [row.answer for row in together.rows] == [row.answer for row in alone.rows]
+    assert len({row.answer for row in together.rows}) > 1
+    assert read(tmp_path / "out")["model_class"] == "CascadedForCausalLM"
+    assert read(tmp_path / "out")["vision_encoder_sha256"] == folder_sha256(tmp_path / "encoder")
+    with pytest.raises(HiveError, match="vision encoder has SHA-256"):
+        evaluate(replace(request, encoder=tmp_path / "other"))
 
 
 def test_two_ranks_answer_and_score_as_one(one_rank: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def write_results(
     record: dict[str, Any],
     self_tests: Sequence[SelfTest] | None,
 ) -> None:
-    """Write ``tasks/``, ``answers/``, ``scores.md`` and last ``results.json`` to ``out``."""
+    """Write ``tasks/``, ``answers/``, ``scores.md``, ``scores.json`` and last ``results.json`` to ``out``."""
     (out / "tasks").mkdir(parents=True, exist_ok=True)
     (out / "answers").mkdir(exist_ok=True)
     benchmarks = {}
@@ -69,9 +69,25 @@ def write_results(
             "task_config": config,
         }
     write_whole(out / "scores.md", table(outcomes))
+    write_whole(out / "scores.json", json.dumps(summary(outcomes, record), indent=1) + "\n")
     tests = None if self_tests is None else [asdict(test) for test in self_tests]
     results = {**record, "self_tests": tests, "benchmarks": benchmarks}
     write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
+
+
+def summary(outcomes: Sequence[Outcome], record: dict[str, Any]) -> dict[str, Any]:
+    """The main scores, with what tells whose they are and how they were asked for."""
+    return {
+        "weights_sha256": record["weights_sha256"],
+        "vision_encoder_sha256": record["vision_encoder_sha256"],
+        "lmms-eval": record["versions"]["lmms-eval"],
+        "scores": {
+            f"{outcome.prompt_version} ({outcome.benchmark.name}, {outcome.split}, {len(outcome.rows)} questions)": {
+                score.name: score.value for score in outcome.scores if "." not in score.name
+            }
+            for outcome in outcomes
+        },
+    }
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
