@@ -108,7 +108,7 @@ def test_every_benchmark_runs_offline_and_says_what_was_measured(one_rank: Path,
     assert len({reply for name in BENCHMARKS for reply in replies(one_rank, name)}) > 10  # a random model, no constant
     summary = json.loads((one_rank / "scores.json").read_text())
     assert summary["weights_sha256"] == results["weights_sha256"]
-    assert list(summary["scores"])[0] == "mme-1 (mme, test, 30 questions)"
+    assert next(iter(summary["scores"])) == "mme-1 (mme, test, 30 questions)"
     table = (one_rank / "scores.md").read_text()
     assert all(f"| {name} " in table for name in BENCHMARKS)
 
