@@ -45,7 +45,7 @@ test: $(VENV)/.installed ## Run the tests (16 minutes on 2 cores)
 
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and model, kernels and text on transformers 5
 	$(RUN) pytest -rs -m "long and not gpu and not cluster"
-	$(RUN_TF5) pytest -rs tests/model tests/kernels $(addprefix tests/data/test_,$(addsuffix .py,processing data_text data_images loader_preprocess loader_text_speed recaption))
+	$(RUN_TF5) pytest -rs tests/model tests/kernels $(addprefix tests/data/test_,$(addsuffix .py,processing data_text data_images data_aspect loader_preprocess loader_text_speed recaption))
 
 test-cluster: $(VENV)/.installed ## Run all tests on a Slurm cluster in namespaces (as root; 20 minutes on 2 cores)
 	$(RUN) pytest -rs -m cluster --durations=10 tests/cluster

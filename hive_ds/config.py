@@ -193,6 +193,8 @@ class TrainingConfig:
     log_interval: Annotated[int, at_least(1)] = 1
     max_skipped_steps: Annotated[int, at_least(1)] = 5
     """Steps in a row with a non-finite gradient before the run stops."""
+    hang_timeout: Annotated[float, NOT_NEGATIVE] = 1800
+    """Seconds without progress after which every rank writes where it is and the run ends; 0 switches that off."""
     tensorboard: bool = False
     wandb: bool = False
 

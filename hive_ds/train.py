@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +30,23 @@ from hive_ds.training.checkpoint import (
     newest_checkpoint,
     save_model,
 )
-from hive_ds.training.distributed import World, from_main, read_world, report_error, start, stop
+from hive_ds.training.distributed import World, from_main, read_world, start, stop
 from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
 from hive_ds.training.engine import Engine
+from hive_ds.training.faults import leave, report_crash, report_error
 from hive_ds.training.flops import FlopCounter, matmul_rate
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
 from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.origin import describe_origin
+from hive_ds.training.pace import Pace
+from hive_ds.training.place import here, one_line
 from hive_ds.training.run_folder import StageFolder
 from hive_ds.training.schedule import Schedule
 from hive_ds.training.start_model import start_model
 from hive_ds.training.table import print_plan
+from hive_ds.training.watchdog import longest_wait, stop_watching, watch
 
 if TYPE_CHECKING:
     from hive_ds.data.mds import SampleLoader
@@ -59,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HiveError as error:
         report_error(error, world, debug=options.debug)
         return 2
+    except Exception as error:
+        report_crash(error, world, one_line(here.describe(error)))
+        return 1
+    finally:
+        stop_watching()
     stop()
     return 0 if finished else EXIT_STOPPED
 
@@ -87,12 +95,16 @@ def train(options: argparse.Namespace, world: World) -> bool:
     accumulation_steps(config, world.size)
     policy = read_policy(recipe.training.ds_config)
     folder = StageFolder(Path(options.run), stage)
-    run = Run(recipe, stage, config, folder, world, start(world), Attempt(folder.path, world))
+    hang_timeout = recipe.training.hang_timeout
+    device = start(world, longest_wait(hang_timeout))
+    run = Run(recipe, stage, config, folder, world, device, Attempt(folder.path, world))
+    watch(folder.path / "hang", world, hang_timeout)
     if from_main(run.folder.done.is_file()):
         run.say(f"stage {stage.number} of {options.run} is done already; {_next_command(options, recipe, stage)}")
         return True
     run.attempt.sign()
     model, processor = start_model(recipe, folder, world, run.attempt, run.say)
+    here.follow(model)
     plan = plan_stage(model, stage, groups_of(model), config)
     _warn_untrained_blocks(run, model)
     _prepare_attention(run, model)
@@ -104,6 +116,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
         run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
         job.engine.close()
         return False
+    here.enter("hand-over", ())
     save_model(run.folder.model, job.engine, processor, world, run.attempt)
     _finish(run, job)
     run.say(f"stage {stage.number} is done: {run.folder.model}\n{_next_command(options, recipe, stage)}")
@@ -213,6 +226,7 @@ def _start_job(
         training=training,
         metrics=metrics,
         meter=Meter(world.size, rate, device, samples=first_step * config.global_batch_size),
+        pace=Pace(world, device, engine.dtype),
         flops=FlopCounter(model, plan),
         patch_size=model.config.vision_config.patch_size,
         world=world,
@@ -285,4 +299,4 @@ def _next_command(options: argparse.Namespace, recipe: Recipe, stage: Stage) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

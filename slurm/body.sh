@@ -140,7 +140,7 @@ node_ended_with() { cat "$logs"/*.code 2>/dev/null | grep -qx "$1"; }
 show_errors() { # what a reader of the job's log needs most; the whole is in the nodes' logs
     say "the stage is not done; exit codes by node:"
     (cd "$logs" && grep -H . ./*.code 2>/dev/null)
-    grep -hE '^(error|[A-Za-z.]*Error|rank [0-9]+ was the first)' "$logs"/*.log 2>/dev/null | head -n 20
+    grep -hE '^(error|hang: |[A-Za-z.]*Error|rank [0-9]+ was the first)' "$logs"/*.log 2>/dev/null | head -n 20
     say "more in $logs/*.log"
 }
 

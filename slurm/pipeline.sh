@@ -1,8 +1,9 @@
 #!/bin/bash
 # Submit the whole chain: slurm/pipeline.sh [--nodes N] [--recipe R] [--run RUN] [--set KEY=VALUE ...]
 #
-# convert (if env.sh says what) -> stages 1, 2, 3 -> export -> eval (if env.sh says what), each after the one before it has succeeded. Called again, it
-# submits only what is neither done nor queued: after a failure, mend the cause and call it again.
+# convert (if env.sh says what) -> stages 1, 2, 3 -> export -> stages 4, 5 (vlm.sh), those that the recipe describes -> eval
+# (if env.sh says what), each after the one before it has succeeded. Called again, it submits only what is neither done
+# nor queued: after a failure, mend the cause and call it again.
 set -uo pipefail
 # shellcheck source-path=SCRIPTDIR source=body.sh
 source "$(dirname "${BASH_SOURCE[0]}")/body.sh" || exit 2
@@ -41,13 +42,26 @@ submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...
     previous=$job
 }
 
+described=$("$HIVE_PYTHON" -m hive_ds.launch.stages "$recipe" ${options[@]+"${options[@]}"}) || exit 2
 mkdir -p "$run/logs" || fail "cannot write $run; change --run"
 if [ ${#HIVE_CONVERT[@]} -gt 0 ]; then
     submit convert "${HIVE_CONVERT[1]}/index.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/convert.sh"
 fi
-for stage in 1 2 3; do
-    submit "stage$stage" "$run/stage$stage/DONE" --nodes "$nodes" "$slurm_folder/stage$stage.sh" \
-        ${arguments[@]+"${arguments[@]}"}
+trains_encoder=''
+for stage in $described; do
+    if [ "$stage" -le 3 ]; then
+        trains_encoder=1
+        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$nodes" "$slurm_folder/stage$stage.sh" \
+            ${arguments[@]+"${arguments[@]}"}
+    fi
 done
-submit export "$run/encoder/config.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/export.sh" "$run"
+if [ -n "$trains_encoder" ]; then
+    submit export "$run/encoder/config.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/export.sh" "$run"
+fi
+for stage in $described; do
+    if [ "$stage" -ge 4 ]; then
+        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$nodes" "$slurm_folder/vlm.sh" \
+            ${arguments[@]+"${arguments[@]}"}
+    fi
+done
 if [ ${#HIVE_EVAL[@]} -gt 0 ]; then submit eval "$run/eval/results.json" "$slurm_folder/eval.sh" "$run"; fi

@@ -1,4 +1,4 @@
-"""Which attention runs where in a HIVE model, said before training and compiled before its first step."""
+"""Which attention runs where in a model, said before training and compiled before its first step."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ def warm_up_attention(model: TrainedModel, device: torch.device, dtype: torch.dt
     """
     served = [kind for kind in _kinds(model) if _choose(kind, device, dtype).backend == "triton"]
     return sum(
-        warm_up(heads=heads, groups=groups, head_dim=head_dim, dtype=dtype, device=device, qk_norm=qk_norm)
-        for heads, groups, head_dim, qk_norm in sorted({kind[2:] for kind in served})
+        warm_up(
+            heads=heads, groups=groups, head_dim=head_dim, dtype=dtype, device=device, qk_norm=qk_norm, rotate=rotate
+        )
+        for heads, groups, head_dim, qk_norm, rotate in sorted({kind[2:] for kind in served})
     )
 
 
@@ -70,21 +72,23 @@ class _Kind(NamedTuple):
     groups: int
     head_dim: int
     qk_norm: str
+    rotate: bool
+    """Whether queries and keys are rotated in the kernel, or come to it rotated."""
 
 
 def _kinds(model: TrainedModel) -> dict[_Kind, list[int]]:
     """Kinds of attention in the model and their layers, routed ones first."""
     kinds: dict[_Kind, list[int]] = {}
     text = model.config.text_config
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
     if isinstance(model, CascadedForCausalLM):  # queries and keys come to its attention normed and rotated
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        heads, groups = text.num_attention_heads, text.num_key_value_heads
-        kind = _Kind(False, model.attention_backend, heads, groups, head_dim, "none")
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kind = _Kind(False, model.attention_backend, heads, groups, head_dim, "none", rotate=False)
         return {kind: list(range(text.num_hidden_layers))}
     for module in model.modules():
         if isinstance(module, HiveAttention):
-            heads, groups = text.num_attention_heads, text.num_key_value_heads
-            kind = _Kind(module.routed, module.backend, heads, groups, module.head_dim, module.qk_norm)
+            kind = _Kind(module.routed, module.backend, heads, groups, module.head_dim, module.qk_norm, rotate=True)
             kinds.setdefault(kind, []).append(module.layer)
     return dict(sorted(kinds.items(), reverse=True))
 

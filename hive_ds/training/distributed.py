@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-import traceback
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from hive_ds.errors import HiveError
 from hive_ds.launch.network import choose_interface
@@ -26,8 +26,6 @@ from hive_ds.launch.network import choose_interface
 TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait: the slowest thing between two is rank 0 writing a model."""
 
-_REPORTED = "hive_ds/error_reported"
-_REPORT_WAIT = timedelta(seconds=10)
 _store: list[dist.Store] = []
 """The process group's key-value store, once there is one."""
 
@@ -91,8 +89,12 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-def start(world: World) -> torch.device:
+def start(world: World, timeout: timedelta | None = None) -> torch.device:
     """Join the process group (gloo on CPUs, nccl on GPUs) and return this rank's device.
+
+    Args:
+        world: this process among all.
+        timeout: how long a collective may wait; TIMEOUT if None.
 
     Raises:
         HiveError: several ranks and no MASTER_ADDR and MASTER_PORT, or more ranks on this host than GPUs.
@@ -104,69 +106,58 @@ def start(world: World) -> torch.device:
         ("LOCAL_WORLD_SIZE", world.local_size),
     ):
         os.environ[name] = str(value)
-    gpu = uses_gpu()
-    if gpu:
-        if world.local_rank >= torch.cuda.device_count():
-            raise HiveError(
-                f"{world.local_size} ranks on this host, but {torch.cuda.device_count()} GPUs: start one rank a GPU"
-            )
-        torch.cuda.set_device(world.local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    device = torch.device("cuda", world.local_rank) if gpu else torch.device("cpu")
-    if world.size == 1:
-        store: dist.Store = dist.HashStore()
-    else:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise HiveError(f"{world.size} ranks, but {' and '.join(missing)} not set: where is rank 0?")
-        if world.local_size < world.size:
-            choose_interface(os.environ, os.environ["MASTER_ADDR"])
-        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size))
-    _store.append(store)
+    _store.append(_join(world))
+    device = _own_device(world)
+    # Groups that DeepSpeed makes take torch's defaults: 10 minutes under NCCL.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout or TIMEOUT
     dist.init_process_group(
-        "nccl" if gpu else "gloo",
-        store=store,
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_store[-1],
         rank=world.rank,
         world_size=world.size,
-        timeout=TIMEOUT,
-        device_id=device if gpu and world.size > 1 else None,
+        timeout=timeout or TIMEOUT,
+        device_id=device if device.type == "cuda" and world.size > 1 else None,
     )
     return device
 
 
-def report_error(error: HiveError, world: World, *, debug: bool) -> None:
-    """Print an error once: by rank 0 if it has it too, else by the rank that has it.
-
-    An error on one rank alone leaves the others waiting for it; the launcher ends them when this rank exits.
-    """
-    if not world.is_main and _main_reports(world):
-        return
-    if debug:
-        traceback.print_exception(error)
-    rank = "" if world.is_main else f" (rank {world.rank})"
-    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
-    if world.is_main and _store:
-        _store[0].set(_REPORTED, "1")
+def current_store() -> dist.Store | None:
+    """The process group's key-value store, once this rank has met the others."""
+    return _store[-1] if _store else None
 
 
-def _main_reports(world: World) -> bool:
-    """Whether rank 0 reports the error of this rank: without a process group all ranks have read the same input."""
-    if not _store:
-        return True
-    try:
-        _store[0].wait([_REPORTED], _REPORT_WAIT)
-    except dist.DistStoreError:
-        return False
-    except RuntimeError:  # the store went with rank 0, which had reported
-        return True
-    return True
+def _join(world: World) -> dist.Store:
+    """Meet the other ranks."""
+    if world.size == 1:
+        return dist.HashStore()
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise HiveError(f"{world.size} ranks, but {' and '.join(missing)} not set: where is rank 0?")
+    if world.local_size < world.size:
+        choose_interface(os.environ, os.environ["MASTER_ADDR"])
+    joined, _, _ = next(dist.rendezvous("env://", world.rank, world.size))
+    return joined
+
+
+def _own_device(world: World) -> torch.device:
+    if not uses_gpu():
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise HiveError(
+            f"{world.local_size} ranks on {socket.gethostname()}, but {torch.cuda.device_count()} GPUs: start one rank "
+            "a GPU"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store.clear()
 
 
 def sum_over_ranks(values: Sequence[float] | Tensor, device: torch.device) -> list[float]:

@@ -152,17 +152,27 @@ class FlopCounter:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs per second of a large square matrix product on this device, the best of five."""
-    size = 8192 if device.type == "cuda" else 512
-    left = torch.randn(size, size, device=device, dtype=dtype)
-    right = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
+    return 2 * _size(device) ** 3 / min(matmul_times(device, dtype))
+
+
+def matmul_times(device: torch.device, dtype: torch.dtype) -> list[float]:
+    """Seconds of each of five large square matrix products on this device."""
+    size = _size(device)
+    own = torch.Generator(device).manual_seed(0)  # the run's random numbers stay as they are
+    left = torch.randn(size, size, device=device, dtype=dtype, generator=own)
+    right = torch.randn(size, size, device=device, dtype=dtype, generator=own)
+    times = []
     for _ in range(6):  # the first one warms up
         _wait(device)
         start = time.perf_counter()
         left @ right
         _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def _size(device: torch.device) -> int:
+    return 8192 if device.type == "cuda" else 512
 
 
 def _wait(device: torch.device) -> None:

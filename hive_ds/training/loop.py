@@ -18,6 +18,8 @@ from hive_ds.training.distributed import World, all_values, min_over_ranks, sum_
 from hive_ds.training.engine import Engine, StepReport
 from hive_ds.training.flops import BatchSize, FlopCounter
 from hive_ds.training.metrics import LISTED_IN_MONITOR, Meter, MetricsLog, Totals
+from hive_ds.training.pace import Pace
+from hive_ds.training.place import here
 from hive_ds.training.schedule import Schedule
 
 
@@ -34,6 +36,7 @@ class Job:
     training: TrainingConfig
     metrics: MetricsLog
     meter: Meter
+    pace: Pace
     flops: FlopCounter
     patch_size: int
     world: World
@@ -57,8 +60,10 @@ def train(job: Job, first_step: int) -> int:
     job.meter.restart()
     for step in range(first_step, steps):
         done = step + 1
+        here.begin_step(done)
         micro_batches, totals = _fetch(job, batches)
         loss = run_micro_batches(job.engine, micro_batches, totals.supervised)
+        here.enter("step")
         report = job.engine.step(job.schedule.factor(step))
         job.meter.add(totals, loss)
         _report_bad_samples(job, done, micro_batches, totals)
@@ -83,6 +88,7 @@ def evaluate(job: Job, loader: Any) -> float:
     loss_sum, tokens = 0.0, 0.0
     job.engine.model.eval()
     for batch in islice(iter(loader), count):
+        here.enter("validation", batch.sample_ids)
         output = job.engine.forward(**batch.model_inputs(job.device, job.engine.dtype), num_items_in_batch=1)
         loss_sum += float(output.loss)
         tokens += batch.supervised_tokens
@@ -97,6 +103,7 @@ def _save(job: Job, done: int, *, last: bool) -> None:
     Raises:
         HiveError: it failed, and the run was to stop here or the recipe says that it should.
     """
+    here.enter("save", ())
     start = time.perf_counter()
     failed = job.save(done)
     job.metrics.write("checkpoint", done, seconds=time.perf_counter() - start, failed=failed)
@@ -114,6 +121,7 @@ def _fetch(job: Job, batches: Iterator[Any]) -> tuple[list[Any], Totals]:
     start = time.perf_counter()
     micro_batches = [next(batches) for _ in range(job.engine.accumulation)]
     own = Totals(wait=time.perf_counter() - start)
+    job.pace.add(own.wait)
     for batch in micro_batches:
         size = batch_size(batch, job.patch_size)
         own.add(
@@ -145,7 +153,9 @@ def run_micro_batches(engine: Engine, micro_batches: Sequence[Any], supervised: 
     items = max(supervised, 1) / engine.world.size
     loss = torch.zeros((), device=engine.device)
     for index, batch in enumerate(micro_batches):
+        here.enter("forward", batch.sample_ids)
         output = engine.forward(**batch.model_inputs(engine.device, engine.dtype), num_items_in_batch=items)
+        here.enter("backward")
         engine.backward(output.loss, last=index == len(micro_batches) - 1)
         loss += output.loss.detach()
     return sum_over_ranks(loss[None], engine.device)[0] / engine.world.size
@@ -161,7 +171,7 @@ def _watch_skips(job: Job, done: int, report: StepReport, micro_batches: list[An
     if in_row + 1 >= job.training.max_skipped_steps:
         raise HiveError(
             f"step {done}: the gradient was not finite for {in_row + 1} steps in a row (training.max_skipped_steps); "
-            f"samples of the last one, by rank: {sample_ids}"
+            f"samples of the last one, by rank: {sample_ids}; a restart would come to the same steps"
         )
     return in_row + 1
 
@@ -175,6 +185,7 @@ def _report_bad_samples(job: Job, done: int, micro_batches: list[Any], totals: T
 def _log(job: Job, done: int, report: StepReport, bar: Any) -> None:
     rates = job.engine.learning_rates()
     values: dict[str, Any] = job.meter.read(job.schedule.steps - done)
+    values |= job.pace.compare(values["seconds_per_step"], tqdm.write)
     values |= {
         "lr": rates,
         "grad_norm": report.grad_norm,

@@ -36,6 +36,9 @@ TRAIN_KEYS = {
     "bad_samples": "unreadable samples so far; each was replaced by another",
     "seconds_per_step": "mean since the last line",
     "eta_seconds": "time left at that pace",
+    "slowest_rank": "rank that holds the others up most",
+    "slowest_ratio": "how many times longer a step takes than if that rank were like the median rank (an estimate)",
+    "slowest_by": "what it is slow in: compute (a matrix product, timed on each rank) or data (its wait for them)",
 }
 """Keys of a ``train`` line and what they mean."""
 

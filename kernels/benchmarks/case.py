@@ -37,7 +37,7 @@ class Case:
     @cached_property
     def copies(self) -> list[tuple[Arguments, Tensor]]:
         """(arguments, cotangent of the output) of every copy."""
-        return [self._draw(seed) for seed in range(self.num_copies)]
+        return [self.draw(seed) for seed in range(self.num_copies)]
 
     @property
     def num_copies(self) -> int:
@@ -47,7 +47,8 @@ class Case:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         return min(16, max(2, 1 + math.ceil(3 * cache / self.shape.work("forward", self.dtype).bytes)))
 
-    def _draw(self, seed: int) -> tuple[Arguments, Tensor]:
+    def draw(self, seed: int) -> tuple[Arguments, Tensor]:
+        """Arguments and a cotangent of the output."""
         generator = torch.Generator(self.device).manual_seed(seed)
         shape, layout = self.shape, self.layout
         wide = torch.promote_types(self.dtype, torch.float32)

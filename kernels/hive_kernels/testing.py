@@ -192,6 +192,11 @@ def assert_equal_results(actual: Results, expected: Results, *, tolerance: float
         assert _largest(actual[name] - x) <= bound, f"{name}: {_largest(actual[name] - x):.3g} > {bound:.3g}"
 
 
+def pooled(draws: Sequence[Results]) -> Results:
+    """Results of several draws as those of one, flat: over few numbers plain code may be nearly exact by luck."""
+    return {name: torch.cat([draw[name].flatten() for draw in draws]) for name in draws[0]}
+
+
 ATOL = {torch.bfloat16: 1e-4, torch.float16: 1e-5, torch.float32: 1e-6}
 """Allowance for results that the plain code happens to hit almost exactly."""
 RMS_RATIO = {torch.bfloat16: 0.005, torch.float16: 0.001, torch.float32: 1e-6}

@@ -13,14 +13,20 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+RECIPES = (
+    *("checks.py", "config.py", "errors.py", "stages.py"),
+    *("recipe.py", "recipe_source.py", "recipe_values.py", "recipes"),
+)
+"""What reads a recipe, which `pipeline.sh` does too."""
 
 
 def stand_in_package(folder: Path) -> Path:
-    """A new folder with a package hive_ds, whose trainer is this file and whose launcher is the real one."""
+    """A new folder with a package hive_ds, whose trainer is this file; launcher and recipes are the real ones."""
     package = folder / "stand-in" / "hive_ds"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "launch").symlink_to(REPOSITORY / "hive_ds" / "launch")
+    for name in ("launch", *RECIPES):
+        (package / name).symlink_to(REPOSITORY / "hive_ds" / name)
     (package / "train.py").symlink_to(Path(__file__))
     return package.parent
 

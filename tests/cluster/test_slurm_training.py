@@ -125,11 +125,14 @@ def test_chain_and_chain_again(site: SlurmSite, tiny: TinyRun) -> None:
     command = ("slurm/pipeline.sh", "--recipe", f"{tiny.root}/recipe.yaml", "--run", str(run))
     submitted = site.login(*command).splitlines()
     jobs = [int(line.split(": job ")[1].split(",")[0]) for line in submitted]
-    assert [line.split(":")[0] for line in submitted] == ["convert", "stage1", "stage2", "stage3", "export"]
+    assert [line.split(":")[0] for line in submitted] == [
+        *("convert", "stage1", "stage2", "stage3", "export", "stage4", "stage5")
+    ]
     again = site.login(*command)
-    assert again.count("is queued or running") == 5
-    assert [site.wait(job, 400) for job in jobs] == ["COMPLETED"] * 5, submitted
+    assert again.count("is queued or running") == 7
+    assert [site.wait(job, 400) for job in jobs] == ["COMPLETED"] * 7, submitted
     assert (source / "mds" / "index.json").exists()
     assert (run / "encoder" / "config.json").exists()
-    assert site.login(*command).count("done already") == 5
+    assert (run / "stage5" / "DONE").exists()
+    assert site.login(*command).count("done already") == 7
     assert "queued" not in site.login("squeue", "--noheader")

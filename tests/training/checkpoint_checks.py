@@ -40,6 +40,7 @@ from hive_ds.training.distributed import barrier
 from hive_ds.training.flops import FlopCounter
 from hive_ds.training.loop import Job, train
 from hive_ds.training.metrics import Meter, MetricsLog
+from hive_ds.training.pace import Pace
 from hive_ds.training.schedule import Schedule
 
 
@@ -221,16 +222,22 @@ def check_attempts(ranks: Any) -> None:
 
 def check_endless_skips(ranks: Any) -> None:
     """Row 15: the loop counts skipped steps, logs the samples of every rank, and ends after so many in a row."""
-    trainee = make_trainee(ranks, stage=3, config=config_for(2))
+    for precision in ("fp32", "bf16"):
+        endless_skips(ranks, precision)
+
+
+def endless_skips(ranks: Any, precision: str) -> None:
+    trainee = make_trainee(ranks, stage=3, precision=precision, config=config_for(2))
 
     def batches() -> Iterator[Any]:
         for step in range(20):
             for batch in step_batches(ranks, step, 2):
-                if step == 1 or step > 3:
-                    batch.images["pixel_values"][:] = float("nan")
+                # On one rank alone: gradients are shared, so every rank must skip.
+                if (step == 1 or step > 3) and ranks.world.rank == ranks.world.size - 1:
+                    batch.images["pixel_values"][:] = float("inf" if step == 1 else "nan")
                 yield batch
 
-    folder = ranks.folder / "skips"
+    folder = ranks.folder / f"skips-{precision}"
     folder.mkdir(exist_ok=True)
     job = Job(
         engine=trainee.engine,
@@ -240,6 +247,7 @@ def check_endless_skips(ranks: Any) -> None:
         training=TrainingConfig(max_skipped_steps=3),
         metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
         meter=Meter(ranks.world.size, 1e12, ranks.device),
+        pace=Pace(ranks.world, ranks.device, torch.float32),
         flops=FlopCounter(trainee.engine.model, trainee.plan),
         patch_size=8,
         world=ranks.world,

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import STEPS, TinyRun
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hive_ds.kernels import tiles
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.identity import folder_sha256
+from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
-from hive_ds.stages import assign_groups, hive_groups, stage_by_number
+from hive_ds.stages import ModuleGroup, assign_groups, cascaded_groups, hive_groups, stage_by_number
 from hive_ds.train import main
 from hive_ds.training.attempt import EXIT_STOPPED
 from hive_ds.training.distributed import stop
@@ -36,16 +40,14 @@ EQUAL_ACROSS_ATTEMPTS = (
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun.make(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def straight(tiny: TinyRun) -> str:
-    """Stage 1 under ZeRO-3 on 2 ranks through the deepspeed launcher; returns what it printed."""
-    done = tiny.train(1, "straight")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def pretrained(tiny: TinyRun, straight: str) -> dict[int, str]:
+    """Stages 2 and 3 after `straight`; what each printed."""
+    printed = {}
+    for number in (2, 3):
+        done = tiny.train(number, "straight", launcher="torchrun")
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed[number] = done.stdout
+    return printed
 
 
 @pytest.fixture
@@ -62,9 +64,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def groups_that_moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, set[bool]]:
+def groups_that_moved(
+    before: dict[str, torch.Tensor],
+    after: dict[str, torch.Tensor],
+    groups: tuple[ModuleGroup, ...] = hive_groups([1, 3], 3),
+) -> dict[str, set[bool]]:
     """Group -> whether its parameters differ in any byte."""
-    group_of = assign_groups(sorted(before), hive_groups([1, 3], 3))
+    group_of = assign_groups(sorted(before), groups)
     moved: dict[str, set[bool]] = {}
     for name, group in group_of.items():
         moved.setdefault(group, set()).add(
@@ -159,7 +165,7 @@ def test_stopped_by_a_file_and_gone_on(tiny: TinyRun) -> None:
     assert [line["step"] for line in tiny.metrics("stopped", 1, "train")] == [1, 2, 3]
 
 
-def test_stages_follow_one_another(tiny: TinyRun, straight: str) -> None:
+def test_stages_follow_one_another(tiny: TinyRun, pretrained: dict[int, str]) -> None:
     base = {f"vision_encoder.{n}": t for n, t in weights(tiny.root / "encoder").items()}
     base |= {f"language_model.{n}": t for n, t in weights(tiny.root / "language_model").items()}
     after = weights(tiny.root / "straight" / "stage1" / "model")
@@ -170,17 +176,38 @@ def test_stages_follow_one_another(tiny: TinyRun, straight: str) -> None:
             "routed_attention": {False},
         }.items()
     )
-    for number in (2, 3):
-        done = tiny.train(number, "straight", launcher="torchrun")
-        assert done.returncode == 0, done.stdout + done.stderr
+    for number, printed in pretrained.items():
         before, after = after, weights(tiny.root / "straight" / f"stage{number}" / "model")
         trains = {name: {name in stage_by_number(number).trains} for name in groups_that_moved(before, after)}
         assert groups_that_moved(before, after) == trains, number
         copied = 4 if number == 2 else 0
-        assert f"copied {copied}" in done.stdout
-        assert "missing 0, unexpected 0" in done.stdout
+        assert f"copied {copied}" in printed
+        assert "missing 0, unexpected 0" in printed
     # Half an epoch of 40 samples at 8 a step.
     assert len(tiny.metrics("straight", 2, "train")) == 2
+
+
+def test_stages_4_and_5_judge_the_encoder(tiny: TinyRun, pretrained: dict[int, str]) -> None:
+    """The encoder of stage 3 goes, frozen, into a Llava that stock transformers loads, its hash into the metrics."""
+    run = tiny.root / "straight"
+    encoder, states = folder_sha256(run / "stage3" / "model"), {}
+    for number in (4, 5):
+        done = tiny.train(number, "straight", launcher="torchrun")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert tiny.metrics("straight", number, "start")[0]["vision_sha256"] == encoder
+        model = load_any(run / f"stage{number}" / "model")
+        assert model.config.vision_sha256 == encoder == folder_sha256(run / "encoder")
+        states[number] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        lines = tiny.metrics("straight", number, "train")
+        assert len(lines) == 2
+        assert all(0 < line["mfu"] < 1 for line in lines)
+    assert "next, vlm_alignment: deepspeed --module hive_ds.train" in pretrained[3]
+    moved = groups_that_moved(states[4], states[5], cascaded_groups(model.last_vision_block))
+    assert moved == {name: {name in stage_by_number(5).trains} for name in moved}
+    stock = LlavaForConditionalGeneration.from_pretrained(run / "stage5" / "model", dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(run / "stage5" / "model")
+    inputs = processor(images=Image.new("RGB", (9, 8)), text="<image>red square", return_tensors="pt")
+    assert torch.isfinite(stock(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"]).logits).all()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +215,9 @@ def test_stages_follow_one_another(tiny: TinyRun, straight: str) -> None:
     [
         (1, ["--set", "data.train=/nowhere"], "data folder /nowhere: does not exist"),
         (2, [], "stage 2 starts from .*stage1/model, but .* is not finished"),
-        (4, [], "stage 4: expected one of 1"),
+        (4, [], "stage 4 starts from .*stage3/model, but .* is not finished"),
+        (6, [], "stage 6: expected one of 1"),
+        (5, ["--set", "stages.vlm_instruction_tuning=null"], "recipe test has no stage vlm_instruction_tuning"),
         (1, ["--set", "training.ds_config=zero7"], "ds_config 'zero7': no such file"),
         (1, ["--set", "model.routes.vision_blocks=[1,9]"], "routes: vision block 9 is out of range"),
     ],

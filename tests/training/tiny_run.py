@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ranks import PYTHONPATH
 from tiny_data import make_image_processor, make_samples, make_tokenizer
 from tiny_models import IMAGE_SIZE, tiny_encoder, tiny_language_model
 
@@ -79,7 +80,15 @@ class TinyRun:
         recipe = str(self.root / "recipe.yaml")
         return ["--recipe", recipe, "--stage", str(stage), "--run-folder", str(self.root / run), *options]
 
-    def command(self, stage: int, run: str, *options: str, launcher: str = "deepspeed", ranks: int = 2) -> list[str]:
+    def command(
+        self,
+        stage: int,
+        run: str,
+        *options: str,
+        launcher: str = "deepspeed",
+        ranks: int = 2,
+        module: str = "hive_ds.train",
+    ) -> list[str]:
         """The command line of a stage."""
         binaries = Path(sys.executable).parent
         launch = {
@@ -93,13 +102,19 @@ class TinyRun:
             ],
             "torchrun": [str(binaries / "torchrun"), "--nproc-per-node", str(ranks), "--standalone", "-m"],
         }[launcher]
-        return [*launch, "hive_ds.train", *self.arguments(stage, run, *options)]
+        return [*launch, module, *self.arguments(stage, run, *options)]
 
-    def train(self, stage: int, run: str, *options: str, **launch: Any) -> subprocess.CompletedProcess[str]:
-        """Run a stage to its end."""
+    def train(
+        self, stage: int, run: str, *options: str, plant: str | None = None, **launch: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a stage to its end, or to the fault that is planted in it (see `planted`)."""
+        env = self._env()
+        if plant:
+            launch["module"] = "planted"
+            env |= {"HIVE_PLANT": plant, "PYTHONPATH": PYTHONPATH}
         command = self.command(stage, run, *options, **launch)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env=self._env(), start_new_session=True, **pipes) as process:
+        with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
             try:
                 output, errors = process.communicate(timeout=240)
             except subprocess.TimeoutExpired:

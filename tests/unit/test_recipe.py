@@ -128,6 +128,7 @@ def test_precedence_and_origins(tmp_path: Path):
         "keep_checkpoints": "default",
         "keep_every": "default",
         "stop_on_failed_save": "default",
+        "hang_timeout": "default",
     }
     assert origins["name"] == f"{child}:2"
 

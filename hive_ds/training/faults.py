@@ -1,0 +1,98 @@
+"""How a rank ends that cannot go on: one message for all ranks, and at once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from hive_ds.errors import HiveError
+from hive_ds.training.attempt import EXIT_STOPPED
+from hive_ds.training.distributed import World, current_store
+from hive_ds.training.place import here
+
+_HINTS = (
+    ("DataLoader worker", "the kernel kills processes where memory is short; lower data.num_workers"),
+    ("out of memory", "lower micro_batch_size, or set model.gradient_checkpointing"),
+)
+"""What errors of others leave unsaid, by a part of their text."""
+_REPORTED = "hive_ds/error_reported"
+_REPORTS = "hive_ds/reports"
+_REPORT_WAIT = timedelta(seconds=10)
+
+
+def report_error(error: HiveError, world: World, *, debug: bool) -> None:
+    """Print an error once: by rank 0 if it has it too, else by the rank that has it.
+
+    An error on one rank alone leaves the others waiting for it; the launcher ends them when this rank exits.
+    """
+    if not world.is_main and _main_reports(world):
+        return
+    _claim_report()
+    if debug:
+        traceback.print_exception(error)
+    rank = "" if world.is_main else f" (rank {world.rank})"
+    print(f"{_new_line()}error{rank}: {error}", file=sys.stderr, flush=True)
+    store = current_store()
+    if world.is_main and store is not None:
+        store.set(_REPORTED, "1")
+
+
+def report_crash(error: Exception, world: World, where: str) -> None:
+    """Print what went wrong: stack trace and one line. Only the first rank does; the others lost it and fail too.
+
+    Args:
+        error: what was raised.
+        world: this process among all.
+        where: what the rank was doing.
+    """
+    if not _claim_report():
+        return
+    print(_new_line(), end="", file=sys.stderr)
+    traceback.print_exception(error)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    hints = "".join(f" ({hint})" for part, hint in _HINTS if part in reason)
+    line = f"error: rank {world.rank} on {socket.gethostname()}: {reason}{hints}; at {where}"
+    print(line, file=sys.stderr, flush=True)
+
+
+def _new_line() -> str:
+    """Ends the line of the progress bar, so that those who search logs find errors at the start of one."""
+    return "\n" if here.steps_begun else ""
+
+
+def _claim_report() -> bool:
+    """Whether this rank is the first to report anything."""
+    store = current_store()
+    try:
+        return store is None or store.add(_REPORTS, 1) == 1
+    except RuntimeError:  # the store went with rank 0, which had reported
+        return False
+
+
+def _main_reports(world: World) -> bool:
+    """Whether rank 0 reports the error of this rank: without a process group all ranks have read the same input."""
+    store = current_store()
+    if store is None:
+        return True
+    try:
+        store.wait([_REPORTED], _REPORT_WAIT)
+    except dist.DistStoreError:
+        return False
+    except RuntimeError:  # the store went with rank 0, which had reported
+        return True
+    return True
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; after a failure at once, for threads and objects of it may wait for ranks that have gone."""
+    if code in (0, EXIT_STOPPED):
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

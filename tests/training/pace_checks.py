@@ -1,0 +1,63 @@
+"""Checks of how ranks are compared; `test_engine` runs them on 2 ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hive_ds.training import pace
+from hive_ds.training.distributed import barrier
+from hive_ds.training.pace import Pace
+
+BUSY = "import os, time\nos.sched_setaffinity(0, {%d})\nend = time.time() + 30\nwhile time.time() < end: pass"
+
+
+@contextmanager
+def shared_core(core: int, processes: int) -> Iterator[None]:
+    """Other work on ``core``."""
+    others = [subprocess.Popen([sys.executable, "-S", "-c", BUSY % core]) for _ in range(processes)]
+    time.sleep(1)
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def check_slow_rank(ranks: Any) -> None:
+    """A rank whose core other processes use, and then one that waits for data, is named; rank 0 warns in the end."""
+    usual, before = os.sched_getaffinity(0), (pace.PROBE_SECONDS, pace.SLOW_SECONDS)
+    last = ranks.world.size - 1
+    cores = sorted(usual)
+    assert len(cores) >= ranks.world.size, "needs a core a rank"
+    os.sched_setaffinity(0, {cores[ranks.world.rank]})
+    pace.PROBE_SECONDS, pace.SLOW_SECONDS = 0.0, 0.0
+    warnings: list[str] = []
+    compared = Pace(ranks.world, ranks.device, torch.float32)
+    with shared_core(cores[ranks.world.rank], 8 if ranks.world.rank == last else 0):
+        barrier()
+        found = [compared.compare(1.0, warnings.append) for _ in range(pace.SLOW_LINES)]
+        barrier()
+    assert [(one["slowest_rank"], one["slowest_by"]) for one in found] == [(last, "compute")] * len(found), found
+    assert min(one["slowest_ratio"] for one in found) > 2, found
+    assert len(warnings) == (ranks.world.rank == 0), warnings
+    if warnings:
+        assert warnings[0].startswith(
+            f"warning: rank {last} on {socket.gethostname()} is slow in compute: a step takes"
+        )
+    compared.add(0.9 if ranks.world.rank == last else 0.0)
+    pace.PROBE_SECONDS = 3600.0
+    compared._compute = 1.0
+    one = compared.compare(1.0, warnings.append)
+    assert one == {"slowest_rank": last, "slowest_ratio": 1.0 / (1.0 - 0.9), "slowest_by": "data"}, one
+    pace.PROBE_SECONDS, pace.SLOW_SECONDS = before
+    os.sched_setaffinity(0, usual)

@@ -1,0 +1,225 @@
+"""Row 27: the watchdog by itself. `test_faults` has it in the trainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from watchdog_ranks import FAULTS, TIMEOUT
+
+from hive_ds.training.distributed import World, current_store, start, stop
+from hive_ds.training.hang_report import Dump, keep_older_dumps, read_dumps, verdict, write_dump
+from hive_ds.training.place import Place, here, waits_for_others
+from hive_ds.training.watchdog import ANSWER_SECONDS, EXIT_HUNG, Watchdog, longest_wait
+
+HERE = Path(__file__).parent
+PLACE = {"step": 7, "phase": "forward", "module": "layers.3.mlp", "samples": ["a", "b"], "marks": 40}
+WAITING = Dump(rank=0, idle=5.0, host="one", pid=1, in_collective=True, **PLACE)  # type: ignore[arg-type]
+
+
+def start_ranks(fault: str, folder: Path, size: int) -> list[subprocess.Popen[str]]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    env = {**os.environ, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, str(HERE / "watchdog_ranks.py"), fault, str(folder / fault)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [
+        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
+        for rank in range(size)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of each fault's dumps."""
+    return tmp_path_factory.mktemp("hangs")
+
+
+@pytest.fixture(scope="module")
+def ends(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """Exit code and output of each rank, by fault; all run at once, for they mostly wait."""
+    runs = {fault: start_ranks(fault, folder, 1 if fault == "was_stopped" else 2) for fault in FAULTS}
+    results = {}
+    for fault, ranks in runs.items():
+        found = []
+        for rank in reversed(ranks):
+            if found and fault in ("is_stopped", "lacks_a_gpu"):  # nobody else ends it
+                rank.kill()
+            output, _ = rank.communicate(timeout=120)
+            found.append((rank.returncode, output))
+        results[fault] = found[::-1]
+    return results
+
+
+@pytest.mark.parametrize("fault", ["is_stopped", "keeps_the_lock"])
+def test_rank_that_cannot_answer_is_named(fault: str, folder: Path, ends: dict[str, list[tuple[int, str]]]) -> None:
+    (silent, silent_output), (code, output) = ends[fault]
+    assert code == EXIT_HUNG, output
+    assert f"hang: no answer from rank 0 on {socket.gethostname()}: stopped" in output
+    (dump,) = read_dumps(folder / fault).values()
+    assert (dump.rank, dump.step, dump.phase, dump.in_collective) == (1, 2, "data", True)
+    assert TIMEOUT <= dump.idle < TIMEOUT + 2
+    assert "in barrier\n" in (folder / fault / "rank-00001.txt").read_text()
+    if fault == "keeps_the_lock":  # C code ends it, with its stack
+        assert silent == 1
+        assert "in keeps_the_lock" in silent_output
+    else:
+        assert silent == -signal.SIGKILL
+
+
+def test_rank_that_cannot_write_ends_too(ends: dict[str, list[tuple[int, str]]]) -> None:
+    (code, output), (other, other_output) = ends["cannot_write"]
+    assert (code, other) == (EXIT_HUNG, EXIT_HUNG)
+    assert "hang: rank 0 on " in output
+    assert "does not wait for other ranks" in output
+    assert "hang: no answer from rank 0 on " in other_output
+
+
+def test_stopped_and_let_go_on_is_no_hang(ends: dict[str, list[tuple[int, str]]]) -> None:
+    assert ends["was_stopped"] == [(0, "over\n")]
+
+
+def test_missing_gpu_is_said_by_the_rank_that_misses_it(ends: dict[str, list[tuple[int, str]]]) -> None:
+    _, (code, output) = ends["lacks_a_gpu"]
+    assert code == 2
+    wanted = f"error (rank 1): 2 ranks on {socket.gethostname()}, but 1 GPUs: start one rank a GPU"
+    assert [line for line in output.splitlines() if "rank" in line] == [wanted]
+
+
+def test_verdict() -> None:
+    hosts = ["one", "two", "three"]
+    dumps = {rank: replace(WAITING, rank=rank, host=host) for rank, host in enumerate(hosts)}
+    where = 'step 7, forward, module layers.3.mlp, samples ["a", "b"]'
+    assert verdict(dumps, hosts) == f"all ranks are at the same place, {where}: the network, or the same fault on all"
+    behind = {**dumps, 1: replace(dumps[1], marks=39, phase="data")}
+    assert verdict(behind, hosts) == f"the others wait for rank 1 on two: {where.replace('forward', 'data')}"
+    busy = {**behind, 2: replace(dumps[2], in_collective=False)}
+    assert verdict(busy, hosts) == f"the others wait for rank 2 on three: {where}"
+    silent = {0: dumps[0], 2: busy[2]}
+    assert verdict(silent, hosts).startswith("no answer from rank 1 on two: stopped, ended, or cut off")
+    many = verdict({0: dumps[0]}, ["one"] * 20)
+    assert "rank 8 on one and 11 more" in many
+    assert verdict({0: dumps[0]}, ["one"]) == f"the only rank hangs: {where}"
+
+
+def test_dump_is_read_as_written_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "hang"
+    write_dump(folder, WAITING)
+    text = (folder / "rank-00000.txt").read_text()
+    assert text.count("in test_dump_is_read_as_written_and_kept") == 2  # with source lines, and by faulthandler
+    assert read_dumps(folder) == {0: WAITING}
+    for number in (1, 2):
+        keep_older_dumps(folder)
+        assert read_dumps(tmp_path / f"hang-{number}") == {0: WAITING}
+        write_dump(folder, WAITING)
+
+
+class Probe(torch.autograd.Function):
+    """Asks for the place in backward."""
+
+    found: Place
+
+    @staticmethod
+    def forward(context: object, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        seen.append(Probe.found.describe()["module"])
+        return gradient
+
+
+seen: list[str | None] = []
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return Probe.apply(self.inner(tensor))
+
+
+class Model(nn.Module):
+    def __init__(self, *, checkpointed: bool) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        for block in self.blocks:
+            tensor = checkpoint(block, tensor, use_reentrant=False) if self.checkpointed else block(tensor)
+        return tensor
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_block_in_backward_and_module_in_forward(checkpointed: bool) -> None:
+    place, model = Place(), Model(checkpointed=checkpointed)
+    place.follow(model)
+    Probe.found = place
+    seen.clear()
+    in_forward: list[str | None] = []
+    model.blocks[1].inner.register_forward_pre_hook(lambda *_: in_forward.append(place.describe()["module"]))
+    output = model(torch.ones(1, 2)).sum()
+    place.enter("backward")
+    output.backward()
+    assert seen == ["blocks.2", "blocks.1", "blocks.0"]
+    # Recomputation runs modules in backward, and is as exact as forward.
+    assert in_forward == ["blocks.1.inner"] * (2 if checkpointed else 1)
+    place.enter("step")
+    assert place.describe()["module"] is None
+
+
+def test_waiting_is_told_from_working() -> None:
+    assert not waits_for_others(sys._getframe())
+    frames = []
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sys.setprofile(lambda frame, event, _: frames.append(waits_for_others(frame)) if event == "c_call" else None)
+        torch.distributed.barrier()
+    finally:
+        sys.setprofile(None)
+        torch.distributed.destroy_process_group()
+    assert any(frames)
+
+
+def test_groups_made_later_wait_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed makes groups of its own, and says nothing of timeouts."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")  # so that it is put back afterwards
+    start(World(), longest_wait(1800))
+    try:
+        group = torch.distributed.new_group([0])
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+    finally:
+        stop()
+    assert timeout.total_seconds() > 2 * 1800 + ANSWER_SECONDS
+
+
+def test_switched_off_and_stopped(tmp_path: Path) -> None:
+    assert current_store() is None
+    off = Watchdog(tmp_path, 0, ["one"], 0, None)
+    off.start()
+    off.stop()
+    on = Watchdog(tmp_path, 0, ["one"], 0.2, None)
+    on.start()
+    for _ in range(10):  # longer than the timeout, but something moves
+        here.enter("data")
+        time.sleep(0.1)
+    on.stop()
+    time.sleep(0.5)  # nothing moves, and nobody watches
