@@ -42,6 +42,7 @@ from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.pace import Pace
 from hive_ds.training.place import here, one_line
+from hive_ds.training.questions import Questions
 from hive_ds.training.run_folder import StageFolder
 from hive_ds.training.schedule import Schedule
 from hive_ds.training.start_model import start_model
@@ -110,7 +111,8 @@ def train(options: argparse.Namespace, world: World) -> bool:
     _prepare_attention(run, model)
     loader, validation = _load_data(run, processor)
     ds_config = _write_inputs(run, policy)
-    job, first_step = _start_job(run, model, plan, loader, validation, ds_config)
+    questions = Questions.load(recipe.data_of(stage.name), processor, config.micro_batch_size, world)
+    job, first_step = _start_job(run, model, plan, loader, validation, questions, ds_config)
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
         run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
@@ -196,6 +198,7 @@ def _start_job(
     plan: StagePlan,
     loader: SampleLoader,
     validation: dict[str, SampleLoader],
+    questions: Questions | None,
     ds_config: dict[str, Any],
 ) -> tuple[Job, int]:
     """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
@@ -233,6 +236,7 @@ def _start_job(
         device=device,
         save=lambda step: writer.save(step, loader.state_dict()),
         attempt=run.attempt,
+        questions=questions,
     )
     return job, first_step
 

@@ -24,6 +24,7 @@ def answer_samples(
     template: str,
     batch_size: int = 32,
     max_new_tokens: int = 16,
+    synced: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Greedy answers to the last question of every sample, in order.
@@ -37,11 +38,12 @@ def answer_samples(
         template: ``plain`` or ``chat``, as in `DataConfig`.
         batch_size: prompts generated together; changes no answer but for rounding.
         max_new_tokens: longest answer.
+        synced: every rank goes on until all have finished, which ZeRO-3 needs; each must bring equally many batches.
         progress: called with (answered, all) after every batch.
     """
     answers: list[str] = []
     for batch in _batches(samples, batch_size):
-        answers += _generate(model, processor, batch, template, max_new_tokens)
+        answers += _generate(model, processor, batch, template, max_new_tokens, synced)
         if progress:
             progress(len(answers), len(samples))
     return answers
@@ -83,14 +85,19 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sa
 
 
 def _generate(
-    model: TrainedModel, processor: HiveProcessor, batch: Sequence[Sample], template: str, max_new_tokens: int
+    model: TrainedModel,
+    processor: HiveProcessor,
+    batch: Sequence[Sample],
+    template: str,
+    max_new_tokens: int,
+    synced: bool,
 ) -> list[str]:
     prompts = []
     for sample in batch:
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
         prompts.append(render_prompt(turns, processor.tokenizer, template=template))
     images = [image for sample in batch for image in sample.images]
-    return generate_answers(model, processor, prompts, images, max_new_tokens=max_new_tokens)
+    return generate_answers(model, processor, prompts, images, max_new_tokens=max_new_tokens, synced=synced)
 
 
 @torch.no_grad()
@@ -102,6 +109,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     num_beams: int = 1,
+    synced: bool = False,
 ) -> list[str]:
     """Greedy (or beam) answers to rendered prompts, in order, without surrounding spaces.
 
@@ -112,6 +120,7 @@ def generate_answers(
         images: those of all prompts, in the order of the placeholders.
         max_new_tokens: longest answer.
         num_beams: 1 is greedy.
+        synced: as in `answer_samples`.
     """
     inputs = dict(processor(text=list(prompts), images=list(images) or None))
     for name, value in inputs.items():
@@ -122,6 +131,7 @@ def generate_answers(
         do_sample=False,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
+        synced_gpus=synced,
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
