@@ -11,7 +11,7 @@ VENV_TF5 ?= .venv-tf5
 RUN := $(VENV)/bin/python -m
 RUN_TF5 := $(VENV_TF5)/bin/python -m
 
-.PHONY: help venv venv-tf5 quickstart test test-long test-cluster gpu-suite lint clean
+.PHONY: help venv venv-tf5 quickstart compare test test-long test-cluster gpu-suite lint clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ $(VENV_TF5)/.installed: $(VENV)/.installed
 
 quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and show what it learned (10 minutes on 2 cores)
 	$(VENV)/bin/hive-ds quickstart
+
+compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 seeds each, and judge their encoders alike (hours on 2 cores)
+	$(VENV)/bin/hive-ds compare
 
 test: $(VENV)/.installed ## Run the tests (16 minutes on 2 cores)
 	$(RUN) pytest -rs --durations=10

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hive_ds import __version__
+from hive_ds.cli_ablate import add_ablate_commands, add_compare_command
+from hive_ds.cli_chat import add_chat_command
+from hive_ds.cli_checkpoint import add_checkpoint_commands
 from hive_ds.cli_data import add_data_commands
 from hive_ds.cli_eval import add_eval_command
 from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
 from hive_ds.cli_parts import command, group
+from hive_ds.cli_probe import add_probe_command
+from hive_ds.cli_supervise import add_supervise
 from hive_ds.errors import run_command
 from hive_ds.recipe import RECIPES, dump_recipe, load_recipe, recipe_names, resolve
 
@@ -44,13 +49,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="print the stack trace of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_quickstart(commands)
+    add_compare_command(commands)
     recipe = group(commands, "recipe", "list the recipes, or show one with the origin of every value")
     _add_recipe_list(recipe)
     _add_recipe_show(recipe)
     add_data_commands(group(commands, "data", "make training data: generated scenes, or a dataset of your own"))
+    add_ablate_commands(group(commands, "ablate", "train one recipe in several arms and seeds, and compare them"))
     add_host_commands(group(commands, "hosts", "check the hosts of a hostfile, and run on them"))
     add_eval_command(commands)
+    add_supervise(commands)
+    add_checkpoint_commands(group(commands, "checkpoint", "list, check and move the checkpoints of a run"))
     add_export_commands(group(commands, "export", "turn trained models into folders that other libraries load"))
+    add_probe_command(commands)
+    add_chat_command(commands)
     return parser
 
 

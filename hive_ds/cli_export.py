@@ -12,6 +12,7 @@ from hive_ds.cli_parts import command
 def add_export_commands(export: Any) -> None:
     """Add the commands to the group ``export``."""
     _add_encoder(export)
+    _add_vlm(export)
 
 
 def _add_encoder(export: Any) -> None:
@@ -44,12 +45,37 @@ def _add_encoder(export: Any) -> None:
         choices=("keep", "cut"),
         default="keep",
         help="blocks after the last routed one, final norm and pooling head, which no gradient reached: keep them as "
-        "they were before training, so that nothing is lost, or cut them and end with a new norm (default: %(default)s)",
+        "they were, so that nothing is lost, or cut them and end with a new norm (default: %(default)s)",
     )
+    _add_scores(parser)
+
+
+def _add_vlm(export: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from hive_ds.export import export_vlm
+
+        report = export_vlm(args.source, args.out, scores=args.scores)
+        print(
+            f"wrote {report.folder}: stock transformers gives the same answers, encoder sha256 {report.vision_sha256}"
+        )
+
+    parser = command(
+        export,
+        "vlm",
+        run,
+        "write the LLaVA-style model of stages 4 and 5 as a folder that plain transformers loads and generates from",
+        "Prompt tokens, pixels and greedy answers are compared with those of the code that trained it before the"
+        " command says it is done.",
+    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a run's folder, or a model's")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
     _add_scores(parser)
 
 
 def _add_scores(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--scores", metavar="FILE", type=Path, help="JSON file of results, shown in the model card and copied"
+        "--scores",
+        metavar="FILE",
+        type=Path,
+        help="results for the model card, JSON (default: every results.json in the run that judged this encoder)",
     )

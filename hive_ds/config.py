@@ -94,7 +94,7 @@ class VlmConfig:
 
     language_model: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the chat LLM."""
-    vision_encoder: str | None = None
+    vision_encoder: Annotated[str | None, NOT_EMPTY] = None
     """Hugging Face name or local folder; null: what stages 1 to 3 have made, exported to RUN/encoder."""
     feature_block: Annotated[int, NOT_ZERO] = -2
     """As ``model.feature_block``."""
@@ -143,7 +143,8 @@ class StageConfig:
     global_batch_size: Annotated[int, at_least(1)]
     """Samples of one optimizer step over all ranks and accumulation steps."""
     micro_batch_size: Annotated[int, at_least(1)]
-    """Samples of one forward pass on one rank."""
+    """Samples of one forward pass on one rank, at most: where it does not divide a rank's share of the global batch,
+    the next smaller number that does. The weights do not depend on it."""
     epochs: Annotated[float, POSITIVE] = 1.0
     steps: Annotated[int | None, at_least(1)] = None
     """Optimizer steps; overrides ``epochs``."""
@@ -163,13 +164,6 @@ class StageConfig:
     """Largest global gradient norm."""
     data: DataConfig | None = None
     """What this stage has of its own; all that is not written here is that of ``data``. null: nothing."""
-
-    def __post_init__(self) -> None:
-        if self.global_batch_size % self.micro_batch_size:
-            raise HiveError(
-                f"global_batch_size = {self.global_batch_size} is not divisible by"
-                f" micro_batch_size = {self.micro_batch_size}; expected a multiple of it"
-            )
 
 
 @dataclass(frozen=True)

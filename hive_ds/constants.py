@@ -1,7 +1,10 @@
-"""Values that data and model must agree on; neither may import the other."""
+"""Values that parts must agree on which do not import each other."""
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss (torch's and Hugging Face's convention)."""
 
 IMAGE_TOKEN = "<image>"
 """Placeholder of one image in text. It marks a place and is dropped before the model sees the tokens."""
+
+EXIT_STOPPED = 85
+"""Exit code of ranks that stopped early, with a checkpoint: start the same command again to go on."""

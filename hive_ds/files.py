@@ -11,10 +11,10 @@ from pathlib import Path
 from hive_ds.errors import HiveError
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a small file in one step, over what is there; it is on disk when this returns."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(aside)
     aside.replace(path)
 

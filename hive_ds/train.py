@@ -16,22 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hive_ds.config import Recipe, StageConfig
+from hive_ds.constants import EXIT_STOPPED
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import STAGES, VLM_STAGES, Stage, next_stage, stage_by_number
-from hive_ds.training.attempt import EXIT_STOPPED, Attempt
-from hive_ds.training.checkpoint import (
-    CheckpointWriter,
-    RunIdentity,
-    load_checkpoint,
-    newest_checkpoint,
-    save_model,
-)
+from hive_ds.training.attempt import Attempt
+from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
+from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import World, from_main, read_world, start, stop
-from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
+from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error
 from hive_ds.training.flops import FlopCounter, matmul_rate
@@ -92,8 +88,8 @@ class Run:
 
 def train(options: argparse.Namespace, world: World) -> bool:
     """Train one stage from its start, or from its newest checkpoint, to its end; False if it was stopped before."""
-    recipe, stage, config = _read_recipe(options)
-    accumulation_steps(config, world.size)
+    recipe, stage, asked = _read_recipe(options)
+    config = fit_micro_batch(asked, world.size)
     policy = read_policy(recipe.training.ds_config)
     folder = StageFolder(Path(options.run), stage)
     hang_timeout = recipe.training.hang_timeout
@@ -104,6 +100,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
         run.say(f"stage {stage.number} of {options.run} is done already; {_next_command(options, recipe, stage)}")
         return True
     run.attempt.sign()
+    run.say(describe_batch(config, world.size, asked.micro_batch_size))
     model, processor = start_model(recipe, folder, world, run.attempt, run.say)
     here.follow(model)
     plan = plan_stage(model, stage, groups_of(model), config)
@@ -234,7 +231,7 @@ def _start_job(
         patch_size=model.config.vision_config.patch_size,
         world=world,
         device=device,
-        save=lambda step: writer.save(step, loader.state_dict()),
+        checkpoints=writer,
         attempt=run.attempt,
         questions=questions,
     )

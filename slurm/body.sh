@@ -17,25 +17,29 @@ export HIVE_CLONE
 set +u # `module load` often reads variables that are not set
 # shellcheck source=slurm/env.sh
 source "$slurm_folder/env.sh"
+# shellcheck source=slurm/preflight.sh
+source "$slurm_folder/preflight.sh"
 set -u
 export HIVE_PYTHON HIVE_SCRATCH
 
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
-parse() { # sets recipe, run, and the options that the trainer gets as they are
-    recipe=$HIVE_RECIPE run=$HIVE_RUN options=()
+parse() { # sets recipe, run, spares, and the options that the trainer gets as they are
+    recipe=$HIVE_RECIPE run=$HIVE_RUN spares=0 options=()
     while [ $# -gt 0 ]; do
         case $1 in
-        --recipe | --run | --set) [ $# -ge 2 ] || fail "$1 needs a value" ;;
+        --recipe | --run | --spares | --set) [ $# -ge 2 ] || fail "$1 needs a value" ;;
         esac
         case $1 in
         --recipe) recipe=$2 && shift 2 ;;
         --run) run=$2 && shift 2 ;;
+        --spares) spares=$2 && shift 2 ;;
         --set) options+=("$1" "$2") && shift 2 ;;
         --debug) options+=("$1") && shift ;;
-        *) fail "unknown argument $1; expected --recipe R, --run RUN, --set KEY=VALUE or --debug" ;;
+        *) fail "unknown argument $1; expected --recipe R, --run RUN, --spares N, --set KEY=VALUE or --debug" ;;
         esac
     done
+    [[ $spares =~ ^[0-9]+$ ]] || fail "--spares is $spares; expected how many of the job's nodes are spare"
     run=$(absolute "$run")
     if [ -f "$recipe" ]; then recipe=$(absolute "$recipe"); fi
 }
@@ -60,6 +64,8 @@ run_stage() { # NUMBER ARGUMENTS: a job's whole life
     set_stop_time
     snapshot "$@"
     say "stage $number of $run, attempt $HIVE_ATTEMPT on $SLURM_JOB_NODELIST; ranks log to $logs"
+    set_up_steps
+    choose_nodes
     run_trainer "$number"
     conclude
 }
@@ -89,18 +95,22 @@ snapshot() { # what this attempt ran: arguments, recipe, code and environment, b
         grep -viE '^[^=]*(token|secret|passw|credential|_key)' | sort >"$logs/environment"
 }
 
-run_trainer() { # STAGE: returns when all ranks of all nodes have ended
-    local gpus=${SLURM_GPUS_ON_NODE:-0} ranks ask_gpus=()
-    ranks=$gpus
-    if [ "$gpus" -gt 0 ]; then ask_gpus=(--gpus-per-node "$gpus"); else ranks=$HIVE_CPU_RANKS; fi
+set_up_steps() { # what all sruns of this attempt share
+    local gpus=${SLURM_GPUS_ON_NODE:-0}
+    ask_gpus=()
+    export HIVE_RANKS=$gpus HIVE_LOGS=$logs
+    if [ "$gpus" -gt 0 ]; then ask_gpus=(--gpus-per-node "$gpus"); else HIVE_RANKS=$HIVE_CPU_RANKS; fi
     # srun does not take over the job's CPUs by itself: ranks would share one core.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
-    export HIVE_MASTER HIVE_PORT HIVE_RANKS=$ranks HIVE_LOGS=$logs
-    HIVE_MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # Below the ports that the kernel hands out (32768), and another one for each attempt.
-    HIVE_PORT=$((12000 + (SLURM_JOB_ID * 13 + restarts) % 20000))
-    srun --nodes "$SLURM_NNODES" --ntasks "$SLURM_NNODES" --ntasks-per-node 1 --kill-on-bad-exit=1 \
-        --output "$logs/%N.log" ${ask_gpus[@]+"${ask_gpus[@]}"} ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
+    export HIVE_PORT=$((12000 + (SLURM_JOB_ID * 13 + restarts) % 20000))
+}
+
+run_trainer() { # STAGE: returns when all ranks of all nodes have ended
+    export HIVE_MASTER=${nodes[0]}
+    srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 --nodelist "$(joined "${nodes[@]}")" \
+        --kill-on-bad-exit=1 --output "$logs/%N.log" \
+        ${ask_gpus[@]+"${ask_gpus[@]}"} ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
         bash "$slurm_folder/node.sh" \
         --recipe "$recipe" --stage "$1" --run-folder "$run" ${options[@]+"${options[@]}"} &
     trainer=$!
@@ -125,6 +135,11 @@ conclude() { # ends the script
         exit 85
     fi
     show_errors
+    count_failure
+    requeue "failed"
+}
+
+count_failure() { # ends the script where this was one too many without a new checkpoint
     cat "$folder/latest" >>"$folder/attempts/failures" 2>/dev/null || echo none >>"$folder/attempts/failures"
     if [ "$(tail -n "$HIVE_MAX_FAILURES" "$folder/attempts/failures" | uniq -c | awk 'END { print $1 }')" \
         -ge "$HIVE_MAX_FAILURES" ]; then
@@ -132,7 +147,6 @@ conclude() { # ends the script
         say "failed $HIVE_MAX_FAILURES times without a new checkpoint: giving up"
         exit 1
     fi
-    requeue "failed"
 }
 
 node_ended_with() { cat "$logs"/*.code 2>/dev/null | grep -qx "$1"; }
@@ -144,15 +158,24 @@ show_errors() { # what a reader of the job's log needs most; the whole is in the
     say "more in $logs/*.log"
 }
 
-requeue() { # WHY: start this job again, later, on whatever nodes are good then
+requeue() { # WHY [NODES]: start this job again, later, on whatever nodes are good then, but not on NODES
     if [ "$restarts" -ge "$HIVE_MAX_RESTARTS" ]; then
         say "$1, and no restart is left (HIVE_MAX_RESTARTS=$HIVE_MAX_RESTARTS); submit the job again to go on"
         exit 1
     fi
-    say "$1: requeueing the job"
+    say "$1: requeueing the job${2:+, without $2}"
+    if [ -n "${2:-}" ]; then trap '' TERM; fi # Slurm ends this script, which then has something left to do
     scontrol requeue "$SLURM_JOB_ID" || exit 1
+    if [ -n "${2:-}" ]; then avoid "$2"; fi
     sleep 300 # Slurm ends this script; ending by itself could be taken for the job's end
     exit 1
+}
+
+avoid() { # NODES: besides those that this job avoids already; Slurm takes that from waiting jobs alone
+    local before
+    before=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %x)
+    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$1" ||
+        say "Slurm did not exclude $1; submit the job again with --exclude $1"
 }
 
 run_once() { # SUBCOMMAND...: a command of hive-ds on one node

@@ -52,6 +52,11 @@ HIVE_CONVERT=()
 # `hive-ds eval`. For example (mme,gqa,pope /data/benchmarks --dtype bfloat16 --batch-size 64).
 HIVE_EVAL=()
 
+# Before training, every node of a job is tried: 0 switches that off. A node that has not answered after so many seconds
+# is taken for a bad one.
+HIVE_PREFLIGHT=1
+HIVE_PREFLIGHT_PATIENCE=300
+
 # How often a job may start again, for whatever reason, and how often in a row after failures without a new checkpoint.
 HIVE_MAX_RESTARTS=100
 HIVE_MAX_FAILURES=3

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Write the trained vision encoder as a stock Hugging Face folder: sbatch slurm/export.sh [RUN] [OUT]
-# RUN is env.sh's by default, and OUT is RUN/encoder.
+# Write the trained vision encoder as a stock Hugging Face folder: sbatch slurm/export.sh [RUN] [OUT] [OPTION...]
+# RUN is env.sh's by default, and OUT is RUN/encoder. Options are those of hive-ds export encoder, as --tail cut.
 #SBATCH --job-name=hive-export
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -15,4 +15,4 @@ if [ -e "$out/config.json" ]; then
     say "$out is there already"
     exit 0
 fi
-run_once export encoder "$run" "$out"
+run_once export encoder "$run" "$out" "${@:3}"

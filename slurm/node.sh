@@ -10,7 +10,7 @@ mkdir -p "$TMPDIR" || exit 1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HIVE_SCRATCH/hive-$(id -un)/triton}
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$HIVE_SCRATCH/hive-$(id -un)/extensions}
 
-"$HIVE_PYTHON" -m hive_ds.launch.node --nodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --ranks "$HIVE_RANKS" \
+"$HIVE_PYTHON" -m hive_ds.launch.node --nodes "$SLURM_STEP_NUM_NODES" --node-rank "$SLURM_NODEID" --ranks "$HIVE_RANKS" \
     --master "$HIVE_MASTER" --port "$HIVE_PORT" --packages "$HIVE_LOGS/packages" -- "$@"
 code=$?
 echo "$code" >"$HIVE_LOGS/$SLURMD_NODENAME.code" # srun's exit code is the highest of all nodes, 143 of those it ended

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Submit the whole chain: slurm/pipeline.sh [--nodes N] [--recipe R] [--run RUN] [--set KEY=VALUE ...]
+# Submit the whole chain: slurm/pipeline.sh [--nodes N] [--spares N] [--recipe R] [--run RUN] [--set KEY=VALUE ...]
 #
 # convert (if env.sh says what) -> stages 1, 2, 3 -> export -> stages 4, 5 (vlm.sh), those that the recipe describes -> eval
 # (if env.sh says what), each after the one before it has succeeded. Called again, it submits only what is neither done
@@ -8,11 +8,11 @@ set -uo pipefail
 # shellcheck source-path=SCRIPTDIR source=body.sh
 source "$(dirname "${BASH_SOURCE[0]}")/body.sh" || exit 2
 
-nodes=1 arguments=()
+node_count=1 arguments=()
 while [ $# -gt 0 ]; do
     if [ "$1" = --nodes ]; then
         [ $# -ge 2 ] || fail "--nodes needs a value"
-        nodes=$2 && shift 2
+        node_count=$2 && shift 2
     else
         arguments+=("$1") && shift
     fi
@@ -51,7 +51,7 @@ trains_encoder=''
 for stage in $described; do
     if [ "$stage" -le 3 ]; then
         trains_encoder=1
-        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$nodes" "$slurm_folder/stage$stage.sh" \
+        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$node_count" "$slurm_folder/stage$stage.sh" \
             ${arguments[@]+"${arguments[@]}"}
     fi
 done
@@ -60,7 +60,7 @@ if [ -n "$trains_encoder" ]; then
 fi
 for stage in $described; do
     if [ "$stage" -ge 4 ]; then
-        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$nodes" "$slurm_folder/vlm.sh" \
+        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$node_count" "$slurm_folder/vlm.sh" \
             ${arguments[@]+"${arguments[@]}"}
     fi
 done

@@ -5,5 +5,6 @@ Nothing here imports training.
 
 from hive_ds.export.encoder import ExportReport, export_encoder
 from hive_ds.export.source import model_folder
+from hive_ds.export.vlm import VlmReport, export_vlm
 
-__all__ = ["ExportReport", "export_encoder", "model_folder"]
+__all__ = ["ExportReport", "VlmReport", "export_encoder", "export_vlm", "model_folder"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hive_ds.export.run_facts import StageFacts, licences, read_scores, read_stage, training_versions
+from hive_ds.export.run_facts import StageFacts, find_scores, licences, read_stage, training_versions
 from hive_ds.export.source import Source
 from hive_ds.versions import installed_versions
 
@@ -28,7 +29,14 @@ class Section:
 
 
 def write_card(
-    folder: Path, title: str, library: str, sections: list[Section], source: Source, scores: Path | None
+    folder: Path,
+    title: str,
+    library: str,
+    sections: list[Section],
+    source: Source,
+    *,
+    scores: Path | None,
+    hashes: Collection[str],
 ) -> None:
     """Write ``README.md``; beside it the whole recipe, and the scores, where there are any.
 
@@ -38,12 +46,17 @@ def write_card(
         library: that the folder is for, as model hubs call it.
         sections: what stands above the run's facts.
         source: of the model.
-        scores: a JSON file of results, or None.
+        scores: a JSON file of results; None: those that are found in the run.
+        hashes: of the encoder, which the scores must be of.
 
     Raises:
-        HiveError: the scores are not JSON.
+        HiveError: the scores are not JSON, or of another encoder.
     """
-    shown = [*sections, *_run_sections(folder, source), *_score_sections(folder, scores), _versions(source)]
+    run = source.stages[-1].parent if source.stages else None
+    results = find_scores(scores, run, hashes)
+    if results:
+        (folder / SCORES).write_text(f"{json.dumps(results, indent=2)}\n")
+    shown = [*sections, *_run_sections(folder, source), Section("Scores", _score_text(results)), _versions(source)]
     head = f"---\nlibrary_name: {library}\ntags: [hive, vision]\n---\n# {title}\n"
     parts = [f"## {section.title}\n\n{section.text}\n" for section in shown if section.text]
     (folder / "README.md").write_text("\n".join([head, *parts]))
@@ -70,11 +83,14 @@ def _recipe_text(recipe: dict[str, Any]) -> str:
         return ""
     model, data = recipe["model"], recipe["data"]
     sets = {"train": data["train"], "validation": data["validation"], "text validation": data["text_validation"]}
+    own = {name: stage["data"]["train"] for name, stage in recipe["stages"].items() if stage.get("data")}
+    judge = recipe.get("vlm") or {}
     rows = [
         ("recipe", f"{recipe['name']}: {recipe['description']}"),
         ("vision encoder", model["vision_encoder"]),
         ("language model", model["language_model"]),
-        *((f"data, {name}", _folders(value)) for name, value in sets.items() if value),
+        *([("language model, stages 4 and 5", judge["language_model"])] if judge else []),
+        *((f"data, {name}", _folders(value)) for name, value in {**sets, **own}.items() if value),
         ("seed", recipe["training"]["seed"]),
     ]
     return f"{_table(('', ''), rows)}\n\nEvery value stands in [{RECIPE}]({RECIPE})."
@@ -92,7 +108,7 @@ def _cost_table(facts: list[StageFacts]) -> str:
             f.name,
             f.steps,
             f.samples,
-            f"{f.ranks} x {f.device}",
+            f.devices,
             f"{f.hours:.4g}",
             f"{f.flops:.4g}",
             f"{f.loss:.4g}" if f.loss else "",
@@ -115,13 +131,16 @@ def _licence_text(recipe: str) -> str:
     return "As the recipe states them:\n\n" + "\n".join(f"    {line}" for line in lines)
 
 
-def _score_sections(folder: Path, scores: Path | None) -> list[Section]:
-    if scores is None:
-        return []
-    text = json.dumps(read_scores(scores), indent=2)
-    (folder / SCORES).write_text(f"{text}\n")
-    fenced = f"```json\n{text}\n```" if len(text.splitlines()) <= 60 else f"See [{SCORES}]({SCORES})."
-    return [Section("Scores", fenced)]
+def _score_text(results: dict[str, Any]) -> str:
+    """Main scores of benchmarks in a table; of other results, the file that holds them."""
+    rows = [
+        (name, benchmark, score["name"], f"{score['value']:.4g}", score["maximum"])
+        for name, result in results.items()
+        for benchmark, found in (result.get("benchmarks", {}) if isinstance(result, dict) else {}).items()
+        for score in found["scores"]
+    ]
+    table = _table(("results", "benchmark", "score", "value", "of"), rows) + "\n\n" if rows else ""
+    return f"{table}Whole: [{SCORES}]({SCORES}), from {', '.join(results)}." if results else ""
 
 
 def _versions(source: Source) -> Section:

@@ -63,7 +63,7 @@ def export_encoder(
         format: ``transformers`` (a stock folder), ``timm`` or ``open_clip``.
         tail: ``keep`` blocks after the last routed one, final norm and pooling head as they were before training, for
             no gradient reaches them; or ``cut`` them.
-        scores: a JSON file of results, shown in the model card.
+        scores: a JSON file of results for the model card; None: those in the run that judged this encoder.
 
     Raises:
         HiveError: no model in ``source``, ``out`` holds files, the encoder has no such form, or the features differ.
@@ -94,7 +94,8 @@ def export_encoder(
         if format == "transformers" and folder_sha256(aside) != sha256:
             raise HiveError(f"export to {out}: the weights read back are not those that were written")
         sections = _sections(tower, tail, written, report)
-        write_card(aside, "Vision encoder pre-trained with HIVE", format, sections, found, scores)
+        title = "Vision encoder pre-trained with HIVE"
+        write_card(aside, title, format, sections, found, scores=scores, hashes={sha256, trained_sha256})
     return report
 
 

@@ -114,7 +114,7 @@ def _set_activation(visual: nn.Module, config: PretrainedConfig) -> str:
     )
 
 
-def _tower(open_clip: Any, vision: Any, quick_gelu: bool, width: int) -> nn.Module:
+def _tower(open_clip: Any, vision: Any, quick_gelu: bool, width: int) -> Any:
     """The image tower of a whole model, whose text tower is as small as can be."""
     text = open_clip.CLIPTextCfg(context_length=4, vocab_size=8, width=64, heads=1, layers=1)
     return open_clip.CLIP(width, vision, text, quick_gelu=quick_gelu).visual.eval()
@@ -155,7 +155,7 @@ def _usage(job: Job, names: list[str], *, strict: bool) -> str:
     )
 
 
-def _difference(job: Job, visual: nn.Module) -> float:
+def _difference(job: Job, visual: Any) -> float:
     visual = visual.double()
 
     @torch.no_grad()

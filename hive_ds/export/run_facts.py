@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ import yaml
 from hive_ds.errors import HiveError
 from hive_ds.recipe import RECIPES
 
+RESULTS = "results.json"
+JUDGED = "vision_encoder_sha256"
+"""Key of an evaluation's results: `weights_sha256` of the encoder."""
+
 
 @dataclass(frozen=True)
 class StageFacts:
@@ -21,8 +25,8 @@ class StageFacts:
     name: str
     steps: int
     samples: int
-    device: str
-    ranks: int
+    devices: str
+    """Ranks and device of every attempt that differs."""
     hours: float
     """Of training steps on all ranks together: device-hours, without loading, validation and checkpoints."""
     flops: float
@@ -47,9 +51,8 @@ def read_stage(folder: Path) -> StageFacts | None:
             seconds, done = seconds + spent, event["step"]
             flops += spent * event["mfu"] * start["matmul_flops_per_second"]
     last = lines[-1]
-    return StageFacts(
-        folder.name, done, int(last["samples"]), start["device"], start["ranks"], seconds / 3600, flops, last["loss"]
-    )
+    devices = ", ".join(dict.fromkeys(f"{event['ranks']} x {event['device']}" for event in starts))
+    return StageFacts(folder.name, done, int(last["samples"]), devices, seconds / 3600, flops, last["loss"])
 
 
 def _events(file: Path) -> Iterator[dict[str, Any]]:
@@ -92,13 +95,37 @@ def _licence_block(text: str) -> list[str]:
     return block
 
 
-def read_scores(file: Path) -> Any:
-    """Results of an evaluation.
+def find_scores(given: Path | None, run: Path | None, hashes: Collection[str]) -> dict[str, Any]:
+    """Results by where they lie: ``given`` or, without it, every ``results.json`` of the run that judged this encoder.
+
+    Args:
+        given: a JSON file.
+        run: folder of the run, if there is one; its folders and theirs are looked through.
+        hashes: of the encoder, whole and cut. Results that were made with another are not its scores.
 
     Raises:
-        HiveError: the file is not there or is not JSON.
+        HiveError: ``given`` is not there, is not JSON, or says that it judged another encoder.
     """
+    if given is not None:
+        results = _read_scores(given)
+        judged = _judged(results)
+        if judged is not None and judged not in hashes:
+            raise HiveError(
+                f"scores {given}: of an encoder with sha256 {judged}; expected {' or '.join(sorted(hashes))}"
+            )
+        return {given.name: results}
+    files = sorted(file for depth in ("*", "*/*") for file in run.glob(f"{depth}/{RESULTS}")) if run is not None else []
+    found = {str(file.relative_to(run)): _read_scores(file) for file in files if run is not None}
+    return {name: results for name, results in found.items() if _judged(results) in hashes}
+
+
+def _read_scores(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise HiveError(f"scores {file}: {error}; expected a JSON file") from error
+
+
+def _judged(results: Any) -> str | None:
+    """Hash of the encoder that an evaluation says it ran with."""
+    return results.get(JUDGED) if isinstance(results, dict) else None

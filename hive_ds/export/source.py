@@ -82,7 +82,7 @@ def load_tower(folder: Path) -> Tower:
     Raises:
         HiveError: the folder holds no such model, or weights of its encoder are missing or too many.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     vision = vision_config_of(config)
     if isinstance(config, HiveConfig):
         routes = tuple(zip(config.vision_blocks, config.language_layers, strict=True))
@@ -97,7 +97,12 @@ def load_tower(folder: Path) -> Tower:
     return Tower(encoder.eval(), routes, last_block)
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a saved model.
+
+    Raises:
+        HiveError: there is none, or transformers does not know it.
+    """
     try:
         values, _ = PretrainedConfig.get_config_dict(folder)
         return HiveConfig.from_dict(values) if values["model_type"] == "hive" else AutoConfig.from_pretrained(folder)

@@ -59,16 +59,19 @@ def _fresh(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def describe_tail(tower: Tower, tail: str) -> str:
     """What the model card says about it."""
     blocks = tower.encoder.config.num_hidden_layers
-    untrained = f"Blocks {tower.last_block + 1} to {blocks}" if tower.last_block < blocks else "No blocks"
+    first = tower.last_block + 1
+    untrained = (
+        "No block" if first > blocks else f"Block {blocks}" if first == blocks else f"Blocks {first} to {blocks}"
+    )
     if tail == "cut":
         return (
-            f"{untrained} came after the last routed block and were cut. The final norm is new (weight 1, bias 0; it "
+            f"{untrained} after the last routed one: cut. The final norm is new (weight 1, bias 0; it "
             "was never trained), as in the paper's probes, and the pooling head is left out where there was one."
         )
-    if tower.last_block == blocks:
+    if first > blocks:
         return "Every block was trained. The final norm and the pooling head were not: no gradient reaches them."
     return (
         f"{untrained}, the final norm and the pooling head come after the last routed block: no gradient reached them. "
-        "They are kept here as they were before training, and were never fitted to the trained ones. Take "
-        f"`hidden_states[{tower.last_block}]` where in doubt."
+        "They are kept here as they were before training, and were never fitted to the trained ones. Take the output "
+        f"of block {tower.last_block} (in transformers, `hidden_states[{tower.last_block}]`) where in doubt."
     )

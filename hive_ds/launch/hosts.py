@@ -16,6 +16,7 @@ from typing import Any
 
 from hive_ds.errors import HiveError
 from hive_ds.launch.hostfile import Host, carried_variables
+from hive_ds.launch.probe import SHM_PER_RANK
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5")
 """Without questions; a host that falls silent is given up after 15 s."""
@@ -24,8 +25,6 @@ PORT = 29500
 """DeepSpeed's own default of --master_port."""
 
 GIGABYTE = 10**9
-SHM_PER_RANK = 0.25 * GIGABYTE
-"""Data loader workers hand over batches through /dev/shm; a container has 64 MB of it unless told otherwise."""
 DISK = 20 * GIGABYTE
 CLOCK_SKEW = 5.0
 """Seconds: past it, file times and logs of hosts cannot be compared."""

@@ -15,6 +15,9 @@ import time
 
 PACKAGES = ("hive-ds", "torch", "deepspeed", "transformers", "mosaicml-streaming")
 
+SHM_PER_RANK = 0.25e9
+"""Bytes: data loader workers hand over batches through /dev/shm; a container has 64 MB of it unless told otherwise."""
+
 
 def version(package):
     """Version of a package, or None where it is not installed."""
@@ -49,10 +52,15 @@ def free(folder):
     return shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else None
 
 
+def versions():
+    """Version of Python and of each package, None where it is not installed."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
 def main(port, folder, master):
     """Print the report."""
     report = {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         "gpus": len(glob.glob("/dev/nvidia[0-9]*")),
         "cores": len(os.sched_getaffinity(0)),
         "port_free": port_is_free(port),

@@ -115,4 +115,4 @@ def _names(file: Path) -> list[str]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().to("cpu", torch.bfloat16).contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().to("cpu", torch.bfloat16).contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -20,7 +20,7 @@ from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.language import check_language_model
 from hive_ds.model.vision import vision_class, vision_config_of
-from hive_ds.model.weights import LoadReport, load_weights, own_image_attentions
+from hive_ds.model.weights import LoadReport, load_weights, own_image_attentions, shortened
 
 
 def build_model(
@@ -170,10 +170,16 @@ def _load_cascaded(
 
 
 def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The vision tower of a checkpoint (its text tower, if any, is left out)."""
+    """The vision tower of a checkpoint (its text tower, if any, is left out).
+
+    HiveError where the checkpoint lacks weights of it, which transformers would start at random.
+    """
     values = _read_config(name, "vision encoder")
     config = vision_config_of(AutoConfig.for_model(**values))
-    return vision_class(config).from_pretrained(name, config=config, dtype=dtype)
+    tower, report = vision_class(config).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    if missing := tuple(sorted(report["missing_keys"])):
+        raise HiveError(f"vision encoder {name!r} lacks {len(missing)} weights of its tower ({shortened(missing)})")
+    return tower
 
 
 def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -186,6 +192,12 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTra
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
     except ValueError as error:
         raise HiveError(f"language model {name!r} of type {values['model_type']!r} does not load: {error}") from error
+
+
+def depth_of(name: str) -> int:
+    """Blocks of a vision encoder, or layers of an LLM, by its config alone."""
+    values = _read_config(name, "model")
+    return int(values.get("vision_config", values)["num_hidden_layers"])
 
 
 def _routes(config: ModelConfig) -> RoutesConfig:

@@ -8,6 +8,14 @@ from functools import cached_property
 
 from hive_ds.errors import HiveError
 
+PUBLISHED_LAYERS = {
+    (6, 40): (6, 13, 20, 27, 33, 39),
+    (12, 40): (3, 7, 11, 15, 18, 21, 24, 27, 30, 33, 36, 39),
+    (23, 40): (*range(2, 33, 2), *range(33, 40)),
+    (6, 32): (5, 11, 16, 21, 26, 31),
+}
+"""(Routes, LLM layers) -> layers of the published scripts, where they are not simply evenly spread."""
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -68,3 +76,25 @@ class Routes:
     def untrained_blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Vision blocks that no loss reaches: all after the last routed one."""
         return tuple(range(self.last_block + 1, num_blocks + 1))
+
+
+def spread_routes(count: int, num_blocks: int, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Vision blocks and LLM layers of ``count`` routes, evenly spread; the published ones where there are any.
+
+    They end at the last but one block, as the published routes do, and at the last layer.
+
+    Raises:
+        HiveError: more routes than blocks (but the last) or layers.
+    """
+    if not 1 <= count <= min(num_blocks - 1, num_layers):
+        raise HiveError(
+            f"{count} routes: expected 1 to {min(num_blocks - 1, num_layers)} for {num_blocks} vision blocks (the last "
+            f"one is left out) and {num_layers} language layers"
+        )
+    layers = PUBLISHED_LAYERS.get((count, num_layers), _spread(count, num_layers))
+    return _spread(count, num_blocks), layers
+
+
+def _spread(count: int, depth: int) -> tuple[int, ...]:
+    """``count`` numbers at equal distances, from 0 up to ``depth`` - 1, which is the last."""
+    return tuple(-(-index * depth // count) - 1 for index in range(1, count + 1))

@@ -30,7 +30,7 @@ class LoadReport:
         parts = [f"loaded {len(self.loaded)}"]
         for label in ("copied", "missing", "unexpected"):
             names = getattr(self, label)
-            parts.append(f"{label} {len(names)}" + (f" ({_shortened(names)})" if names else ""))
+            parts.append(f"{label} {len(names)}" + (f" ({shortened(names)})" if names else ""))
         return "weights: " + ", ".join(parts)
 
 
@@ -102,6 +102,7 @@ def _copy_missing_image_projections(model: nn.Module, loaded: set[str]) -> tuple
     return tuple(copied)
 
 
-def _shortened(names: tuple[str, ...], limit: int = 4) -> str:
+def shortened(names: tuple[str, ...], limit: int = 4) -> str:
+    """The first names, and how many more there are."""
     more = "" if len(names) <= limit else f", and {len(names) - limit} more"
     return ", ".join(names[:limit]) + more

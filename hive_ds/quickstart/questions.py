@@ -10,7 +10,7 @@ from pathlib import Path
 from hive_ds.data.schema import Sample
 from hive_ds.evaluation.generation import answer_samples, truth, with_shuffled_images
 from hive_ds.evaluation.scoring import Share, accuracy_by_kind
-from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
 
 Progress = Callable[[int, int], None]
@@ -56,7 +56,7 @@ def ask(
     model_folder: Path, samples: Sequence[Sample], *, template: str, seed: int, progress: Progress
 ) -> QuestionResults:
     """Let the model in ``model_folder`` answer ``samples`` (each with ``meta["kind"]``), twice."""
-    model = HiveForCausalLM.from_pretrained(model_folder).eval()
+    model = load_any(model_folder)
     processor = HiveProcessor.from_pretrained(model_folder)
     both = [*samples, *with_shuffled_images(samples, seed)]
     answers = answer_samples(model, processor, both, template=template, progress=progress)

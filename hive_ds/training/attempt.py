@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,8 +20,15 @@ from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
 from hive_ds.training.distributed import World, sum_over_ranks
 
-EXIT_STOPPED = 85
-"""Exit code of ranks that stopped early, with a checkpoint: start the same command again to go on."""
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same on every rank."""
+
+    stop: bool
+    """Stop after this step: a file STOP is there, or the time is up."""
+    writing: bool
+    """Some rank is still writing its part of a checkpoint."""
 
 
 class Attempt:
@@ -65,7 +73,13 @@ class Attempt:
                 f"{self._signature.parent}: attempt {now} took over from this one, {self._name}; nothing was written"
             )
 
-    def should_stop(self, device: torch.device) -> bool:
-        """Whether to stop after this step, the same on every rank: a file STOP is there, or the time is up."""
-        wanted = self._world.is_main and (self._stop_file.exists() or time.time() >= self._stop_at)
-        return sum_over_ranks([float(wanted)], device)[0] > 0
+    def agree(self, device: torch.device, *, writing: bool) -> Agreement:
+        """What all ranks know after a step.
+
+        Args:
+            device: of this rank.
+            writing: this rank is still writing its part of a checkpoint.
+        """
+        stop = self._world.is_main and (self._stop_file.exists() or time.time() >= self._stop_at)
+        stops, writers = sum_over_ranks([float(stop), float(writing)], device)
+        return Agreement(stop=stops > 0, writing=writers > 0)

@@ -3,7 +3,7 @@
 A checkpoint is a folder ``checkpoints/step-000100``: the pieces of each rank (weights, optimizer state), one small file
 per rank (random state), ``state.json`` (what run wrote it, where it is in the data) and ``manifest.json`` with size and
 SHA-256 of every file. It is written under another name and renamed when whole; ``latest``, written last, names the
-newest. Any number of ranks, under any ZeRO stage, resumes from it.
+newest (`hive_ds.training.checkpoint_writer`). Any number of ranks, under any ZeRO stage, resumes from it.
 """
 
 from __future__ import annotations
@@ -13,28 +13,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
-from hive_ds.files import write_whole
 from hive_ds.training.attempt import Attempt
-from hive_ds.training.checkpoint_files import (
-    check_space,
-    describe_file,
-    fault_of,
-    on_all_ranks,
-    publish,
-    remove_old,
-    step_folders,
-)
+from hive_ds.training.checkpoint_files import fault_of, step_folders
 from hive_ds.training.distributed import World, barrier, from_main
-from hive_ds.training.engine import Engine
 from hive_ds.training.groups import StagePlan
-from hive_ds.training.piece_files import PieceReader, file_name, write_pieces
-from hive_ds.training.random_state import random_state, restore_random_state
+from hive_ds.training.piece_files import PieceReader, piece_files
+from hive_ds.training.random_state import random_file_name, restore_random_state
+
+if TYPE_CHECKING:
+    from hive_ds.training.engine import Engine
 
 FROZEN_TOLERANCE = 1e-9
 """Relative difference of sums of squares in fp64 that the order of summation makes."""
@@ -63,94 +56,6 @@ class RunIdentity:
             parameters={name: list(plan.shapes[name]) for group in plan.groups for name in group.parameters},
             optimizer_groups=[group.name for group in plan.groups],
         )
-
-
-@dataclass(frozen=True)
-class CheckpointWriter:
-    """Writes checkpoints of one run into the folder of a stage.
-
-    Attributes:
-        folder: of the stage.
-        engine: weights and optimizer state.
-        identity: checked on resume.
-        origin: recipe and versions of the run, compared on resume.
-        world: this process among all.
-        attempt: of this run.
-        training: what is kept.
-    """
-
-    folder: Path
-    engine: Engine
-    identity: RunIdentity
-    origin: dict[str, Any]
-    world: World
-    attempt: Attempt
-    training: TrainingConfig
-
-    def save(self, step: int, loader_state: dict[str, Any]) -> str | None:
-        """Write ``folder/checkpoints/step-XXXXXX`` and point ``folder/latest`` at it; every rank calls it.
-
-        Args:
-            step: optimizer steps done.
-            loader_state: position in the data, the same on every rank.
-
-        Returns:
-            Why it could not be written (a full disk, say), the same on every rank; None if it was.
-
-        Raises:
-            HiveError: another attempt has taken over.
-        """
-        final = self.folder / "checkpoints" / f"step-{step:06d}"
-        aside = final.with_name(f".{final.name}.partial")
-        frozen = self.engine.frozen_sums
-        _, failed = on_all_ranks(lambda: self._prepare(aside))
-        described: list[dict[str, Any]] = []
-        if failed is None:
-            described, failed = on_all_ranks(lambda: self._write_own(aside))
-        if failed is None:
-            state = {
-                "step": step,
-                "skipped_steps": self.engine.skipped_steps,
-                "ranks": self.world.size,
-                "loader": loader_state,
-                "identity": asdict(self.identity),
-                "origin": self.origin,
-                "frozen": frozen,
-            }
-            _, failed = on_all_ranks(lambda: self._publish(aside, final, state, described))
-        if failed is not None and self.world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        return failed
-
-    def _prepare(self, aside: Path) -> None:
-        if not self.world.is_main:
-            return
-        self.attempt.check()
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in aside.parent.glob(".step-*.partial"):
-            shutil.rmtree(left_over)
-        check_space(aside.parent, 12 * self.engine.trained_elements)
-        aside.mkdir()
-
-    def _write_own(self, aside: Path) -> dict[str, Any]:
-        rank_file = f"rank-{self.world.rank:05d}.pt"
-        pieces_file = file_name(self.world.rank)
-        # Under ZeRO 0 every rank holds everything: one copy is enough.
-        shares = self.engine.zero_stage > 0 or self.world.is_main
-        write_pieces(aside / pieces_file, self.engine.pieces() if shares else [])
-        torch.save({"random": random_state()}, aside / rank_file)
-        return {name: describe_file(aside / name) for name in (pieces_file, rank_file)}
-
-    def _publish(self, aside: Path, final: Path, state: dict[str, Any], described: list[dict[str, Any]]) -> None:
-        if not self.world.is_main:
-            return
-        (aside / "state.json").write_text(json.dumps(state))
-        files = {name: entry for own in described for name, entry in own.items()}
-        files["state.json"] = describe_file(aside / "state.json")
-        self.attempt.check()
-        publish(aside, final, files)
-        write_whole(self.folder / "latest", final.name)
-        remove_old(self.folder, self.training.keep_checkpoints, self.training.keep_every)
 
 
 def newest_checkpoint(folder: Path, world: World, warn: Callable[[str], None]) -> Path | None:
@@ -198,11 +103,11 @@ def load_checkpoint(
         before, now = state["origin"].get(name), origin.get(name)
         if before != now:
             warn(f"checkpoint {path} was written with {name} = {before}, this run has {now}")
-    with PieceReader([path / file_name(rank) for rank in range(state["ranks"])]) as reader:
+    with PieceReader(piece_files(path)) as reader:
         engine.restore(reader, state["step"] - state["skipped_steps"])
     engine.skipped_steps = state["skipped_steps"]
     if world.rank < state["ranks"]:  # a rank that was not there goes on from its seed
-        mine = torch.load(path / f"rank-{world.rank:05d}.pt", weights_only=True)
+        mine = torch.load(path / random_file_name(world.rank), weights_only=True)
         restore_random_state(mine["random"])
     return state["step"], state["loader"]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from hive_ds.errors import HiveError
 from hive_ds.files import flush, write_whole
 from hive_ds.training.distributed import World, all_values
 
@@ -27,34 +29,60 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def aside_of(final: Path) -> Path:
+    """A hidden name beside ``final`` that nobody else uses: of what is not whole yet, or not whole any more."""
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove what killed or replaced attempts left below the hidden names of `aside_of`."""
+    for left_over in folder.glob(".step-*.partial"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
 def publish(aside: Path, final: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the manifest and give the folder its name; ``files`` are `describe_file` of each by name."""
     write_whole(aside / MANIFEST, json.dumps(files, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
+    flush(aside)
+    if final.exists():
+        remove(final)
     aside.rename(final)
     flush(final.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which is never seen half there."""
+    aside = aside_of(checkpoint)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_old(folder: Path, keep: int, keep_every: int) -> None:
+    """Remove checkpoints past the newest ``keep``, but those at multiples of ``keep_every`` steps."""
+    for old in step_folders(folder)[keep:]:
+        if not keep_every or step_of(old) % keep_every:
+            remove(old)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, which is on disk then."""
     flush(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def faults_of(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """Why a checkpoint cannot be used, one line a file; of several ranks each checks a share of the files."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        named = sorted(manifest.items())[rank::ranks]
+        return [fault for name, entry in named if (fault := _file_fault(folder, name, entry))]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [f"no readable {MANIFEST} ({error})"]
 
 
 def fault_of(folder: Path, world: World) -> str | None:
-    """Why a checkpoint cannot be used, or None; every rank calls it, and each checks a share of the files."""
-    fault: str | None = None
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        names = sorted(manifest)[world.rank :: world.size]
-        fault = next(filter(None, (_file_fault(folder, name, manifest[name]) for name in names)), None)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        fault = f"no readable {MANIFEST} ({error})"
-    return next(filter(None, all_values(fault)), None)
+    """The first of `faults_of`, the same on every rank; every rank calls it."""
+    return next((fault for own in all_values(faults_of(folder, world.rank, world.size)) for fault in own), None)
 
 
 def _file_fault(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
@@ -63,16 +91,17 @@ def _file_fault(folder: Path, name: str, expected: Mapping[str, Any]) -> str | N
         return f"{name} is missing"
     if path.stat().st_size != expected["bytes"]:
         return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-    if describe_file(path)["sha256"] != expected["sha256"]:
+    if _sha256(path) != expected["sha256"]:
         return f"{name} has been changed (another SHA-256)"
     return None
 
 
-def remove_old(folder: Path, keep: int, keep_every: int) -> None:
-    """Remove checkpoints past the newest ``keep``, but those at multiples of ``keep_every`` steps."""
-    for old in step_folders(folder)[keep:]:
-        if not keep_every or step_of(old) % keep_every:
-            shutil.rmtree(old)
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -85,11 +114,18 @@ def check_space(folder: Path, needed: int) -> None:
 def on_all_ranks(work: Callable[[], Any]) -> tuple[list[Any], str | None]:
     """Do ``work`` on every rank: what each returned, and why the first that could not do it failed.
 
-    A full disk is an OSError only to Python: safetensors and torch.save have errors of their own.
+    A full disk is an OSError only to Python: safetensors and torch.save have errors of their own. A HiveError of one
+    rank is raised on all.
     """
+    value, failed, refused = None, None, None
     try:
-        outcome: tuple[Any, str | None] = (work(), None)
+        value = work()
     except (OSError, RuntimeError, SafetensorError) as error:
-        outcome = (None, str(error))
-    outcomes = all_values(outcome)
-    return [value for value, _ in outcomes], next((error for _, error in outcomes if error), None)
+        failed = str(error)
+    except HiveError as error:
+        refused = str(error)
+    outcomes = all_values((value, failed, refused))
+    for _, _, reason in outcomes:
+        if reason is not None:
+            raise HiveError(reason)
+    return [one for one, _, _ in outcomes], next((reason for _, reason, _ in outcomes if reason is not None), None)

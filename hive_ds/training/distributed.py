@@ -1,8 +1,9 @@
 """Ranks: who am I, how many are we, and the process group, under any launcher.
 
 Launchers disagree on environment variables. `read_world` understands torchrun and the ``deepspeed`` launcher
-(RANK, LOCAL_RANK), srun (SLURM_PROCID, ...) and mpirun (OMPI_*); `start` writes the answer back under torchrun's names,
-LOCAL_WORLD_SIZE among them, which mosaicml-streaming needs and the ``deepspeed`` launcher does not set.
+(RANK, LOCAL_RANK), srun and ``deepspeed --launcher slurm`` (SLURM_PROCID, ...) and mpirun (OMPI_*); `start` writes the
+answer back under torchrun's names, LOCAL_WORLD_SIZE among them, which mosaicml-streaming needs and the ``deepspeed``
+launcher does not set.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from hive_ds.errors import HiveError
+from hive_ds.launch.meeting import set_meeting_point
 from hive_ds.launch.network import choose_interface
 
 TIMEOUT = timedelta(minutes=30)
@@ -99,6 +101,8 @@ def start(world: World, timeout: timedelta | None = None) -> torch.device:
     Raises:
         HiveError: several ranks and no MASTER_ADDR and MASTER_PORT, or more ranks on this host than GPUs.
     """
+    if "RANK" not in os.environ:  # no launcher but Slurm itself
+        set_meeting_point(os.environ)
     for name, value in (
         ("RANK", world.rank),
         ("LOCAL_RANK", world.local_rank),

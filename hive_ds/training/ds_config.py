@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,33 @@ _UNSUPPORTED = {
 """Key of zero_optimization that the engine cannot train with -> what to write instead."""
 
 
-def accumulation_steps(config: StageConfig, num_ranks: int) -> int:
-    """Micro-batches of one rank in one optimizer step.
+def fit_micro_batch(config: StageConfig, num_ranks: int) -> StageConfig:
+    """The stage's numbers with the largest micro-batch, up to the recipe's, that divides a rank's share of a step.
+
+    The weights do not depend on the micro-batch (`hive_ds.training.loop.run_micro_batches`): a recipe's is a bound on
+    memory, and its global batch holds on any number of ranks that divides it.
 
     Raises:
-        HiveError: the global batch does not divide; the message says what would.
+        HiveError: the ranks do not divide the global batch; the message says which numbers do.
     """
-    total, micro = config.global_batch_size, config.micro_batch_size
-    if total % (micro * num_ranks) == 0:
-        return total // (micro * num_ranks)
-    ranks = ", ".join(str(n) for n in range(1, total // micro + 1) if total % (micro * n) == 0) or "none"
-    micros = ", ".join(str(n) for n in range(1, total // num_ranks + 1) if total % (n * num_ranks) == 0) or "none"
-    raise HiveError(
-        f"global_batch_size {total} is not divisible by {num_ranks} ranks x micro_batch_size {micro}; "
-        f"with this micro_batch_size these rank counts divide it: {ranks}; "
-        f"with {num_ranks} ranks these micro_batch_sizes do: {micros}"
+    total = config.global_batch_size
+    if total % num_ranks:
+        divisors = ", ".join(str(number) for number in range(1, total + 1) if total % number == 0)
+        raise HiveError(
+            f"global_batch_size {total} is not divisible by {num_ranks} ranks; these rank counts divide it: {divisors}"
+        )
+    share = total // num_ranks
+    micro = max(size for size in range(1, min(config.micro_batch_size, share) + 1) if share % size == 0)
+    return replace(config, micro_batch_size=micro)
+
+
+def describe_batch(config: StageConfig, num_ranks: int, largest_micro_batch: int) -> str:
+    """One line: how a step's samples are shared out, and why the micro-batch is not the recipe's where it is not."""
+    micro, share = config.micro_batch_size, config.global_batch_size // num_ranks
+    smaller = f", for {largest_micro_batch} does not divide {share}" if micro < largest_micro_batch else ""
+    return (
+        f"batch: {config.global_batch_size} samples a step over {num_ranks} ranks, "
+        f"each {share // micro} x micro-batch {micro}{smaller}"
     )
 
 
@@ -141,7 +154,7 @@ def build_ds_config(
 
     Args:
         policy: of `read_policy`.
-        stage: numbers of the stage.
+        stage: numbers of the stage, of `fit_micro_batch`.
         training: precision and monitors.
         num_ranks: ranks of the run.
         log_folder: folder for TensorBoard files.
@@ -161,7 +174,7 @@ def build_ds_config(
         "zero_optimization": zero,
         "train_batch_size": stage.global_batch_size,
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(stage, num_ranks),
+        "gradient_accumulation_steps": stage.global_batch_size // (stage.micro_batch_size * num_ranks),
         "gradient_clipping": stage.clip,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_allow_untested_optimizer": True,

@@ -179,7 +179,7 @@ class Engine:
             reader.read_into(piece)
         for group in self.groups:
             for name, parameter in group.parameters.items():
-                whole = None if self.zero_stage == 3 else reader.whole_weight(name, parameter.numel())
+                whole = None if self.zero_stage == 3 else reader.read("weight", name, 0, parameter.numel())
                 publish_weights(parameter, pieces.get(name), whole)
 
     @property

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from hive_ds.constants import EXIT_STOPPED
 from hive_ds.errors import HiveError
-from hive_ds.training.attempt import EXIT_STOPPED
 from hive_ds.training.distributed import World, current_store
 from hive_ds.training.place import here
 

@@ -41,13 +41,13 @@ def file_of(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.txt"
 
 
-def keep_older_dumps(folder: Path) -> None:
-    """Rename the folder of an earlier attempt's dumps to the first free of ``hang-1``, ``hang-2``, ..."""
-    if folder.is_dir():
-        number = 1
-        while (older := folder.with_name(f"{folder.name}-{number}")).exists():
-            number += 1
-        folder.rename(older)
+def free_folder(folder: Path) -> Path:
+    """The first of ``hang``, ``hang-2``, ``hang-3``, ... that no earlier attempt has dumped into."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
 
 
 def write_dump(folder: Path, dump: Dump) -> None:

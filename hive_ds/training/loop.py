@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hive_ds.config import TrainingConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.attempt import Attempt
+from hive_ds.training.checkpoint_writer import CheckpointWriter, SaveReport
 from hive_ds.training.distributed import World, all_values, min_over_ranks, sum_over_ranks
 from hive_ds.training.engine import Engine, StepReport
 from hive_ds.training.flops import BatchSize, FlopCounter
@@ -30,7 +31,7 @@ class Job:
 
     engine: Engine
     loader: Any
-    """Endless iterable of `PackedBatch`, with ``state_dict``."""
+    """Endless iterable of `PackedBatch`, with ``state_dict``, its position."""
     validation: Mapping[str, Any]
     """Metric name -> loader of a fixed set of batches."""
     schedule: Schedule
@@ -42,8 +43,7 @@ class Job:
     patch_size: int
     world: World
     device: torch.device
-    save: Callable[[int], str | None]
-    """Write a checkpoint after so many steps, or say why it could not be written."""
+    checkpoints: CheckpointWriter
     attempt: Attempt
     questions: Questions | None = None
     """What the model is asked at every validation."""
@@ -76,10 +76,11 @@ def train(job: Job, first_step: int) -> int:
             _log(job, done, report, bar)
         if _due(done, job.training.validation_interval, steps):
             _validate(job, done)
-        stop = job.attempt.should_stop(job.device)
-        if stop or _due(done, job.training.checkpoint_interval, steps):
-            _save(job, done, last=stop or done == steps)
-        if stop:
+        agreed = job.attempt.agree(job.device, writing=job.checkpoints.writing)
+        _report_save(job, job.checkpoints.advance(agreed.writing))
+        if agreed.stop or _due(done, job.training.checkpoint_interval, steps):
+            _save(job, done, last=agreed.stop or done == steps)
+        if agreed.stop:
             break
     bar.close()
     return done
@@ -101,22 +102,31 @@ def evaluate(job: Job, loader: Any) -> float:
 
 
 def _save(job: Job, done: int, *, last: bool) -> None:
-    """Write a checkpoint. Where that fails the run goes on with the one before, unless it has nothing else to do.
+    """Begin a checkpoint, once the one before is there; the last one is waited for."""
+    here.enter("save", ())
+    _report_save(job, job.checkpoints.wait())
+    job.checkpoints.begin(done, job.loader.state_dict())
+    if last:
+        _report_save(job, job.checkpoints.wait(), last=True)
+    job.meter.restart()
+
+
+def _report_save(job: Job, save: SaveReport | None, *, last: bool = False) -> None:
+    """Log a checkpoint. Where it failed the run goes on with the one before, unless it has nothing else to do.
 
     Raises:
         HiveError: it failed, and the run was to stop here or the recipe says that it should.
     """
-    here.enter("save", ())
-    start = time.perf_counter()
-    failed = job.save(done)
-    job.metrics.write("checkpoint", done, seconds=time.perf_counter() - start, failed=failed)
-    if failed is not None:
-        message = f"step {done}: no checkpoint could be written ({failed}); earlier ones are untouched"
+    if save is None:
+        return
+    seconds = {"seconds": save.seconds, "blocked_seconds": save.blocked_seconds}
+    job.metrics.write("checkpoint", save.step, **seconds, failed=save.failed)
+    if save.failed is not None:
+        message = f"step {save.step}: no checkpoint could be written ({save.failed}); earlier ones are untouched"
         if last or job.training.stop_on_failed_save:
             raise HiveError(message)
         if job.world.is_main:
             tqdm.write(f"warning: {message}, training goes on")
-    job.meter.restart()
 
 
 def _fetch(job: Job, batches: Iterator[Any]) -> tuple[list[Any], Totals]:

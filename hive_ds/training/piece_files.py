@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,15 +23,34 @@ def file_name(rank: int) -> str:
     return f"pieces-{rank:05d}.safetensors"
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
-    """Write a rank's pieces."""
-    tensors: dict[str, Tensor] = {}
-    places: dict[str, tuple[int, int]] = {}
-    for piece in pieces:
-        places[piece.name] = (piece.start, piece.count)
-        for key, value in piece.values.items():
-            tensors[f"{key}/{piece.name}"] = value.detach().to("cpu", torch.float32, copy=True)
-    save_file(tensors, path, metadata={"places": json.dumps(places)})
+def piece_files(checkpoint: Path) -> list[Path]:
+    """The files of all ranks' pieces."""
+    return sorted(checkpoint.glob("pieces-*.safetensors"))
+
+
+@dataclass(frozen=True)
+class PieceCopy:
+    """A rank's pieces in memory of their own, which further steps do not change."""
+
+    tensors: dict[str, Tensor]
+    """``STATE/NAME`` -> fp32 on the CPU."""
+    places: dict[str, tuple[int, int]]
+    """Name of a parameter -> first element and number of elements."""
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> PieceCopy:
+        """Copy ``pieces``; takes 12 bytes an element of CPU memory."""
+        tensors: dict[str, Tensor] = {}
+        places: dict[str, tuple[int, int]] = {}
+        for piece in pieces:
+            places[piece.name] = (piece.start, piece.count)
+            for key, value in piece.values.items():
+                tensors[f"{key}/{piece.name}"] = value.detach().to("cpu", torch.float32, copy=True)
+        return cls(tensors, places)
+
+    def write(self, path: Path) -> None:
+        """Write the file of these pieces."""
+        save_file(self.tensors, path, metadata={"places": json.dumps(self.places)})
 
 
 class PieceReader:
@@ -62,11 +82,11 @@ class PieceReader:
         for key in STATE:
             self._copy(key, piece.name, piece.start, piece.values[key])
 
-    def whole_weight(self, name: str, numel: int) -> Tensor:
-        """The fp32 weight of a parameter, (numel,); errors as `read_into`."""
-        weight = torch.empty(numel)
-        self._copy("weight", name, 0, weight)
-        return weight
+    def read(self, key: str, name: str, start: int, count: int) -> Tensor:
+        """``count`` elements from ``start`` on of a parameter's `STATE` ``key``, fp32; errors as `read_into`."""
+        part = torch.empty(count)
+        self._copy(key, name, start, part)
+        return part
 
     def _copy(self, key: str, name: str, start: int, target: Tensor) -> None:
         end, filled = start + target.numel(), 0

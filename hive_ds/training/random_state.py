@@ -9,6 +9,11 @@ import numpy as np
 import torch
 
 
+def random_file_name(rank: int) -> str:
+    """The file of a rank's random state in a checkpoint."""
+    return f"rank-{rank:05d}.pt"
+
+
 def random_state() -> dict[str, Any]:
     """State of Python, numpy, torch and the GPU."""
     version, words, gauss = random.getstate()

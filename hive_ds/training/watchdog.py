@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hive_ds.training.distributed import TIMEOUT, World, all_values, current_store
-from hive_ds.training.hang_report import Dump, dumped_ranks, keep_older_dumps, read_dumps, verdict, write_dump
+from hive_ds.training.distributed import TIMEOUT, World, all_values, current_store, from_main
+from hive_ds.training.hang_report import Dump, dumped_ranks, free_folder, read_dumps, verdict, write_dump
 from hive_ds.training.place import here
 
 EXIT_HUNG = 87
@@ -46,7 +46,7 @@ class Watchdog:
     """Watches over this rank from `start` to `stop`.
 
     Args:
-        folder: for the dumps; shared by all ranks.
+        folder: for the dumps, not there yet; shared by all ranks.
         rank: of this process.
         hosts: name of each rank's host.
         timeout: seconds without a change of phase that end the run; 0 switches the watchdog off.
@@ -62,16 +62,15 @@ class Watchdog:
         shared = store if timeout and len(hosts) > 1 else None
         self._store = None if shared is None else shared.clone()
         self._ear = None if shared is None else shared.clone()
+        self._listener = threading.Thread(target=self._listen, name="watchdog-ear", daemon=True)
 
     def start(self) -> None:
-        """Watch from now on; rank 0 moves dumps of earlier attempts out of the way."""
+        """Watch from now on."""
         if not self._timeout:
             return
-        if self._rank == 0:
-            keep_older_dumps(self._folder)
         self._thread.start()
         if self._ear is not None:
-            threading.Thread(target=self._listen, name="watchdog-ear", daemon=True).start()
+            self._listener.start()
 
     def stop(self) -> None:
         """Stop watching: the work is done."""
@@ -83,6 +82,8 @@ class Watchdog:
         self._stopped = True
         self._told.set()
         self._thread.join()
+        if self._ear is not None:  # a thread that wakes up in the store's code while Python ends aborts the process
+            self._listener.join(_PATIENCE)
 
     def _watch(self) -> None:
         idle, seen, before = 0.0, -1, time.monotonic()
@@ -138,8 +139,15 @@ _active: list[Watchdog] = []
 
 
 def watch(folder: Path, world: World, timeout: float) -> None:
-    """Watch over this rank until `stop_watching`; every rank calls it, within the process group."""
-    _active.append(Watchdog(folder, world.rank, all_values(socket.gethostname()), timeout, current_store()))
+    """Watch over this rank until `stop_watching`; every rank calls it, within the process group.
+
+    Args:
+        folder: for the dumps, with a number behind its name where an earlier attempt has left some.
+        world: this process among all.
+        timeout: seconds (`Watchdog`).
+    """
+    own_folder = from_main(free_folder(folder))
+    _active.append(Watchdog(own_folder, world.rank, all_values(socket.gethostname()), timeout, current_store()))
     _active[-1].start()
 
 

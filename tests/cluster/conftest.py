@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path += [str(HERE), str(HERE.parent / "data"), str(HERE.parent / "training")
 
 from minicluster import MiniCluster, missing  # noqa: E402
 from site_clone import SlurmSite  # noqa: E402
+from ssh_hosts import Hosts  # noqa: E402
 from tiny_run import TinyRun  # noqa: E402
 
 
@@ -29,6 +31,15 @@ def site_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(site_folder: Path) -> TinyRun:
     """Models, data and recipe of tiny runs."""
     return TinyRun.make(site_folder / "tiny")
+
+
+@pytest.fixture(scope="module")
+def hosts(site_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Two nodes that Slurm and ssh reach."""
+    shared = SlurmSite.shared_folders(site_folder)
+    cluster = MiniCluster.up(tmp_path_factory.mktemp("hosts") / "cluster", 2, shared=shared)
+    yield Hosts(cluster, Path(tempfile.mkdtemp(prefix="hosts-", dir=site_folder)))
+    cluster.down()
 
 
 @pytest.fixture

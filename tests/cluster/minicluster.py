@@ -12,14 +12,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2 openssh-server pdsh"
-_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "sshd", "pdsh", "ssh-keygen", "unshare", "nsenter")
+_PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "munged",
+    "ip",
+    "sshd",
+    "pdsh",
+    "ssh-keygen",
+    "setpriv",
+    "unshare",
+    "nsenter",
+)
 _NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 _PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -45,7 +58,7 @@ SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
-SlurmdTimeout=5
+SlurmdTimeout={patience}
 MessageTimeout=3
 KillWait=3
 MinJobAge=3600
@@ -95,19 +108,24 @@ class MiniCluster:
     """Its pid 1, as this machine sees it."""
 
     @classmethod
-    def up(cls, base: Path, nodes: int, *, gpus: int = 0, shared: tuple[Path, ...] = ()) -> MiniCluster:
+    def up(
+        cls, base: Path, nodes: int, *, gpus: int = 0, patience: int = 5, shared: tuple[Path, ...] = ()
+    ) -> MiniCluster:
         """Start a cluster.
 
         Args:
             base: new folder for its files, which every node sees.
             nodes: number of nodes.
             gpus: devices a node that Slurm takes for GPUs; no program can compute on them.
+            patience: seconds after which Slurm takes a silent node for dead; sites have minutes.
             shared: more folders that every node sees. All nodes see what is outside of /tmp anyhow.
         """
         for name in ("etc", "state", "log", "dev"):
             (base / name).mkdir(parents=True)
-        _write_config(base, nodes, gpus, [base, *shared])
-        command = ["unshare", *_NAMESPACES, "bash", str(HERE / "mini" / "outer.sh"), str(base), str(nodes)]
+        _write_config(base, nodes, gpus, patience, [base, *shared])
+        # Also when this process is killed before it can take the cluster down.
+        tied = ["setpriv", "--pdeathsig", "KILL"]
+        command = [*tied, "unshare", *_NAMESPACES, "bash", str(HERE / "mini" / "outer.sh"), str(base), str(nodes)]
         with (base / "log" / "outer.out").open("w") as output:
             parent = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={"PATH": _PATH}, process_group=0
@@ -164,6 +182,15 @@ class MiniCluster:
         """Put the cable back."""
         self.run("ip", "link", "set", f"v{node.removeprefix('node')}", "up")
 
+    @contextmanager
+    def listening(self, node: str, port: int) -> Iterator[None]:
+        """A port of a node in the hands of a program that accepts connections and says nothing."""
+        code = f"import socket, sys; s = socket.create_server(('', {port})); sys.stdin.read()"
+        command = self.command(sys.executable, "-c", code, node=node)
+        with subprocess.Popen(command, stdin=subprocess.PIPE):  # which ends when its stdin closes
+            wait_for(lambda: f":{port}" in self.run("ss", "-ltn", node=node), 20, "the listener")
+            yield
+
     def _idle(self) -> int:
         done = self.start("sinfo", "--noheader", "--states=idle", "--format=%D", timeout=10)
         return int(done.stdout.strip() or 0) if done.returncode == 0 else -1
@@ -179,11 +206,12 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: flo
     return value
 
 
-def _write_config(base: Path, nodes: int, gpus: int, shared: list[Path]) -> None:
+def _write_config(base: Path, nodes: int, gpus: int, patience: int, shared: list[Path]) -> None:
     etc = base / "etc"
     values = {
         "base": base,
         "nodes": nodes,
+        "patience": patience,
         "last": 10 + nodes,
         "gpus": "GresTypes=gpu\n" if gpus else "",
         "gres": f" Gres=gpu:{gpus}" if gpus else "",

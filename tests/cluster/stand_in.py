@@ -1,13 +1,14 @@
 """A trainer of no weight, for tests of the scripts around it; it keeps the real one's contract of files and exit codes.
 
 `stand_in_package` puts it where ``hive_ds.train`` is looked for. HIVE_STAND_IN says what it does: a number of seconds
-to train for, or ``exit N``.
+to train for, ``exit N``, or ``hang``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,10 @@ def main(arguments: list[str]) -> int:
     behaviour = os.environ["HIVE_STAND_IN"]
     if behaviour.startswith("exit"):
         return int(behaviour.split()[1])
+    if behaviour == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            time.sleep(60)
     worked = folder / f"worked-{place['RANK']}"  # its checkpoint: seconds trained so far
     seconds = float(worked.read_text()) if worked.exists() else 0.0
     while seconds < float(behaviour):

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def gpu_site(site_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmSite]:
-    """Two nodes of four GPUs, and the stand-in for the trainer."""
+    """Two nodes of eight GPUs, and the stand-in for the trainer."""
     folder = tmp_path_factory.mktemp("gpus")
-    cluster = MiniCluster.up(folder / "cluster", 2, gpus=4, shared=SlurmSite.shared_folders(site_folder))
-    yield SlurmSite.make(site_folder, cluster, trainer=stand_in_package(site_folder))
+    cluster = MiniCluster.up(folder / "cluster", 2, gpus=8, shared=SlurmSite.shared_folders(site_folder))
+    yield SlurmSite.make(site_folder, cluster, trainer=stand_in_package(site_folder / "gpu-site"))
     cluster.down()
 
 
@@ -31,11 +31,11 @@ def test_gpus_nodes_and_ranks_come_from_slurm(gpu_site: SlurmSite, site_folder: 
     assert gpu_site.wait(job) == "COMPLETED", gpu_site.log(job)
     places = [json.loads(path.read_text()) for path in (run / "stage1" / "attempts" / f"{job}.0").glob("rank-*.json")]
     assert sorted((int(place["RANK"]), place["host"]) for place in places) == [
-        (rank, f"node{1 + rank // 4}") for rank in range(8)
+        (rank, f"node{1 + rank // 8}") for rank in range(16)
     ]
     for place in places:
-        assert (place["WORLD_SIZE"], place["LOCAL_WORLD_SIZE"], place["MASTER_ADDR"]) == ("8", "4", "node1")
-        assert place["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+        assert (place["WORLD_SIZE"], place["LOCAL_WORLD_SIZE"], place["MASTER_ADDR"]) == ("16", "8", "node1")
+        assert place["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
         assert place["arguments"][-2:] == list(override)
     job = gpu_site.submit(1, run, recipe="tiny")
     assert gpu_site.wait(job) == "COMPLETED"
@@ -67,6 +67,20 @@ def test_every_way_to_end(gpu_site: SlurmSite, site_folder: Path) -> None:
     assert gpu_site.wait(failing) == "FAILED", gpu_site.log(failing)
     assert (gpu_site.field(failing, "ExitCode"), gpu_site.field(failing, "Restarts")) == ("1:0", "1")
     assert "failed 2 times without a new checkpoint: giving up" in gpu_site.log(failing)
+
+
+def test_trainer_that_does_not_answer_is_ended(gpu_site: SlurmSite, site_folder: Path) -> None:
+    gpu_site.edit("export HIVE_STAND_IN=hang HIVE_STOP_PATIENCE=1")
+    run = site_folder / "deaf"
+    job = gpu_site.submit(1, run, recipe="tiny", options=("--nodes=2",))
+    logs = run / "stage1" / "attempts" / f"{job}.0"
+    wait_for(lambda: len(list(logs.glob("rank-*.json"))) == 16, 60, f"all ranks; {gpu_site.log(job)}")
+    gpu_site.login("scancel", "--batch", "--signal=USR1", str(job))
+    wait_for(lambda: "time is up: requeueing" in gpu_site.log(job), 60, f"requeue; {gpu_site.log(job)}")
+    assert "no answer: ending the trainer" in gpu_site.log(job)
+    for node in ("node1", "node2"):
+        assert "hive_ds.train" not in gpu_site.cluster.run("ps", "-eo", "args", node=node)
+    gpu_site.login("scancel", str(job))
 
 
 def test_wrong_arguments_end_the_job_and_its_chain(gpu_site: SlurmSite, site_folder: Path) -> None:

@@ -4,91 +4,27 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from minicluster import MiniCluster, wait_for
-from site_clone import REPOSITORY, SlurmSite, training_lines
+from minicluster import wait_for
+from site_clone import REPOSITORY
+from ssh_hosts import Hosts
 from tiny_run import TinyRun
 
 pytestmark = pytest.mark.cluster
-BINARIES = Path(sys.executable).parent
 LAUNCHERS = ("deepspeed", "hosts run")
-
-
-@dataclass(frozen=True)
-class Hosts:
-    """Two hosts, and a folder that they share."""
-
-    cluster: MiniCluster
-    folder: Path
-
-    def command(self, *command: str) -> list[str]:
-        """A command line on the login host, in the folder."""
-        env = (f"PYTHONPATH={REPOSITORY}", f"PATH={os.environ['PATH']}", "HIVE_CARRIED=two words")
-        return self.cluster.command("env", f"--chdir={self.folder}", *env, *command)
-
-    def hive_ds(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run ``hive-ds``."""
-        code = "import sys; from hive_ds.cli import main; sys.exit(main())"
-        full = self.command(sys.executable, "-c", code, *arguments)
-        return subprocess.run(full, capture_output=True, text=True, timeout=60)
-
-    def hostfile(self, *lines: str) -> str:
-        """Write one; returns its name."""
-        (self.folder / "hostfile").write_text("".join(f"{line}\n" for line in lines))
-        return "hostfile"
-
-    def train(self, launcher: str, tiny: TinyRun, run: str, *options: str) -> list[str]:
-        """The command that trains stage 1 on both hosts, a rank each."""
-        hostfile = self.hostfile("# the mini cluster", "node1 slots=1", "node2 slots=1")
-        if launcher == "deepspeed":
-            assert self.hive_ds("hosts", "env", hostfile).returncode == 0
-            return self.command(
-                *(str(BINARIES / "deepspeed"), "--hostfile", hostfile, "--module", "hive_ds.train"),
-                *tiny.arguments(1, run, *options),
-            )
-        code = "import sys; from hive_ds.cli import main; sys.exit(main())"
-        arguments = ("hosts", "run", hostfile, "--", *tiny.arguments(1, run, *options))
-        return self.command(sys.executable, "-c", code, *arguments)
-
-    def ranks(self, node: str) -> list[str]:
-        """Process numbers on a host of everything that trains: launchers, ranks, workers."""
-        lines = self.cluster.run("ps", "-eo", "pid,args", node=node).splitlines()
-        return [line.split()[0] for line in lines if "hive_ds.train" in line or "hive_ds.launch" in line]
-
-
-@pytest.fixture(scope="module")
-def hosts(site_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    cluster = MiniCluster.up(
-        tmp_path_factory.mktemp("hosts") / "cluster", 2, shared=SlurmSite.shared_folders(site_folder)
-    )
-    folder = site_folder / "hosts"
-    folder.mkdir()
-    yield Hosts(cluster, folder)
-    cluster.down()
 
 
 def test_check_finds_what_is_wrong(hosts: Hosts, tmp_path: Path) -> None:
     good = hosts.hive_ds("hosts", "check", hosts.hostfile("node1 slots=1", "node2 slots=1"))
     assert (good.returncode, good.stdout) == (0, "2 hosts, 2 slots: no fault found\n"), good.stderr
-    listener = subprocess.Popen(
-        hosts.cluster.command(
-            *(sys.executable, "-c", "import socket, time; s = socket.create_server(('', 29500)); time.sleep(60)"),
-            node="node1",
-        )
-    )
-    wait_for(lambda: ":29500" in hosts.cluster.run("ss", "-ltn", node="node1"), 20, "the listener")
     hosts.cluster.run("mount", "-o", "remount,size=64m", "/dev/shm", node="node2")
     file = hosts.hostfile("node1 slots=1", "node2 slots=99", "node9 slots=1")
-    bad = hosts.hive_ds("hosts", "check", file, "--folder", str(tmp_path))
+    with hosts.cluster.listening("node1", 29500):
+        bad = hosts.hive_ds("hosts", "check", file, "--folder", str(tmp_path))
     hosts.cluster.run("mount", "-o", "remount,size=2g", "/dev/shm", node="node2")
-    listener.kill()
-    listener.wait()
     assert bad.returncode == 1
     cores = len(os.sched_getaffinity(0))
     expected = {
@@ -114,23 +50,11 @@ def test_environment_file(hosts: Hosts) -> None:
 
 
 @pytest.mark.long
-def test_two_hosts_train_as_one(hosts: Hosts, tiny: TinyRun) -> None:
-    options = ("--set", "stages.connector_pretraining.steps=3")
-    one = tiny.train(1, "one-host", *options)
-    assert one.returncode == 0, one.stderr
-    for launcher in LAUNCHERS:
-        run = f"two-hosts-{launcher.split()[0]}"
-        done = subprocess.run(hosts.train(launcher, tiny, run, *options), capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert training_lines(tiny.root / run) == training_lines(tiny.root / "one-host")
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_killed_rank_ends_all(hosts: Hosts, tiny: TinyRun, launcher: str, tmp_path: Path) -> None:
     run = f"killed-{launcher.split()[0]}"
     with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(hosts.train(launcher, tiny, run), stdout=output, stderr=output)
+        process = subprocess.Popen(hosts.train(launcher, tiny, run, slots=2), stdout=output, stderr=output)
         latest = tiny.root / run / "stage1" / "latest"
         wait_for(lambda: latest.exists() or process.poll() is not None, 240, "a checkpoint")
         assert process.poll() is None, (tmp_path / "output").read_text()

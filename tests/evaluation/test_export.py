@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from export_models import PROCESSORS, save_hive
 from safetensors.torch import load_file, save_file
-from scene_models import save_scene_model
-from tiny_models import tiny_hive
+from tiny_models import text_config, tiny_encoder
 
-from hive_ds import export
-from hive_ds.data.scenes_samples import question_samples
 from hive_ds.errors import HiveError
-from hive_ds.export import export_encoder, model_folder
-from hive_ds.model.vision import encode_images
+from hive_ds.export import export_encoder, formats, model_folder, transformers_format
+from hive_ds.model.identity import folder_sha256, weights_sha256
+from hive_ds.model.vision import FAMILIES, encode_images
 
 
 def finish(run: Path, number: int) -> Path:
@@ -27,75 +25,124 @@ def finish(run: Path, number: int) -> Path:
     return stage / "model"
 
 
-def test_encoder_loads_in_plain_transformers_with_equal_features(tmp_path) -> None:
+def pictures(count: int = 3) -> list:
+    generator = torch.Generator().manual_seed(1)
+    return list(torch.randint(0, 256, (count, 50, 70, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def patches(hidden: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
+    return hidden[mask.bool()] if mask is not None else hidden[:, -(count // len(hidden)) :].flatten(0, 1)
+
+
+@pytest.mark.parametrize("tail", ["keep", "cut"])
+@pytest.mark.parametrize("family", sorted(PROCESSORS))
+def test_encoder_loads_in_plain_transformers_with_equal_features(family: str, tail: str, tmp_path) -> None:
     run = tmp_path / "run"
-    model, processor = save_scene_model(finish(run, 2))
-    report = export_encoder(run, tmp_path / "out")
-    encoder = transformers.SiglipVisionModel.from_pretrained(tmp_path / "out").eval()
-    pictures = [sample.images[0] for sample in question_samples(0, "q", 3, 64)]
-    ours = processor(["<image>"] * 3, pictures)["pixel_values"]
-    stock = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
-    assert type(stock).__name__.startswith("SiglipImageProcessor")
+    model = save_hive(finish(run, 2), family)
+    report = export_encoder(run, tmp_path / "out", tail=tail)
+    stock = getattr(transformers, FAMILIES[model.config.vision_config.model_type].model_class)
+    encoder = stock.from_pretrained(tmp_path / "out").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    inputs = dict(processor(pictures(), return_tensors="pt"))
+    blocks = (1, 2, 3, 4) if tail == "keep" else (1, 2, 3)
     with torch.no_grad():
-        hidden_states = encoder(ours, output_hidden_states=True).hidden_states
-        expected = encode_images(model.vision_encoder, (1, 2, 3, 4), ours).by_block
+        outputs = encoder(**inputs, output_hidden_states=True)
+        expected = encode_images(model.vision_encoder, blocks, **inputs).by_block
+    mask = inputs.get("pixel_attention_mask")
     for block, features in expected.items():
-        torch.testing.assert_close(hidden_states[block].flatten(0, 1), features, atol=1e-5, rtol=0)
-    # the whole encoder is there, the tail that was never routed included
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    kept = {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()}
-    original = dict(model.vision_encoder.named_parameters())
-    assert len(kept) == len(original)
-    for name, tensor in original.items():
-        assert torch.equal(kept[name.removeprefix("vision_model.")], tensor)
+        found = patches(outputs.hidden_states[block], len(features), mask)
+        torch.testing.assert_close(found, features, atol=1e-5, rtol=0)
     assert report.largest_difference <= 1e-5
-    assert (report.trained_blocks, report.num_blocks) == (3, 4)
-    assert report.sha256 == hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "Blocks 4 to 4" in card
-    assert "hidden_states[3]" in card
-    assert report.sha256 in card
+    assert (report.trained_blocks, report.num_blocks) == (3, len(blocks))
+    assert report.trained_sha256 == folder_sha256(run / "stage2" / "model")
+    assert report.sha256 == folder_sha256(tmp_path / "out") == weights_sha256(encoder.state_dict().items())
+    if tail == "keep":
+        assert report.sha256 == report.trained_sha256
+        assert all(map(torch.equal, encoder.state_dict().values(), model.vision_encoder.state_dict().values()))
+    else:
+        check_cut(encoder, outputs, expected[3], mask)
 
 
-@pytest.mark.parametrize("family", ["clip", "dinov2", "dinov2_with_registers", "siglip2"])
-def test_other_families(family: str, tmp_path) -> None:
-    processors = {
-        "clip": transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        "dinov2": transformers.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        "siglip2": transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=15),
-    }
-    tiny_hive(vision=family).save_pretrained(tmp_path / "model")
-    processors[family.removesuffix("_with_registers")].save_pretrained(tmp_path / "model")
-    report = export_encoder(tmp_path / "model", tmp_path / "out")
-    assert report.largest_difference <= 1e-5
-    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").num_hidden_layers == 4
+def check_cut(encoder: torch.nn.Module, outputs, last: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """It ends with the last trained block and a new norm; no untrained weight is left."""
+    names = set(encoder.state_dict())
+    assert not any(".3." in name or "head." in name for name in names)
+    if encoder.config.model_type != "clip_vision_model":  # whose last hidden state is not normed
+        normed = patches(outputs.last_hidden_state, len(last), mask)
+        eps = getattr(encoder.config, "layer_norm_eps", None)
+        if eps is None:
+            expected = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + encoder.config.rms_norm_eps)
+        else:
+            expected = torch.nn.functional.layer_norm(last, last.shape[-1:], eps=eps)
+        torch.testing.assert_close(normed, expected, atol=1e-5, rtol=0)
 
 
-def test_features_that_differ_are_refused(tmp_path, monkeypatch) -> None:
-    save_scene_model(tmp_path / "model")
-    check = export._largest_difference
+def test_features_that_differ_are_refused_and_nothing_is_left(tmp_path, monkeypatch) -> None:
+    save_hive(tmp_path / "model")
+    check = transformers_format._difference
 
-    def spoil_then_check(model, folder, processor):
-        weights = load_file(folder / "model.safetensors")
+    def spoil_then_check(job):
+        weights = load_file(job.folder / "model.safetensors")
         name = next(name for name in weights if "layers.2.mlp.fc2.weight" in name)
         weights[name][0, 0] += 0.01
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return check(model, folder, processor)
+        save_file(weights, job.folder / "model.safetensors", metadata={"format": "pt"})
+        return check(job)
 
-    monkeypatch.setattr(export, "_largest_difference", spoil_then_check)
+    monkeypatch.setattr(transformers_format, "_difference", spoil_then_check)
     with pytest.raises(HiveError, match="differ by"):
         export_encoder(tmp_path / "model", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_large_weights_are_sharded_and_keep_their_type(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(transformers_format, "SHARD_SIZE", "50kB")
+    save_hive(tmp_path / "model").bfloat16().save_pretrained(tmp_path / "model")
+    report = export_encoder(tmp_path / "model", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert report.sha256 == folder_sha256(tmp_path / "out") == folder_sha256(tmp_path / "model")
+    encoder = transformers.SiglipVisionModel.from_pretrained(tmp_path / "out", dtype="auto")
+    assert encoder.dtype == torch.bfloat16
+    assert formats.SHARD_SIZE == "5GB"
+
+
+def test_encoder_of_a_llava_model(tmp_path) -> None:
+    config = transformers.LlavaConfig(
+        vision_config=tiny_encoder().config, text_config=text_config(), image_token_index=5, vision_feature_layer=-2
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    PROCESSORS["siglip"].save_pretrained(tmp_path / "model")
+    report = export_encoder(tmp_path / "model", tmp_path / "out")
+    assert report.sha256 == folder_sha256(tmp_path / "model")
+    assert report.trained_blocks == 3
 
 
 def test_which_model_is_meant(tmp_path) -> None:
     run = tmp_path / "run"
     with pytest.raises(HiveError, match="neither a model folder"):
         model_folder(run)
-    first, third = finish(run, 1), finish(run, 3)
-    assert model_folder(run) == third
+    first, third, fifth = finish(run, 1), finish(run, 3), finish(run, 5)
+    assert model_folder(run) == third  # 4 and 5 judge the encoder, and do not change it
     (run / "stage3" / "DONE").unlink()
     assert model_folder(run) == first
-    (third / "config.json").write_text("{}")
-    assert model_folder(third) == third
+    (fifth / "config.json").write_text("{}")
+    assert model_folder(fifth) == fifth
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path) -> None:
+    save_hive(tmp_path / "model")
+    with pytest.raises(HiveError, match="format 'onnx': expected one of transformers, timm, open_clip"):
+        export_encoder(tmp_path / "model", tmp_path / "out", format="onnx")
+    with pytest.raises(HiveError, match="tail 'short': expected one of keep, cut"):
+        export_encoder(tmp_path / "model", tmp_path / "out", tail="short")
     with pytest.raises(HiveError, match="not an empty folder"):
-        export_encoder(third, run)
+        export_encoder(tmp_path / "model", tmp_path / "model")
+    tiny_encoder().save_pretrained(tmp_path / "encoder")
+    with pytest.raises(HiveError, match="expected a HIVE or a LLaVA-style one"):
+        export_encoder(tmp_path / "encoder", tmp_path / "out")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    dropped = next(name for name in weights if name.endswith("layers.1.mlp.fc1.bias") and "vision" in name)
+    del weights[dropped]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HiveError, match=r"missing \['encoder\.layers\.1\.mlp\.fc1\.bias'\], unexpected \[\]"):
+        export_encoder(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -208,6 +208,48 @@ def test_saved_folder_comes_back_and_another_tower_is_refused(tmp_path: Path) ->
         load_any(tmp_path)
 
 
+def test_bf16_keeps_rotary_frequencies() -> None:
+    """DeepSpeed casts the whole module; frequencies in bf16 would turn Qwen2's token 700 by 0.66 radians."""
+    exact, model = tiny_cascaded(), tiny_cascaded().bfloat16()
+    frequencies = [part.language_model.model.rotary_emb.inv_freq for part in (exact, model)]
+    assert torch.equal(*frequencies)
+    assert model.dtype == torch.bfloat16
+    inputs = packed()
+    with torch.no_grad():
+        found = model(**inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}).logits
+        torch.testing.assert_close(found.float(), exact(**inputs).logits, rtol=0.05, atol=0.05)
+
+
+def test_images_of_any_size() -> None:
+    """SigLIP2 of variable resolution: a wide and a small image, packed as alone."""
+    model = tiny_cascaded(vision="siglip2")
+    pixels = torch.randn(2, 16, 3 * 8 * 8, generator=torch.Generator().manual_seed(0))
+    shapes = torch.tensor([[2, 8], [3, 2]])
+    mask = (torch.arange(16) < shapes.prod(dim=1)[:, None]).long()
+    ids = random_tokens(9)
+    with torch.no_grad():
+        together = model(
+            ids,
+            text_lengths=[5, 4],
+            image_offsets=[[1], [0]],
+            pixel_values=pixels,
+            pixel_attention_mask=mask,
+            spatial_shapes=shapes,
+        ).logits
+        alone = [
+            model(
+                text,
+                text_lengths=[len(text)],
+                image_offsets=[[offset]],
+                pixel_values=pixels[index, None],
+                pixel_attention_mask=mask[index, None],
+                spatial_shapes=shapes[index, None],
+            ).logits
+            for index, (text, offset) in enumerate(zip(ids.split([5, 4]), (1, 0), strict=True))
+        ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
 def test_block_out_of_range_is_named() -> None:
     with pytest.raises(
         HiveError, match="feature_block is 7, but the encoder has 4 blocks; expected 1 to 4, or -1 to -4"

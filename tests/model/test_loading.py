@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from hive_ds.config import ModelConfig, RoutesConfig
 from hive_ds.errors import HiveError
 from hive_ds.model.hive import HiveForCausalLM
-from hive_ds.model.loading import build_model, load_language_model, load_model, load_weights
+from hive_ds.model.loading import build_model, load_language_model, load_model
+from hive_ds.model.weights import load_weights
 
 
 def inputs():

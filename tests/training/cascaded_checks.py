@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from stage_helpers import config_for, draw_sample, make_cascaded, make_trainee, moved, run_step, state_of, step_batches
+from stage_helpers import (
+    config_for,
+    draw_sample,
+    in_plain_pytorch,
+    make_cascaded,
+    make_trainee,
+    moved,
+    run_step,
+    state_of,
+    step_batches,
+)
 
 from hive_ds.stages import Stage, stage_by_number
 
@@ -41,6 +51,20 @@ def check_cascaded_losses(ranks: Any) -> dict[str, list[list[float]]]:
     losses["stage3 checkpointing"] = cascaded_losses(ranks, 3, 1, checkpointing=True)
     losses["stage5 zero0"] = cascaded_losses(ranks, 5, 4 // ranks.world.size, zero=0)
     return losses
+
+
+def check_cascaded_bf16(ranks: Any) -> None:
+    """Stage 5 in bf16 follows fp32; the LLM's rotary frequencies, which DeepSpeed would cast too, stay exact."""
+    reference = in_plain_pytorch(make_cascaded(), cascaded_stage(5), STEPS, IMAGES)
+    found = cascaded_losses(ranks, 5, 2, precision="bf16")
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(reference), rtol=2e-2, atol=2e-3)
+    trainee = make_trainee(
+        ranks, stage=cascaded_stage(5), model=make_cascaded(), config=config_for(2), precision="bf16"
+    )
+    rotary = trainee.engine.model.language_model.model.rotary_emb.inv_freq
+    assert torch.equal(rotary, make_cascaded().language_model.model.rotary_emb.inv_freq)
+    assert trainee.engine.dtype == torch.bfloat16
+    trainee.engine.close()
 
 
 def check_cascaded_batches_without_images(ranks: Any) -> None:

@@ -6,18 +6,26 @@ import os
 from pathlib import Path
 from typing import Any
 
-from checkpoint_checks import identity_of, signed
+from checkpoint_checks import identity_of, save, signed
 from engine_checks import IMAGES
 from stage_helpers import GLOBAL_BATCH, config_for, make_model, make_trainee, run_step, scrambled, step_batches
+from zero_checks import hpz_policy
 
 from hive_ds.config import TrainingConfig
 from hive_ds.stages import stage_by_number
-from hive_ds.training.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
+from hive_ds.training.checkpoint import load_checkpoint, newest_checkpoint
+from hive_ds.training.checkpoint_writer import CheckpointWriter
 
 STEPS = 2
 """Steps of a leg."""
-CHAINS = {"zero3": (3, 3, 3, 3), "mixed": (3, 0, 2, 1)}
-"""ZeRO stage of each leg."""
+HPZ = "hpZ of 2"
+CHAINS: dict[str, tuple[int | str, ...]] = {
+    "zero3": (3, 3, 3, 3),
+    "mixed": (3, 0, 2, 1),
+    "offload": ("zero3_offload_optimizer", 3, "zero3_offload_param", HPZ),
+    "hpz": (HPZ, 3, HPZ, "zero3_offload_optimizer"),
+}
+"""ZeRO stage or policy of each leg."""
 
 
 def check_leg(ranks: Any) -> dict[str, list[list[float]]]:
@@ -25,10 +33,11 @@ def check_leg(ranks: Any) -> dict[str, list[list[float]]]:
     leg, folder = int(os.environ["ELASTIC_LEG"]), Path(os.environ["ELASTIC_FOLDER"])
     micro = GLOBAL_BATCH // ranks.world.size
     config, training, rows = config_for(micro), TrainingConfig(precision="fp32"), {}
-    for chain, stages in CHAINS.items():
+    for chain, policies in CHAINS.items():
         stage = stage_by_number(3)
         model = make_model(stage) if leg == 0 else scrambled(make_model(stage), stage)
-        trainee = make_trainee(ranks, stage=3, zero=stages[leg], precision="fp32", config=config, model=model)
+        zero = hpz_policy(ranks, 2) if policies[leg] == HPZ else policies[leg]
+        trainee = make_trainee(ranks, stage=3, zero=zero, precision="fp32", config=config, model=model)
         identity = identity_of(trainee, config)
         place = folder / chain
         first = 0
@@ -42,6 +51,6 @@ def check_leg(ranks: Any) -> dict[str, list[list[float]]]:
             rows[chain].append([loss, *report.grad_norms.values()])
         attempt = signed(ranks, place)
         writer = CheckpointWriter(place, trainee.engine, identity, {}, ranks.world, attempt, training)
-        assert writer.save(first + STEPS, {}) is None
+        assert save(writer, first + STEPS) is None
         trainee.engine.close()
     return rows

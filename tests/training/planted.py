@@ -1,7 +1,7 @@
 """The trainer with a fault planted in one rank: ``torchrun ... -m planted ARGUMENTS``, as ``hive_ds.train``.
 
-HIVE_PLANT is ``FAULT RANK STEP``: what goes wrong, and where. Faults begin in a forward pass of language layer 2, which
-ranks enter with gradients of other ranks' weights to wait for.
+HIVE_PLANT is ``FAULT RANK STEP``: what goes wrong, and where. It does in the first forward pass of that step, in
+`MODULE`. The rank also waits for its data in every step.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
+from hive_ds.launch.meeting import set_meeting_point
 from hive_ds.training.distributed import World, read_world
-from hive_ds.training.ds_config import accumulation_steps, build_ds_config, read_policy
+from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy
 
 STAGE = StageConfig(lr=1e-3, global_batch_size=24, micro_batch_size=2, clip=0.6)
 
@@ -127,13 +130,31 @@ def test_missing_policy_names_those_there_are() -> None:
         read_policy("zero9")
 
 
-def test_batch_that_does_not_divide_says_what_would() -> None:
+@pytest.mark.parametrize(
+    ("most", "ranks", "line"),
+    [
+        (2, 3, "24 samples a step over 3 ranks, each 4 x micro-batch 2"),
+        (2, 24, "24 samples a step over 24 ranks, each 1 x micro-batch 1, for 2 does not divide 1"),
+        (5, 2, "24 samples a step over 2 ranks, each 3 x micro-batch 4, for 5 does not divide 12"),
+        (99, 1, "24 samples a step over 1 ranks, each 1 x micro-batch 24, for 99 does not divide 24"),
+    ],
+)
+def test_micro_batch_follows_the_ranks(most: int, ranks: int, line: str) -> None:
+    fitted = fit_micro_batch(replace(STAGE, micro_batch_size=most), ranks)
+    assert describe_batch(fitted, ranks, most) == f"batch: {line}"
+    config = build_ds_config(
+        read_policy("zero2"), fitted, TrainingConfig(), num_ranks=ranks, log_folder=Path("logs"), job="run"
+    )
+    parts = (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"], ranks)
+    assert math.prod(parts) == config["train_batch_size"] == 24
+
+
+def test_ranks_that_do_not_divide_the_batch_hear_which_would() -> None:
     with pytest.raises(HiveError) as error:
-        accumulation_steps(STAGE, 5)
-    assert "24 is not divisible by 5 ranks x micro_batch_size 2" in str(error.value)
-    assert "these rank counts divide it: 1, 2, 3, 4, 6, 12;" in str(error.value)
-    assert str(error.value).endswith("with 5 ranks these micro_batch_sizes do: none")
-    assert accumulation_steps(STAGE, 6) == 2
+        fit_micro_batch(STAGE, 5)
+    assert str(error.value) == (
+        "global_batch_size 24 is not divisible by 5 ranks; these rank counts divide it: 1, 2, 3, 4, 6, 8, 12, 24"
+    )
 
 
 def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,3 +207,25 @@ def test_every_launcher_is_understood(env: dict[str, str], world: World) -> None
 def test_contradictions_are_named(env: dict[str, str], message: str) -> None:
     with pytest.raises(HiveError, match=message):
         read_world(env)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node[1-2]", "node1"),
+        ("gpu-[007-012,3],login", "gpu-007"),
+        ("a,b[1-2]", "a"),
+        ("r[02,04]n[1-3],x9", "r02n1"),
+    ],
+)
+def test_ranks_of_a_slurm_step_know_where_to_meet(nodes: str, first: str) -> None:
+    env = {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "SLURM_RESTART_COUNT": "1"}
+    set_meeting_point(env)
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == (first, str(12000 + 7 * 131 + 13 + 2))
+    given = {**env, "MASTER_ADDR": "mine", "MASTER_PORT": "1"}
+    set_meeting_point(given)
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("mine", "1")
+    alone: dict[str, str] = {"SLURM_JOB_ID": "7"}  # the shell of an interactive job
+    set_meeting_point(alone)
+    assert alone == {"SLURM_JOB_ID": "7"}

@@ -63,6 +63,7 @@ def test_hang_is_dumped_and_gone_on_from(tiny: TinyRun, straight: str) -> None:
     assert slow[1:] == [(1, "data")] * (len(slow) - 1)
     assert f"warning: rank 1 on {HOST} is slow in data: a step takes " in output
     check_resumes(tiny, "hung", "torchrun")
+    assert read_dumps(folder) == dumps
 
 
 @pytest.mark.long

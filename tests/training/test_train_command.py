@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import STEPS, TinyRun
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from hive_ds.constants import EXIT_STOPPED
 from hive_ds.kernels import tiles
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.identity import folder_sha256
@@ -23,7 +24,6 @@ from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import ModuleGroup, assign_groups, cascaded_groups, hive_groups, stage_by_number
 from hive_ds.train import main
-from hive_ds.training.attempt import EXIT_STOPPED
 from hive_ds.training.distributed import stop
 from hive_ds.training.metrics import TRAIN_KEYS
 
@@ -113,6 +113,9 @@ def test_metrics(tiny: TinyRun, straight: str) -> None:
     validation = tiny.metrics("straight", 1, "validation")
     assert [line["step"] for line in validation] == [4, 8, 12]
     assert all(line["loss"] > 0 and line["text_loss"] > 0 for line in validation)
+    saves = tiny.metrics("straight", 1, "checkpoint")
+    assert [(line["step"], line["failed"]) for line in saves] == [(step, None) for step in (4, 8, 12)]
+    assert all(0 < line["blocked_seconds"] <= line["seconds"] for line in saves)
     folder = next((tiny.root / "straight" / "stage1" / "tensorboard").rglob("events.*")).parent
     events = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
     assert [event.value for event in events] == pytest.approx([line["loss"] for line in lines])
@@ -151,7 +154,7 @@ def test_stopped_by_a_file_and_gone_on(tiny: TinyRun) -> None:
     folder = tiny.root / "stopped" / "stage1"
     folder.mkdir(parents=True)
     (folder / "STOP").touch()
-    few = ("--set", "stages.connector_pretraining.steps=3")
+    few = ("--set", "stages.connector_pretraining.steps=3", "--set", "stages.connector_pretraining.micro_batch_size=3")
     stopped = tiny.train(1, "stopped", *few, launcher="torchrun")
     assert f"exitcode: {EXIT_STOPPED}" in stopped.stderr.replace(" ", "").replace(":", ": ")
     assert "stopped after step 1 of 3; the same command goes on from there" in stopped.stdout
@@ -161,6 +164,9 @@ def test_stopped_by_a_file_and_gone_on(tiny: TinyRun) -> None:
     done = tiny.train(1, "stopped", *few, launcher="torchrun", ranks=1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "checkpoints/step-000001" in done.stdout
+    batch = "batch: 8 samples a step over {} ranks, each {} x micro-batch 2, for 3 does not divide {}"
+    assert batch.format(2, 2, 4) in stopped.stdout
+    assert batch.format(1, 4, 8) in done.stdout
     assert "training.seed" not in done.stdout
     assert [line["step"] for line in tiny.metrics("stopped", 1, "train")] == [1, 2, 3]
 
@@ -243,8 +249,9 @@ def test_checkpoint_of_another_run_is_refused(
 
 
 def test_two_ranks_report_one_line_and_exit_with_two(tiny: TinyRun) -> None:
-    done = tiny.train(1, "wrong", "--set", "stages.connector_pretraining.global_batch_size=6")
+    done = tiny.train(1, "wrong", "--set", "stages.connector_pretraining.global_batch_size=7")
     assert done.returncode == 2, done.stderr
     output = done.stdout + done.stderr
-    assert output.count("error: global_batch_size 6 is not divisible by 2 ranks x micro_batch_size 2") == 1
+    error = "error: global_batch_size 7 is not divisible by 2 ranks; these rank counts divide it: 1, 7"
+    assert output.count(error) == 1
     assert "Traceback" not in output

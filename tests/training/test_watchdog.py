@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from watchdog_ranks import FAULTS, TIMEOUT
 
 from hive_ds.training.distributed import World, current_store, start, stop
-from hive_ds.training.hang_report import Dump, keep_older_dumps, read_dumps, verdict, write_dump
+from hive_ds.training.hang_report import Dump, free_folder, read_dumps, verdict, write_dump
 from hive_ds.training.place import Place, here, waits_for_others
 from hive_ds.training.watchdog import ANSWER_SECONDS, EXIT_HUNG, Watchdog, longest_wait
 
@@ -121,10 +121,9 @@ def test_dump_is_read_as_written_and_kept(tmp_path: Path) -> None:
     text = (folder / "rank-00000.txt").read_text()
     assert text.count("in test_dump_is_read_as_written_and_kept") == 2  # with source lines, and by faulthandler
     assert read_dumps(folder) == {0: WAITING}
-    for number in (1, 2):
-        keep_older_dumps(folder)
-        assert read_dumps(tmp_path / f"hang-{number}") == {0: WAITING}
-        write_dump(folder, WAITING)
+    for name in ("hang-2", "hang-3"):
+        assert free_folder(folder) == tmp_path / name
+        write_dump(tmp_path / name, WAITING)
 
 
 class Probe(torch.autograd.Function):

@@ -109,7 +109,7 @@ class TinyRun:
         self, stage: int, run: str, *options: str, plant: str | None = None, **launch: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run a stage to its end, or to the fault that is planted in it (see `planted`)."""
-        env = self._env()
+        env = self.environment()
         if plant:
             launch["module"] = "planted"
             env |= {"HIVE_PLANT": plant, "PYTHONPATH": PYTHONPATH}
@@ -127,7 +127,7 @@ class TinyRun:
         """Run a stage and kill every process of it, without warning, once its first checkpoint is there."""
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
-                self.command(stage, run), env=self._env(), stdout=output, stderr=output, start_new_session=True
+                self.command(stage, run), env=self.environment(), stdout=output, stderr=output, start_new_session=True
             )
             latest = self.root / run / f"stage{stage}" / "latest"
             deadline = time.monotonic() + 240
@@ -151,7 +151,7 @@ class TinyRun:
                 for other in block.parent.glob(f"{block.name.split('_')[0]}_*"):
                     other.unlink(missing_ok=True)
 
-    def _env(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Own folders for streaming and Triton, and no variables of an outer launcher."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "WORLD_", "RANK"))}
         return {**clean, "TMPDIR": tempfile.mkdtemp(dir=self.root)}

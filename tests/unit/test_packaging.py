@@ -72,7 +72,17 @@ def test_declared_metadata(wheel: Path):
         metadata, commands = distribution.metadata, distribution.entry_points
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"streaming", "datasets", "flash", "eval", "wandb", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "streaming",
+        "datasets",
+        "flash",
+        "chat",
+        "timm",
+        "open-clip",
+        "eval",
+        "wandb",
+        "dev",
+    }
     flash = [line for line in metadata.get_all("Requires-Dist") if 'extra == "flash"' in line]
     assert [re.split(r"[>=<; ]", line)[0] for line in flash] == ["flash-attn"]
     assert sorted((command.group, command.name, command.value) for command in commands) == [

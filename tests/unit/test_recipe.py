@@ -205,7 +205,7 @@ BAD_VALUES = {
     "model.routes.vision_blocks=[]": "at least one",
     "model.routes.vision_blocks=[1, 2]": "2 vision_blocks but 3 language_layers; expected two lists of one length",
     "model.routes={vision_blocks: [1, 1], language_layers: [2, 2]}": "block 1 -> layer 2 is listed more than once",
-    "stages.vision_finetuning.micro_batch_size=5": "is not divisible by micro_batch_size = 5",
+    "stages.vision_finetuning.micro_batch_size=0": "micro_batch_size = 0 (--set): expected a whole number, >= 1",
     "model.qknorm=none": "unknown key model.qknorm = none (--set); did you mean qk_norm?",
     "stages.vision_finetune.lr=1": "key stages.vision_finetune = {lr: 1} (--set); did you mean vision_finetuning?",
     "lr=1": "unknown key lr = 1 (--set); did you mean stages.<stage>.lr?",

@@ -24,7 +24,7 @@ class HuggingFaceSource:
     def __init__(
         self, name: str, *, split: str | None = None, images: str | Path | None = None, columns: Columns | None = None
     ) -> None:
-        self._rows = _undecoded(_load(name, split))
+        self._rows = undecoded(_load(name, split))
         if not len(self._rows):
             raise HiveError(f"dataset {name}: holds no row")
         self._columns = (columns or Columns()).resolve(self._rows.column_names, f"dataset {name}")
@@ -58,7 +58,17 @@ class HuggingFaceSource:
         return self._store.read(path)
 
 
-def _load(name: str, split: str | None) -> Any:
+def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
+    """Every split of a dataset, one called "train" where it has none.
+
+    Args:
+        name: a folder that ``save_to_disk`` wrote, a folder of .parquet files or one such file, or a name on the hub.
+        splits_by_file: the files of a folder of .parquet name their splits, as ``test-00000-of-00001.parquet``; else
+            all of them are "train".
+
+    Raises:
+        HiveError: it does not load.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -67,6 +77,8 @@ def _load(name: str, split: str | None) -> Any:
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(name)
+        elif path.is_dir() and splits_by_file:
+            loaded = datasets.load_dataset(name)
         elif path.exists():
             files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [name]
             loaded = datasets.load_dataset("parquet", data_files=files)
@@ -75,16 +87,19 @@ def _load(name: str, split: str | None) -> Any:
     except Exception as error:  # what it raises differs from version to version
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise HiveError(f"dataset {name}: does not load ({reason})") from error
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
+    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+
+
+def _load(name: str, split: str | None) -> Any:
+    loaded = load_splits(name)
     chosen = split or ("train" if "train" in loaded else None)
     if chosen is None or chosen not in loaded:
         raise HiveError(f"dataset {name}: has no split {split or 'train'!r}; name one of {', '.join(loaded)} (--split)")
     return loaded[chosen]
 
 
-def _undecoded(rows: Any) -> Any:
-    """The dataset with its images left as encoded files."""
+def undecoded(rows: Any) -> Any:
+    """Return the dataset with its images left as encoded files."""
     from datasets import Image, Sequence
 
     for name, feature in rows.features.items():

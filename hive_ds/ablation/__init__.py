@@ -1,0 +1,1 @@
+"""One recipe in several arms (routes, baselines) and seeds: expand, run or submit, gather."""

@@ -1,0 +1,1 @@
+"""What a trained model does, seen from outside: where its text looks."""

@@ -1,0 +1,155 @@
+"""Attention maps over the pictures they are about: one panel, or a figure of tokens by layers."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from hive_ds.analysis.maps import AttentionMaps, LayerMaps
+
+COLOURS = "inferno"
+PANEL = 160
+"""Longer side of a panel in pixels."""
+GAP = 6
+DPI = 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a figure: the mean over text tokens (indices), and what it is called."""
+
+    label: str
+    tokens: Sequence[int]
+
+    def on_patches(self, layer: LayerMaps, image: int) -> Tensor:
+        """(rows, columns) of one image at one layer."""
+        return layer.on_patches(image)[list(self.tokens)].mean(dim=0)
+
+
+def seen_part(picture: Image.Image, image_processor: Any) -> Image.Image:
+    """What of ``picture`` the patches cover, in its own proportions: processors may pad it to a square or crop it."""
+    if getattr(image_processor, "do_pad", None) and type(image_processor).__name__.startswith("Llava"):
+        mean = tuple(int(255 * channel) for channel in image_processor.image_mean)
+        picture = ImageOps.pad(picture, (max(picture.size),) * 2, color=mean)
+    if not getattr(image_processor, "do_center_crop", False):
+        return picture
+    resized, crop = dict(image_processor.size), dict(image_processor.crop_size)
+    shortest = resized.get("shortest_edge")
+    box = []
+    for side, name in zip(picture.size, ("width", "height"), strict=True):
+        scale = shortest / min(picture.size) if shortest else resized[name] / side
+        kept = crop[name] / scale
+        box.append(((side - kept) / 2, (side + kept) / 2))
+    (left, right), (top, bottom) = box
+    return picture.crop((round(left), round(top), round(right), round(bottom)))
+
+
+def heat_over(picture: Image.Image, values: Tensor, highest: float) -> Image.Image:
+    """``picture`` under the map ``values`` (rows, columns), smoothly enlarged; ``highest`` gets the brightest colour.
+
+    Where there is no attention the picture is dimmed; the more there is, the more the colour covers it.
+    """
+    grid = Image.fromarray(values.float().numpy() / max(highest, 1e-12))
+    heat = np.asarray(grid.resize(picture.size, Image.Resampling.BILINEAR)).clip(0, 1)
+    colour = 255 * matplotlib.colormaps[COLOURS](heat)[..., :3]
+    cover = 0.25 + 0.5 * heat[..., None]
+    blended = (1 - cover) * np.asarray(picture.convert("RGB")) + cover * colour
+    return Image.fromarray(blended.round().astype(np.uint8))
+
+
+def highest_value(maps: AttentionMaps, rows: Sequence[Row]) -> float:
+    """The largest probability on one patch of any image at any layer in ``rows``: the shared scale of a figure."""
+    return max(
+        float(row.on_patches(layer, image).max())
+        for row in rows
+        for layer in maps.layers
+        for image in range(len(layer.images))
+    )
+
+
+def attention_figure(
+    maps: AttentionMaps,
+    rows: Sequence[Row],
+    pictures: Sequence[Image.Image],
+    *,
+    title: str = "",
+    per_panel: bool = False,
+) -> Image.Image:
+    """Panels of ``rows`` by layers, for several images side by side.
+
+    Args:
+        maps: of the text.
+        rows: which tokens.
+        pictures: what the patches cover of each image (`seen_part`), in the order of the maps.
+        title: above the panels.
+        per_panel: give each panel a scale of its own. It shows where each looks, but hides how much; by default one
+            scale is shared by all panels and drawn beside them.
+    """
+    shared = highest_value(maps, rows)
+    small = [fitted(picture, PANEL) for picture in pictures]
+    columns = [(image, layer) for image in range(len(pictures)) for layer in maps.layers]
+    step = PANEL + GAP
+    canvas = Image.new("RGB", (len(columns) * step - GAP, len(rows) * step - GAP), "white")
+    for down, row in enumerate(rows):
+        for across, (image, layer) in enumerate(columns):
+            values = row.on_patches(layer, image)
+            panel = heat_over(small[image], values, float(values.max()) if per_panel else shared)
+            corner = across * step + (PANEL - panel.width) // 2, down * step + (PANEL - panel.height) // 2
+            canvas.paste(panel, corner)
+    names = [_column_name(layer, image, len(pictures)) for image, layer in columns]
+    return _framed(canvas, names, [row.label for row in rows], title, None if per_panel else shared)
+
+
+def fitted(picture: Image.Image, longer: int) -> Image.Image:
+    """``picture`` with a longer side of so many pixels; a smaller one shows its pixels as squares."""
+    scale = longer / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def _column_name(layer: LayerMaps, image: int, images: int) -> str:
+    lines = [f"layer {layer.layer}"]
+    if layer.blocks:
+        lines.append(f"block{'s' * (len(layer.blocks) > 1)} {', '.join(map(str, layer.blocks))}")
+    if images > 1:
+        lines.insert(0, f"image {image + 1}")
+    return "\n".join(lines)
+
+
+def _framed(
+    canvas: Image.Image, columns: Sequence[str], rows: Sequence[str], title: str, highest: float | None
+) -> Image.Image:
+    """The panels with names of columns and rows, and the scale where there is one for all."""
+    left, right, top, bottom = 130, 110 if highest is not None else 10, 90 if title else 60, 10
+    width, height = canvas.width + left + right, canvas.height + top + bottom
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    axes = figure.add_axes((left / width, bottom / height, canvas.width / width, canvas.height / height))
+    axes.imshow(canvas, interpolation="none", aspect="auto")
+    middles = [number * (PANEL + GAP) + PANEL / 2 for number in range(max(len(columns), len(rows)))]
+    axes.set_xticks(middles[: len(columns)], columns, fontsize=10)
+    axes.set_yticks(middles[: len(rows)], rows, fontsize=11, parse_math=False)
+    axes.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    if title:
+        figure.text(0.5, 1 - 22 / height, title, ha="center", va="center", fontsize=12, parse_math=False, wrap=True)
+    if highest is not None:
+        long = min(canvas.height, 2 * PANEL)
+        place = (left + canvas.width + 14, bottom + canvas.height - long, 14, long)
+        bar = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
+        figure.colorbar(ScalarMappable(Normalize(0, highest), COLOURS), cax=bar, label="probability of a patch")
+    drawn = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens may be of any script: a box stands for them
+        figure.savefig(drawn, format="png")
+    return Image.open(drawn).convert("RGB")

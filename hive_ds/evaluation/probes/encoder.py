@@ -1,0 +1,135 @@
+"""The frozen encoder under probe, from any folder that holds one, and the hashes that say which one it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from hive_ds.data.preprocess import Preprocessor, make_preprocessor
+from hive_ds.errors import HiveError
+from hive_ds.export import model_folder
+from hive_ds.model.configuration import HiveConfig
+from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.identity import weights_sha256
+from hive_ds.model.loading import load_vision_encoder
+from hive_ds.model.vision import vision_blocks
+from hive_ds.model.weights import load_weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""What a config says of the file and not of the computation."""
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What identifies an encoder in results.
+
+    ``name`` heads its column of the table; ``source`` is where it came from; ``dtype`` is what it computes in.
+    ``weights_sha256`` is of the tower alone: a HIVE model and the encoder exported from it have the same.
+    """
+
+    name: str
+    source: str
+    model_class: str
+    num_blocks: int
+    dtype: str
+    weights_sha256: str
+    config_sha256: str
+    """Of what else its computation depends on: heads, activation, epsilon and the like."""
+    processor_class: str
+    processor_sha256: str
+
+
+@dataclass(frozen=True)
+class ProbeEncoder:
+    """A frozen vision tower in eval mode, its preprocessing, and what identifies both."""
+
+    info: EncoderInfo
+    tower: PreTrainedModel
+    preprocess: Preprocessor
+
+
+def load_encoder(
+    source: str | Path, name: str | None = None, *, device: str | torch.device | None = None, dtype: str = "fp32"
+) -> ProbeEncoder:
+    """The encoder of a stock folder or Hugging Face name, of a HIVE model's folder, or of a run's last stage.
+
+    Args:
+        source: where it is.
+        name: of its column; by default the last part of ``source``.
+        device: by default a GPU where there is one.
+        dtype: of weights and computation, one of `DTYPES`.
+
+    Raises:
+        HiveError: there is no encoder, its weights are incomplete, or its image processor does not load.
+    """
+    folder = Path(source).expanduser()
+    where = str(model_folder(folder)) if folder.is_dir() else str(source)
+    tower = _load_hive_tower(where) if _holds_hive_model(where) else load_vision_encoder(where)
+    return make_encoder(
+        tower, _load_processor(where), name or folder.name, source=str(source), device=device, dtype=dtype
+    )
+
+
+def make_encoder(
+    tower: PreTrainedModel,
+    image_processor: Any,
+    name: str,
+    *,
+    source: str = "memory",
+    device: str | torch.device | None = None,
+    dtype: str = "fp32",
+) -> ProbeEncoder:
+    """An encoder that is in memory already; it is moved to ``device``, frozen and left in eval mode."""
+    if dtype not in DTYPES:
+        raise HiveError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    processor_class = type(image_processor).__name__
+    info = EncoderInfo(
+        name=name,
+        source=source,
+        model_class=type(tower).__name__,
+        num_blocks=len(vision_blocks(tower)),
+        dtype=dtype,
+        weights_sha256=weights_sha256(tower.state_dict().items()),
+        config_sha256=_dict_sha256({k: v for k, v in tower.config.to_dict().items() if k not in NOT_COMPUTED}),
+        processor_class=processor_class,
+        processor_sha256=_dict_sha256({**image_processor.to_dict(), "class": processor_class}),
+    )
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    frozen = tower.to(target, DTYPES[dtype]).eval().requires_grad_(False)
+    return ProbeEncoder(info, frozen, make_preprocessor(image_processor))
+
+
+def _dict_sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _holds_hive_model(where: str) -> bool:
+    config = Path(where) / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        return json.loads(config.read_text()).get("model_type") == HiveConfig.model_type
+    except ValueError:
+        return False  # load_vision_encoder says what is wrong with it
+
+
+def _load_hive_tower(folder: str) -> PreTrainedModel:
+    model = HiveForCausalLM(HiveConfig.from_pretrained(folder))
+    load_weights(model, folder)  # strict, where from_pretrained would start what is missing at random
+    return model.vision_encoder
+
+
+def _load_processor(where: str) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise HiveError(f"image processor of encoder {where}: does not load ({reason})") from error

@@ -1,0 +1,82 @@
+"""The comparison: what its page says, and the whole of it at a size that learns nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hive_ds.ablation.gather import Gathered
+from hive_ds.cli import main
+from hive_ds.compare.page import JUDGED, contrasts, render_page
+from hive_ds.compare.pipeline import Comparison
+from hive_ds.compare.settings import PRESETS, SMOKE
+from hive_ds.errors import HiveError
+from hive_ds.recipe import load_recipe
+
+
+def gathered(spread: float) -> Gathered:
+    """HIVE ten points better than base, give or take ``spread`` from seed to seed, in every score."""
+    names = (*JUDGED, "stage 4 seconds")
+    shift = (0.0, spread, -spread)
+    scores = {
+        "hive": {seed: dict.fromkeys(names, 0.6 + shift[seed]) for seed in range(3)},
+        "base": {seed: dict.fromkeys(names, 0.5) for seed in range(3)},
+    }
+    return Gathered(scores, ("sa-seed0",))
+
+
+def test_page_says_what_differs_and_what_could_not_be_told() -> None:
+    for spread, verdict in ((0.01, "yes"), (0.2, "no")):
+        found = gathered(spread)
+        record = {
+            "contrasts": [one.as_dict() for one in contrasts(found)],
+            "versions": {"torch": "2"},
+            "seconds_by_step": {"runs": 60.0},
+        }
+        page = render_page(found, record, held_out=100)
+        # t of 2 degrees: 4.3027 at 97.5 %, 1.0607 at 80 %; the error of the mean is spread / sqrt(3).
+        error = 100 * spread / 3**0.5
+        interval = f"{10 - 4.3027 * error:+.1f} to {10 + 4.3027 * error:+.1f}"
+        cells = ["answers all", "hive", "base", "+10.0", interval, verdict, f"{5.3634 * error:.1f}"]
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+        assert "sa-seed0" in page
+        assert "± 9.8 points" in page  # 1.96 sqrt(0.25 / 100)
+        assert "<td>stage 4 seconds</td>" in page
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_the_recipe(name: str) -> None:
+    recipe = load_recipe("tiny", PRESETS[name].made.overrides)
+    routes, made = recipe.model.routes, PRESETS[name].made
+    assert routes is not None
+    assert max(routes.vision_blocks) < made.vision_encoder.blocks
+    assert max(routes.language_layers) < made.language_model.layers
+    assert {stage.global_batch_size % stage.micro_batch_size for stage in recipe.stages.values()} == {0}
+
+
+def test_another_preset_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(HiveError, match="was made with other settings"):
+        Comparison(tmp_path, SMOKE).run()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--preset", "smoke", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "index.html").is_file()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["missing"] == []
+    for arm in SMOKE.arms:
+        for seed in SMOKE.seeds:
+            scores = results["scores"][arm][str(seed)]
+            assert set(JUDGED) <= scores.keys()
+            assert all(0 <= scores[name] <= 1 for name in JUDGED)
+    # Both seeds of `base` end with the encoder that they began with: their probes are the same.
+    base = results["scores"]["base"]
+    assert {name: base["0"][name] for name in JUDGED[1:]} == {name: base["1"][name] for name in JUDGED[1:]}
+    assert {one["reference"] for one in results["contrasts"]} == {"base"}
+    assert main(["compare", "--preset", "smoke", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("done before") == 4

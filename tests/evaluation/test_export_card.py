@@ -1,0 +1,124 @@
+"""The model card says where an encoder comes from, what it cost, and whose scores it shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from export_models import save_hive
+
+from hive_ds.errors import HiveError
+from hive_ds.export import export_encoder
+from hive_ds.export.run_facts import licences, read_stage
+from hive_ds.model.identity import folder_sha256
+from hive_ds.recipe import dump_recipe, load_recipe
+
+RECIPE = "hive-siglip-so400m-qwen2-0.5b"
+START = {"event": "start", "ranks": 4, "device": "NVIDIA H200", "matmul_flops_per_second": 1e12}
+
+
+def train(step: int, seconds: float, mfu: float) -> dict:
+    return {
+        "event": "train",
+        "step": step,
+        "samples": 8 * step,
+        "seconds_per_step": seconds,
+        "mfu": mfu,
+        "loss": 1 / step,
+    }
+
+
+def make_run(run: Path) -> Path:
+    """A run whose stage 3 has gone on from its checkpoint at step 20 on 2 ranks; a kill cut its last line short."""
+    stage = run / "stage3"
+    save_hive(stage / "model")
+    (stage / "DONE").touch()
+    (stage / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE)))
+    events = [
+        {**START, "step": 0},
+        train(10, 3.0, 0.4),
+        train(20, 1.0, 0.5),
+        {**START, "step": 20, "ranks": 2},
+        {"event": "checkpoint", "step": 25, "seconds": 100.0},
+        train(30, 2.0, 0.25),
+    ]
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "tr')
+    checkpoint = stage / "checkpoints" / "step-000025"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"origin": {"version.torch": "9.8.7", "recipe.name": "x"}}))
+    return run
+
+
+def results(sha256: str | None, value: float) -> str:
+    scores = [{"name": "accuracy", "value": value, "maximum": 1}]
+    return json.dumps({"vision_encoder_sha256": sha256, "benchmarks": {"gqa": {"scores": scores}}})
+
+
+def test_cost_is_the_sum_of_what_was_logged(tmp_path) -> None:
+    facts = read_stage(make_run(tmp_path) / "stage3")
+    assert facts is not None
+    assert (facts.steps, facts.samples, facts.loss) == (30, 240, 1 / 30)
+    assert facts.devices == "4 x NVIDIA H200, 2 x NVIDIA H200"
+    seconds = [10 * 3.0 * 4, 10 * 1.0 * 4, 10 * 2.0 * 2]
+    assert facts.hours * 3600 == pytest.approx(sum(seconds))
+    assert facts.flops == pytest.approx(1e12 * sum(map(float.__mul__, seconds, (0.4, 0.5, 0.25))))
+    assert read_stage(tmp_path) is None
+
+
+def test_the_card_tells_the_run(tmp_path) -> None:
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    sha256 = folder_sha256(run / "stage3" / "model")
+    for name, text in {"eval": results(sha256, 0.625), "other": results("0" * 64, 0.375)}.items():
+        (run / name).mkdir()
+        (run / name / "results.json").write_text(text)
+    report = export_encoder(run, out)
+    assert load_recipe(out / "recipe.yaml") == load_recipe(RECIPE)
+    card = (out / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "transformers"
+    assert f"Weights, sha256: `{report.sha256}`" in card
+    assert report.sha256 == report.trained_sha256 == sha256
+    for words in (
+        "Block 4, the final norm and the pooling head come after the last routed block",
+        "Routes (vision block -> LLM layer): 1->1, 3->3",
+        "| vision encoder | google/siglip-so400m-patch14-384 |",
+        "| data, train | data/cc3m-florence |",
+        "| stage3 | 30 | 240 | 4 x NVIDIA H200, 2 x NVIDIA H200 | 0.05556 | 7.8e+13 | 0.03333 |",
+        "Qwen/Qwen2-0.5B Apache-2.0",
+        "| torch | 9.8.7 |",
+        "| eval/results.json | gqa | accuracy | 0.625 | 1 |",
+    ):
+        assert words in card
+    assert "0.375" not in card  # scores of another encoder
+    assert list(json.loads((out / "scores.json").read_text())) == ["eval/results.json"]
+
+
+def test_scores_of_another_encoder_are_refused(tmp_path) -> None:
+    run = make_run(tmp_path / "run")
+    file = tmp_path / "mine.json"
+    file.write_text(results("0" * 64, 0.5))
+    with pytest.raises(HiveError, match="of an encoder with sha256 0000"):
+        export_encoder(run, tmp_path / "out", scores=file)
+    file.write_text("{")
+    with pytest.raises(HiveError, match="expected a JSON file"):
+        export_encoder(run, tmp_path / "out", scores=file)
+    file.write_text(json.dumps({"food101": 0.5}))  # says nothing of an encoder: the user's word is taken
+    export_encoder(run, tmp_path / "out", tail="cut", scores=file)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == {"mine.json": {"food101": 0.5}}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.json", "out", "run"]
+
+
+def test_licences_are_those_of_the_recipe_and_its_base() -> None:
+    lines = licences(RECIPE)
+    assert lines[0].startswith("Licences: google/siglip-so400m-patch14-384 Apache-2.0")
+    assert any("CC3M" in line for line in lines)  # of the recipe that it is based on
+    assert not any(line.startswith(("name", "The paper")) for line in lines)
+    assert licences("a recipe of my own") == []
+
+
+def test_a_model_outside_of_a_run_says_so(tmp_path) -> None:
+    save_hive(tmp_path / "model")
+    export_encoder(tmp_path / "model", tmp_path / "out")
+    assert "lies in no run: its recipe is not known" in (tmp_path / "out" / "README.md").read_text()

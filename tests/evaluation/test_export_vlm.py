@@ -1,0 +1,132 @@
+"""The exported LLaVA-style model is stock transformers' own: it loads, reads prompts as in training, answers alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import PROCESSORS, randomize, save_hive
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_data import make_tokenizer
+from tiny_models import text_config, tiny_encoder
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
+
+from hive_ds.constants import IMAGE_TOKEN
+from hive_ds.data.schema import Turn
+from hive_ds.data.text import prepare_tokenizer, render_chat
+from hive_ds.errors import HiveError
+from hive_ds.export import export_vlm, vlm
+from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
+from hive_ds.model.identity import folder_sha256, weights_sha256
+from hive_ds.processing import HiveProcessor
+
+
+def save_vlm(
+    folder: Path, vision: str = "siglip", tokenizer: str = "chatml", tied: bool = False
+) -> CascadedForCausalLM:
+    """A random cascaded model with its processor, as training leaves them."""
+    words = prepare_tokenizer(make_tokenizer(tokenizer))
+    encoder = tiny_encoder(vision)
+    config = cascaded_config(
+        encoder.config,
+        text_config("qwen2", vocab_size=len(words), tie_word_embeddings=tied),
+        feature_block=-2,
+        image_token_id=words.convert_tokens_to_ids(IMAGE_TOKEN),
+        vision_sha256=weights_sha256(encoder.state_dict().items()),
+    )
+    model = CascadedForCausalLM(config, encoder)
+    randomize(model.projector)
+    randomize(model.language_model)
+    model.save_pretrained(folder)
+    HiveProcessor(PROCESSORS[vision], words, stock=model.processor_values()).save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("vision", "tokenizer", "tied"),
+    [("siglip", "chatml", True), ("clip", "llama3", False), ("dinov2", "qwen3", True), ("aimv2", "none", False)],
+)
+def test_stock_transformers_answers_as_training_does(vision: str, tokenizer: str, tied: bool, tmp_path) -> None:
+    model = save_vlm(tmp_path / "model", vision, tokenizer, tied)
+    report = export_vlm(tmp_path / "model", tmp_path / "out")
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    assert type(stock).__name__ == "LlavaForConditionalGeneration"
+    assert (stock.lm_head.weight is stock.get_input_embeddings().weight) == tied
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert isinstance(processor, LlavaProcessor)
+    own = HiveProcessor.from_pretrained(tmp_path / "model")
+    pixels = torch.randint(0, 256, (40, 60, 3), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    picture = Image.fromarray(pixels.numpy())
+    theirs = vlm.stock_inputs(processor, own, picture)
+    ours = vlm._own_inputs(own, picture)
+    with torch.no_grad():
+        logits = stock(**theirs).logits[0, -1]
+        torch.testing.assert_close(model(**ours).logits[0, -1], logits, atol=1e-5, rtol=1e-5)
+        options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+        answer = stock.generate(**theirs, **options)[0, theirs["input_ids"].shape[1] :]
+        assert torch.equal(model.generate(**ours, **options)[0, ours["input_ids"].shape[1] :], answer)
+    assert len(set(answer.tolist())) > 1
+    assert report.vision_sha256 == folder_sha256(tmp_path / "out") == weights_sha256(model.state_dict().items())
+    assert report.vision_sha256 in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_says_how_to_ask(tmp_path, monkeypatch) -> None:
+    save_vlm(tmp_path / "model")
+    report = export_vlm(tmp_path / "model", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code.replace("(**inputs)", "(**inputs, max_new_tokens=3, pad_token_id=0)"), names)
+    assert names["answer"].shape == (3,)
+    assert len(report.answers) == 2
+
+
+@pytest.mark.parametrize("kind", ["chatml", "qwen3", "llama2", "llama3"])
+def test_the_chat_template_of_the_folder_writes_texts_as_before(kind: str) -> None:
+    tokenizer = prepare_tokenizer(make_tokenizer(kind))
+    turns = [Turn("user", "<image>\nOne?"), Turn("assistant", "Two."), Turn("user", "<image>\n<image>\nThree?")]
+    parts = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "One?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Two."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Three?"}]},
+    ]
+    plain = [{"role": turn.role, "content": turn.content} for turn in turns]
+    expected = render_chat(turns, tokenizer, for_answer=True)
+    for messages in (parts, plain):
+        template = vlm.FLATTEN + tokenizer.chat_template
+        found = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        assert found == expected
+
+
+def test_another_answer_is_refused_and_nothing_is_left(tmp_path, monkeypatch) -> None:
+    save_vlm(tmp_path / "model")
+    copy = vlm._copy_model
+
+    def spoil(folder: Path, aside: Path) -> None:
+        copy(folder, aside)
+        weights = load_file(aside / "model.safetensors")
+        weights["multi_modal_projector.linear_2.bias"] += 1.0
+        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(vlm, "_copy_model", spoil)
+    with pytest.raises(HiveError, match="stock transformers answers"):
+        export_vlm(tmp_path / "model", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_stock_transformers_does_otherwise_is_refused(tmp_path) -> None:
+    save_vlm(tmp_path / "registers", "dinov2_with_registers")
+    with pytest.raises(HiveError, match="does not take a dinov2_with_registers encoder's patches"):
+        export_vlm(tmp_path / "registers", tmp_path / "out")
+    save_hive(tmp_path / "hive")
+    with pytest.raises(HiveError, match="holds a hive model; expected a LLaVA-style one"):
+        export_vlm(tmp_path / "hive", tmp_path / "out")
+    save_vlm(tmp_path / "model", tokenizer="wordpiece")  # its template starts with no special token, training does
+    with pytest.raises(HiveError, match="a stock Llava cannot use this tokenizer or chat template"):
+        export_vlm(tmp_path / "model", tmp_path / "out")

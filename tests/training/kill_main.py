@@ -1,0 +1,52 @@
+"""``hive_ds.train`` that also writes down what it did: ``kill_main.py FILE ARGUMENTS``.
+
+Rank 0 appends to FILE a line for the checkpoint that it resumed from, and a line a step: sample ids of all
+ranks, loss.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import hive_ds.train
+import hive_ds.training.loop as loop
+from hive_ds.training.distributed import all_values
+
+FILE = Path(sys.argv[1])
+run_loop, run_micro_batches, load_checkpoint = loop.train, loop.run_micro_batches, hive_ds.train.load_checkpoint
+
+
+def write(values: dict[str, Any]) -> None:
+    with FILE.open("a") as file:
+        file.write(f"{json.dumps(values)}\n")
+
+
+def load_and_write(path: Path, engine: Any, identity: Any, world: Any, **options: Any) -> Any:
+    if world.is_main:
+        write({"resumed": path.name, "manifest": json.loads((path / "manifest.json").read_text())})
+    return load_checkpoint(path, engine, identity, world, **options)
+
+
+def train_and_write(job: Any, first_step: int) -> int:
+    steps = count(first_step + 1)
+
+    def run_and_write(engine: Any, micro_batches: Any, supervised: float) -> float:
+        loss = run_micro_batches(engine, micro_batches, supervised)
+        ids = all_values([name for batch in micro_batches for name in batch.sample_ids])
+        if job.world.is_main:
+            write({"step": next(steps), "ids": ids, "loss": loss})
+        return loss
+
+    loop.run_micro_batches = run_and_write
+    return run_loop(job, first_step)
+
+
+hive_ds.train.load_checkpoint = load_and_write
+hive_ds.train.run_loop = train_and_write
+
+if __name__ == "__main__":
+    sys.exit(hive_ds.train.main(sys.argv[2:]))

@@ -1,0 +1,117 @@
+"""Checks of how checkpoints are written: in the background, on full disks, by attempts that have been replaced.
+
+`test_engine` runs them on 2 ranks.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from checkpoint_checks import held_back, save, signed, writer_of
+from stage_helpers import config_for, expect_error, make_trainee
+
+from hive_ds.config import TrainingConfig
+from hive_ds.training.attempt import Agreement, Attempt
+from hive_ds.training.checkpoint_files import check_space
+from hive_ds.training.distributed import barrier
+from hive_ds.training.loop import _report_save
+from hive_ds.training.metrics import MetricsLog
+
+
+def check_full_disk(ranks: Any) -> None:
+    """A checkpoint that cannot be written on one rank is said on all, and those before stay as they were."""
+    folder = ranks.folder / "full"
+    trainee = make_trainee(ranks, config=config_for(2))
+    writer = writer_of(ranks, trainee, folder, config_for(2))
+    assert save(writer, 1) is None
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if ranks.world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    writer.begin(2, {})
+    report = writer.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+    assert "File too large" in str(report.failed), report
+    barrier()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    for stop, last in ((False, False), (True, False), (False, True)):
+        job: Any = SimpleNamespace(
+            metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
+            training=TrainingConfig(stop_on_failed_save=stop),
+            world=ranks.world,
+        )
+        if stop or last:
+            message = expect_error(lambda job=job, last=last: _report_save(job, report, last=last))
+            assert re.fullmatch(r"step 2: no checkpoint could .*File too large.*; earlier ones are untouched", message)
+        else:
+            _report_save(job, report)
+    with pytest.raises(OSError, match=r"GB left, and a checkpoint takes 1000000000\.00 GB"):
+        check_space(folder, 10**18)
+    trainee.engine.close()
+
+
+def check_attempts(ranks: Any) -> None:
+    """Row 11, fenced: an attempt that another has replaced publishes nothing; both stop by a file or by the time."""
+    folder = ranks.folder / "attempts"
+    trainee = make_trainee(ranks, config=config_for(2))
+    old, new = signed(ranks, folder, "old"), signed(ranks, folder, "new")
+    barrier()
+    if ranks.world.is_main:
+        assert "attempt new took over from this one, old; nothing was written" in expect_error(old.check)
+    new.check()
+    writer = writer_of(ranks, trainee, folder, config_for(2))
+    assert save(writer, 1) is None
+    assert not agree(ranks, new).stop
+    late = Attempt(folder, ranks.world, {"HIVE_ATTEMPT": "new", "HIVE_STOP_AT": "1000"})
+    assert agree(ranks, late).stop
+    if ranks.world.is_main:
+        (folder / "STOP").touch()
+    assert agree(ranks, new).stop
+    message = expect_error(lambda: Attempt(folder, ranks.world, {"HIVE_STOP_AT": "noon"}))
+    assert message == "HIVE_STOP_AT is 'noon'; expected seconds since the epoch"
+    trainee.engine.close()
+
+
+def check_background_save(ranks: Any) -> None:
+    """A save ends at a later step, on all ranks at once; an attempt that is replaced meanwhile publishes nothing."""
+    folder = ranks.folder / "background"
+    trainee = make_trainee(ranks, config=config_for(2))
+    writer = writer_of(ranks, trainee, folder, config_for(2))
+    attempt = Attempt(folder, ranks.world, {})
+    slow = ranks.world.rank == 1
+    with held_back(slow) as threads:
+        writer.begin(1, {})
+        while writer.writing and not slow:
+            time.sleep(0.001)
+        agreed = attempt.agree(ranks.device, writing=writer.writing)
+        assert agreed.writing
+        assert writer.advance(agreed.writing) is None
+        assert not (folder / "latest").exists()
+        threads.set()
+        report, steps = None, 0
+        while report is None:
+            report = writer.advance(attempt.agree(ranks.device, writing=writer.writing).writing)
+            steps += 1
+    assert report.failed is None
+    assert steps > 1
+    assert (folder / "latest").read_text() == "step-000001"
+    with held_back() as threads:
+        writer.begin(2, {})
+        signed(ranks, folder, "new")
+        barrier()
+        threads.set()
+        assert "attempt new took over from this one, first; nothing was written" in expect_error(writer.wait)
+    assert [path.name for path in (folder / "checkpoints").glob("[!.]*")] == ["step-000001"]
+    trainee.engine.close()
+
+
+def agree(ranks: Any, attempt: Attempt) -> Agreement:
+    return attempt.agree(ranks.device, writing=False)

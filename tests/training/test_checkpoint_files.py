@@ -1,0 +1,109 @@
+"""Checkpoints as files: kills at every write point, and the `hive-ds checkpoint` commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from write_points import stub_writer
+
+from hive_ds.cli import main
+from hive_ds.training.checkpoint_files import faults_of, step_folders
+from hive_ds.training.distributed import World, start, stop
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """RUN/stage1 with two checkpoints, written by one rank."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+    start(World())
+    folder = tmp_path / "run" / "stage1"
+    writer = stub_writer(folder)
+    for step in (100, 200):
+        writer.begin(step, {"samples": step})
+        assert writer.wait().failed is None
+    yield folder
+    stop()
+
+
+def test_sigkill_at_every_write_point(tmp_path: Path) -> None:
+    """Row 11: what has its name is whole, whenever the process is killed, and the next save clears the rest away."""
+    done = subprocess.run([sys.executable, HERE / "write_points.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    points = sorted(int(path.name) for path in tmp_path.iterdir() if path.name != "base")
+    assert points == list(range(1, len(points) + 1))
+    seen = set()
+    for point in points:
+        killed, after = tmp_path / str(point) / "killed", tmp_path / str(point) / "after"
+        folders = step_folders(killed)
+        assert [faults_of(folder) for folder in folders] == [[]] * len(folders)
+        assert (killed / "latest").read_text() in [folder.name for folder in folders]
+        seen.add((tuple(int(folder.name[-1]) for folder in folders), (killed / "latest").read_text()[-1]))
+        assert [folder.name[-1] for folder in step_folders(after)] in (["4", "3"], ["4", "2"])
+        assert not list((after / "checkpoints").glob(".*"))
+        assert [fault for folder in step_folders(after) for fault in faults_of(folder)] == []
+    # Before the new one has its name; before `latest` names it; before the oldest goes; after that.
+    assert seen == {((2, 1), "2"), ((3, 2, 1), "2"), ((3, 2, 1), "3"), ((3, 2), "3")}
+
+
+def test_list_and_verify(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = stage.parent
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{stage}/checkpoints/step-000{n}00: whole" for n in (1, 2)]
+    newest = stage / "checkpoints" / "step-000200"
+    (newest / "rank-00000.pt").unlink()
+    pieces = newest / "pieces-00000.safetensors"
+    pieces.write_bytes(pieces.read_bytes()[:-1] + b"x")
+    assert main(["checkpoint", "verify", str(newest)]) == 2
+    faults = ["pieces-00000.safetensors has been changed (another SHA-256)", "rank-00000.pt is missing"]
+    assert capsys.readouterr().out.splitlines() == [f"{newest}: {fault}" for fault in faults]
+    (stage / "checkpoints" / "step-000300").mkdir()
+    assert main(["checkpoint", "list", str(run)]) == 0
+    title, empty, broken, whole = capsys.readouterr().out.splitlines()
+    assert title == str(stage)
+    assert "? ranks, ZeRO ?  not whole: no readable manifest.json" in empty
+    assert f"in 3 files  1 ranks, ZeRO 3  not whole: {'; '.join(faults)}" in broken
+    assert whole.startswith("  step-000100  20")
+    assert whole.endswith("in 4 files  1 ranks, ZeRO 3  whole, a resume takes this one")
+
+
+def test_reshard_moves_every_number(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = stage / "checkpoints" / "step-000200"
+    assert main(["checkpoint", "reshard", str(source), f"{tmp_path}/four", "--ranks", "4"]) == 0
+    four = tmp_path / "four"
+    assert faults_of(four) == []
+    shares = [load_file(path) for path in sorted(four.glob("pieces-*"))]
+    # 15 elements in fours, 7 in twos: the last part of each is short.
+    assert [len(share["exp_avg/a.weight"]) for share in shares] == [4, 4, 4, 3]
+    assert [len(share["weight/b.bias"]) for share in shares] == [2, 2, 2, 1]
+    assert json.loads((four / "state.json").read_text()) == json.loads((source / "state.json").read_text())
+    assert main(["checkpoint", "reshard", str(four), f"{tmp_path}/one", "--ranks", "1"]) == 0
+    for name in ("pieces-00000.safetensors", "rank-00000.pt", "state.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (source / name).read_bytes(), name
+    (four / "pieces-00002.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["checkpoint", "reshard", str(four), f"{tmp_path}/two", "--ranks", "2"]) == 2
+    assert "four is not whole: pieces-00002.safetensors is missing" in capsys.readouterr().err
+    assert main(["checkpoint", "reshard", str(source), f"{tmp_path}/one", "--ranks", "2"]) == 2
+    assert f"{tmp_path}/one: exists" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_commands_do_without_deepspeed(stage: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from hive_ds.cli import main\n"
+        f"assert main(['checkpoint', 'list', {str(stage.parent)!r}]) == 0\n"
+        f"source = {str(stage / 'checkpoints' / 'step-000100')!r}\n"
+        f"assert main(['checkpoint', 'reshard', source, {str(tmp_path / 'out')!r}, '--ranks', '2']) == 0\n"
+        "assert not {'deepspeed', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

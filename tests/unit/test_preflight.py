@@ -1,0 +1,86 @@
+"""Which nodes the preflight leaves out, by what they have said; real nodes are in tests/cluster/test_preflight.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hive_ds.launch import preflight
+from hive_ds.launch.preflight_verdict import compare_nodes, judge_links, links
+
+A, B, C, D, E = nodes = [f"node{name}" for name in "ABCDE"]
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    return {"versions": {"torch": "2.10", "python": "3.11.2"}, "skew": 0.01, **changes}
+
+
+def test_equal_nodes_have_no_fault() -> None:
+    rates = {A: [7.0e14, 7.2e14], B: [6.8e14, 5.2e14]}  # 0.75 of the median is no fault
+    assert compare_nodes({node: facts(matmul_flops_per_second=rates[node]) for node in rates}) == {}
+    assert compare_nodes({A: facts()}) == {}
+
+
+def test_node_that_differs_is_named() -> None:
+    assert compare_nodes({A: facts(skew=0.0), B: facts(), C: facts(versions={"torch": "2.9", "python": "3.11.2"})}) == {
+        C: ["torch is 2.9, but 2.10 on other nodes"]
+    }
+    first_is_off = {A: facts(skew=0.0), B: facts(skew=-60.0), C: facts(skew=-60.2)}
+    assert compare_nodes(first_is_off) == {A: ["its clock is +60 s off the others'"]}
+    slow = {A: [7e14, 7e14], B: [7e14, 3e14]}
+    assert compare_nodes({node: facts(matmul_flops_per_second=slow[node]) for node in slow}) == {
+        B: ["GPU 1 does 300 TFLOP/s; the median is 700"]
+    }
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 9])
+def test_every_node_has_its_neighbours_one_at_a_time(count: int) -> None:
+    ring = links(count)
+    assert len(ring) == (1 if count == 2 else count)
+    for turn in {turn for *_, turn in ring}:
+        busy = [node for a, b, when in ring if when == turn for node in (a, b)]
+        assert len(busy) == len(set(busy))
+    assert all(sum(node in link[:2] for link in ring) == min(2, count - 1) for node in range(count))
+
+
+@pytest.mark.parametrize(
+    ("rates", "left_out"),
+    [
+        ([1e9, 1e9, 3e9, 1e9, 1e9], {}),
+        ([None, None, 1e9, 1e9, 1e9], {B: "network: nodeA not reached and nodeC not reached; the median is 1.00 GB/s"}),
+        ([1e8, 1e8, 1e9, 1e9, 1e9], {B: "network: nodeA at 0.10 GB/s and nodeC at 0.10 GB/s; the median is 1.00 GB/s"}),
+        ([1e9, 1e8, 1e9, 1e9, 1e9], {}),
+        ([1e9, 1e9, None, 1e9, 1e9], {D: "network: nodeC not reached, or does not reach it"}),
+    ],
+)
+def test_bad_node_of_a_ring_is_named(rates: list[float | None], left_out: dict[str, str]) -> None:
+    assert judge_links(nodes, rates) == left_out
+
+
+def test_where_nothing_goes_through_all_are_out() -> None:
+    assert judge_links([A, B], [None]) == {A: "network: nodeB not reached", B: "network: nodeA not reached"}
+    assert set(judge_links(nodes, [None] * 5)) == set(nodes)
+
+
+def test_matrix_product_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preflight._matmul(torch.device("cpu"), size=256) > 0
+    monkeypatch.setattr(torch, "ones", lambda *size, **options: torch.full(size, 1.01, **options))
+    with pytest.raises(RuntimeError, match="a matrix product is wrong"):
+        preflight._matmul(torch.device("cpu"), size=256)
+
+
+def test_node_without_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    folders = ("--out", str(tmp_path), "--run", str(tmp_path), "--scratch", str(tmp_path / "none"))
+    assert preflight.main(["node", "--ranks", "0", "--gpus", "8", *folders]) == 0
+    assert (tmp_path / "node1.fault").read_text().splitlines() == [
+        f"cannot write to {tmp_path}/none: No such file or directory",
+        "0 GPUs work of 8",
+    ]
+    assert json.loads((tmp_path / "node1.json").read_text())["run_free"] > 0

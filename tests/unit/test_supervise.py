@@ -1,0 +1,131 @@
+"""The supervisor's rules, on shell scripts that end as a trainer would."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hive_ds.errors import HiveError
+from hive_ds.launch.supervise import Supervisor, attempt_processes, stage_folder
+
+TRAINER = """
+echo $HIVE_ATTEMPT >> tries
+set -- {tries}
+shift $(( $(wc -l < tries) - 1 ))
+case $1 in
+saves*) echo step-$(wc -l < tries) > latest; exit ${{1#saves}} ;;
+done*) touch DONE; exit ${{1#done}} ;;
+stop) touch STOP; exit 1 ;;
+orphan) setsid sleep 1000 & echo $! > orphan; exit 1 ;;
+killed) kill -9 $$ ;;
+*) exit $1 ;;
+esac
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def supervise(tries: str, restarts: int = 10, failures: int = 3) -> tuple[int, int]:
+    """Exit code, and number of tries, of which each ends as ``tries`` says."""
+    command = ["sh", "-c", TRAINER.format(tries=tries)]
+    code = Supervisor(command, Path(), restarts=restarts, failures=failures, pause=0).run()
+    names = Path("tries").read_text().splitlines() if Path("tries").exists() else []
+    assert len(set(names)) == len(names)
+    return code, len(names)
+
+
+@pytest.mark.parametrize(
+    ("tries", "expected"),
+    [
+        ("done0", (0, 1)),
+        ("saves1 87 saves1 killed done0", (0, 5)),
+        ("done1", (0, 1)),  # srun, for one, may fail after the ranks have ended well
+        ("0 0 0 0", (1, 3)),  # no DONE: it did not work, whatever it says
+        ("1 2 done0", (2, 2)),
+        ("1 127 done0", (2, 2)),
+        ("1 85 done0", (85, 2)),
+        ("stop done0", (85, 1)),  # torchrun hides the exit code
+        ("1 1 1 done0", (1, 3)),
+        ("saves1 1 saves1 1 saves1 1 done0", (0, 7)),
+        ("saves1 1 1 done0", (1, 3)),
+        ("saves1 saves1 saves1 saves1 saves1 saves1 saves1 saves1 saves1 saves1 saves1 done0", (1, 11)),
+        ("orphan done0", (0, 2)),
+    ],
+)
+def test_how_tries_end(tries: str, expected: tuple[int, int]) -> None:
+    assert supervise(tries) == expected
+    if tries.startswith("orphan"):
+        command = Path(f"/proc/{Path('orphan').read_text().strip()}/cmdline")
+        assert not command.exists() or not command.read_text()  # empty: dead, and its parent has not asked yet
+
+
+def test_what_is_done_is_not_started(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("DONE").touch()
+    assert supervise("1") == (0, 0)
+    assert "is done already" in capsys.readouterr().out
+
+
+def test_no_such_program() -> None:
+    with pytest.raises(HiveError, match=r"nothing-like-this: cannot be started \(No such file"):
+        Supervisor(["nothing-like-this"], Path(), restarts=1, failures=1, pause=0).run()
+
+
+@pytest.mark.parametrize(
+    ("signals", "answers", "code"),
+    [
+        (["SIGUSR1"], True, 85),
+        (["SIGTERM"], True, 85),
+        (["SIGINT"], True, 85),
+        (["SIGTERM", "SIGUSR1", "SIGTERM"], False, 85),
+    ],
+)
+def test_signals_ask_for_a_stop(signals: list[str], answers: bool, code: int) -> None:
+    """A stop file that an earlier run left does not end the new one; the trainer's answer to a signal does."""
+    Path("STOP").touch()
+    trainer = "echo $HIVE_ATTEMPT > started; while [ ! -e STOP ]; do sleep 0.02; done; touch seen; " + (
+        "exit 85" if answers else "sleep 1000"
+    )
+    main = "import sys; from hive_ds.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", main, "supervise", "--folder", ".", "--", "sh", "-c", trainer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        wait_for("started")
+        assert not Path("STOP").exists()
+        for name in signals:
+            process.send_signal(getattr(signal, name))
+            wait_for("seen")
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert f"{signals[0]}: asking the trainer to save and stop" in output
+    assert attempt_processes(Path("started").read_text().strip()) == []
+
+
+def wait_for(name: str) -> None:
+    deadline = time.monotonic() + 20
+    while not Path(name).exists() or (name == "started" and not Path(name).read_text()):
+        assert time.monotonic() < deadline, name
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "deepspeed --module hive_ds.train --recipe r --stage 2 --run runs/a --set x=1",
+        "torchrun -m hive_ds.train --run-folder=runs/a --stage=2",
+        "hive-ds hosts run hosts -- --stage 2 --run-folder runs/a",
+    ],
+)
+def test_the_folder_is_the_commands(command: str) -> None:
+    assert stage_folder(command.split()) == Path("runs/a/stage2")
+
+
+def test_a_command_without_a_stage_is_refused() -> None:
+    with pytest.raises(HiveError, match=r"train\.sh: expected a training command with --run \(or --run-folder\)"):
+        stage_folder(["train.sh"])
