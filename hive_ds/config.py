@@ -110,6 +110,9 @@ class DataConfig:
     """MDS folder of held-out samples for the validation loss."""
     text_validation: str | None = None
     """MDS folder of text-only samples: does the LLM forget?"""
+    questions: str | None = None
+    """Local MDS folder of questions about images, each with its answer, that the model answers at every validation; the
+    share of exact answers is logged."""
     template: Annotated[str, one_of("plain", "chat")] = "plain"
     """``plain`` (image, caption, end of sequence) or ``chat`` (the tokenizer's chat template)."""
     image_position: Annotated[str, one_of("first", "after_bos")] = "first"

@@ -38,6 +38,7 @@ from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.pace import Pace
 from hive_ds.training.place import here, one_line
+from hive_ds.training.questions import Questions
 from hive_ds.training.run_folder import StageFolder
 from hive_ds.training.schedule import Schedule
 from hive_ds.training.start_model import start_model
@@ -107,7 +108,8 @@ def train(options: argparse.Namespace, world: World) -> bool:
     _prepare_attention(run, model)
     loader, validation = _load_data(run, processor)
     ds_config = _write_inputs(run, policy)
-    job, first_step = _start_job(run, model, plan, loader, validation, ds_config)
+    questions = Questions.load(recipe.data_of(stage.name), processor, config.micro_batch_size, world)
+    job, first_step = _start_job(run, model, plan, loader, validation, questions, ds_config)
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
         run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
@@ -193,6 +195,7 @@ def _start_job(
     plan: StagePlan,
     loader: SampleLoader,
     validation: dict[str, SampleLoader],
+    questions: Questions | None,
     ds_config: dict[str, Any],
 ) -> tuple[Job, int]:
     """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
@@ -230,6 +233,7 @@ def _start_job(
         device=device,
         checkpoints=writer,
         attempt=run.attempt,
+        questions=questions,
     )
     return job, first_step
 

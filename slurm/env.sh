@@ -48,6 +48,10 @@ HIVE_RUN=runs/tiny
 # `hive-ds data convert`. For example (/data/llava.json /data/llava-mds --images /data/images).
 HIVE_CONVERT=()
 
+# EDIT: what eval.sh scores, if pipeline.sh shall do that last: benchmarks, the folder of their data, options of
+# `hive-ds eval`. For example (mme,gqa,pope /data/benchmarks --dtype bfloat16 --batch-size 64).
+HIVE_EVAL=()
+
 # Before training, every node of a job is tried: 0 switches that off. A node that has not answered after so many seconds
 # is taken for a bad one.
 HIVE_PREFLIGHT=1

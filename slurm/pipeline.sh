@@ -1,9 +1,9 @@
 #!/bin/bash
 # Submit the whole chain: slurm/pipeline.sh [--nodes N] [--spares N] [--recipe R] [--run RUN] [--set KEY=VALUE ...]
 #
-# convert (if env.sh says what) -> stages 1, 2, 3 -> export -> stages 4, 5 (vlm.sh), those that the recipe describes, each
-# after the one before it has succeeded. Called again, it submits only what is neither done nor queued: after a failure,
-# mend the cause and call it again.
+# convert (if env.sh says what) -> stages 1, 2, 3 -> export -> stages 4, 5 (vlm.sh), those that the recipe describes -> eval
+# (if env.sh says what), each after the one before it has succeeded. Called again, it submits only what is neither done
+# nor queued: after a failure, mend the cause and call it again.
 set -uo pipefail
 # shellcheck source-path=SCRIPTDIR source=body.sh
 source "$(dirname "${BASH_SOURCE[0]}")/body.sh" || exit 2
@@ -64,3 +64,4 @@ for stage in $described; do
             ${arguments[@]+"${arguments[@]}"}
     fi
 done
+if [ ${#HIVE_EVAL[@]} -gt 0 ]; then submit eval "$run/eval/results.json" "$slurm_folder/eval.sh" "$run"; fi

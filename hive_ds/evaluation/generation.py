@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ def answer_samples(
     template: str,
     batch_size: int = 32,
     max_new_tokens: int = 16,
+    synced: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Greedy answers to the last question of every sample, in order.
@@ -36,11 +38,12 @@ def answer_samples(
         template: ``plain`` or ``chat``, as in `DataConfig`.
         batch_size: prompts generated together; changes no answer but for rounding.
         max_new_tokens: longest answer.
+        synced: every rank goes on until all have finished, which ZeRO-3 needs; each must bring equally many batches.
         progress: called with (answered, all) after every batch.
     """
     answers: list[str] = []
     for batch in _batches(samples, batch_size):
-        answers += _generate(model, processor, batch, template, max_new_tokens)
+        answers += _generate(model, processor, batch, template, max_new_tokens, synced)
         if progress:
             progress(len(answers), len(samples))
     return answers
@@ -81,22 +84,56 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sa
         yield samples[start : start + batch_size]
 
 
-@torch.no_grad()
 def _generate(
-    model: TrainedModel, processor: HiveProcessor, batch: Sequence[Sample], template: str, max_new_tokens: int
+    model: TrainedModel,
+    processor: HiveProcessor,
+    batch: Sequence[Sample],
+    template: str,
+    max_new_tokens: int,
+    synced: bool,
 ) -> list[str]:
     prompts = []
     for sample in batch:
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
         prompts.append(render_prompt(turns, processor.tokenizer, template=template))
-    inputs = processor(prompts, [image for sample in batch for image in sample.images] or None).to(model.device)
-    offsets = inputs.pop("image_offsets")
+    images = [image for sample in batch for image in sample.images]
+    return generate_answers(model, processor, prompts, images, max_new_tokens=max_new_tokens, synced=synced)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[str],
+    images: Sequence[Any],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    synced: bool = False,
+) -> list[str]:
+    """Greedy (or beam) answers to rendered prompts, in order, without surrounding spaces.
+
+    Args:
+        model: in eval mode; its ``generate`` takes what ``processor`` returns.
+        processor: called with prompts and images; pads on the left.
+        prompts: texts with a placeholder for each image.
+        images: those of all prompts, in the order of the placeholders.
+        max_new_tokens: longest answer.
+        num_beams: 1 is greedy.
+        synced: as in `answer_samples`.
+    """
+    inputs = dict(processor(text=list(prompts), images=list(images) or None))
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            inputs[name] = value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
     tokens = model.generate(
         **inputs,
-        image_offsets=offsets,
         do_sample=False,
+        num_beams=num_beams,
         max_new_tokens=max_new_tokens,
+        synced_gpus=synced,
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
-    return [answer.strip() for answer in processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :])]
+    answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]

@@ -21,6 +21,7 @@ from hive_ds.training.flops import BatchSize, FlopCounter
 from hive_ds.training.metrics import LISTED_IN_MONITOR, Meter, MetricsLog, Totals
 from hive_ds.training.pace import Pace
 from hive_ds.training.place import here
+from hive_ds.training.questions import Questions
 from hive_ds.training.schedule import Schedule
 
 
@@ -44,6 +45,8 @@ class Job:
     device: torch.device
     checkpoints: CheckpointWriter
     attempt: Attempt
+    questions: Questions | None = None
+    """What the model is asked at every validation."""
 
 
 def train(job: Job, first_step: int) -> int:
@@ -220,6 +223,12 @@ def _validate(job: Job, done: int) -> None:
         job.metrics.write("validation", done, **losses)
         if job.world.is_main:
             job.engine.write_events({f"validation/{name}": loss for name, loss in losses.items()}, done)
+    if job.questions is not None:
+        here.enter("questions", ())
+        answers = job.questions.ask(job.engine.model)
+        job.metrics.write("answers", done, **answers)
+        if job.world.is_main:
+            job.engine.write_events({"validation/answers": answers["share"]}, done)
     job.meter.restart()
 
 

@@ -72,6 +72,7 @@ class TinyRun:
         write_mds(samples[:10], root / "validation")
         write_mds([sample for sample in samples if not sample.images], root / "text")
         write_mds([_asked(sample) for sample in samples], root / "chat")
+        write_mds([_question(sample) for sample in samples if len(sample.images) == 1][:5], root / "questions")
         (root / "recipe.yaml").write_text(RECIPE.format(root=root, steps=STEPS, interval=INTERVAL))
         return cls(root)
 
@@ -160,6 +161,12 @@ def _asked(sample: Sample) -> Sample:
     """A conversation of what may be an answer alone."""
     asked = sample.turns[0].role == "user"
     return sample if asked else replace(sample, turns=(Turn("user", "What is it?"), *sample.turns))
+
+
+def _question(sample: Sample) -> Sample:
+    """One whose text differs from sample to sample, as does its length."""
+    answer = sample.turns[-1]
+    return replace(sample, turns=(Turn("user", f"<image>{answer.content}?"), answer))
 
 
 def _free_port() -> int:

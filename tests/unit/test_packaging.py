@@ -42,6 +42,8 @@ def test_wheel_holds_every_module_recipe_and_zero_policy(wheel: Path):
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "hive_ds").rglob("*.py")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "hive_ds/recipes").glob("*.yaml")}
     expected |= {f"hive_ds/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    benchmarks = ROOT / "hive_ds/evaluation/benchmarks"
+    expected |= {str(path.relative_to(ROOT)) for path in (*benchmarks.glob("*/*.yaml"), *benchmarks.glob("*/*.json"))}
     kernels = ROOT / "kernels" / "hive_kernels"
     expected |= {f"hive_ds/kernels/{path.relative_to(kernels)}" for path in kernels.rglob("*.py")}
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -83,7 +85,10 @@ def test_declared_metadata(wheel: Path):
     }
     flash = [line for line in metadata.get_all("Requires-Dist") if 'extra == "flash"' in line]
     assert [re.split(r"[>=<; ]", line)[0] for line in flash] == ["flash-attn"]
-    assert [(command.name, command.value) for command in commands] == [("hive-ds", "hive_ds.cli:main")]
+    assert sorted((command.group, command.name, command.value) for command in commands) == [
+        ("console_scripts", "hive-ds", "hive_ds.cli:main"),
+        ("lmms_eval.models", "hive_ds", "hive_ds.evaluation.benchmarks.manifest:MANIFEST"),
+    ]
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
 
 

@@ -1,0 +1,46 @@
+"""Questions during training: ranks of ZeRO-3 answer as one process with the saved weights does."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_run import TinyRun
+
+from hive_ds.config import DataConfig
+from hive_ds.data.mds import read_mds
+from hive_ds.errors import HiveError
+from hive_ds.evaluation.generation import answer_samples
+from hive_ds.evaluation.scoring import accuracy
+from hive_ds.model.loading import load_any
+from hive_ds.processing import HiveProcessor
+from hive_ds.training.distributed import World
+from hive_ds.training.questions import Questions
+
+
+def test_ranks_answer_as_one_process_with_the_saved_weights(tiny: TinyRun) -> None:
+    """Five questions on two ranks, whose answers end at different lengths."""
+    values = {
+        "data.train": tiny.root / "chat",
+        "data.template": "chat",
+        "data.validation": "null",
+        "data.text_validation": "null",
+        "data.questions": tiny.root / "questions",
+        "training.validation_interval": 1,
+        "stages.connector_pretraining.steps": 2,
+    }
+    done = tiny.train(1, "asked", *(word for key, value in values.items() for word in ("--set", f"{key}={value}")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = tiny.metrics("asked", 1, "answers")
+    assert [(line["step"], line["questions"]) for line in asked] == [(1, 5), (2, 5)]
+    folder, samples = tiny.root / "asked" / "stage1" / "model", read_mds(tiny.root / "questions")
+    model, processor = load_any(folder), HiveProcessor.from_pretrained(folder)
+    alone = answer_samples(model, processor, samples, template="chat", batch_size=1)
+    truths = [sample.turns[-1].content for sample in samples]
+    assert len(set(alone)) > 1
+    assert asked[-1]["examples"] == [
+        {"id": sample.id, "answer": answer, "truth": true}
+        for sample, answer, true in zip(samples, alone, truths, strict=True)
+    ]
+    assert asked[-1]["share"] == accuracy(zip(alone, truths, strict=True)).value
+    with pytest.raises(HiveError, match=r"sample 's\d+' has no image"):
+        Questions.load(DataConfig(train="train", questions=str(tiny.root / "text")), processor, 2, World())
+    assert Questions.load(DataConfig(train="train"), processor, 2, World()) is None
