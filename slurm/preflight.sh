@@ -60,7 +60,7 @@ silent() { # prints the nodes that have not said anything
 
 try_network() {
     while [ ${#nodes[@]} -gt 1 ]; do
-        rm -f "$checks"/*.lost
+        rm -f "$checks"/*.lost "$checks/open"
         on_nodes "${nodes[@]}" -- network --nodes "$(joined "${nodes[@]}")" --port "$HIVE_PORT" --out "$checks"
         [ -e "$checks/network" ] && break
         # The others may be good: again, without the node that they were to meet on.

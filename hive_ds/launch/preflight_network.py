@@ -43,11 +43,23 @@ def check_network(out: Path, nodes: Sequence[str], port: int) -> None:
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an all-reduce that fails raises; else it ends the process
     node = node_name()
     try:
+        if node != nodes[0]:
+            _wait_for_first(out, nodes[0])
         store = dist.TCPStore(nodes[0], port, is_master=node == nodes[0], timeout=MEET, wait_for_workers=False)
+        (out / "open").touch()
         _take_part(Meeting.join(store, nodes, node), out)
     except RuntimeError as error:  # torch's errors of network and store
         reason = str(error).splitlines()[0]
         (out / f"{node}.lost").write_text(f"did not meet the others on {nodes[0]}, port {port}: {reason}\n")
+
+
+def _wait_for_first(out: Path, first: str) -> None:
+    """Return once the first node's store is open: who connects to another program there may wait for long."""
+    deadline = time.monotonic() + MEET.total_seconds()
+    while not (out / "open").exists():
+        if (out / f"{first}.lost").exists() or time.monotonic() > deadline:
+            raise RuntimeError("it did not open its store")
+        time.sleep(0.05)
 
 
 @dataclass(frozen=True)
