@@ -50,7 +50,7 @@ test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for
 	$(RUN) pytest -rs -m "long and not gpu and not cluster"
 	$(RUN_TF5) pytest -rs tests/model tests/kernels $(addprefix tests/data/test_,$(addsuffix .py,processing data_text data_images data_aspect loader_preprocess loader_text_speed recaption))
 
-test-cluster: $(VENV)/.installed ## Run all tests on a Slurm cluster in namespaces (as root; 20 minutes on 2 cores)
+test-cluster: $(VENV)/.installed ## Run all tests on a Slurm cluster in namespaces (as root; 25 minutes on 2 busy cores)
 	$(RUN) pytest -rs -m cluster --durations=10 tests/cluster
 
 # Needs no environment of ours: on a machine with a GPU and no network, its own Python with torch and triton will do.
