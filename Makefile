@@ -24,6 +24,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --upgrade pip
+	$(RUN) pip install -e ".[streaming]" # first by itself: given all at once, pip searches for a solution without end
 	$(RUN) pip install -e ".[streaming,eval,dev]"
 	@touch $@
 
