@@ -71,7 +71,10 @@ GPU = CompareSettings(
 """An encoder of ViT-S size under an LLM of some 60 million parameters, for one GPU."""
 
 SMOKE = CompareSettings(
-    replace(QUICKSTART_SMOKE, overrides=(*_steps(2, 2, 2, 2, 2), *_SAVES)), arms=("hive", "base"), seeds=(0, 1)
+    # As many scenes as it takes for every answer to every kind of question.
+    replace(QUICKSTART_SMOKE, scenes=600, held_out=300, overrides=(*_steps(2, 2, 2, 2, 2), *_SAVES)),
+    arms=("hive", "base"),
+    seeds=(0, 1),
 )
 """The same path in two minutes; learns nothing."""
 
