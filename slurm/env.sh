@@ -52,6 +52,9 @@ HIVE_CONVERT=()
 # `hive-ds eval`. For example (mme,gqa,pope /data/benchmarks --dtype bfloat16 --batch-size 64).
 HIVE_EVAL=()
 
+# EDIT: stages of the chain, where the login node does not have HIVE_PYTHON, which knows them from the recipe.
+HIVE_STAGES='1 2 3'
+
 # Before training, every node of a job is tried: 0 switches that off. A node that has not answered after so many seconds
 # is taken for a bad one.
 HIVE_PREFLIGHT=1

@@ -42,7 +42,10 @@ submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...
     previous=$job
 }
 
-described=$("$HIVE_PYTHON" -m hive_ds.launch.stages "$recipe" ${options[@]+"${options[@]}"}) || exit 2
+described=$HIVE_STAGES
+if command -v "$HIVE_PYTHON" >/dev/null; then
+    described=$("$HIVE_PYTHON" -m hive_ds.launch.stages "$recipe" ${options[@]+"${options[@]}"}) || exit 2
+fi
 mkdir -p "$run/logs" || fail "cannot write $run; change --run"
 if [ ${#HIVE_CONVERT[@]} -gt 0 ]; then
     submit convert "${HIVE_CONVERT[1]}/index.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/convert.sh"

@@ -15,11 +15,10 @@ from hive_ds.ablation.gather import Gathered, gather
 from hive_ds.ablation.plan import ArmRun, make_plan
 from hive_ds.compare.page import contrasts, render_page
 from hive_ds.compare.settings import CompareSettings
-from hive_ds.data.scenes_samples import SceneFolders, write_scenes
-from hive_ds.errors import HiveError
+from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.files import write_whole
-from hive_ds.quickstart.base_folders import make_base_models
-from hive_ds.quickstart.steps import Step, run_steps, seconds_of
+from hive_ds.quickstart.base_folders import draw_scenes, make_base_models
+from hive_ds.quickstart.steps import Step, check_made_with, run_steps, seconds_of
 
 RECIPE = "tiny"
 RESULTS = "results.json"
@@ -60,24 +59,10 @@ class Comparison:
         ]
 
     def _check_settings(self) -> None:
-        path, wanted = self.out / "settings.json", json.loads(json.dumps(asdict(self.settings)))
-        if not path.is_file():
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(wanted, indent=1) + "\n")
-        elif json.loads(path.read_text()) != wanted:
-            raise HiveError(f"{self.out} was made with other settings, see {path}; choose another --out or remove it")
+        check_made_with(self.out / "settings.json", asdict(self.settings))
 
     def _scenes(self) -> None:
-        made = self.settings.made
-        write_scenes(
-            self.folders.root,
-            made.scenes,
-            self.data_seed,
-            size=made.image_size,
-            held_out=made.held_out,
-            num_text=made.text,
-            num_captions=made.captions,
-        )
+        draw_scenes(self.folders, self.settings.made, self.data_seed)
 
     def _base_models(self) -> None:
         sizes = (self.settings.made.language_model, self.settings.made.vision_encoder)

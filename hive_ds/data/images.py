@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from hive_ds.errors import HiveError
 
@@ -29,16 +30,27 @@ class ImageProcessor(Protocol):
 def decode_image(data: bytes) -> Image.Image:
     """Decode one encoded file to an RGB image, turned upright by its EXIF tag; HiveError where it cannot be read."""
     try:
-        image = Image.open(io.BytesIO(data))
-        _check_size(image)
-        image.load()
-        return to_rgb(image)
+        with _no_truncated_images():
+            image = Image.open(io.BytesIO(data))
+            _check_size(image)
+            image.load()
+            return to_rgb(image)
     except HiveError:
         raise
     except UnidentifiedImageError:  # its own message holds an address, another one each time
         raise HiveError(f"image of {len(data)} bytes cannot be read: no known image format") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on bad files
         raise HiveError(f"image of {len(data)} bytes cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _no_truncated_images() -> Iterator[None]:
+    """Have Pillow refuse files that end too early; some libraries switch that off for the whole process on import."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _check_size(image: Image.Image) -> None:

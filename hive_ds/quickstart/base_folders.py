@@ -1,4 +1,4 @@
-"""The two base models as folders, pretrained side by side: one process and one thread each.
+"""Scenes and the two base models as folders; the models are pretrained side by side, one process and one thread each.
 
 Models this small gain nothing from a second thread, and two threads that wait for each other on a busy machine are many
 times slower than one.
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from hive_ds.data.scenes_samples import SceneFolders
+from hive_ds.data.scenes_samples import SceneFolders, write_scenes
 from hive_ds.data.schema import Sample
 from hive_ds.quickstart.base_models import (
     LanguageModelSize,
@@ -26,6 +26,23 @@ from hive_ds.quickstart.base_models import (
     save_folder,
     train_tokenizer,
 )
+from hive_ds.quickstart.settings import Settings
+
+
+def draw_scenes(
+    folders: SceneFolders, settings: Settings, seed: int, *, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write the scenes that ``settings`` ask for."""
+    write_scenes(
+        folders.root,
+        settings.scenes,
+        seed,
+        size=settings.image_size,
+        held_out=settings.held_out,
+        num_text=settings.text,
+        num_captions=settings.captions,
+        progress=progress,
+    )
 
 
 def make_base_models(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -16,14 +15,14 @@ import torch
 from tqdm import tqdm
 
 from hive_ds.data.scenes import ANSWERS
-from hive_ds.data.scenes_samples import SceneFolders, write_scenes
+from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder
-from hive_ds.quickstart.base_folders import make_base_models, read_samples
+from hive_ds.quickstart.base_folders import draw_scenes, make_base_models, read_samples
 from hive_ds.quickstart.page import PageContent, StageRecord, render_page
 from hive_ds.quickstart.questions import QuestionResults, ask, table
 from hive_ds.quickstart.settings import DEFAULT, RECIPE, Settings
-from hive_ds.quickstart.steps import Step, run_steps, seconds_of
+from hive_ds.quickstart.steps import Step, check_made_with, run_steps, seconds_of
 from hive_ds.recipe import load_recipe
 from hive_ds.stages import HIVE_STAGES, Stage
 
@@ -81,32 +80,10 @@ class Quickstart:
 
     def check_settings(self) -> None:
         """Write the settings to a new folder; compare them with those of an old one."""
-        path = self.out / "quickstart.json"
-        wanted = json.loads(json.dumps({"seed": self.seed, **asdict(self.settings)}))
-        if not path.is_file():
-            self.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(wanted, indent=2) + "\n")
-            return
-        made_with = json.loads(path.read_text())
-        for name, value in wanted.items():
-            if made_with.get(name) != value:
-                raise HiveError(
-                    f"{self.out} was made with {name} {made_with.get(name)}, not {value}; "
-                    "choose another --out, or remove the folder"
-                )
+        check_made_with(self.out / "quickstart.json", {"seed": self.seed, **asdict(self.settings)})
 
     def _scenes(self) -> None:
-        settings = self.settings
-        write_scenes(
-            self.folders.root,
-            settings.scenes,
-            self.seed,
-            size=settings.image_size,
-            held_out=settings.held_out,
-            num_text=settings.text,
-            num_captions=settings.captions,
-            progress=_bar("samples"),
-        )
+        draw_scenes(self.folders, self.settings, self.seed, progress=_bar("samples"))
 
     def _base_models(self) -> None:
         sizes = (self.settings.language_model, self.settings.vision_encoder)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from hive_ds.errors import HiveError
+from hive_ds.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,26 @@ class Step:
     run: Callable[[], None]
     clears: tuple[Path, ...] = ()
     """What an attempt that was stopped may have left, removed before the next one."""
+
+
+def check_made_with(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Write what a folder is made with to ``path``; where it is there already, compare.
+
+    Raises:
+        HiveError: names the first value that differs.
+    """
+    wanted = json.loads(json.dumps(wanted))
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(wanted, indent=2) + "\n")
+        return
+    made_with = json.loads(path.read_text())
+    for name, value in wanted.items():
+        if made_with.get(name) != value:
+            raise HiveError(
+                f"{path.parent} was made with {name} {made_with.get(name)}, not {value}; "
+                "choose another --out, or remove the folder"
+            )
 
 
 def run_steps(steps: Sequence[Step], markers: Path) -> None:

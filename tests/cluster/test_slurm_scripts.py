@@ -93,3 +93,10 @@ def test_wrong_arguments_end_the_job_and_its_chain(gpu_site: SlurmSite, site_fol
     ).splitlines()
     jobs = [int(line.split(": job ")[1].split(",")[0]) for line in submitted]
     assert [gpu_site.wait(one) for one in jobs] == ["FAILED", *["CANCELLED"] * 5]
+
+
+def test_chain_without_python_on_the_login_node(gpu_site: SlurmSite, site_folder: Path) -> None:
+    gpu_site.edit("HIVE_PYTHON=/only/in/the/container HIVE_STAGES='1 2 4' HIVE_EVAL=(mme /data)")
+    submitted = gpu_site.login("slurm/pipeline.sh", "--recipe", "tiny", "--run", str(site_folder / "contained"))
+    names = [line.split(":")[0] for line in submitted.splitlines()]
+    assert names == ["stage1", "stage2", "export", "stage4", "eval"]
