@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, SiglipImageProces
 from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.aspect import with_aspect
 from hive_ds.data.scenes_samples import text_samples
-from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
+from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config, processor_values
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.processing import HiveProcessor
@@ -58,7 +58,7 @@ def save_cascaded_scene_model(
     config = cascaded_config(vision, text, feature_block=-2, image_token_id=image_token_id, vision_sha256="")
     model = CascadedForCausalLM(config)
     _randomise(model)
-    processor.stock = model.processor_values()
+    processor.stock = processor_values(model.config)
     return _saved(model, processor, folder)
 
 

@@ -121,13 +121,14 @@ def _tower(open_clip: Any, vision: Any, quick_gelu: bool, width: int) -> Any:
 
 
 def _names(open_clip: Any, vision: Any, quick_gelu: bool) -> list[str]:
-    """open_clip's models that have this image tower."""
+    """open_clip's models that have this image tower, those with its usual text tower first."""
     configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-    return [
+    names = [
         name
         for name, config in configs.items()
         if open_clip.CLIPVisionCfg(**config["vision_cfg"]) == vision and config.get("quick_gelu", False) == quick_gelu
     ]
+    return sorted(names, key=lambda name: (not name.startswith("ViT-"), len(name)))
 
 
 def _first(names: list[str]) -> str:

@@ -155,7 +155,7 @@ def _base_architecture(config: PretrainedConfig) -> str:
 
 
 def find_named(timm: Any, config: PretrainedConfig, arguments: dict[str, Any]) -> str | None:
-    """timm's own model of these sizes, if it has one; its activation may be another."""
+    """timm's own model of these sizes, if it has one: with our activation, or else with another."""
     pattern = {
         "siglip_vision_model": f"vit_*_patch{config.patch_size}_siglip_{config.image_size}",
         "clip_vision_model": f"vit_*_patch{config.patch_size}_clip*_{config.image_size}",
@@ -163,11 +163,11 @@ def find_named(timm: Any, config: PretrainedConfig, arguments: dict[str, Any]) -
         "dinov2_with_registers": f"vit_*_patch{config.patch_size}_reg*_dinov2",
     }[config.model_type]
     with torch.device("meta"):
-        wanted = _signature(timm.create_model(_base_architecture(config), num_classes=0, **arguments))
-        for name in timm.list_models(pattern):
-            if _signature(timm.create_model(name, num_classes=0)) == wanted:
-                return name
-    return None
+        ours = timm.create_model(_base_architecture(config), num_classes=0, **arguments)
+        models = {name: timm.create_model(name, num_classes=0) for name in timm.list_models(pattern)}
+    fitting = {name: model for name, model in models.items() if _signature(model) == _signature(ours)}
+    alike = [name for name, model in fitting.items() if repr(model.blocks[0].mlp) == repr(ours.blocks[0].mlp)]
+    return next(iter([*alike, *fitting]), None)
 
 
 def _signature(model: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.schema import Turn
@@ -19,6 +19,7 @@ from hive_ds.export.card import PAPER, Section, write_card
 from hive_ds.export.parity import check_names
 from hive_ds.export.source import VLM_STAGES, find_source, read_config
 from hive_ds.files import whole_folder
+from hive_ds.model.cascaded import processor_values
 from hive_ds.model.identity import folder_sha256, weight_files
 from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
@@ -84,9 +85,15 @@ def export_vlm(source: str | Path, out: str | Path, *, scores: Path | None = Non
             f"one of {', '.join(ENCODERS)}"
         )
     own = HiveProcessor.from_pretrained(found.folder)
+    placeholder = own.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if placeholder != config.image_token_index:
+        raise HiveError(
+            f"{found.folder}: {IMAGE_TOKEN} is token {placeholder} of its tokenizer, but {config.image_token_index} of "
+            "its config; expected the tokenizer that the model was trained with"
+        )
     with whole_folder(out) as aside:
         _copy_model(found.folder, aside)
-        stock_processor(own).save_pretrained(aside)
+        stock_processor(own, config).save_pretrained(aside)
         answers = _check(found.folder, aside, own)
         report = VlmReport(out, folder_sha256(aside), answers)
         title, sections = "LLaVA-style model around a HIVE encoder", _sections(report, own)
@@ -102,12 +109,10 @@ def _copy_model(folder: Path, aside: Path) -> None:
             shutil.copyfile(file, aside / file.name)
 
 
-def stock_processor(own: HiveProcessor) -> LlavaProcessor:
+def stock_processor(own: HiveProcessor, config: LlavaConfig) -> LlavaProcessor:
     """The processor of stock transformers: placeholders for every patch, and a chat template that takes pictures."""
-    values = {
-        name: own.stock[name]
-        for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
-    }
+    values = processor_values(config)
+    del values["processor_class"]
     template = own.tokenizer.chat_template
     # A tokenizer of no model's own class returns token_type_ids too, which no Llava takes.
     names = [name for name in own.tokenizer.model_input_names if name != "token_type_ids"]

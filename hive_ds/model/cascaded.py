@@ -60,6 +60,17 @@ def cascaded_config(
     )
 
 
+def processor_values(config: LlavaConfig) -> dict[str, Any]:
+    """What ``processor_config.json`` must say for stock transformers to write as many placeholders as patches."""
+    strategy = config.vision_feature_select_strategy
+    return {
+        "processor_class": "LlavaProcessor",
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": 1 if strategy == "default" else 0,
+    }
+
+
 class MlpProjector(nn.Module):
     """Linear, GELU, Linear, as LLaVA 1.5's."""
 
@@ -289,16 +300,6 @@ class CascadedForCausalLM(nn.Module):
             name = name.replace("vision_encoder.", "vision_encoder.vision_model.", 1)
         start = next((start for start in STOCK_NAMES if name.startswith(start)), None)
         return name if start is None else STOCK_NAMES[start] + name.removeprefix(start)
-
-    def processor_values(self) -> dict[str, Any]:
-        """What ``processor_config.json`` must say for stock transformers to write as many placeholders as patches."""
-        strategy = self.config.vision_feature_select_strategy
-        return {
-            "processor_class": "LlavaProcessor",
-            "patch_size": self.config.vision_config.patch_size,
-            "vision_feature_select_strategy": strategy,
-            "num_additional_image_tokens": 1 if strategy == "default" else 0,
-        }
 
     def load_generation_config(self, folder: str | Path) -> None:
         """Take over how the folder's model generates by default, if it says so."""

@@ -13,7 +13,7 @@ from hive_ds.data.aspect import with_aspect
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder
 from hive_ds.model.attention_backends import TrainedModel
-from hive_ds.model.cascaded import CascadedForCausalLM
+from hive_ds.model.cascaded import CascadedForCausalLM, processor_values
 from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.loading import build_cascaded, build_model, load_cascaded, load_model, load_vision_encoder
 from hive_ds.processing import HiveProcessor
@@ -44,7 +44,7 @@ def start_model(
         model, report = _load(folder, section, weights)
         say(f"{weights}: {report}")
     if isinstance(model, CascadedForCausalLM):
-        processor.stock = model.processor_values()
+        processor.stock = processor_values(model.config)
         if judges and weights is not None:
             _check_encoder(model, section.vision_encoder, weights, world)
     if recipe.model.gradient_checkpointing:

@@ -18,7 +18,7 @@ from hive_ds.data.schema import Turn
 from hive_ds.data.text import prepare_tokenizer, render_chat
 from hive_ds.errors import HiveError
 from hive_ds.export import export_vlm, vlm
-from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
+from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config, processor_values
 from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.processing import HiveProcessor
 
@@ -40,7 +40,7 @@ def save_vlm(
     randomize(model.projector)
     randomize(model.language_model)
     model.save_pretrained(folder)
-    HiveProcessor(PROCESSORS[vision], words, stock=model.processor_values()).save_pretrained(folder)
+    HiveProcessor(PROCESSORS[vision], words, stock=processor_values(model.config)).save_pretrained(folder)
     return model.eval()
 
 
@@ -50,6 +50,8 @@ def save_vlm(
 )
 def test_stock_transformers_answers_as_training_does(vision: str, tokenizer: str, tied: bool, tmp_path) -> None:
     model = save_vlm(tmp_path / "model", vision, tokenizer, tied)
+    if tokenizer == "qwen3":  # a folder whose processor says nothing to stock transformers
+        HiveProcessor(PROCESSORS[vision], make_tokenizer(tokenizer)).save_pretrained(tmp_path / "model")
     report = export_vlm(tmp_path / "model", tmp_path / "out")
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     assert type(stock).__name__ == "LlavaForConditionalGeneration"
@@ -127,6 +129,10 @@ def test_what_stock_transformers_does_otherwise_is_refused(tmp_path) -> None:
     save_hive(tmp_path / "hive")
     with pytest.raises(HiveError, match="holds a hive model; expected a LLaVA-style one"):
         export_vlm(tmp_path / "hive", tmp_path / "out")
+    save_vlm(tmp_path / "other")
+    make_tokenizer("llama3").save_pretrained(tmp_path / "other")
+    with pytest.raises(HiveError, match=r"is token \d+ of its tokenizer, but \d+ of its config"):
+        export_vlm(tmp_path / "other", tmp_path / "out")
     save_vlm(tmp_path / "model", tokenizer="wordpiece")  # its template starts with no special token, training does
     with pytest.raises(HiveError, match="a stock Llava cannot use this tokenizer or chat template"):
         export_vlm(tmp_path / "model", tmp_path / "out")
