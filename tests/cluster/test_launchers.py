@@ -33,6 +33,7 @@ def losses(tiny: TinyRun) -> list[dict[str, float]]:
     return training_lines(tiny.root / "reference")
 
 
+@pytest.mark.long
 def test_ranks_of_srun_find_one_another(hosts: Hosts) -> None:
     command = hosts.command("srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "-c", MEET)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
