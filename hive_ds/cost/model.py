@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def meta_model(recipe: Recipe, stage: int) -> tuple[TrainedModel, StagePlan]:
     if described in VLM_STAGES:
         assert recipe.vlm is not None
         section = recipe.vlm_model(recipe.vlm.vision_encoder or recipe.model.vision_encoder)
+    section = replace(section, attention_backend="triton", text_attention_backend="triton")
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     with torch.device("meta"):
         model = _build(section, described).to(dtype)

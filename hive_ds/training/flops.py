@@ -90,8 +90,7 @@ class FlopCounter:
 
     def __init__(self, model: Any, plan: StagePlan) -> None:
         text = model.config.text_config
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self._text_width: int = text.num_attention_heads * head_dim
+        self._text_width: int = text.num_attention_heads * head_dim_of(text)
         self._vision_width: int = model.config.vision_config.hidden_size
         self._trains = plan.trained_groups
         self._in_sequence = not hasattr(model, "routes")
@@ -148,6 +147,11 @@ class FlopCounter:
         passes = 3 if "vision_encoder" in self._trains else 1
         encoder = passes * 4.0 * self._vision_width * batch.encoder_pairs * self._blocks
         return text + image + encoder
+
+
+def head_dim_of(text_config: Any) -> int:
+    """Width of one head of an LLM."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
