@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch.fx.experimental import _config
 from torch.utils.flop_counter import FlopCounterMode
 
-from hive_ds.cost.meta_attention import ATTENTION_BACKWARD, attend_on_meta
 from hive_ds.cost.memory_watch import MemoryWatch
+from hive_ds.cost.meta_attention import ATTENTION_BACKWARD, attend_on_meta
 from hive_ds.cost.workload import Workload
 from hive_ds.model.attention_backends import TrainedModel
 

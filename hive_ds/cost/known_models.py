@@ -61,9 +61,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "arXiv 2103.00020, table 20",
         304,
     ),
-    "facebook/MobileLLM-600M": KnownModel(
-        _language("llama", 1152, 3072, 40, 18, 6, 32000, 2048), _MOBILE_PAPER, 603.1
-    ),
+    "facebook/MobileLLM-600M": KnownModel(_language("llama", 1152, 3072, 40, 18, 6, 32000, 2048), _MOBILE_PAPER, 603.1),
     "HuggingFaceTB/SmolLM2-360M": KnownModel(
         _language("llama", 960, 2560, 32, 15, 5, 49152, 8192), "arXiv 2502.02737; the model's page", 362
     ),

@@ -1,8 +1,8 @@
 """Attention for models on the meta device: the shapes, the memory and the FLOPs of a fused kernel, nothing computed.
 
 On the meta device transformers would write attention out, with every score in memory, and our own would read lengths
-back from tensors that hold none. Encoders and cascaded LLMs attend through `padded_attention`, which keeps queries, keys,
-values, output and log-sum-exp for backward, as fused kernels on GPUs do; HIVE's layers through the Triton kernels' op.
+back from tensors that hold none. Encoders and cascaded LLMs attend through `padded_attention`, which keeps queries,
+keys, values, output and log-sum-exp for backward, as fused kernels on GPUs do; HIVE's layers through the Triton op.
 """
 
 from __future__ import annotations

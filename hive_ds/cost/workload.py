@@ -31,9 +31,7 @@ class Workload:
         """What it asks of ``model``."""
         rows, columns = _grid(model)
         tokens = self.batch * self.text_length
-        return BatchSize.of(
-            [self.text_length] * self.batch, [[0]] * self.batch, tokens, [rows * columns] * self.batch
-        )
+        return BatchSize.of([self.text_length] * self.batch, [[0]] * self.batch, tokens, [rows * columns] * self.batch)
 
     def meta_inputs(self, model: TrainedModel) -> dict[str, Any]:
         """Arguments of ``model.forward`` on the meta device."""
