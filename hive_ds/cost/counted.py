@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch.fx.experimental import _config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +33,7 @@ class CountedStep:
 def count_step(model: TrainedModel, workload: Workload) -> CountedStep:
     """Count a step of ``model``, on the meta device with its stage planned; its gradients are cleared afterwards."""
     attend_on_meta(model, workload.size(model))
-    inputs = workload.meta_inputs(model)
+    inputs = workload.inputs(model, torch.device("meta"))
     watch = MemoryWatch([*model.parameters(), *model.buffers(), inputs["input_ids"], inputs["pixel_values"]])
     watch.follow_gradients(model.parameters())
     with _every_token_counts(), watch, FlopCounterMode(display=False) as ran:
@@ -47,5 +48,7 @@ def count_step(model: TrainedModel, workload: Workload) -> CountedStep:
 @contextmanager
 def _every_token_counts() -> Iterator[None]:
     """Indexing by a mask takes everything: on the meta device a mask holds no values."""
-    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+    with _config.patch(  # type: ignore[attr-defined]
+        meta_nonzero_assume_all_nonzero=True
+    ):
         yield
