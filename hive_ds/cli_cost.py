@@ -48,6 +48,9 @@ def add_cost_command(commands: Any) -> None:
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in training"
     )
     parser.add_argument(
+        "--measure", action="store_true", help="also run and time steps with random weights on the GPU, without ZeRO"
+    )
+    parser.add_argument(
         "--curves",
         action="store_true",
         help="what becomes of the paper's claims over text length, batch and routes (minutes); needs one --against, of"
@@ -75,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
         recipes = [with_routes(recipe, args.routes) if recipe.model.kind == "hive" else recipe for recipe in recipes]
     costs = _print_stages(args, recipes)
     measured = _measure(args, recipes, costs) if args.measure else []
-    curves = compare(*recipes, lambda line: print(line, file=sys.stderr)) if args.curves else None
+    curves = compare(recipes[0], recipes[1], _say) if args.curves else None
     if curves is not None:
         print("\n".join(verdicts(curves)))
     if args.json:
@@ -83,6 +86,10 @@ def _run(args: argparse.Namespace) -> None:
         write_whole(args.json, json.dumps(as_dict(given, costs, measured, curves), indent=1) + "\n")
     if args.picture and curves is not None:
         write_whole(args.picture, draw(curves))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _print_stages(args: argparse.Namespace, recipes: list[Recipe]) -> list[StageCost]:
