@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from hive_ds.config import Recipe, RoutesConfig
-from hive_ds.cost.counted import count_step
+from hive_ds.cost.counted import watch_step
 from hive_ds.cost.memory import model_state_bytes, zero_buffer_bytes
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
@@ -28,7 +28,7 @@ FLOPS, MEMORY, SPEED = 0.14, 0.593, 3.4
 LIMITS = {"flops": 0.145, "speed": 1 / 3.35}
 """Ratios of FLOPs below which a claim holds: those that round to it, or are better."""
 TEXT_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
-BATCHES = (1, 8, 32)
+BATCHES = (1, 4, 32)
 CAPTION, MICRO_BATCH = 64, 32
 """Text length of the curve over batches, batch of the curve over text lengths."""
 ROUTES = (8, 6)
@@ -137,8 +137,8 @@ def _memory_curves(arm: Arm, recipe: Recipe, say: Callable[[str], None]) -> list
     fixed = {name: _fixed_bytes(arm, policy, ranks, recipe) for name, (policy, ranks) in SETUPS.items()}
     points = []
     for workload in _workloads():
-        counted = count_step(arm.model, workload)
-        working = counted.activations + counted.temporaries
+        watch = watch_step(arm.model, workload)
+        working = watch.activations + watch.temporaries
         peaks = {name: size + working for name, size in fixed.items()}
         points.append({"batch": workload.batch, "text_length": workload.text_length, "peaks": peaks})
     say(f"{recipe.name}, stage {arm.plan.stage.number}: memory of {len(points)} workloads")

@@ -32,17 +32,26 @@ class CountedStep:
 
 def count_step(model: TrainedModel, workload: Workload) -> CountedStep:
     """Count a step of ``model``, on the meta device with its stage planned; its gradients are cleared afterwards."""
-    attend_on_meta(model, workload.size(model))
-    inputs = workload.inputs(model, torch.device("meta"))
-    watch = MemoryWatch([*model.parameters(), *model.buffers(), inputs["input_ids"], inputs["pixel_values"]])
-    watch.follow_gradients(model.parameters())
-    with _every_token_counts(), watch, FlopCounterMode(display=False) as ran:
-        model(**inputs).loss.backward()
-    model.zero_grad()
+    with FlopCounterMode(display=False) as ran:
+        watch = watch_step(model, workload)
     counts = ran.get_flop_counts()["Global"]
     total = float(sum(counts.values()))
     repeated = sum(counts.get(op, 0) for op in ATTENTION_BACKWARD) / 5
     return CountedStep(total, total - repeated, watch.activations, watch.temporaries)
+
+
+def watch_step(model: TrainedModel, workload: Workload) -> MemoryWatch:
+    """The memory alone, in half the time."""
+    attend_on_meta(model, workload.size(model))
+    inputs = workload.inputs(model, torch.device("meta"))
+    watch = MemoryWatch([*model.parameters(), *model.buffers(), inputs["input_ids"], inputs["pixel_values"]])
+    hooks = watch.follow_gradients(model.parameters())
+    with _every_token_counts(), watch:
+        model(**inputs).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+    return watch
 
 
 @contextmanager
