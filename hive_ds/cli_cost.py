@@ -61,9 +61,10 @@ def add_cost_command(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from hive_ds.cost.claims import compare, verdicts, with_routes
+    from hive_ds.cost.claims import compare, with_routes
     from hive_ds.cost.pictures import draw
     from hive_ds.cost.report import as_dict
+    from hive_ds.cost.tables import tables
     from hive_ds.files import write_whole
     from hive_ds.recipe import load_recipe
 
@@ -80,7 +81,7 @@ def _run(args: argparse.Namespace) -> None:
     measured = _measure(args, recipes, costs) if args.measure else []
     curves = compare(recipes[0], recipes[1], _say) if args.curves else None
     if curves is not None:
-        print("\n".join(verdicts(curves)))
+        print("\n\n".join(tables(curves)))
     if args.json:
         given = shlex.join(["hive-ds", *sys.argv[1:]])
         write_whole(args.json, json.dumps(as_dict(given, costs, measured, curves), indent=1) + "\n")

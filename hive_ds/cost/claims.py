@@ -6,7 +6,7 @@ here; speed is not. The ratio of FLOPs says how much faster HIVE is if both run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -159,25 +159,3 @@ def _saved(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         "peaks": peaks,
         "saved": {name: 1 - both["hive"] / both["sa"] for name, both in peaks.items()},
     }
-
-
-def verdicts(curves: dict[str, Sequence[dict[str, Any]]]) -> list[str]:
-    """A line for each claim and condition: where it is reproduced, or that it is refuted."""
-    lines = []
-    words = {"flops": f"{FLOPS}x training FLOPs", "speed": f"{SPEED}x speed (bound by the ratio of FLOPs; not timed)"}
-    for row in curves["holds"]:
-        counted = "encoder counted" if row["encoder_counted"] else "encoder not counted"
-        where = f"reproduced up to {row['up_to']} text tokens" if row["up_to"] else "refuted at every text length"
-        lines.append(f"{words[row['claim']]}: stage {row['stage']}, {row['routes']} routes, {counted}: {where}")
-    for stage, routes, setup in product(STAGES, ROUTES, SETUPS):
-        held = [
-            point["text_length"]
-            for point in curves["memory"]
-            if (point["stage"], point["routes"], point["batch"]) == (stage, routes, MICRO_BATCH)
-            and round(point["saved"][setup], 3) >= MEMORY
-        ]
-        where = f"reproduced up to {max(held)} text tokens" if held else "refuted at every text length"
-        lines.append(
-            f"-{100 * MEMORY:.1f} % peak memory: stage {stage}, {routes} routes, {setup}, batch {MICRO_BATCH}: {where}"
-        )
-    return lines
