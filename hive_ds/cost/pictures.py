@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hive_ds.cost.claims import CAPTION, FLOPS, MEMORY, MICRO_BATCH, SETUPS, SPEED, STAGES
+from hive_ds.cost.claims import CAPTION, FLOPS, MEMORY, MICRO_BATCH, SETUPS, SPEED
 
 _COLOURS = {1: "tab:blue", 2: "tab:orange", 3: "tab:green"}
 _STYLES = ("-", "--")
@@ -43,7 +43,7 @@ def draw(curves: dict[str, Any]) -> bytes:
 
 def _lines(axes: Axes, points: list[dict[str, Any]], value: Any, across: str = "text_length") -> None:
     axes.set_xscale("log", base=2)
-    for stage in STAGES:
+    for stage in sorted({point["stage"] for point in points}):
         for routes, style in zip(sorted({point["routes"] for point in points}, reverse=True), _STYLES, strict=True):
             own = [point for point in points if (point["stage"], point["routes"]) == (stage, routes)]
             xs, ys = [point[across] for point in own], [value(point) for point in own]

@@ -41,7 +41,7 @@ def test_the_command_prints_and_writes_what_the_library_says(
     out = tmp_path / "cost.json"
     options = ["--text-length", "9", "--batch", "2", "--ranks", "2", "--measure", "--json", str(out)]
     assert main(["cost", files[0], "--against", files[1], "--stage", "3", *options]) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "Stage 3, vision_finetuning: micro-batch of 2 images and texts of 9 tokens, 2 ranks, zero3" in printed
     assert "not measured: no GPU" in printed or torch.cuda.is_available()
     first, second = json.loads(out.read_text())["stages"]
@@ -74,7 +74,9 @@ def test_curves_of_tiny_models(
     files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(claims, "ROUTES", (3, 2))
+    monkeypatch.setattr(claims, "STAGES", (1, 3))
     monkeypatch.setattr(claims, "TEXT_LENGTHS", (8, 64))
+    monkeypatch.setattr(claims, "BATCHES", (4, 32))
     hive, sa = load_recipe(files[0]), load_recipe(files[1])
     curves = compare(hive, sa, lambda line: None)
     assert curves == json.loads(json.dumps(curves))
