@@ -24,24 +24,20 @@ class CountedStep:
     """Everything that runs, repeated work included."""
     model_flops: float
     """Without what fused attention repeats; without checkpointing these are the FLOPs that the model needs."""
-    activations: int
-    """Bytes that forward made, at the moment when activations and temporaries take most."""
-    temporaries: int
-    """Bytes that backward made, recomputed activations among them, at that moment; without gradients of weights."""
 
 
 def count_step(model: TrainedModel, workload: Workload) -> CountedStep:
     """Count a step of ``model``, on the meta device with its stage planned; its gradients are cleared afterwards."""
     with FlopCounterMode(display=False) as ran:
-        watch = watch_step(model, workload)
+        watch_step(model, workload)
     counts = ran.get_flop_counts()["Global"]
     total = float(sum(counts.values()))
     repeated = sum(counts.get(op, 0) for op in ATTENTION_BACKWARD) / 5
-    return CountedStep(total, total - repeated, watch.activations, watch.temporaries)
+    return CountedStep(total, total - repeated)
 
 
 def watch_step(model: TrainedModel, workload: Workload) -> MemoryWatch:
-    """The memory alone, in half the time."""
+    """Follow the memory of such a step: by itself, for the FLOP counter's hooks keep alive what checkpointing frees."""
     attend_on_meta(model, workload.size(model))
     inputs = workload.inputs(model, torch.device("meta"))
     watch = MemoryWatch([*model.parameters(), *model.buffers(), inputs["input_ids"], inputs["pixel_values"]])

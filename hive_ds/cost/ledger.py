@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hive_ds.config import Recipe
-from hive_ds.cost.counted import count_step
+from hive_ds.cost.counted import count_step, watch_step
 from hive_ds.cost.memory import ModelStates, model_state_bytes, zero_buffer_bytes
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
@@ -84,7 +84,7 @@ def cost_of_stage(recipe: Recipe, stage: int, *, text_length: int, batch: int | 
     workload = Workload(batch or fit_micro_batch(config, ranks).micro_batch_size, text_length)
     size, closed, checkpointing = workload.size(model), FlopCounter(model, plan), recipe.model.gradient_checkpointing
     parts = closed.parts(size)
-    counted = count_step(model, workload)
+    watch, counted = watch_step(model, workload), count_step(model, workload)
     plainly = counted.model_flops
     if checkpointing:
         unchecked = replace(recipe, model=replace(recipe.model, gradient_checkpointing=False))
@@ -108,8 +108,8 @@ def cost_of_stage(recipe: Recipe, stage: int, *, text_length: int, batch: int | 
         counted_hardware_flops=counted.hardware_flops,
         memory={
             **by_category(states),
-            "activations": counted.activations,
-            "temporaries": counted.temporaries,
+            "activations": watch.activations,
+            "temporaries": watch.temporaries,
             "zero_buffers": zero_buffer_bytes(plan, policy, precision=precision),
         },
         host_memory=states.host,

@@ -17,6 +17,22 @@ def tables(curves: dict[str, Any]) -> list[str]:
     return [_where_claims_hold(curves), _flops(curves["flops"]), *_memory(curves["memory"])]
 
 
+def peaks(stages: Sequence[dict[str, Any]]) -> str:
+    """Peak memory and HFU of two recipes, stage by stage.
+
+    Args:
+        stages: of a results file, the first recipe's before the second's at each stage.
+    """
+    rows = []
+    for ours, theirs in zip(stages[::2], stages[1::2], strict=True):
+        flops = [cost["hardware_flops"] / cost["batch"] / 1e12 for cost in (ours, theirs)]
+        memory = [cost["peak"] / 1e9 for cost in (ours, theirs)]
+        values = [f"{memory[0]:.2f}", f"{memory[1]:.2f}", f"{100 * (1 - memory[0] / memory[1]):.1f}"]
+        rows.append([str(ours["stage"]), *values, *(f"{value:.2f}" for value in flops), f"{flops[0] / flops[1]:.3f}"])
+    heads = ["stage", "GB, HIVE", "GB, SA", "% saved", "TFLOPs a sample (HFU), HIVE", "SA", "share"]
+    return _table(heads, rows)
+
+
 def _where_claims_hold(curves: dict[str, Any]) -> str:
     rows = []
     for stage, routes in _places(curves["holds"]):

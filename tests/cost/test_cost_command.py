@@ -16,7 +16,7 @@ from hive_ds.cost.counted import watch_step
 from hive_ds.cost.ledger import cost_of_stage
 from hive_ds.cost.measured import measure_step
 from hive_ds.cost.pictures import draw
-from hive_ds.cost.tables import tables
+from hive_ds.cost.tables import peaks, tables
 from hive_ds.cost.workload import Workload
 from hive_ds.recipe import dump_recipe, load_recipe
 
@@ -103,6 +103,8 @@ def test_the_document_shows_the_committed_figures() -> None:
     document = (ROOT / "docs" / "cost.md").read_text()
     for table in tables(json.loads(RESULTS.read_text())["curves"]):
         assert table in document
+    checkpointing = json.loads((RESULTS.parent / "cost_checkpointing.json").read_text())
+    assert peaks(checkpointing["stages"]) in document
 
 
 def test_the_committed_figures_are_what_the_code_computes() -> None:

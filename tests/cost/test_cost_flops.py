@@ -17,10 +17,19 @@ from hive_ds.recipe import load_recipe
 
 PAPER = "hive-siglip-l-mobilellm-600m"
 FULL_SIZE = [
-    *(("sa-siglip-l-mobilellm-600m", stage) for stage in (1, 2, 3)),
-    ("last-siglip-l-mobilellm-600m", 3),
-    ("hive-clip-l-smollm2-360m", 3),
-    ("hive-siglip-so400m-qwen3-0.6b", 2),
+    ("sa-siglip-l-mobilellm-600m", 3),
+    *(
+        pytest.param(name, stage, marks=pytest.mark.long)
+        for name, stage in (
+            ("sa-siglip-l-mobilellm-600m", 1),
+            ("sa-siglip-l-mobilellm-600m", 2),
+            ("last-siglip-l-mobilellm-600m", 1),
+            ("last-siglip-l-mobilellm-600m", 2),
+            ("last-siglip-l-mobilellm-600m", 3),
+            ("hive-clip-l-smollm2-360m", 3),
+            ("hive-siglip-so400m-qwen3-0.6b", 2),
+        )
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ from cost_recipes import tiny_recipe
 from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from hive_ds.cost.counted import count_step
+from hive_ds.cost.counted import watch_step
 from hive_ds.cost.memory import model_state_bytes
 from hive_ds.cost.memory_watch import MemoryWatch
 from hive_ds.cost.model import meta_model, random_model
@@ -73,9 +73,9 @@ def test_activations_grow_with_the_batch_and_shrink_under_checkpointing(tmp_path
     for checkpointing in ("false", "true"):
         model, _ = meta_model(tiny_recipe(tmp_path, "tiny", f"model.gradient_checkpointing={checkpointing}"), 3)
         for batch in (4, 8, 16):
-            step = count_step(model, Workload(batch, 40))
+            step = watch_step(model, Workload(batch, 40))
             counted[checkpointing, batch] = step.activations + step.temporaries
-    assert all(counted["true", batch] < counted["false", batch] for batch in (4, 8, 16))
+    assert counted["true", 8] < 0.6 * counted["false", 8]
     assert counted["false", 16] - counted["false", 8] == pytest.approx(
         2 * (counted["false", 8] - counted["false", 4]), rel=1e-3
     )
