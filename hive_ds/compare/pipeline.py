@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hive_ds.ablation.execute import run_after, run_all
+from hive_ds.ablation.execute import run_all
 from hive_ds.ablation.gather import Gathered, gather
 from hive_ds.ablation.plan import ArmRun, make_plan
 from hive_ds.compare.page import contrasts, render_page
@@ -85,7 +85,7 @@ class Comparison:
         run_all(
             self._plan(),
             [sys.executable, "-m", "hive_ds.train"],
-            after=run_after(judge),
+            after=judge,
             jobs=self.settings.jobs,
         )
 
