@@ -32,6 +32,8 @@ def test_page_says_what_differs_and_what_could_not_be_told() -> None:
         found = gathered(spread)
         record = {
             "contrasts": [one.as_dict() for one in contrasts(found)],
+            "hardware": "2 CPU cores, no GPU",
+            "date": "2026-11-26",
             "versions": {"torch": "2"},
             "seconds_by_step": {"runs": 60.0},
         }
@@ -41,6 +43,8 @@ def test_page_says_what_differs_and_what_could_not_be_told() -> None:
         interval = f"{10 - 4.3027 * error:+.1f} to {10 + 4.3027 * error:+.1f}"
         cells = ["answers all", "hive", "base", "+10.0", interval, verdict, f"{5.3634 * error:.1f}"]
         assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+        assert page.count("<circle ") == len(record["contrasts"])
+        assert page.count('stroke="var(--one)" stroke-width="2"') == len(record["contrasts"]) * (verdict == "yes")
         assert "sa-seed0" in page
         assert "± 9.8 points" in page  # 1.96 sqrt(0.25 / 100)
         assert "<td>stage 4 seconds</td>" in page
