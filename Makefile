@@ -41,7 +41,7 @@ $(VENV_TF5)/.installed: $(VENV)/.installed
 quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and show what it learned (10 minutes on 2 cores)
 	$(VENV)/bin/hive-ds quickstart
 
-compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 seeds each, and judge their encoders alike (hours on 2 cores)
+compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 seeds each, and judge their encoders alike (35 minutes on 2 cores)
 	$(VENV)/bin/hive-ds compare
 
 test: $(VENV)/.installed ## Run the tests (less than half an hour on 2 cores)
