@@ -1,0 +1,51 @@
+"""Forward and backward on the meta device, as PyTorch counts their FLOPs and follows their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch.fx.experimental import _config
+from torch.utils.flop_counter import FlopCounterMode
+
+from hive_ds.cost.memory_watch import MemoryWatch
+from hive_ds.cost.meta_attention import ATTENTION_BACKWARD, attend_on_meta
+from hive_ds.cost.workload import Workload
+from hive_ds.model.attention_backends import TrainedModel
+
+
+@dataclass(frozen=True)
+class CountedStep:
+    """One micro-batch, forward and backward, as it would run."""
+
+    hardware_flops: float
+    """Everything that runs, repeated work included."""
+    model_flops: float
+    """Without what fused attention repeats; without checkpointing these are the FLOPs that the model needs."""
+    activations: int
+    """Bytes that forward made, at the moment when activations and temporaries take most."""
+    temporaries: int
+    """Bytes that backward made, recomputed activations among them, at that moment; without gradients of weights."""
+
+
+def count_step(model: TrainedModel, workload: Workload) -> CountedStep:
+    """Count a step of ``model``, on the meta device with its stage planned; its gradients are cleared afterwards."""
+    attend_on_meta(model, workload.size(model))
+    inputs = workload.meta_inputs(model)
+    watch = MemoryWatch([*model.parameters(), *model.buffers(), inputs["input_ids"], inputs["pixel_values"]])
+    watch.follow_gradients(model.parameters())
+    with _every_token_counts(), watch, FlopCounterMode(display=False) as ran:
+        model(**inputs).loss.backward()
+    model.zero_grad()
+    counts = ran.get_flop_counts()["Global"]
+    total = float(sum(counts.values()))
+    repeated = sum(counts.get(op, 0) for op in ATTENTION_BACKWARD) / 5
+    return CountedStep(total, total - repeated, watch.activations, watch.temporaries)
+
+
+@contextmanager
+def _every_token_counts() -> Iterator[None]:
+    """Indexing by a mask takes everything: on the meta device a mask holds no values."""
+    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+        yield
