@@ -14,7 +14,7 @@ from torch import nn
 
 from hive_ds.planning.gathers import Gatherer, GatherLimits
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message
-from hive_ds.planning.trace import Event
+from hive_ds.planning.trace import FETCH, Event
 from hive_ds.training.groups import StagePlan
 from hive_ds.training.metrics import Totals
 
@@ -119,7 +119,7 @@ def step_messages(
 
     Args:
         layout: of the model and stage.
-        events: of `record_trace`; ZeRO-3 only.
+        events: of `record_trace`.
         policy: of the run.
         num_ranks: of the run.
         micro_batches: of one rank in one optimizer step.
@@ -130,7 +130,7 @@ def step_messages(
         weights = scale.gathers(events, micro_batches)
     else:
         weights = scale.renewals() if policy.stage else []
-    return StepMessages(weights, scale.gradients(micro_batches), scale.scalars())
+    return StepMessages(weights, scale.gradients(events, micro_batches), scale.scalars())
 
 
 @dataclass(frozen=True)
@@ -164,14 +164,16 @@ class _Scale:
         sizes = (sum(self.layout.sizes[name] for name in group) for group in self.layout.groups)
         return [self._message(ALL_GATHER, ceil(size / unit) * unit * self.weight_bytes) for size in sizes]
 
-    def gradients(self, micro_batches: int) -> list[Message]:
+    def gradients(self, events: Sequence[Event], micro_batches: int) -> list[Message]:
         """Each micro-batch reduces them under ZeRO 2 and 3, the whole step under ZeRO 0 and 1."""
         names = [name for name in self.layout.sizes if name in self.layout.trained]
         if self.policy.stage == 0:  # the engine fills a fixed buffer in the model's order, and past its end
             buckets = _filled((self.layout.sizes[name] for name in names), _BUCKET, past_the_end=True)
             return [self._message(ALL_REDUCE, bucket * self.weight_bytes) for bucket in buckets]
         kind = REDUCE_SCATTER if self.policy.stage == 3 else ALL_REDUCE
-        sizes = [self.layout.sizes[name] for name in reversed(names)]  # about as backward makes them
+        backward = (event.module for event in events if event.kind == FETCH and not event.forward)
+        order = dict.fromkeys(name for module in backward for name in self.layout.owned[module])
+        sizes = [self.layout.sizes[name] for name in order if name in self.layout.trained]
         buckets = _filled(sizes, self.policy.reduce_bucket, past_the_end=False)
         if self.policy.stage == 3:
             padding = sum(self._padded(size) - size for size in sizes)

@@ -1,29 +1,20 @@
 """The order in which a step enters and leaves modules, which decides when ZeRO-3 gathers which weights.
 
-The order does not depend on widths. It is recorded on a model of the same build whose layers are narrow, in one forward
-and backward pass, by hooks at the places where DeepSpeed has its own (0.19.8, `deepspeed.runtime.zero.parameter_offload`).
+It is recorded by hooks where DeepSpeed has its own (0.19.8, `deepspeed.runtime.zero.parameter_offload`): around forward,
+on what a module puts out, and on what it takes in by position. Arguments passed by name have no mark there either.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-
-from hive_ds.model.attention_backends import set_vision_attention
-from hive_ds.model.cascaded import CascadedForCausalLM
-from hive_ds.model.configuration import HiveConfig
-from hive_ds.model.hive import HiveForCausalLM
-from hive_ds.model.vision import vision_class
 
 FETCH, RELEASE = "fetch", "release"
-
-_NARROW_HEAD, _NARROW_VOCABULARY, _TEXT_TOKENS = 4, 64, 6
 
 
 @dataclass(frozen=True)
@@ -38,66 +29,14 @@ class Event:
     """A forward pass inside of backward, under gradient checkpointing."""
 
 
-def record_trace(model: nn.Module, batch: dict[str, Any]) -> list[Event]:
-    """Events of one forward and backward pass of ``model``, whose `requires_grad` is planned, over ``batch``."""
+@contextmanager
+def recorded_events(model: nn.Module) -> Iterator[list[Event]]:
+    """Events of the forward and backward passes of ``model`` inside the block, on any device."""
     recorder = _Recorder(model)
     try:
-        model(**batch).loss.backward()
+        yield recorder.events
     finally:
         recorder.remove()
-    return recorder.events
-
-
-def narrow_model(model: Any, *, gradient_checkpointing: bool) -> Any:
-    """A model of the same build as ``model`` (on any device), with narrow layers and random weights, on the CPU."""
-    vision = _narrow(model.config.vision_config)
-    text = _narrow(model.config.text_config)
-    if hasattr(text, "vocab_size"):
-        text.vocab_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = _NARROW_VOCABULARY, None, 1, 2
-    towers = vision_class(vision)(vision), AutoModelForCausalLM.from_config(text)
-    config = copy.deepcopy(model.config)
-    config.vision_config, config.text_config = vision, text
-    if isinstance(config, HiveConfig):
-        config.attention_backend = config.text_attention_backend = "sdpa"
-        narrow: Any = HiveForCausalLM(config, *towers)
-    else:
-        config.image_token_index = _NARROW_VOCABULARY - 1
-        narrow = CascadedForCausalLM(config, *towers, attention_backend="sdpa")
-    set_vision_attention(narrow, "sdpa")
-    for name, parameter in model.named_parameters():
-        narrow.get_parameter(name).requires_grad_(parameter.requires_grad)
-    if gradient_checkpointing:
-        narrow.gradient_checkpointing_enable()
-    return narrow.train()
-
-
-def narrow_batch(narrow: Any) -> dict[str, Any]:
-    """One text and one image for a `narrow_model`."""
-    vision = narrow.config.vision_config
-    images: dict[str, Tensor] = {"pixel_values": torch.zeros(1, 3, *[getattr(vision, "image_size", 0)] * 2)}
-    if not getattr(vision, "image_size", 0):  # variable resolution: patches come flattened
-        patches = vision.num_patches
-        images = {
-            "pixel_values": torch.zeros(1, patches, 3 * vision.patch_size**2),
-            "pixel_attention_mask": torch.ones(1, patches, dtype=torch.int64),
-            "spatial_shapes": torch.tensor([[2, patches // 2]]),
-        }
-    ids = torch.arange(3, 3 + _TEXT_TOKENS)
-    return {"input_ids": ids, "labels": ids, "text_lengths": [_TEXT_TOKENS], "image_offsets": [[0]], **images}
-
-
-def _narrow(config: Any) -> Any:
-    """``config`` with a small head, so that widths are a few dozen; depth, heads and norms stay."""
-    narrow = copy.deepcopy(config)
-    narrow.hidden_size = _NARROW_HEAD * narrow.num_attention_heads
-    narrow.intermediate_size = narrow.hidden_size
-    if getattr(narrow, "head_dim", None):
-        narrow.head_dim = _NARROW_HEAD
-    if hasattr(narrow, "image_size"):
-        narrow.image_size = 2 * narrow.patch_size
-    if hasattr(narrow, "num_patches"):
-        narrow.num_patches = 4
-    return narrow
 
 
 class _Mark(torch.autograd.Function):
@@ -144,7 +83,7 @@ class _Recorder:
             recomputed = torch._C._current_graph_task_id() != -1
             self.events.append(Event(FETCH, name, forward=True, recomputed=recomputed))
             self._waiting[name] = 0
-            return _on_tensors(mark, inputs)  # what is passed by name has no mark, in DeepSpeed neither
+            return _on_tensors(mark, inputs)
 
         return hook
 

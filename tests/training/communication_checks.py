@@ -26,7 +26,6 @@ LARGE_MODEL = {
     "stage3_param_persistence_threshold": 500,
     "stage3_prefetch_bucket_size": 5000,
     "stage3_max_reuse_distance": 20_000,
-    "stage3_max_live_parameters": 40_000,
     "reduce_bucket_size": 20_000,
     "sub_group_size": 10_000,
 }
