@@ -95,7 +95,10 @@ class ZeroPolicy:
 class StepMessages:
     """Collectives of one rank in one optimizer step, by what they carry."""
 
-    weights: list[Message]
+    gathers: list[Message]
+    """Of weights, in forward and backward (ZeRO-3)."""
+    renewals: list[Message]
+    """Of weights that every rank keeps whole, after the optimizer (ZeRO 1 to 3)."""
     gradients: list[Message]
     scalars: list[Message]
     """Losses, token counts, norms, agreements: a few numbers each."""
@@ -103,7 +106,7 @@ class StepMessages:
     @property
     def all(self) -> list[Message]:
         """Every one."""
-        return [*self.weights, *self.gradients, *self.scalars]
+        return [*self.gathers, *self.renewals, *self.gradients, *self.scalars]
 
 
 def step_messages(
@@ -126,11 +129,8 @@ def step_messages(
         weight_bytes: of an element, 2 for bf16; gradients travel in the same type.
     """
     scale = _Scale(layout, policy, num_ranks, weight_bytes)
-    if policy.stage == 3:
-        weights = scale.gathers(events, micro_batches)
-    else:
-        weights = scale.renewals() if policy.stage else []
-    return StepMessages(weights, scale.gradients(events, micro_batches), scale.scalars())
+    gathers, renewals = scale.gathers(events, micro_batches) if policy.stage == 3 else ([], scale.renewals())
+    return StepMessages(gathers, renewals, scale.gradients(events, micro_batches), scale.scalars())
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class _Scale:
     num_ranks: int
     weight_bytes: int
 
-    def gathers(self, events: Sequence[Event], micro_batches: int) -> list[Message]:
-        """ZeRO-3's, of the second of two steps: what one leaves in place, the next finds."""
+    def gathers(self, events: Sequence[Event], micro_batches: int) -> tuple[list[Message], list[Message]]:
+        """ZeRO-3's and the renewals after it, of the second of two steps: what one leaves, the next finds."""
         gatherer = Gatherer(
             self.layout.sizes,
             self.layout.trained,
@@ -156,10 +156,13 @@ class _Scale:
             elements = sum(self._padded(self.layout.sizes[name]) for name in gather.parameters)
             ranks = self.policy.ranks_per_copy if gather.within_node else self.num_ranks
             messages.append(Message(ALL_GATHER, elements * self.weight_bytes, ranks))
-        return messages
+        kept = len(messages) - len(gatherer.persistent)
+        return messages[:kept], messages[kept:]
 
     def renewals(self) -> list[Message]:
         """ZeRO 1 and 2: each optimizer group's weights after the step, aligned to 2 elements a rank."""
+        if self.policy.stage == 0:
+            return []
         unit = 2 * self.num_ranks
         sizes = (sum(self.layout.sizes[name] for name in group) for group in self.layout.groups)
         return [self._message(ALL_GATHER, ceil(size / unit) * unit * self.weight_bytes) for size in sizes]

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from hive_ds.planning.trace import FETCH, Event
 
 PARTITIONED, INFLIGHT, WHOLE = "partitioned", "in flight", "whole"
+_DIFFERENT = 3
+"""Micro-batches of a step after which all others are alike: what the first has left, the second and third find."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,11 @@ class Gatherer:
 
     def run_step(self, micro_batches: int) -> list[Gather]:
         """Gathers of one optimizer step, the renewal of the persistent weights after it included."""
-        self.gathers = []
-        for _ in range(micro_batches):
+        self.gathers, start = [], 0
+        for _ in range(min(micro_batches, _DIFFERENT)):
+            start = len(self.gathers)
             self._run_micro_batch()
+        self.gathers += self.gathers[start:] * (micro_batches - _DIFFERENT)
         for name in self.sizes:
             self._active[name].clear()
             self._give_up(name)
