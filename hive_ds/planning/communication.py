@@ -5,7 +5,7 @@ Left out: validation, checkpoints, log lines, and the first steps of a run, in w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from hive_ds.planning.gathers import Gatherer, GatherLimits
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message
-from hive_ds.planning.trace import FETCH, Event
+from hive_ds.planning.trace import FETCH, Trace, external_parameters
 from hive_ds.training.groups import StagePlan
 from hive_ds.training.metrics import Totals
 
@@ -41,7 +41,7 @@ class Layout:
         """Of a model on any device, the meta device too."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         owned = {
-            path: tuple(dict.fromkeys(names[id(p)] for p in [*module.parameters(recurse=False), *_external(module)]))
+            path: tuple(dict.fromkeys(names[id(p)] for p in [*module.parameters(recurse=False), *external_parameters(module)]))
             for path, module in model.named_modules()
         }
         return cls(
@@ -111,7 +111,7 @@ class StepMessages:
 
 def step_messages(
     layout: Layout,
-    events: Sequence[Event],
+    trace: Trace,
     policy: ZeroPolicy,
     *,
     num_ranks: int,
@@ -122,31 +122,33 @@ def step_messages(
 
     Args:
         layout: of the model and stage.
-        events: of `record_trace`.
+        trace: of a micro-batch.
         policy: of the run.
         num_ranks: of the run.
         micro_batches: of one rank in one optimizer step.
         weight_bytes: of an element, 2 for bf16; gradients travel in the same type.
     """
-    scale = _Scale(layout, policy, num_ranks, weight_bytes)
-    gathers, renewals = scale.gathers(events, micro_batches) if policy.stage == 3 else ([], scale.renewals())
-    return StepMessages(gathers, renewals, scale.gradients(events, micro_batches), scale.scalars())
+    scale = _Scale(layout, trace, policy, num_ranks, weight_bytes)
+    gathers, renewals = scale.gathers(micro_batches) if policy.stage == 3 else ([], scale.renewals())
+    return StepMessages(gathers, renewals, scale.gradients(micro_batches), scale.scalars())
 
 
 @dataclass(frozen=True)
 class _Scale:
     layout: Layout
+    trace: Trace
     policy: ZeroPolicy
     num_ranks: int
     weight_bytes: int
 
-    def gathers(self, events: Sequence[Event], micro_batches: int) -> tuple[list[Message], list[Message]]:
+    def gathers(self, micro_batches: int) -> tuple[list[Message], list[Message]]:
         """ZeRO-3's and the renewals after it, of the second of two steps: what one leaves, the next finds."""
+        foreign = self.trace.foreign
         gatherer = Gatherer(
             self.layout.sizes,
             self.layout.trained,
-            self.layout.owned,
-            events,
+            {module: (*names, *foreign.get(module, ())) for module, names in self.layout.owned.items()},
+            self.trace.events,
             self.policy.limits,
             second_copy=self.policy.ranks_per_copy > 1,
         )
@@ -167,14 +169,14 @@ class _Scale:
         sizes = (sum(self.layout.sizes[name] for name in group) for group in self.layout.groups)
         return [self._message(ALL_GATHER, ceil(size / unit) * unit * self.weight_bytes) for size in sizes]
 
-    def gradients(self, events: Sequence[Event], micro_batches: int) -> list[Message]:
+    def gradients(self, micro_batches: int) -> list[Message]:
         """Each micro-batch reduces them under ZeRO 2 and 3, the whole step under ZeRO 0 and 1."""
         names = [name for name in self.layout.sizes if name in self.layout.trained]
         if self.policy.stage == 0:  # the engine fills a fixed buffer in the model's order, and past its end
             buckets = _filled((self.layout.sizes[name] for name in names), _BUCKET, past_the_end=True)
             return [self._message(ALL_REDUCE, bucket * self.weight_bytes) for bucket in buckets]
         kind = REDUCE_SCATTER if self.policy.stage == 3 else ALL_REDUCE
-        backward = (event.module for event in events if event.kind == FETCH and not event.forward)
+        backward = (event.module for event in self.trace.events if event.kind == FETCH and not event.forward)
         order = dict.fromkeys(name for module in backward for name in self.layout.owned[module])
         sizes = [self.layout.sizes[name] for name in order if name in self.layout.trained]
         buckets = _filled(sizes, self.policy.reduce_bucket, past_the_end=False)
@@ -225,8 +227,3 @@ def _filled(sizes: Iterable[int], capacity: int, *, past_the_end: bool) -> list[
             buckets.append(current)
             current = 0
     return [*buckets, current] if current else buckets
-
-
-def _external(module: nn.Module) -> list[nn.Parameter]:
-    declared = getattr(module, "external_parameters", None)
-    return declared() if callable(declared) else []

@@ -12,7 +12,7 @@ from hive_ds.cost.memory import ModelStates, model_state_bytes, weight_bytes, ze
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
 from hive_ds.planning.communication import Layout, StepMessages, ZeroPolicy, step_messages
-from hive_ds.planning.trace import Event, recorded_events
+from hive_ds.planning.trace import Trace, recorded
 from hive_ds.training.flops import FlopCounter
 from hive_ds.training.groups import StagePlan
 
@@ -25,7 +25,7 @@ class StageModel:
     plan: StagePlan
     precision: str
     layout: Layout
-    events: list[Event]
+    trace: Trace
     flops_per_sample: float
     """On hardware: forward, backward and what backward repeats."""
     activations: tuple[int, int]
@@ -42,7 +42,7 @@ class StageModel:
         model, plan = meta_model(recipe, stage)
         layout, size, closed = Layout.of(model, plan), one.size(model), FlopCounter(model, plan)
         flops = closed.count(size) + closed.repeated(size, checkpointing=recipe.model.gradient_checkpointing)
-        with recorded_events(model) as events:
+        with recorded(model) as trace:
             first = count_step(model, one)
         second = count_step(meta_model(recipe, stage)[0], two)
         peaks = [counted.activations + counted.temporaries for counted in (first, second)]
@@ -51,7 +51,7 @@ class StageModel:
             plan=plan,
             precision=recipe.training.precision,
             layout=layout,
-            events=events,
+            trace=trace,
             flops_per_sample=flops,
             activations=(peaks[0], peaks[1] - peaks[0]),
         )
@@ -89,7 +89,7 @@ class StageModel:
         """Collectives of one rank in one optimizer step."""
         return step_messages(
             self.layout,
-            self.events,
+            self.trace,
             policy,
             num_ranks=ranks,
             micro_batches=micro_batches,

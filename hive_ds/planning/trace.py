@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,14 +29,30 @@ class Event:
     """A forward pass inside of backward, under gradient checkpointing."""
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What forward and backward passes did."""
+
+    events: list[Event] = field(default_factory=list)
+    foreign: dict[str, set[str]] = field(default_factory=dict)
+    """Names of parameters that a module looked at though they are another's, which has not been entered: ZeRO-3 gathers
+    them with that module's own from then on. SigLIP's embeddings ask their convolution for its type, for example."""
+
+
 @contextmanager
-def recorded_events(model: nn.Module) -> Iterator[list[Event]]:
-    """Events of the forward and backward passes of ``model`` inside the block, on any device."""
+def recorded(model: nn.Module) -> Iterator[Trace]:
+    """Trace of the forward and backward passes of ``model`` inside the block, on any device."""
     recorder = _Recorder(model)
     try:
-        yield recorder.events
+        yield recorder.trace
     finally:
         recorder.remove()
+
+
+def external_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of others that a module says it reads (`hive_ds.training.engine` tells ZeRO-3)."""
+    declared: Callable[[], list[nn.Parameter]] = getattr(module, "external_parameters", list)
+    return declared()
 
 
 class _Mark(torch.autograd.Function):
@@ -53,27 +69,59 @@ class _Mark(torch.autograd.Function):
         return gradients[0], None
 
 
+class _Watched(dict[str, Any]):
+    """A module's parameters, which tells of every look at one."""
+
+    def __init__(self, parameters: dict[str, Any], look: Callable[[str], None]) -> None:
+        super().__init__(parameters)
+        self._look = look
+
+    def __getitem__(self, name: str) -> Any:
+        self._look(name)
+        return super().__getitem__(name)
+
+
 class _Recorder:
     """Hooks on every module, the root included."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.events: list[Event] = []
+        self.trace = Trace()
         self._waiting: dict[str, int] = {}
+        self._running: list[str] = []
+        self._model = model
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._reads = {
+            name: {id(p) for p in [*module.parameters(recurse=False), *external_parameters(module)]}
+            for name, module in model.named_modules()
+        }
         self._handles: list[Any] = []
         for name, module in model.named_modules():
+            module._parameters = _Watched(module._parameters, self._look(module._parameters))
             self._handles.append(module.register_forward_pre_hook(self._before(name)))
-            self._handles.append(module.register_forward_hook(self._after(name)))
+            self._handles.append(module.register_forward_hook(self._after(name), always_call=True))
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+        for module in self._model.modules():
+            module._parameters = dict(module._parameters)
+
+    def _look(self, parameters: dict[str, Any]) -> Callable[[str], None]:
+        def look(name: str) -> None:
+            parameter = parameters[name]
+            if parameter is None or not self._running:
+                return
+            if not any(id(parameter) in self._reads[module] for module in self._running):
+                self.trace.foreign.setdefault(self._running[-1], set()).add(self._names[id(parameter)])
+
+        return look
 
     def _before(self, name: str) -> Callable[..., Any]:
         def inputs_done() -> None:
             self._waiting[name] -= 1
             if self._waiting[name] == 0:
-                self.events.append(Event(RELEASE, name, forward=False))
+                self.trace.events.append(Event(RELEASE, name, forward=False))
 
         def mark(value: Tensor) -> Tensor:
             self._waiting[name] += value.requires_grad
@@ -81,7 +129,8 @@ class _Recorder:
 
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
             recomputed = torch._C._current_graph_task_id() != -1
-            self.events.append(Event(FETCH, name, forward=True, recomputed=recomputed))
+            self.trace.events.append(Event(FETCH, name, forward=True, recomputed=recomputed))
+            self._running.append(name)
             self._waiting[name] = 0
             return _on_tensors(mark, inputs)
 
@@ -89,10 +138,13 @@ class _Recorder:
 
     def _after(self, name: str) -> Callable[..., Any]:
         def output_needed() -> None:
-            self.events.append(Event(FETCH, name, forward=False))
+            self.trace.events.append(Event(FETCH, name, forward=False))
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            self.events.append(Event(RELEASE, name, forward=True))
+            self._running.pop()
+            if output is None:  # checkpointing stopped its recomputation in here
+                return None
+            self.trace.events.append(Event(RELEASE, name, forward=True))
             return _on_tensors(lambda value: _Mark.apply(value, output_needed), output)
 
         return hook
