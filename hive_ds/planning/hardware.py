@@ -61,7 +61,7 @@ NETWORKS: dict[str, Network] = {
 }
 """Bandwidths are the names of the standards; latencies are assumptions."""
 
-LINK_LATENCY = 2e-6
+LINK_LATENCY = 1e-6
 """Seconds of one hop inside a node: an assumption."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import ceil, log2
 
 from hive_ds.planning.communication import StepMessages
 from hive_ds.planning.hardware import LINK_LATENCY, Gpu, Network
@@ -114,13 +115,15 @@ def _ring_time(message: Message, cluster: Cluster, assumed: Assumptions) -> floa
     if ranks == 1:
         return 0.0
     nodes = max(1, -(-ranks // cluster.gpus_per_node))
-    rounds = 2 if message.kind == ALL_REDUCE else 1
     inside = ranks - nodes
-    hops = rounds * (inside * LINK_LATENCY + (nodes if nodes > 1 else 0) * cluster.network.latency)
     slowest = cluster.gpu.link_bandwidth if inside else cluster.network.bandwidth
     if nodes > 1:
         slowest = min(slowest, cluster.network.bandwidth)
-    return hops + message.sent / (slowest * assumed.bandwidth_share)
+    latency = inside * LINK_LATENCY + (nodes if nodes > 1 else 0) * cluster.network.latency
+    if message.kind == ALL_REDUCE:  # small ones go up and down a tree of nodes instead
+        tree = (ranks // nodes - 1) * LINK_LATENCY + ceil(log2(nodes)) * cluster.network.latency
+        latency = 2 * min(latency, tree)
+    return latency + message.sent / (slowest * assumed.bandwidth_share)
 
 
 def _optimizer_time(trained: float, gpu: Gpu, assumed: Assumptions, *, offloads: bool) -> float:

@@ -67,8 +67,11 @@ class Case:
 
 FIRST = (Case(1, "zero3"), Case(2, "zero3", large=True))
 """They also train what the others start from."""
+SCALED = (FIRST[0], Case(1, "zero2"), Case(1, "zero0"))
+"""Those that 8 ranks run too."""
 CASES = (
     *FIRST,
+    *SCALED[1:],
     *(Case(3, policy) for policy in ("zero0", "zero1", "zero2", "zero3")),
     *(Case(3, policy, precision="bf16") for policy in ("zero0", "zero1", "zero2")),
     *(Case(3, f"zero3_offload_{what}", large=True) for what in ("optimizer", "param")),
@@ -78,8 +81,6 @@ CASES = (
     Case(3, "zero3_hpz", large=True, per_copy=2),
     Case(3, "zero3_hpz", large=True, per_copy=2, recompute=False),
 )
-SCALED = (FIRST[0], Case(1, "zero2"), Case(1, "zero0"))
-"""Those that 8 ranks run too."""
 
 
 def predicted(case: Case, folder: Path, num_ranks: int) -> dict[str, dict[str, float]]:
