@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
 from torch import nn
 
-from hive_ds.planning.gathers import Gatherer, GatherLimits
+from hive_ds.planning.gathers import DIFFERENT, Gather, Gatherer, GatherLimits
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message
 from hive_ds.planning.trace import FETCH, Trace, external_parameters
 from hive_ds.training.groups import StagePlan
@@ -23,7 +24,7 @@ _BUCKET = 500_000_000
 _SUB_GROUP = 1_000_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """What DeepSpeed sees of a model in a stage."""
 
@@ -129,8 +130,8 @@ def step_messages(
         weight_bytes: of an element, 2 for bf16; gradients travel in the same type.
     """
     scale = _Scale(layout, trace, policy, num_ranks, weight_bytes)
-    gathers, renewals = scale.gathers(micro_batches) if policy.stage == 3 else ([], scale.renewals())
-    return StepMessages(gathers, renewals, scale.gradients(micro_batches), scale.scalars())
+    gathers = scale.gathers(micro_batches) if policy.stage == 3 else []
+    return StepMessages(gathers, scale.renewals(), scale.gradients(micro_batches), scale.scalars())
 
 
 @dataclass(frozen=True)
@@ -141,33 +142,32 @@ class _Scale:
     num_ranks: int
     weight_bytes: int
 
-    def gathers(self, micro_batches: int) -> tuple[list[Message], list[Message]]:
-        """ZeRO-3's and the renewals after it, of the second of two steps: what one leaves, the next finds."""
-        foreign = self.trace.foreign
-        gatherer = Gatherer(
-            self.layout.sizes,
-            self.layout.trained,
-            {module: (*names, *foreign.get(module, ())) for module, names in self.layout.owned.items()},
-            self.trace.events,
-            self.policy.limits,
-            second_copy=self.policy.ranks_per_copy > 1,
-        )
-        gatherer.run_step(micro_batches)
-        messages = []
-        for gather in gatherer.run_step(micro_batches):
-            elements = sum(self._padded(self.layout.sizes[name]) for name in gather.parameters)
-            ranks = self.policy.ranks_per_copy if gather.within_node else self.num_ranks
-            messages.append(Message(ALL_GATHER, elements * self.weight_bytes, ranks))
-        kept = len(messages) - len(gatherer.persistent)
-        return messages[:kept], messages[kept:]
+    def gathers(self, micro_batches: int) -> list[Message]:
+        """ZeRO-3's, in forward and backward."""
+        second_copy = self.policy.ranks_per_copy > 1
+        parts = _gathers(
+            self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT)
+        )  # fmt: skip
+        alike = [parts[-1]] * (micro_batches - len(parts))
+        return [self._gather(gather) for part in [*parts, *alike] for gather in part]
+
+    def _gather(self, gather: Gather) -> Message:
+        elements = sum(self._padded(self.layout.sizes[name]) for name in gather.parameters)
+        ranks = self.policy.ranks_per_copy if gather.within_node else self.num_ranks
+        return Message(ALL_GATHER, elements * self.weight_bytes, ranks)
 
     def renewals(self) -> list[Message]:
-        """ZeRO 1 and 2: each optimizer group's weights after the step, aligned to 2 elements a rank."""
+        """Of each optimizer group, aligned to 2 elements a rank; under ZeRO-3 of each persistent weight by itself."""
         if self.policy.stage == 0:
             return []
-        unit = 2 * self.num_ranks
-        sizes = (sum(self.layout.sizes[name] for name in group) for group in self.layout.groups)
-        return [self._message(ALL_GATHER, ceil(size / unit) * unit * self.weight_bytes) for size in sizes]
+        if self.policy.stage == 3:
+            threshold = self.policy.limits.persistence_threshold
+            sizes = [self._padded(size) for size in self.layout.sizes.values() if size <= threshold]
+        else:
+            unit = 2 * self.num_ranks
+            sums = (sum(self.layout.sizes[name] for name in group) for group in self.layout.groups)
+            sizes = [ceil(size / unit) * unit for size in sums]
+        return [self._message(ALL_GATHER, size * self.weight_bytes) for size in sizes]
 
     def gradients(self, micro_batches: int) -> list[Message]:
         """Each micro-batch reduces them under ZeRO 2 and 3, the whole step under ZeRO 0 and 1."""
@@ -212,6 +212,17 @@ class _Scale:
 
     def _message(self, kind: str, size: int) -> Message:
         return Message(kind, size, self.num_ranks)
+
+
+@lru_cache(maxsize=32)
+def _gathers(
+    layout: Layout, trace: Trace, limits: GatherLimits, second_copy: bool, micro_batches: int
+) -> list[list[Gather]]:
+    """Of the second of two steps: what one leaves, the next finds. They do not depend on the number of ranks."""
+    owned = {module: (*names, *trace.foreign.get(module, ())) for module, names in layout.owned.items()}
+    gatherer = Gatherer(layout.sizes, layout.trained, owned, trace.events, limits, second_copy=second_copy)
+    gatherer.run_step(micro_batches)
+    return gatherer.run_step(micro_batches)
 
 
 def _filled(sizes: Iterable[int], capacity: int, *, past_the_end: bool) -> list[int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from hive_ds.planning.trace import FETCH, Event
 
 PARTITIONED, INFLIGHT, WHOLE = "partitioned", "in flight", "whole"
-_DIFFERENT = 3
+DIFFERENT = 3
 """Micro-batches of a step after which all others are alike: what the first has left, the second and third find."""
 
 
@@ -69,21 +69,20 @@ class Gatherer:
         self._active: dict[str, set[str]] = defaultdict(set)
         self._kept: dict[tuple[str, int], set[str]] = {}
 
-    def run_step(self, micro_batches: int) -> list[Gather]:
-        """Gathers of one optimizer step, the renewal of the persistent weights after it included."""
-        self.gathers, start = [], 0
-        for _ in range(min(micro_batches, _DIFFERENT)):
-            start = len(self.gathers)
+    def run_step(self, micro_batches: int) -> list[list[Gather]]:
+        """Gathers of each micro-batch of one optimizer step; the renewal of the persistent weights is left out."""
+        starts = []
+        self.gathers = []
+        for _ in range(micro_batches):
+            starts.append(len(self.gathers))
             self._run_micro_batch()
-        self.gathers += self.gathers[start:] * (micro_batches - _DIFFERENT)
         for name in self.sizes:
             self._active[name].clear()
             self._give_up(name)
-        self.gathers += [Gather((name,), False) for name in self.persistent]
         for name in self.persistent:
             self._status[name] = WHOLE
         self._copied -= self.trained
-        return self.gathers
+        return [self.gathers[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
 
     def _run_micro_batch(self) -> None:
         self._drop_prefetched()

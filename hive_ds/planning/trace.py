@@ -29,7 +29,7 @@ class Event:
     """A forward pass inside of backward, under gradient checkpointing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """What forward and backward passes did."""
 
