@@ -42,7 +42,9 @@ class Layout:
         """Of a model on any device, the meta device too."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         owned = {
-            path: tuple(dict.fromkeys(names[id(p)] for p in [*module.parameters(recurse=False), *external_parameters(module)]))
+            path: tuple(
+                dict.fromkeys(names[id(p)] for p in [*module.parameters(recurse=False), *external_parameters(module)])
+            )
             for path, module in model.named_modules()
         }
         return cls(

@@ -97,7 +97,9 @@ def test_time_of_a_message() -> None:
 
 def test_memory_decides(model: StageModel) -> None:
     roomy, tight = (Cluster(1, 8, replace(GPUS["h200"], memory=size), NETWORKS["ib400"]) for size in (141e9, 4e9))
-    plans = {name: plan_profiles(model, cluster, Assumptions()) for name, cluster in (("roomy", roomy), ("tight", tight))}
+    plans = {
+        name: plan_profiles(model, cluster, Assumptions()) for name, cluster in (("roomy", roomy), ("tight", tight))
+    }
     best = best_of(plans["roomy"])
     assert best is not None
     assert best.micro_batch == model.config.micro_batch_size

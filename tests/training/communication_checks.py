@@ -23,6 +23,8 @@ from hive_ds.training.watchdog import stop_watching
 STEPS = 4
 COUNTED = 3
 """The step that is counted, from 1: ZeRO-3 has learned the order of modules, and nothing is saved yet."""
+
+
 class _StepCounter(MessageCounter):
     """Counts one step of the loop, from its begin to the next one's."""
 

@@ -22,8 +22,8 @@ from stage_helpers import CONFIG, draw_sample, make_trainee, pack, run_step
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hive_ds.planning.messages import MessageCounter, tally
-from hive_ds.training.ds_config import read_policy
 from hive_ds.training.distributed import World
+from hive_ds.training.ds_config import read_policy
 
 MICRO_BATCHES = 2
 COUNTED = 3
