@@ -20,6 +20,7 @@ from hive_ds.cli_eval import add_eval_command
 from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
 from hive_ds.cli_parts import command, group
+from hive_ds.cli_plan import add_plan_command
 from hive_ds.cli_probe import add_probe_command
 from hive_ds.cli_supervise import add_supervise
 from hive_ds.errors import run_command
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_probe_command(commands)
     add_cost_command(commands)
     add_chat_command(commands)
+    add_plan_command(commands)
     return parser
 
 
