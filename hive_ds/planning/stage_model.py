@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hive_ds.config import Recipe, StageConfig
-from hive_ds.cost.counted import count_step
+from hive_ds.cost.counted import watch_step
 from hive_ds.cost.memory import ModelStates, model_state_bytes, weight_bytes, zero_buffer_bytes
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
@@ -43,9 +43,9 @@ class StageModel:
         layout, size, closed = Layout.of(model, plan), one.size(model), FlopCounter(model, plan)
         flops = closed.count(size) + closed.repeated(size, checkpointing=recipe.model.gradient_checkpointing)
         with recorded(model) as trace:
-            first = count_step(model, one)
-        second = count_step(meta_model(recipe, stage)[0], two)
-        peaks = [counted.activations + counted.temporaries for counted in (first, second)]
+            first = watch_step(model, one)
+        second = watch_step(meta_model(recipe, stage)[0], two)
+        peaks = [watch.activations + watch.temporaries for watch in (first, second)]
         return cls(
             config=recipe.stages[plan.stage.name],
             plan=plan,
