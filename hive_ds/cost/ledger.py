@@ -47,7 +47,7 @@ class StageCost:
     host_memory: int
     """Bytes in CPU memory, where the policy offloads."""
     sent: dict[str, float]
-    """Bytes that a rank sends in an optimizer step, for weights and for gradients (`hive_ds.planning.communication`)."""
+    """Bytes that a rank sends in an optimizer step, for weights and for gradients."""
 
     @property
     def total_flops(self) -> float:
