@@ -20,6 +20,7 @@ from hive_ds.constants import EXIT_STOPPED
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
+from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import STAGES, VLM_STAGES, Stage, next_stage, stage_by_number
@@ -279,6 +280,7 @@ def _prepare_attention(run: Run, model: TrainedModel) -> None:
     dtype = torch.bfloat16 if run.recipe.training.precision == "bf16" else torch.float32
     for line in describe_attention(model, run.device, dtype):
         run.say(line)
+    run.say(describe_loss(model.language_loss, run.device))
     seconds = warm_up_attention(model, run.device, dtype)
     if seconds:
         run.say(f"attention kernels are compiled ({seconds:.0f} s)")
