@@ -1,6 +1,6 @@
 """The language-modelling loss: an LLM's head and cross-entropy, fused on GPUs so that no logits are kept.
 
-Liger-Kernel's fused linear cross-entropy makes the logits of some tokens at a time and turns them into gradients at once.
+Liger-Kernel's fused linear cross-entropy makes the logits of some tokens at a time and turns them into gradients.
 Axes: T supervised token, D model, V vocabulary.
 """
 

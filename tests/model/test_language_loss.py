@@ -65,7 +65,7 @@ def test_what_cannot_be_fused_is_plain_or_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(language_loss, "_missing", lambda: "it is not there")
     assert loss.choose(gpu) == ("plain", "it is not there")
     loss.backend = "liger"
-    with pytest.raises(HiveError, match="model.language_loss is 'liger', but it is not there"):
+    with pytest.raises(HiveError, match=r"model\.language_loss is 'liger', but it is not there"):
         loss.choose(torch.device("cpu"))
     monkeypatch.setattr(language_loss, "_missing", lambda: None)
     assert loss.choose(gpu) == ("liger", "asked for")

@@ -1,4 +1,4 @@
-"""Checks of the fused language-modelling loss under ZeRO-3, beside the plain one; `test_engine` runs them on 2 ranks."""
+"""Checks of the fused language-modelling loss under ZeRO-3, beside the plain one; `test_engine` runs them."""
 
 from __future__ import annotations
 
