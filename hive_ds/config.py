@@ -79,7 +79,7 @@ class ModelConfig:
     vision_attention: Annotated[str, one_of("sdpa", "flash_attention_2", "eager")] = "sdpa"
     """Attention of the vision encoder, as transformers names it."""
     language_loss: Annotated[str, one_of("auto", "liger", "plain")] = "auto"
-    """Head and cross-entropy: ``auto`` (``liger``, fused, on a GPU with Liger-Kernel installed; ``plain`` elsewhere)."""
+    """Head and cross-entropy: ``auto`` (``liger``, fused, on a GPU where it is installed, else ``plain``)."""
     gradient_checkpointing: bool = False
     """Recompute activations of encoder blocks and LLM layers in backward (non-reentrant)."""
 
