@@ -59,7 +59,7 @@ test-cluster: $(VENV)/.installed ## Run all tests on a Slurm cluster in namespac
 PART ?= checks
 SUITE_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-gpu-suite: ## Check (PART=checks) or time (PART=bench) the kernels on a GPU, under 9 minutes; tiny without a GPU
+gpu-suite: ## Check (PART=checks) or time (PART=bench) the kernels, or time a step (PART=stage1|2|3), on a GPU; tiny without one
 	@SHAPES="$(SHAPES)" PYTHONPATH=kernels $(SUITE_PYTHON) -m benchmarks.suite $(PART)
 
 lint: $(VENV)/.installed ## Check style, formatting and types

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.profiler import record_function
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.batch import PackedBatch
 from hive_ds.kernels import finish_keys
 from hive_ds.model.cascaded import CascadedForCausalLM
+from hive_ds.model.compiling import compile_encoder
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.interleaving import Interleaving
 from hive_ds.model.language import decoder
@@ -55,15 +57,17 @@ class PaperWay:
         self.hive = hive
         self.layer = _layer
 
-    def compile(self) -> None:
-        """Compile the LLM layer; the encoder's blocks are compiled in place, with our own."""
-        self.layer = torch.compile(_layer)
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the LLM layer, and the encoder's blocks in place."""
+        self.layer = torch.compile(_layer, backend=backend)
+        compile_encoder(self.hive.vision_encoder, backend)
 
     def loss(self, batch: PackedBatch, device: torch.device) -> Tensor:
         """Summed cross-entropy of a batch."""
         ids_BS, labels_BS, lengths = padded(batch)
-        ids_BS, labels_BS = (x.to(device, non_blocking=True) for x in (ids_BS, labels_BS))
-        pixels = batch.images["pixel_values"].to(device, non_blocking=True)
+        with record_function("part:data"):
+            ids_BS, labels_BS = (x.to(device, non_blocking=True) for x in (ids_BS, labels_BS))
+            pixels = batch.images["pixel_values"].to(device, non_blocking=True)
         encoded = encode_images(self.hive.vision_encoder, self.hive.routes.blocks, pixels)
         trunk, routed = decoder(self.hive.language_model), self.hive.routes.blocks_by_layer
         hidden = trunk.embed_tokens(ids_BS)
@@ -75,9 +79,11 @@ class PaperWay:
                 (block,) = routed[index]
                 projector = self.hive.projectors[projector_name(block, index)]
                 image_BPD = projector(encoded.by_block[block]).unflatten(0, (len(lengths), -1))
-            hidden = self.layer(layer, hidden, image_BPD, shared)
+            with record_function("part:LLM"):
+                hidden = self.layer(layer, hidden, image_BPD, shared)
         logits_BSV = self.hive.language_model.lm_head(trunk.norm(hidden)).float()
-        return cross_entropy(logits_BSV[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten(), reduction="sum")
+        with record_function("part:LLM"):
+            return cross_entropy(logits_BSV[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten(), reduction="sum")
 
     def _shared(
         self, lengths: list[int], offsets: list[int], slots: int, grid: Grid, device: torch.device, dtype: torch.dtype
@@ -175,15 +181,17 @@ class PaddedCascade:
         model.language_model.set_attn_implementation("sdpa")
         self.model = model
 
-    def compile(self) -> None:
-        """Compile every LLM layer in place."""
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile every encoder block and LLM layer in place."""
+        compile_encoder(self.model.vision_encoder, backend)
         for layer in decoder(self.model.language_model).layers:
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, backend=backend)
 
     def loss(self, batch: PackedBatch, device: torch.device) -> Tensor:
         """Summed cross-entropy of a batch, by the loss that our own model has."""
-        pixels = batch.images["pixel_values"].to(device, non_blocking=True)
-        ids, labels = (x.to(device, non_blocking=True) for x in (batch.input_ids, batch.labels))
+        with record_function("part:data"):
+            pixels = batch.images["pixel_values"].to(device, non_blocking=True)
+            ids, labels = (x.to(device, non_blocking=True) for x in (batch.input_ids, batch.labels))
         block = self.model.last_vision_block
         encoded = encode_images(self.model.vision_encoder, (block,), pixels)
         image = self.model.projector(encoded.by_block[block])

@@ -82,7 +82,7 @@ TINY = Size(
     },
     vision_blocks=(1, 2),
     language_layers=(0, 2),
-    captions=(2, 4),
+    captions=(2,),
     lengths=((32, 2),),
     caption_tokens=(3, 6, 12),
 )

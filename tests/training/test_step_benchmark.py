@@ -1,0 +1,53 @@
+"""The benchmark of the training step: the very command of a machine with a GPU, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hive_ds.benchmarks import report
+from hive_ds.benchmarks.arms import LABELS, compared
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_suite_times_every_way_without_a_gpu(stage: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = ["make", "-s", "-C", str(ROOT), "gpu-suite", f"PART=stage{stage}", f"SUITE_PYTHON={sys.executable}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob(f"*-cpu-*-stage{stage}.json")
+    record = json.loads(path.read_text())
+    assert record["tiny"]
+    assert record["command"] == f"make gpu-suite PART=stage{stage}"
+    assert {"device", "torch", "triton", "commit", "dirty"} <= record.keys()
+    assert {row["check"] for row in record["rows"]} == {"passed"}
+    timed = {(row["arm"], row["workload"]) for row in record["rows"] if row["seconds"] > 0}
+    ways = {"paper", "sa", "ours zero3", "ours", "sa packed"}
+    assert timed | {tuple(one["what"].split(", ")) for one in record["skipped"]} >= timed
+    assert {arm for arm, _ in timed} == ways
+    for row in record["rows"]:
+        assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-2)
+        assert row["shares"]["encoder"] > 0 < row["shares"]["optimizer"]
+    text = report.table(record)
+    assert all(LABELS[arm] in text for arm in ways)
+    assert "counted FLOPs allow" in text
+    report.picture(record, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_way_that_computes_something_else_is_red() -> None:
+    import torch
+
+    assert compared((2.0, 1.0), (2.0, 1.0), torch.float32) == "passed"
+    assert compared((2.001, 1.0), (2.0, 1.0), torch.float32) == "loss is 2.001, but that of our plain step is 2"
+    assert compared((2.0, float("nan")), (2.0, 1.0), torch.bfloat16).startswith("gradient norm is nan")
+    row = {"arm": "sa", "label": "SA", "workload": "w", "check": "loss is 3"}
+    record = {"stage": 1, "models": "", "precision": "", "matmul_flops_per_second": 1.0, "tiny": True, "skipped": []}
+    assert "check failed: loss is 3" in report.table(record | {"rows": [row]})
