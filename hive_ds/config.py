@@ -194,6 +194,8 @@ class TrainingConfig:
     """Steps in a row with a non-finite gradient before the run stops."""
     hang_timeout: Annotated[float, NOT_NEGATIVE] = 1800
     """Seconds without progress after which every rank writes where it is and the run ends; 0 switches that off."""
+    compile: bool = False
+    """Whether encoder blocks and LLM layers, the LLM's attention aside, run through torch.compile; not under ZeRO-3."""
     tensorboard: bool = False
     wandb: bool = False
 

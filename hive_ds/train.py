@@ -20,6 +20,7 @@ from hive_ds.constants import EXIT_STOPPED
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
+from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
@@ -107,6 +108,8 @@ def train(options: argparse.Namespace, world: World) -> bool:
     plan = plan_stage(model, stage, groups_of(model), config)
     _warn_untrained_blocks(run, model)
     _prepare_attention(run, model)
+    if recipe.training.compile:
+        _compile(policy, model)
     loader, validation = _load_data(run, processor)
     ds_config = _write_inputs(run, policy)
     questions = Questions.load(recipe.data_of(stage.name), processor, config.micro_batch_size, world)
@@ -284,6 +287,12 @@ def _prepare_attention(run: Run, model: TrainedModel) -> None:
     seconds = warm_up_attention(model, run.device, dtype)
     if seconds:
         run.say(f"attention kernels are compiled ({seconds:.0f} s)")
+
+
+def _compile(policy: dict[str, Any], model: TrainedModel) -> None:
+    if policy.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise HiveError("training.compile is true, but ZeRO-3 takes weights away between layers; expected ZeRO 0 to 2")
+    compile_blocks(model)
 
 
 def _device_name(device: torch.device) -> str:

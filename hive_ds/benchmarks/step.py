@@ -1,4 +1,4 @@
-"""Time the training step of a stage: ``python -m hive_ds.benchmarks.step STAGE --out FILE`` (`make gpu-suite` calls it).
+"""Time the training step of a stage: ``python -m hive_ds.benchmarks.step STAGE --out FILE``, for `make gpu-suite`.
 
 Without a GPU the same runs on tiny models, without torch.compile: that shows that it works, and times nothing.
 """

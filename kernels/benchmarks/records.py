@@ -64,7 +64,7 @@ def commit() -> Record:
 
 
 def write(record: Record) -> Path:
-    """Write to $OUT, or else to results/: ``<date>-<device>-<commit>.json``, checks with ``-checks``, stages with ``-stage1`` ..."""
+    """Write to $OUT, or else to results/: ``<date>-<device>-<commit>.json``, all but benchmarks with ``-<kind>``."""
     folder = Path(os.environ.get("OUT") or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")

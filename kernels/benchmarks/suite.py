@@ -1,8 +1,8 @@
 """`make gpu-suite PART=...`: one command a part, each under nine minutes, from a clone without a network.
 
-``checks`` and ``bench`` need torch, triton, pytest, pytest-benchmark and hypothesis, and neither hive-ds installed nor what
-else it depends on. ``stage1``, ``stage2`` and ``stage3`` time a training step and need transformers too, and DeepSpeed for
-the rows of its engine. Without a GPU the same steps run on tiny shapes, our kernel under Triton's interpreter.
+``checks`` and ``bench`` need torch, triton, pytest, pytest-benchmark and hypothesis, and neither hive-ds installed nor
+what else it depends on. ``stage1``, ``stage2`` and ``stage3`` time a training step; they need transformers, and for
+the rows of its engine DeepSpeed. Without a GPU the same steps run on tiny shapes, our kernel under Triton's interpreter.
 """
 
 from __future__ import annotations

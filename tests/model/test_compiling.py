@@ -32,7 +32,10 @@ def loss_of(way: Any, one: PackedBatch) -> torch.Tensor:
     return way(**one.model_inputs("cpu", torch.float32), num_items_in_batch=1).loss
 
 
-@pytest.mark.parametrize("kind", ["hive", "cascaded", "paper", "padded cascade"])
+LONG = (pytest.param(kind, marks=pytest.mark.long) for kind in ("cascaded", "paper", "padded cascade"))
+
+
+@pytest.mark.parametrize("kind", ["hive", *LONG])
 def test_new_lengths_compile_nothing(kind: str) -> None:
     torch._dynamo.reset()
     counters.clear()
