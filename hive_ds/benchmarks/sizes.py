@@ -133,12 +133,15 @@ def make_batch(size: Size, lengths: Sequence[int], seed: int, dtype: torch.dtype
     labels = ids.clone()
     starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
     labels[starts] = IGNORE_INDEX
+    pixels = torch.randn(len(lengths), 3, side, side, generator=generator).to(dtype)
+    if torch.cuda.is_available():  # as a loader would hand it over
+        pixels = pixels.pin_memory()
     return PackedBatch(
         input_ids=ids,
         labels=labels,
         text_lengths=list(lengths),
         image_offsets=[[0] for _ in lengths],
-        images={"pixel_values": torch.randn(len(lengths), 3, side, side, generator=generator).to(dtype)},
+        images={"pixel_values": pixels},
         sample_ids=[str(index) for index in range(len(lengths))],
         num_images=len(lengths),
     )

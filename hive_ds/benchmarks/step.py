@@ -209,7 +209,12 @@ def main() -> int:
             for late in names[index:]:
                 run.skip(LABELS[late], "no time left for it")
             break
-        time_arm(run, name, loads)
+        try:
+            time_arm(run, name, loads)
+        except Exception as error:  # one way's failure is a red row, not the end of the others
+            failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            print(f"{LABELS[name]}: {failure}", flush=True)
+            run.add({"arm": name, "label": LABELS[name], "workload": "all that is left", "check": failure})
         _free(device)
     run.save()
     print(table(run.result))

@@ -6,6 +6,7 @@ Axes: T supervised token, D model, V vocabulary.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
@@ -95,8 +96,13 @@ def describe_loss(loss: LanguageLoss, device: torch.device) -> str:
 
 @lru_cache
 def _missing() -> str | None:
+    """Why Liger-Kernel cannot serve; None if it can."""
     if importlib.util.find_spec("liger_kernel") is None:
         return "Liger-Kernel is not installed; expected pip install 'hive-ds[liger]', or 'plain'"
+    try:
+        importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    except Exception as error:  # whatever a version of it does not find in torch, Triton or transformers
+        return f"Liger-Kernel does not load here: {error}"
     return None
 
 

@@ -2,7 +2,7 @@
 
 ``checks`` and ``bench`` need torch, triton, pytest, pytest-benchmark and hypothesis, and neither hive-ds installed nor
 what else it depends on. ``stage1``, ``stage2`` and ``stage3`` time a training step; they need transformers, and for
-the rows of its engine DeepSpeed. Without a GPU the same steps run on tiny shapes, our kernel under Triton's interpreter.
+the rows of its engine DeepSpeed. Without a GPU all runs on tiny shapes, our kernel under Triton's interpreter.
 """
 
 from __future__ import annotations
