@@ -106,6 +106,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
     model, processor = start_model(recipe, folder, world, run.attempt, run.say)
     here.follow(model)
     plan = plan_stage(model, stage, groups_of(model), config)
+    model.train()  # once more: what is frozen is known now
     _warn_untrained_blocks(run, model)
     _prepare_attention(run, model)
     if recipe.training.compile:

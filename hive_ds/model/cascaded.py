@@ -25,7 +25,7 @@ from hive_ds.model.interleaving import Interleaving
 from hive_ds.model.language_loss import LanguageLoss, sum_of_cross_entropy
 from hive_ds.model.positions import Grid
 from hive_ds.model.projector import MlpProjector
-from hive_ds.model.vision import FAMILIES, encode_images, vision_blocks, vision_class
+from hive_ds.model.vision import FAMILIES, encode_images, rest_if_frozen, vision_blocks, vision_class
 
 STOCK_NAMES = {
     "vision_encoder.": "vision_tower.",
@@ -128,6 +128,11 @@ class CascadedForCausalLM(nn.Module):
         super()._apply(fn, recurse)
         for module, inv_freq in zip(rotary, exact, strict=True):
             module.inv_freq = inv_freq.to(module.inv_freq.device)
+        return self
+
+    def train(self, mode: bool = True) -> CascadedForCausalLM:
+        """As torch's, but a frozen encoder stays in evaluation mode."""
+        rest_if_frozen(super().train(mode).vision_encoder)
         return self
 
     def gradient_checkpointing_enable(self) -> None:

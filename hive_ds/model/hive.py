@@ -25,7 +25,7 @@ from hive_ds.model.language_loss import LanguageLoss
 from hive_ds.model.positions import RotaryFrequencies
 from hive_ds.model.projector import Projector, projector_name
 from hive_ds.model.routes import Routes
-from hive_ds.model.vision import encode_images, tower_key_mapping, vision_blocks, vision_class
+from hive_ds.model.vision import encode_images, rest_if_frozen, tower_key_mapping, vision_blocks, vision_class
 
 
 class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
@@ -126,6 +126,11 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """The LLM's head."""
         return self.language_model.get_output_embeddings()
+
+    def train(self, mode: bool = True) -> HiveForCausalLM:
+        """As torch's, but a frozen encoder stays in evaluation mode."""
+        rest_if_frozen(super().train(mode).vision_encoder)
+        return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute encoder blocks and LLM layers in backward, non-reentrant.
