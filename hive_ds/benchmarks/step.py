@@ -10,6 +10,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -179,13 +180,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Time a stage; 0 if every arm that ran passed its check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stage", type=int, choices=(1, 2, 3))
     parser.add_argument("--out", type=Path, help="JSON file, written after every row")
     parser.add_argument("--seconds", type=float, default=470.0, help="time for all of it")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     deadline = time.perf_counter() + options.seconds
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
