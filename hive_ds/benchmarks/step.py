@@ -105,6 +105,7 @@ def time_arm(run: Run, name: str, loads: list[Workload]) -> None:
             run.skip(f"{arm.label}, {load.name}", "no time left for it")
             continue
         if full and load.is_larger:
+            run.skip(f"{arm.label}, {load.name}", "out of memory at fewer samples")
             continue
         try:
             row = measure(run, arm, load)
