@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 
@@ -85,7 +86,7 @@ def draw_stages(plans: Sequence[StagePlan]) -> str:
     ]
     judged = [plan for plan in plans if plan.stage.number > 3]
     rows = sum(len(_rows(part)) for part in (hive, judged))
-    drawing = Drawing(760, 130 + 26 * rows, "What each stage trains, in parameters")
+    drawing = Drawing(760, 170 + 26 * rows, "What each stage trains, in parameters")
     y = _draw_table(drawing, 30.0, f"Pre-training the encoder ({PAPER})", hive)
     _draw_table(drawing, y + 34, "Judging it, frozen, under a chat LLM", judged)
     return drawing.render()
@@ -97,6 +98,7 @@ def _rows(plans: Sequence[StagePlan]) -> list[str]:
 
 def _draw_table(drawing: Drawing, y: float, title: str, plans: Sequence[StagePlan]) -> float:
     drawing.text(20, y, title, size=13)
+    y += 20
     for column, plan in enumerate(plans):
         label = f"{plan.stage.number} {plan.stage.name.replace('_', ' ')}"
         drawing.text(270 + 170 * column, y, label, colour=FAINT, anchor="middle", size=11)
@@ -147,8 +149,8 @@ def draw_mask() -> str:
     order = _in_order(MASK_TEXT, MASK_IMAGES, MASK_OFFSETS)
     side, left, top = 26, 130, 92
     drawing = Drawing(left + side * len(order) + 30, top + side * MASK_TEXT + 62, "Which keys each text token sees")
-    drawing.text(left, 24, "keys: text (orange), patches of two images (blue), as they stand in the sample")
-    drawing.text(20, 62, "queries: text alone")
+    drawing.text(20, 24, "Columns: keys, text (orange) and patches of two images (blue), as they stand in the sample.")
+    drawing.text(20, 44, "Rows: queries, of text alone. Full colour: seen.")
     for column, (key, label) in enumerate(order):
         x = left + side * column
         colour = LANGUAGE if key < MASK_TEXT else VISION
@@ -189,23 +191,24 @@ def draw_gradient_paths() -> str:
     layers = SIZES[recipe.model.language_model].num_hidden_layers
     assert recipe.model.routes is not None
     ways = {
-        "HIVE": hive_paths(recipe.model.routes, blocks, layers),
+        "HIVE, shortest": hive_paths(recipe.model.routes, blocks, layers, fewest=sum),
+        "HIVE, next route": hive_paths(recipe.model.routes, blocks, layers, fewest=itemgetter(1)),
         "SA": sa_paths(cascaded.model.feature_block, blocks, layers),
     }
-    drawing = Drawing(760, 470, "Shortest way of the gradient to each encoder block")
-    drawing.text(20, 26, "Shortest way of the loss's gradient to the output of each encoder block", size=13)
+    drawing = Drawing(760, 560, "Ways of the gradient to each encoder block")
+    drawing.text(20, 26, "Ways of the loss's gradient to the output of each encoder block", size=13)
     for place, (name, paths) in enumerate(ways.items()):
-        _draw_paths(drawing, 70 + 190.0 * place, name, paths, layers + blocks)
-    drawing.text(70, 446, "LLM layers", colour=LANGUAGE)
-    drawing.text(150, 446, "encoder blocks", colour=VISION)
-    drawing.text(258, 446, "that backward passes through, by encoder block; no bar: no gradient", colour=FAINT)
+        _draw_paths(drawing, 76 + 158.0 * place, name, paths, layers + blocks)
+    drawing.text(70, 546, "LLM layers", colour=LANGUAGE)
+    drawing.text(150, 546, "encoder blocks", colour=VISION)
+    drawing.text(258, 546, "that backward passes through, by encoder block; no bar: no gradient", colour=FAINT)
     return drawing.render()
 
 
 def _draw_paths(drawing: Drawing, top: float, name: str, paths: Paths, most: int) -> None:
-    height, width = 140.0, 26.0
+    height, width = 100.0, 26.0
     unit = height / most
-    drawing.text(20, top + height / 2, name, size=14)
+    drawing.text(70, top - 16, name)
     drawing.line((70, top + height), (70 + width * len(paths), top + height), colour=RULE)
     for block, path in enumerate(paths, 1):
         x = 70 + width * (block - 1)
