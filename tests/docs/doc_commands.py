@@ -140,15 +140,14 @@ def _launcher(source: str) -> Callable[[list[str]], list[str]]:
     """A check of a launcher's own options, which its source file holds, and of what it starts."""
 
     def check(arguments: list[str]) -> list[str]:
+        if "hive-ds" in arguments:
+            return _hive_ds(arguments[arguments.index("hive-ds") + 1 :])
         place = next((i for i, word in enumerate(arguments) if re.fullmatch(r"hive_ds[./]train(\.py)?", word)), None)
-        if place is None:
-            if "hive-ds" in arguments:
-                return _hive_ds(arguments[arguments.index("hive-ds") + 1 :])
+        if place is None and LEFT_OUT not in arguments:
             return [f"{' '.join(arguments)}: starts neither hive_ds.train nor hive-ds"]
         options = [word.partition("=")[0] for word in arguments[:place] if word.startswith("--")]
-        text = _package_file(source)
-        found = [f"{source} has no {option}" for option in options if not _declares(text, option)]
-        return found + _parse(build_train_parser(), "hive_ds.train", arguments[place + 1 :])
+        found = [f"{source} has no {option}" for option in options if not _declares(_package_file(source), option)]
+        return found + ([] if place is None else _parse(build_train_parser(), "hive_ds.train", arguments[place + 1 :]))
 
     return check
 
