@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -84,18 +84,17 @@ def _hive_ds(arguments: list[str]) -> list[str]:
 
 def _parse(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> list[str]:
     """What the real parser says; where arguments are left out, whether it has the options that are not."""
-    found = [f"{name}: recipe {recipe} is not there" for recipe in _recipes(arguments) if not _is_recipe(recipe)]
     if any(LEFT_OUT in word or word.startswith("[") for word in arguments):
-        return found + _unknown_options(parser, name, arguments)
+        return _unknown_options(parser, name, arguments) + _lost_recipes(_after("--recipe", arguments))
     for one in _parsers(parser):
         one.error = _raise  # type: ignore[method-assign]
         one.exit = lambda *_: None  # type: ignore[method-assign,assignment]
+    asks = {"--help", "--version"} & set(arguments)
     try:
-        parser.parse_args([word for word in arguments if word not in ("--help", "--version")])
+        given = vars(parser.parse_args([word for word in arguments if word not in asks]))
     except _WrongLineError as error:
-        if "--help" not in arguments and "--version" not in arguments:
-            found.append(f"{name} {' '.join(arguments)}: {error}")
-    return found
+        return [] if asks else [f"{name} {' '.join(arguments)}: {error}"]
+    return _lost_recipes(str(given[key]) for key in ("recipe", "against") if given.get(key) is not None)
 
 
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -124,16 +123,14 @@ def _unknown_options(parser: argparse.ArgumentParser, name: str, arguments: list
     return [f"{name} {' '.join(arguments)}: no option {option}" for option in options if option not in known]
 
 
-def _recipes(arguments: list[str]) -> list[str]:
-    after_option = [value for word, value in pairwise(arguments) if word == "--recipe"]
-    as_argument = (
-        arguments[2:3] if arguments[:2] in (["recipe", "show"], ["ablate", "run"], ["ablate", "submit"]) else []
-    )
-    return [*after_option, *as_argument]
+def _after(option: str, arguments: list[str]) -> list[str]:
+    return [value for word, value in pairwise(arguments) if word == option]
 
 
-def _is_recipe(name: str) -> bool:
-    return name in recipe_names() or name.endswith(".yaml") or name.isupper() or name == LEFT_OUT
+def _lost_recipes(names: Iterable[str]) -> list[str]:
+    """Names of recipes that are not there; paths and the capitals of a usage line are the reader's."""
+    lost = [name for name in names if not (name in recipe_names() or name.endswith(".yaml") or name.isupper())]
+    return [f"recipe {name} is not there" for name in lost if name != LEFT_OUT]
 
 
 def _launcher(source: str) -> Callable[[list[str]], list[str]]:
@@ -197,7 +194,7 @@ def _script(words: list[str]) -> list[str]:
     texts = path.read_text() + (ROOT / "slurm" / "body.sh").read_text()
     options = [word for word in words[1:] if word.startswith("--")]
     found = [f"{words[0]} does not know {one}" for one in options if not re.search(rf"{one}(?![\w-])", texts)]
-    return found + [f"recipe {name} is not there" for name in _recipes(words) if not _is_recipe(name)]
+    return found + _lost_recipes(_after("--recipe", words))
 
 
 def _make(arguments: list[str]) -> list[str]:

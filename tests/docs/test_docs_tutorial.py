@@ -17,7 +17,7 @@ def test_every_section_is_pasted_by_a_test():
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_tutorial_on_one_machine(tmp_path: Path):
     printed = {number: [paste(block, tmp_path) for block in sections()[number]] for number in ALONE}
     assert "(1, 2, 3) (1, 2, 3)" in printed["3."][0].replace("\n", " ")
