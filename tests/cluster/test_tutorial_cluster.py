@@ -14,7 +14,7 @@ from ssh_hosts import Hosts
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
 from tutorial import SLURM, SSH, paste, sections
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1500)]
 
 
 def make_data_and_recipe(folder: Path) -> None:
@@ -29,7 +29,7 @@ def test_slurm(site: SlurmSite) -> None:
     (block,) = sections()[SLURM]
     said = site.login("bash", "-euc", block.text)
     job = int(re.fullmatch(r"Submitted batch job (\d+)\n", said)[1])
-    assert site.wait(job) == "COMPLETED", site.log(job)
+    assert site.wait(job, seconds=600) == "COMPLETED", site.log(job)
     assert len(training_lines(site.clone / "runs" / "tutorial" / "slurm")) == 4
 
 
@@ -41,7 +41,7 @@ def test_ssh(hosts: Hosts, tmp_path: Path) -> None:
     (tmp_path / "hive-ds").chmod(0o755)
     (block,) = sections()[SSH]
     command = hosts.command("bash", "-euc", f'PATH="$0:$PATH"\n{block.text}', str(tmp_path))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "2 hosts, 2 slots: no fault found" in done.stdout
     assert len(training_lines(hosts.folder / "runs" / "tutorial" / "ssh")) == 4

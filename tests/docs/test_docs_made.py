@@ -46,6 +46,15 @@ def test_pictures_are_up_to_date():
         assert (DOCS / name).read_text() == text, f"{name}: run: make docs"
 
 
+def test_sketch_in_the_readme_has_routes_of_the_recipe():
+    routes = load_recipe("hive-siglip-l-mobilellm-600m").model.routes
+    assert routes
+    shown = re.findall(r"^ block +(\d+) .* layer +(\d+)", (ROOT / "README.md").read_text(), re.M)
+    pairs = {*zip(routes.vision_blocks, routes.language_layers, strict=True)}
+    assert len(shown) == 3
+    assert {(int(block), int(layer)) for block, layer in shown} <= pairs
+
+
 def test_reference_holds_every_key_with_its_words():
     page = reference()["reference/recipes.md"]
     documented = {key.replace("<stage>", "STAGE") for key in known_keys(Recipe)}
