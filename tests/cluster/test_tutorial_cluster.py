@@ -27,7 +27,7 @@ def make_data_and_recipe(folder: Path) -> None:
 def test_slurm(site: SlurmSite) -> None:
     make_data_and_recipe(site.clone)
     (block,) = sections()[SLURM]
-    said = site.login("bash", "-euc", block.text)
+    said = site.login("bash", "-ec", block.text)
     job = int(re.fullmatch(r"Submitted batch job (\d+)\n", said)[1])
     assert site.wait(job, seconds=600) == "COMPLETED", site.log(job)
     assert len(training_lines(site.clone / "runs" / "tutorial" / "slurm")) == 4
@@ -40,7 +40,7 @@ def test_ssh(hosts: Hosts, tmp_path: Path) -> None:
     )
     (tmp_path / "hive-ds").chmod(0o755)
     (block,) = sections()[SSH]
-    command = hosts.command("bash", "-euc", f'PATH="$0:$PATH"\n{block.text}', str(tmp_path))
+    command = hosts.command("bash", "-ec", f'PATH="$0:$PATH"\n{block.text}', str(tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "2 hosts, 2 slots: no fault found" in done.stdout

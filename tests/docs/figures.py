@@ -5,10 +5,14 @@ A new figure needs a row here: `Measured` from a result file where there is one,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
+"""Keys and places that lead to a value; a mapping stands for the item of a list that has its values."""
 QUICKSTART = "docs/results/quickstart.json"
+COMPARISON = "docs/results/compare.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Logged:
     page: str
     text: str
     entry: str
-    """Heading in docs/lab_log.md, without its date."""
+    """Its heading in docs/lab_log.md, or a part that no other has."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,26 @@ def _row(name: str, column: int) -> Path:
     return ("table", ["colour", "shape", "size", "count", "relation", "text", "all"].index(name) + 1, column)
 
 
+def _arms(label: str, score: str) -> Measured:
+    """A row of the comparison's table: mean and standard deviation of HIVE, SA, last and base, in percent."""
+    cells = r" \| ([\d.]+) ± ([\d.]+)" * 4
+    paths = [("summary", arm, score, value) for arm in ("hive", "sa", "last", "base") for value in ("mean", "std")]
+    return Measured("docs/ablations.md", re.escape(label) + cells, COMPARISON, tuple(paths), 100)
+
+
+def _contrast(reference: str, *values: Any, score: str = "answers all") -> tuple[Path, ...]:
+    """Values of the contrast of HIVE with another arm."""
+    chosen = {"score": score, "arm": "hive", "reference": reference}
+    return tuple(("contrasts", chosen, *(value if isinstance(value, tuple) else (value,))) for value in values)
+
+
+LOW, HIGH = ("interval_95", 0), ("interval_95", 1)
+
+
+def _compared(text: str, paths: tuple[Path, ...]) -> Measured:
+    return Measured("docs/ablations.md", text, COMPARISON, paths, 100)
+
+
 def _memory(row: str, *gigabytes: float) -> Reckoned:
     return Reckoned("ds_configs/README.md", row, gigabytes)
 
@@ -100,6 +124,27 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     Cited("README.md", r"about 9 GB of disk", "the environment's 7.8 GB of the lab log, and room for runs"),
     Cited("CONTRIBUTING.md", r"about 9 GB of disk", "as README.md"),
     Cited("docs/ablations.md", r"95 % intervals", "a choice"),
+    Logged("docs/ablations.md", r"12 runs in (33) minutes, after (81) seconds", "the comparison at small scale, whole"),
+    _arms("answers of the LLaVA-style model, 1,200 questions", "answers all"),
+    _arms("the same, pictures shuffled", "answers all, pictures shuffled"),
+    *(_arms(f"probe of {factor}", f"probe {factor}") for factor in ("colour", "shape", "size", "count", "text")),
+    _arms("probe of relation (a blind guess gets 25)", "probe relation"),
+    _compared(
+        r"\+([\d.]+) points of answers \(interval \+([\d.]+) to \+([\d.]+)\)", _contrast("base", "mean", LOW, HIGH)
+    ),
+    _compared(
+        r"\+(\d+) to \+(\d+) points in the probes",
+        (*_contrast("base", "mean", score="probe count"), *_contrast("base", "mean", score="probe shape")),
+    ),
+    Reckoned("docs/ablations.md", r"(\d+) % of the model FLOPs of SA", (100 * 3.5 / 5.4,)),
+    _compared(
+        r"\+([\d.]+) points of answers, interval (-[\d.]+) to \+([\d.]+); only a difference of ([\d.]+) points",
+        _contrast("sa", "mean", LOW, HIGH, "detectable"),
+    ),
+    _compared(
+        r"\+([\d.]+) points of answers, and an interval that just leaves out zero \(\+([\d.]+) to \+([\d.]+)\)",
+        _contrast("last", "mean", LOW, HIGH),
+    ),
     Cited("docs/evaluation.md", r"95 % interval", "a choice"),
     Cited("docs/probes.md", r"95 % interval", "a choice"),
     Chosen("docs/cluster.md", r"10 minutes before the time limit", "slurm/stage1.sh", "B:USR1@600"),

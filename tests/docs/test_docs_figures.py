@@ -89,7 +89,8 @@ def test_figures_are_those_of_their_origins(row: Any):
 
 def _value(content: Any, path: Path) -> float:
     for key in path:
-        content = content[key]
+        chosen = isinstance(key, dict)
+        content = next(item for item in content if key.items() <= item.items()) if chosen else content[key]
     return float(str(content).removesuffix(" %"))
 
 
@@ -111,7 +112,7 @@ def numbers(text: str) -> list[float]:
 
 def _log_entry(heading: str) -> str:
     entries = re.split(r"^## ", read("docs/lab_log.md"), flags=re.M)
-    (found,) = [entry for entry in entries if entry.splitlines()[0].endswith(f"— {heading}")]
+    (found,) = [entry for entry in entries if heading in entry.splitlines()[0]]
     return found
 
 
