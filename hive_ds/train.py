@@ -24,7 +24,8 @@ from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
-from hive_ds.stages import STAGES, VLM_STAGES, Stage, next_stage, stage_by_number
+from hive_ds.stages import VLM_STAGES, Stage, next_stage, stage_by_number
+from hive_ds.train_options import build_parser
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code: 2 for wrong input, reported once in one line."""
-    options = _parse(arguments)
+    options = build_parser().parse_args(arguments)
     world = World()
     try:
         world = read_world(os.environ)
@@ -125,26 +126,6 @@ def train(options: argparse.Namespace, world: World) -> bool:
     _finish(run, job)
     run.say(f"stage {stage.number} is done: {run.folder.model}\n{_next_command(options, recipe, stage)}")
     return True
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    numbers = ", ".join(f"{stage.number} {stage.name}" for stage in STAGES)
-    parser = argparse.ArgumentParser(prog="hive_ds.train", description="Train one stage of a recipe.")
-    parser.add_argument("--recipe", required=True, help="name of a recipe, or the path of a YAML file")
-    parser.add_argument("--stage", required=True, type=int, help=numbers)
-    parser.add_argument(
-        "--run",
-        "--run-folder",
-        required=True,
-        help="folder of the run; stage N starts from RUN/stage{N-1}/model, stage 4 from RUN/encoder. Under torchrun "
-        "write --run-folder: it takes --run for its own --run-path",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser.parse_args(arguments)
 
 
 def _read_recipe(options: argparse.Namespace) -> tuple[Recipe, Stage, StageConfig]:
