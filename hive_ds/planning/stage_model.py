@@ -1,4 +1,4 @@
-"""A stage's model as planning sees it: parameters, FLOPs, activations and the order of modules, all on the meta device."""
+"""A stage's model as planning sees it: parameters, FLOPs, activations and the order of modules, without weights."""
 
 from __future__ import annotations
 
