@@ -41,15 +41,15 @@ $(VENV_TF5)/.installed: $(VENV)/.installed
 quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and show what it learned (10 minutes on 2 cores)
 	$(VENV)/bin/hive-ds quickstart
 
-compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 seeds each, and judge their encoders alike (hours on 2 cores)
+compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 seeds each, and judge their encoders alike (35 minutes on 2 cores)
 	$(VENV)/bin/hive-ds compare
 
 test: $(VENV)/.installed ## Run the tests (less than half an hour on 2 cores)
 	$(RUN) pytest -rs --durations=10
 
-test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and model, kernels and text on transformers 5
+test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and models, kernels, text, export and probes on transformers 5
 	$(RUN) pytest -rs -m "long and not gpu and not cluster"
-	$(RUN_TF5) pytest -rs tests/model tests/kernels $(addprefix tests/data/test_,$(addsuffix .py,processing data_text data_images data_aspect loader_preprocess loader_text_speed recaption))
+	$(RUN_TF5) pytest -rs tests/model tests/kernels tests/analysis tests/evaluation/test_export*.py tests/evaluation/test_probes*.py $(addprefix tests/data/test_,$(addsuffix .py,processing data_text data_images data_aspect loader_preprocess loader_text_speed recaption))
 
 test-cluster: $(VENV)/.installed ## Run all tests on a Slurm cluster in namespaces (as root; 25 minutes on 2 busy cores)
 	$(RUN) pytest -rs -m cluster --durations=10 tests/cluster

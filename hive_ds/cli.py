@@ -14,6 +14,7 @@ from hive_ds import __version__
 from hive_ds.cli_ablate import add_ablate_commands, add_compare_command
 from hive_ds.cli_chat import add_chat_command
 from hive_ds.cli_checkpoint import add_checkpoint_commands
+from hive_ds.cli_cost import add_cost_command
 from hive_ds.cli_data import add_data_commands
 from hive_ds.cli_eval import add_eval_command
 from hive_ds.cli_export import add_export_commands
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_commands(group(commands, "checkpoint", "list, check and move the checkpoints of a run"))
     add_export_commands(group(commands, "export", "turn trained models into folders that other libraries load"))
     add_probe_command(commands)
+    add_cost_command(commands)
     add_chat_command(commands)
     add_plan_command(commands)
     return parser

@@ -24,12 +24,11 @@ def add_ablate_commands(ablate: Any) -> None:
 
 def _add_run(ablate: Any) -> None:
     def run(args: argparse.Namespace) -> None:
-        from hive_ds.ablation.execute import run_after, run_all
+        from hive_ds.ablation.execute import run_all
         from hive_ds.ablation.gather import print_table
 
         launcher = shlex.split(args.launcher) if args.launcher else [sys.executable, "-m", "hive_ds.train"]
-        after = run_after(args.after) if args.after else None
-        run_all(_plan(args), launcher, after=after, jobs=args.jobs)
+        run_all(_plan(args), launcher, after=args.after, jobs=args.jobs)
         print_table(args.out)
 
     parser = command(

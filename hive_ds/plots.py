@@ -1,4 +1,4 @@
-"""Line and bar plots as inline SVG: no library, no script, any width."""
+"""Line, bar and interval plots as inline SVG: no library, no script, any width."""
 
 from __future__ import annotations
 
@@ -67,6 +67,41 @@ def bar_plot(counts: Sequence[int], labels: Sequence[str], x_label: str, *, betw
     return _svg(parts, x_label)
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A row of `interval_plot`."""
+
+    name: str
+    low: float
+    middle: float
+    high: float
+
+
+def interval_plot(rows: Sequence[Interval], x_label: str) -> str:
+    """An SVG of one row at least, each a dot on its interval; rows whose interval leaves out zero are coloured."""
+    left, row_height = 250, 20
+    x_ticks = ticks(min(0.0, *(row.low for row in rows)), max(0.0, *(row.high for row in rows)), 8)
+    bottom = TOP + len(rows) * row_height
+
+    def at(x: float) -> float:
+        return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (WIDTH - RIGHT - left)
+
+    parts = []
+    for tick in x_ticks:
+        x, colour = at(tick), "var(--faint)" if tick == 0 else "var(--rule)"
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}" stroke="{colour}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:g}</text>')
+    for place, row in enumerate(rows):
+        y = TOP + (place + 0.5) * row_height
+        colour = "var(--faint)" if row.low <= 0 <= row.high else "var(--one)" if row.middle > 0 else "var(--two)"
+        ends = f'x1="{at(row.low):.1f}" x2="{at(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
+        parts.append(f'<line {ends} stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<circle cx="{at(row.middle):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+    parts.append(f'<text x="4" y="12">{escape(x_label)}</text>')
+    return _svg(parts, x_label, bottom + 22)
+
+
 def short(value: float) -> str:
     """``value`` in four digits: 950, 12.3k, 45.6M."""
     for limit, divisor, letter in ((1e7, 1e6, "M"), (1e4, 1e3, "k")):
@@ -84,8 +119,8 @@ def _under(x: float, label: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{label}</text>'
 
 
-def _svg(parts: Sequence[str], label: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">' + "".join(parts) + "</svg>"
+def _svg(parts: Sequence[str], label: str, height: float = HEIGHT) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">' + "".join(parts) + "</svg>"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

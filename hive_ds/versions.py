@@ -1,10 +1,16 @@
-"""Versions of what runs: this package, its commit, the libraries."""
+"""Versions of what runs: this package, its commit, the libraries, the machine."""
 
 from __future__ import annotations
 
+import os
+import platform
+import shlex
 import subprocess
+import sys
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from hive_ds import __version__
 
@@ -14,6 +20,25 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "triton", "mosaicml-streaming
 def installed_versions() -> dict[str, str | None]:
     """Versions by name, ``hive-ds`` and ``commit`` first; None for what is not installed, or runs from no clone."""
     return {"hive-ds": __version__, "commit": _commit(), **{library: _version(library) for library in LIBRARIES}}
+
+
+def made_with() -> dict[str, Any]:
+    """What belongs beside a measured figure: when, by which command, on what, with which versions."""
+    return {
+        "date": date.today().isoformat(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "versions": installed_versions(),
+    }
+
+
+def hardware() -> str:
+    """Cores that this process may use, and GPUs, in words."""
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{len(os.sched_getaffinity(0))} CPU cores, {', '.join(names) or 'no GPU'}"
 
 
 def _version(library: str) -> str | None:

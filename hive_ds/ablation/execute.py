@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,31 +15,31 @@ from hive_ds.ablation.plan import ArmRun
 from hive_ds.errors import HiveError
 
 
-def run_all(
-    runs: Sequence[ArmRun], launcher: Sequence[str], *, after: Callable[[ArmRun], None] | None = None, jobs: int = 1
-) -> None:
+def run_all(runs: Sequence[ArmRun], launcher: Sequence[str], *, after: str | None = None, jobs: int = 1) -> None:
     """Train the stages that are not finished, ``jobs`` runs at a time; a run that fails does not end the others.
 
     Args:
         runs: of `make_plan`.
         launcher: command that `hive_ds.train`'s arguments are added to.
-        after: called with every run whose stages are all finished, also with those that were finished before.
-        jobs: runs at a time.
+        after: command for every run whose stages are all finished, also for those that were finished before;
+            ``{run}`` in it stands for the run's folder.
+        jobs: runs at a time; they share out the cores of this machine, unless OMP_NUM_THREADS is set.
 
     Raises:
         HiveError: names the runs that failed and where their messages are.
     """
+    environment = _environment(jobs)
     bar = tqdm(total=sum(len(run.stages) for run in runs), unit="stage", dynamic_ncols=True)
 
     def work(run: ArmRun) -> str | None:
         for stage in run.stages:
             if not run.done(stage):
-                failed = _train(run, stage, launcher)
+                failed = _train(run, stage, launcher, environment)
                 if failed:
                     return failed
             bar.update()
         if after is not None:
-            after(run)
+            _run_after(run, after, environment)
         return None
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -48,20 +49,17 @@ def run_all(
         raise HiveError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}")
 
 
-def run_after(command: str) -> Callable[[ArmRun], None]:
-    """What `run_all` calls after a run: ``command`` with the run's folder for ``{run}``.
+def _environment(jobs: int) -> dict[str, str]:
+    """Threads of two runs that all want every core wait for one another far longer than they compute."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    return {**({"OMP_NUM_THREADS": str(threads)} if jobs > 1 else {}), **os.environ}
 
-    Raises:
-        HiveError: when called, if the command fails.
-    """
 
-    def after(run: ArmRun) -> None:
-        full = [part.replace("{run}", str(run.folder)) for part in shlex.split(command)]
-        code = subprocess.run(full, check=False).returncode
-        if code:
-            raise HiveError(f"run {run.name}: {shlex.join(full)} ended with exit code {code}")
-
-    return after
+def _run_after(run: ArmRun, command: str, environment: Mapping[str, str]) -> None:
+    full = [part.replace("{run}", str(run.folder)) for part in shlex.split(command)]
+    code = subprocess.run(full, env=environment, check=False).returncode
+    if code:
+        raise HiveError(f"run {run.name}: {shlex.join(full)} ended with exit code {code}")
 
 
 def submit_all(runs: Sequence[ArmRun], command: Sequence[str]) -> None:
@@ -78,12 +76,13 @@ def submit_all(runs: Sequence[ArmRun], command: Sequence[str]) -> None:
             raise HiveError(f"run {run.name} was not submitted: {command[0]} ended with exit code {code}")
 
 
-def _train(run: ArmRun, stage: int, launcher: Sequence[str]) -> str | None:
+def _train(run: ArmRun, stage: int, launcher: Sequence[str], environment: Mapping[str, str]) -> str | None:
     """Train one stage; returns what to say where it failed."""
     arguments = ["--recipe", str(run.recipe), "--stage", str(stage), "--run-folder", str(run.folder)]
     log = Path(run.folder) / f"stage{stage}.log"
     with log.open("a") as output:
-        code = subprocess.run([*launcher, *arguments], stdout=output, stderr=output, check=False).returncode
+        command = [*launcher, *arguments]
+        code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
     if code == 0 and run.done(stage):
         return None
     return f"{run.name} stage {stage} with exit code {code}, see {log}"

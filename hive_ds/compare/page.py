@@ -13,6 +13,7 @@ from hive_ds.data.scenes import ANSWERS
 from hive_ds.evaluation.probes.scene_factors import FACTORS
 from hive_ds.evaluation.scoring import Z_95
 from hive_ds.page import document, table
+from hive_ds.plots import Interval, interval_plot
 
 PAIRS = (("hive", "base"), ("hive", "sa"), ("hive", "last"), ("sa", "base"), ("last", "base"))
 """Arms that are compared: (arm, reference)."""
@@ -50,11 +51,17 @@ def render_page(gathered: Gathered, record: dict[str, Any], *, held_out: int) ->
         f'<p class="faint">One run answers {held_out} questions: that alone leaves up to ± {binomial:.1f} points.</p>',
         "<h2>Differences</h2>",
         "<p>Percentage points, seed by seed, with the 95 % interval of the mean. The last column is the smallest true "
-        "difference that these seeds would find in four cases out of five.</p>",
+        "difference that these seeds would find in four cases out of five. "
+        f"Of {len(record['contrasts'])} such intervals, one in twenty leaves out zero where there is no difference at "
+        "all.</p>",
+        interval_plot(_intervals(record["contrasts"]), "percentage points, with 95 % intervals")
+        if record["contrasts"]
+        else "<p>Intervals need two seeds at least.</p>",
         table(list(_contrast_rows(record["contrasts"]))),
         "<h2>Cost of training</h2>",
         table(list(_cost_rows(gathered))),
         "<h2>Made with</h2>",
+        f"<p>{escape(record['hardware'])}, {escape(record['date'])}</p>",
         f"<pre>{escape(str(record['versions']))}\n{escape(str(record['seconds_by_step']))}</pre>",
     ]
     if gathered.missing:
@@ -78,6 +85,16 @@ def _contrast_rows(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         interval, least = f"{low:+.1f} to {high:+.1f}", f"{100 * one['detectable']:.1f}"
         verdict = "yes" if one["differs"] else "no"
         yield [one["score"], one["arm"], one["reference"], difference, interval, verdict, least]
+
+
+def _intervals(found: Sequence[dict[str, Any]]) -> list[Interval]:
+    return [
+        Interval(
+            f"{one['score']}: {one['arm']} less {one['reference']}",
+            *(100 * end for end in (one["interval_95"][0], one["mean"], one["interval_95"][1])),
+        )
+        for one in sorted(found, key=lambda one: JUDGED.index(one["score"]))
+    ]
 
 
 def _cost_rows(gathered: Gathered) -> Iterator[list[str]]:

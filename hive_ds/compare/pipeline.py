@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hive_ds.ablation.execute import run_after, run_all
+from hive_ds.ablation.execute import run_all
 from hive_ds.ablation.gather import Gathered, gather
 from hive_ds.ablation.plan import ArmRun, make_plan
 from hive_ds.compare.page import contrasts, render_page
@@ -19,10 +17,10 @@ from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.files import write_whole
 from hive_ds.quickstart.base_folders import draw_scenes, make_base_models
 from hive_ds.quickstart.steps import Step, check_made_with, run_steps, seconds_of
+from hive_ds.versions import made_with
 
 RECIPE = "tiny"
 RESULTS = "results.json"
-LIBRARIES = ("torch", "transformers", "deepspeed", "mosaicml-streaming")
 
 
 class Comparison:
@@ -85,7 +83,7 @@ class Comparison:
         run_all(
             self._plan(),
             [sys.executable, "-m", "hive_ds.train"],
-            after=run_after(judge),
+            after=judge,
             jobs=self.settings.jobs,
         )
 
@@ -101,6 +99,5 @@ class Comparison:
             "contrasts": [one.as_dict() for one in contrasts(gathered)],
             "seconds_by_step": {step.name: seconds_of(self.markers, step.name) for step in self.steps()[:-1]},
             "settings": asdict(self.settings),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in LIBRARIES},
+            **made_with(),
         }

@@ -72,7 +72,7 @@ def model_state_bytes(
 
 
 def zero_buffer_bytes(plan: StagePlan, policy: Mapping[str, Any], *, precision: str) -> int:
-    """What ZeRO 2 and 3 work in, at most: the bucket that gradients are reduced through, under ZeRO 3 gathered weights."""
+    """What ZeRO 2 and 3 work in, at most: the bucket that gradients go through, and ZeRO 3's gathered weights."""
     zero = {**_DEFAULTS, **policy.get("zero_optimization", {})}
     stage, weight = zero.get("stage", 0), weight_bytes(precision)
     if stage < 2:

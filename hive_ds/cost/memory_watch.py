@@ -43,11 +43,14 @@ class MemoryWatch(TorchDispatchMode):
             self.activations, self.temporaries = self._live["activations"], self._live["temporaries"]
         return result
 
-    def follow_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Leave gradients out as soon as they are a parameter's: who partitions them says what they take."""
-        for parameter in parameters:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._leave_out)
+    def follow_gradients(self, parameters: Iterable[Tensor]) -> list[Any]:
+        """Leave gradients out as soon as they are a parameter's: who partitions them says what they take.
+
+        Returns:
+            Handles of the hooks, to be removed afterwards.
+        """
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return [parameter.register_post_accumulate_grad_hook(self._leave_out) for parameter in trained]
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:

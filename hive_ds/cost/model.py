@@ -1,4 +1,4 @@
-"""A recipe's model on the meta device: shapes of every weight and no memory, in seconds at any size."""
+"""A recipe's model with random weights, or on the meta device: every shape and no memory, in seconds at any size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ _FRESH_WEIGHTS = "none: on the meta device"
 
 
 def meta_model(recipe: Recipe, stage: int) -> tuple[TrainedModel, StagePlan]:
-    """The model that a stage trains, with weights on the meta device in the recipe's precision, and the stage's plan.
+    """`random_model` on the meta device, attending by the ops of fused kernels as on a GPU."""
+    fused = replace(recipe.model, attention_backend="triton", text_attention_backend="triton")
+    return random_model(replace(recipe, model=fused), stage, torch.device("meta"))
+
+
+def random_model(recipe: Recipe, stage: int, device: torch.device) -> tuple[TrainedModel, StagePlan]:
+    """The model that a stage trains, with random weights in the recipe's precision, and the stage's plan.
 
     Sizes come from ``config.json`` of a local folder, else from `KNOWN_MODELS`, else from the hub. A cascaded model's
     embeddings may get one row more in training, for ``<image>``, where its tokenizer has no room for it.
@@ -39,9 +45,8 @@ def meta_model(recipe: Recipe, stage: int) -> tuple[TrainedModel, StagePlan]:
     if described in VLM_STAGES:
         assert recipe.vlm is not None
         section = recipe.vlm_model(recipe.vlm.vision_encoder or recipe.model.vision_encoder)
-    section = replace(section, attention_backend="triton", text_attention_backend="triton")
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    with torch.device("meta"):
+    with device:
         model = _build(section, described).to(dtype)
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable()

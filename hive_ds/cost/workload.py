@@ -33,12 +33,11 @@ class Workload:
         tokens = self.batch * self.text_length
         return BatchSize.of([self.text_length] * self.batch, [[0]] * self.batch, tokens, [rows * columns] * self.batch)
 
-    def meta_inputs(self, model: TrainedModel) -> dict[str, Any]:
-        """Arguments of ``model.forward`` on the meta device."""
-        vision = model.config.vision_config
-        tokens = torch.zeros(self.batch * self.text_length, dtype=torch.int64, device="meta")
-        side = vision.image_size
-        pixels: Tensor = torch.zeros(self.batch, 3, side, side, dtype=model.dtype, device="meta")
+    def inputs(self, model: TrainedModel, device: torch.device) -> dict[str, Any]:
+        """Arguments of ``model.forward``, all zeros."""
+        tokens = torch.zeros(self.batch * self.text_length, dtype=torch.int64, device=device)
+        side = model.config.vision_config.image_size
+        pixels: Tensor = torch.zeros(self.batch, 3, side, side, dtype=model.dtype, device=device)
         return {
             "input_ids": tokens,
             "labels": tokens,

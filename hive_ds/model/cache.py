@@ -35,7 +35,9 @@ class HiveCache:
     _slots: Tensor | None = None
     _capacity: int = 0
 
+    # What Hugging Face's loop asks of a cache; the second since transformers 5.24: does a layer keep a state, not keys?
     is_compileable = False
+    is_linear = (False,)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen per row, padding included (Hugging Face's count)."""

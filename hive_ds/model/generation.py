@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hive_ds.model.cache import HiveCache
 from hive_ds.model.inputs import PromptImages
 
 if TYPE_CHECKING:
     from hive_ds.model.hive import HiveForCausalLM
+
+
+CACHE_NAME = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
+"""What Hugging Face's loop calls the cache; transformers 5.24 renamed it."""
 
 
 class HiveGenerationMixin(GenerationMixin):
@@ -45,7 +51,7 @@ class HiveGenerationMixin(GenerationMixin):
             pixel_values, image_offsets, len(input_ids), pixel_attention_mask, spatial_shapes
         )
         if use_cache:
-            arguments["past_key_values"] = HiveCache()
+            arguments[CACHE_NAME] = HiveCache()
         return super().generate(inputs=input_ids, prompt_images=images, use_cache=use_cache, **arguments)
 
     def _warn_unseen_images(
@@ -68,9 +74,11 @@ class HiveGenerationMixin(GenerationMixin):
         prompt_images: PromptImages | None = None,
         use_cache: bool = True,
         logits_to_keep: int | None = None,
+        cache: HiveCache | None = None,
         **unused: Any,
     ) -> dict[str, Any]:
-        """Inputs of one step: with a cache only the tokens that it does not hold."""
+        """Inputs of one step: with a cache (under either name) only the tokens that it does not hold."""
+        past_key_values = past_key_values or cache
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         # Under ZeRO-3 a finished rank calls the model until all have finished (synced_gpus): any token will do.
         return {

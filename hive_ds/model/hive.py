@@ -19,7 +19,7 @@ from hive_ds.errors import HiveError
 from hive_ds.model.attention import AttentionCall, HiveAttention
 from hive_ds.model.cache import HiveCache
 from hive_ds.model.configuration import HiveConfig
-from hive_ds.model.generation import HiveGenerationMixin
+from hive_ds.model.generation import CACHE_NAME, HiveGenerationMixin
 from hive_ds.model.inputs import AttentionContext, BatchContext, PackedText, PromptImages
 from hive_ds.model.language import check_language_model, decoder, sliding_window
 from hive_ds.model.positions import RotaryFrequencies
@@ -196,7 +196,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         logits = None
         if labels is None or text.mask_BS is not None:
             logits = self._logits(hidden_TD, text, logits_to_keep)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: past_key_values})
 
     def encode_prompt_images(
         self,

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from hive_ds.errors import HiveError
 from hive_ds.model.attention import HiveAttention
 from hive_ds.model.cascaded import STOCK_NAMES
-from hive_ds.model.identity import weight_files
+from hive_ds.model.identity import canonical_parts, weight_files
+
+TOWER = "vision_encoder."
+"""Before the names of the vision tower in our models."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,22 @@ def load_weights(model: nn.Module, folder: str | Path) -> LoadReport:
     Raises:
         HiveError: no weights in the folder, a name missing or unexpected, or a shape that differs.
     """
-    own = {_canonical(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     loaded, unexpected = [], []
     with torch.no_grad():
+        own = {
+            name: tensor
+            for own_name, whole in model.state_dict(keep_vars=True).items()
+            for name, tensor in _canonical_parts(own_name, whole)
+        }
         for file in weight_files(Path(folder)):
             with safe_open(file, framework="pt") as tensors:
                 for saved_name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    name = _canonical(saved_name)
-                    if name not in own:
-                        unexpected.append(name)
-                        continue
-                    _copy(own[name], tensors.get_tensor(saved_name), name, folder)
-                    loaded.append(name)
+                    for name, saved in _canonical_parts(saved_name, tensors.get_tensor(saved_name)):
+                        if name not in own:
+                            unexpected.append(name)
+                            continue
+                        _copy(own[name], saved, name, folder)
+                        loaded.append(name)
     copied = _copy_missing_image_projections(model, set(loaded))
     have = {own[name].data_ptr() for name in (*loaded, *copied)}
     missing = sorted(name for name, tensor in own.items() if tensor.data_ptr() not in have)
@@ -63,12 +70,14 @@ def load_weights(model: nn.Module, folder: str | Path) -> LoadReport:
     return report
 
 
-def _canonical(name: str) -> str:
-    """transformers 4 nests SigLIP and CLIP towers one level deeper than 5, and a stock Llava has names of its own."""
+def _canonical_parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor, or views of its parts, under names that hold for transformers 4, 5 and a stock Llava."""
     for ours, stock in STOCK_NAMES.items():
         if name.startswith(stock):
             name = ours + name.removeprefix(stock)
-    return name.replace("vision_encoder.vision_model.", "vision_encoder.", 1)
+    if not name.startswith(TOWER):
+        return [(name, tensor)]
+    return [(TOWER + part, values) for part, values in canonical_parts(name, tensor)]
 
 
 def _copy(parameter: Tensor, saved: Tensor, name: str, folder: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tiny_models import text_config, vision_config
 
 from hive_ds.ablation.arms import Depths, make_arms
 from hive_ds.ablation.contrast import contrast
-from hive_ds.ablation.execute import run_after, run_all, submit_all
+from hive_ds.ablation.execute import run_all, submit_all
 from hive_ds.ablation.gather import gather
 from hive_ds.ablation.plan import ArmRun, make_plan, read_plan
 from hive_ds.cli import main
@@ -140,10 +141,13 @@ def test_wrong_plans(recipe: str, tmp_path: Path, arms: tuple[str, ...], seeds: 
     assert not (tmp_path / "out" / "ablation.json").exists()
 
 
-def test_runs_scores_and_differences(recipe: str, tmp_path: Path, launcher: list[str]) -> None:
+def test_runs_scores_and_differences(
+    recipe: str, tmp_path: Path, launcher: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
     runs = make_plan(recipe, [], ("hive", "last"), (0, 1, 2), tmp_path / "out")
-    judge = f"{sys.executable} -c \"open('{{run}}/scores.json', 'w').write('{{\\\"probe\\\": 0.5}}')\""
-    run_all(runs, launcher, after=run_after(judge), jobs=2)
+    judge = 'bash -c \'echo {\\"probe\\": 0.5, \\"threads\\": $OMP_NUM_THREADS} > {run}/scores.json\''
+    run_all(runs, launcher, after=judge, jobs=2)
     gathered = gather(runs)
     assert gathered.missing == ()
     losses = {arm: [gathered.scores[arm][seed]["stage 5 loss"] for seed in (0, 1, 2)] for arm in ("hive", "last")}
@@ -154,6 +158,7 @@ def test_runs_scores_and_differences(recipe: str, tmp_path: Path, launcher: list
     scores = gathered.scores["hive"][1]
     assert [scores[f"stage 1 {name}"] for name in ("seconds", "TFLOPs", "GB")] == [9.0, 7.5, 2.0]
     assert scores["probe"] == 0.5
+    assert scores["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)  # two jobs share out the cores
     found = contrast(gathered, "stage 5 loss", "hive", "last")
     assert found is not None
     expected = ttest_rel(losses["hive"], losses["last"])

@@ -32,6 +32,8 @@ def test_page_says_what_differs_and_what_could_not_be_told() -> None:
         found = gathered(spread)
         record = {
             "contrasts": [one.as_dict() for one in contrasts(found)],
+            "hardware": "2 CPU cores, no GPU",
+            "date": "2026-11-26",
             "versions": {"torch": "2"},
             "seconds_by_step": {"runs": 60.0},
         }
@@ -41,6 +43,8 @@ def test_page_says_what_differs_and_what_could_not_be_told() -> None:
         interval = f"{10 - 4.3027 * error:+.1f} to {10 + 4.3027 * error:+.1f}"
         cells = ["answers all", "hive", "base", "+10.0", interval, verdict, f"{5.3634 * error:.1f}"]
         assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+        assert page.count("<circle ") == len(record["contrasts"])
+        assert page.count('stroke="var(--one)" stroke-width="2"') == len(record["contrasts"]) * (verdict == "yes")
         assert "sa-seed0" in page
         assert "± 9.8 points" in page  # 1.96 sqrt(0.25 / 100)
         assert "<td>stage 4 seconds</td>" in page
@@ -80,3 +84,38 @@ def test_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {one["reference"] for one in results["contrasts"]} == {"base"}
     assert main(["compare", "--preset", "smoke", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("done before") == 4
+
+
+ROWS = {
+    "answers of the LLaVA-style model, 1,200 questions": "answers all",
+    "the same, pictures shuffled": "answers all, pictures shuffled",
+    "probe of colour": "probe colour",
+    "probe of shape": "probe shape",
+    "probe of size": "probe size",
+    "probe of count": "probe count",
+    "probe of relation (a blind guess gets 25)": "probe relation",
+    "probe of text": "probe text",
+}
+
+
+def test_figures_of_the_docs_are_those_of_the_results() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    results, page = json.loads((docs / "results" / "compare.json").read_text()), (docs / "ablations.md").read_text()
+    for words, name in ROWS.items():
+        cells = [results["summary"][arm][name] for arm in ("hive", "sa", "last", "base")]
+        row = " | ".join(f"{100 * cell['mean']:.1f} ± {100 * cell['std']:.1f}" for cell in cells)
+        assert f"| {words} | {row} |" in page
+    total = {
+        arm: sum(results["summary"][arm][f"stage {stage} TFLOPs"]["mean"] for stage in (1, 2, 3))
+        for arm in ("hive", "sa", "last")
+    }
+    assert " | ".join(f"{total[arm]:.1f}" for arm in ("hive", "sa", "last")) + " | none |" in page
+    assert f"{100 * total['hive'] / total['sa']:.0f} % of the model FLOPs of SA" in page
+    for reference in ("base", "sa", "last"):
+        (found,) = (
+            one
+            for one in results["contrasts"]
+            if (one["score"], one["arm"], one["reference"]) == ("answers all", "hive", reference)
+        )
+        assert f"{100 * found['mean']:+.1f} points of answers" in page
+        assert found["differs"] == (reference != "sa")

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from hive_ds.data.batch import PreparedSample
 from hive_ds.data.mds import SampleDataset, write_mds
-from hive_ds.data.mds.shared_memory import BLOCKS
+from hive_ds.data.mds.shared_memory import BLOCKS, _turn
 from hive_ds.errors import HiveError
 
 RUN = """
@@ -163,3 +163,14 @@ def test_cache_of_a_live_run_is_refused(tmp_path: Path) -> None:
     del one
     gc.collect()
     make_dataset(f"file://{tmp_path / 'data'}", str(tmp_path / "cache"))
+
+
+@pytest.mark.timeout(30)
+def test_dropped_data_set_may_be_collected_while_this_process_has_the_turn(tmp_path: Path) -> None:
+    write_mds(make_samples(4), tmp_path / "data")
+    one = make_dataset(f"file://{tmp_path / 'data'}", str(tmp_path / "cache"))
+    record = next(BLOCKS.glob(f"*-{one._shm_prefix_int}.json"))
+    with _turn():  # as while it starts on another data set, when the garbage collector may come at any moment
+        del one
+        gc.collect()
+    assert json.loads(record.read_bytes())["caches"] == []

@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import random_images, random_tokens, tiny_encoder, tiny_hive, tiny_language_model
+from tiny_models import random_images, random_tokens, tiny_encoder, tiny_hive, tiny_language_model, vision_config
 from transformers import AutoModelForCausalLM
 
 from hive_ds.config import ModelConfig, RoutesConfig
 from hive_ds.errors import HiveError
+from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.loading import build_model, load_language_model, load_model
 from hive_ds.model.weights import load_weights
@@ -54,6 +56,23 @@ def test_weights_load_by_name_into_a_fresh_model(tmp_path, tied):
     report = load_weights(other, tmp_path)
     assert (report.copied, report.missing, report.unexpected) == ((), (), ())
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_dinov2_tower_loads_by_name_whatever_transformers_calls_its_tensors(tmp_path, swiglu):
+    """transformers 5 saves DINOv2 under the names of 4, but has others in memory, two of them for one tensor of 4."""
+
+    def model(seed: int) -> HiveForCausalLM:
+        torch.manual_seed(seed)
+        config = transformers.Dinov2Config(**vision_config("dinov2").to_diff_dict() | {"use_swiglu_ffn": swiglu})
+        llm = tiny_language_model(seed=seed)
+        both = HiveConfig(config, llm.config, vision_blocks=(1, 3), language_layers=(1, 3))
+        return HiveForCausalLM(both, transformers.Dinov2Model(config), llm).eval()
+
+    first, other = model(0), model(5)
+    first.save_pretrained(tmp_path)
+    load_weights(other, tmp_path)
+    torch.testing.assert_close(logits(other), logits(first), rtol=0, atol=0)
 
 
 def test_names_of_either_transformers_version_load(tmp_path):

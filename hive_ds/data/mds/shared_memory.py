@@ -96,13 +96,16 @@ def _turn() -> Iterator[None]:
 
 
 def release_caches(process: int, prefix: int) -> None:
-    """Let others download to the folders of a data set that ``process`` has dropped; does nothing in its workers."""
+    """Let others download to the folders of a data set that ``process`` has dropped; does nothing in its workers.
+
+    Takes no turn: the garbage collector may call it at any moment, also while this process has the turn. Who reads the
+    record while it is written finds no folders in it, which is what it will say.
+    """
     record = _record(prefix)
     if os.getpid() != process or not record.exists():
         return
-    with _turn():
-        # In place: the lock is on this very file.
-        record.write_text(json.dumps(json.loads(record.read_bytes()) | {"caches": []}))
+    # In place: the lock is on this very file.
+    record.write_text(json.dumps(json.loads(record.read_bytes()) | {"caches": []}))
 
 
 def _record(prefix: int) -> Path:
