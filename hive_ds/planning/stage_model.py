@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hive_ds.config import Recipe, StageConfig
-from hive_ds.cost.counted import count_step
+from hive_ds.cost.counted import watch_step
 from hive_ds.cost.memory import ModelStates, model_state_bytes, weight_bytes, zero_buffer_bytes
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
@@ -42,10 +42,10 @@ class StageModel:
         model, plan = meta_model(recipe, stage)
         layout, size, closed = Layout.of(model, plan), one.size(model), FlopCounter(model, plan)
         flops = closed.count(size) + closed.repeated(size, checkpointing=recipe.model.gradient_checkpointing)
-        with recorded(model) as trace:
-            first = count_step(model, one)
-        second = count_step(meta_model(recipe, stage)[0], two)
-        peaks = [counted.activations + counted.temporaries for counted in (first, second)]
+        watches = [watch_step(model, workload) for workload in (one, two)]
+        peaks = [watch.activations + watch.temporaries for watch in watches]
+        with recorded(model) as trace:  # by itself: what it hangs on keeps activations alive
+            watch_step(model, one)
         return cls(
             config=recipe.stages[plan.stage.name],
             plan=plan,

@@ -1,7 +1,7 @@
 """The order in which a step enters and leaves modules, which decides when ZeRO-3 gathers which weights.
 
 It is recorded by hooks where DeepSpeed has its own (0.19.8, `deepspeed.runtime.zero.parameter_offload`): around
-forward, on what a module puts out, and on what it takes in by position; what is passed by name has no mark there either.
+forward, on what a module puts out, and on what it takes in by position. What is passed by name has none there either.
 """
 
 from __future__ import annotations
