@@ -106,7 +106,7 @@ class PlanReport:
         hours = self._hours(best)
         if hours is None:
             return [*lines, "the stage: unknown, for its data are not here; --samples N says how many there are"]
-        return [*lines, f"the stage: {self.steps} steps in {hours:.1f} hours"]
+        return [*lines, f"the stage: {self.steps} steps in {hours:.2g} hours"]
 
 
 def _row(plan: ProfilePlan, best: bool) -> tuple[str, ...]:
