@@ -145,9 +145,7 @@ class _Scale:
     def gathers(self, micro_batches: int) -> list[Message]:
         """ZeRO-3's, in forward and backward."""
         second_copy = self.policy.ranks_per_copy > 1
-        parts = _gathers(
-            self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT)
-        )  # fmt: skip
+        parts = _gathers(self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT))
         alike = [parts[-1]] * (micro_batches - len(parts))
         return [self._gather(gather) for part in [*parts, *alike] for gather in part]
 
