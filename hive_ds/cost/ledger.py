@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from hive_ds.config import Recipe
 from hive_ds.cost.counted import count_step, watch_step
-from hive_ds.cost.memory import ModelStates, model_state_bytes, zero_buffer_bytes
+from hive_ds.cost.memory import ModelStates, model_state_bytes, weight_bytes, zero_buffer_bytes
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
+from hive_ds.planning.communication import Layout, ZeroPolicy, step_messages
+from hive_ds.planning.messages import bytes_sent
+from hive_ds.planning.trace import recorded
 from hive_ds.stages import STAGES_BY_KIND, Stage
 from hive_ds.training.ds_config import fit_micro_batch, read_policy
 from hive_ds.training.flops import FlopCounter
@@ -44,6 +46,8 @@ class StageCost:
     """Bytes on the device, by category."""
     host_memory: int
     """Bytes in CPU memory, where the policy offloads."""
+    sent: dict[str, float]
+    """Bytes that a rank sends in an optimizer step, for weights and for gradients."""
 
     @property
     def total_flops(self) -> float:
@@ -84,13 +88,24 @@ def cost_of_stage(recipe: Recipe, stage: int, *, text_length: int, batch: int | 
     workload = Workload(batch or fit_micro_batch(config, ranks).micro_batch_size, text_length)
     size, closed, checkpointing = workload.size(model), FlopCounter(model, plan), recipe.model.gradient_checkpointing
     parts = closed.parts(size)
-    watch, counted = watch_step(model, workload), count_step(model, workload)
+    watch = watch_step(model, workload)
+    with recorded(model) as trace:
+        counted = count_step(model, workload)
     plainly = counted.model_flops
     if checkpointing:
         unchecked = replace(recipe, model=replace(recipe.model, gradient_checkpointing=False))
         plainly = count_step(meta_model(unchecked, stage)[0], workload).model_flops
     policy, precision = read_policy(recipe.training.ds_config), recipe.training.precision
-    states = model_state_bytes(plan, policy, ranks=ranks, precision=precision, hpz=hpz_ranks(policy, ranks))
+    zero = ZeroPolicy.of(policy, ranks, RANKS_PER_NODE)
+    states = model_state_bytes(plan, policy, ranks=ranks, precision=precision, hpz=zero.ranks_per_copy)
+    messages = step_messages(
+        Layout.of(model, plan),
+        trace,
+        zero,
+        num_ranks=ranks,
+        micro_batches=math.ceil(config.global_batch_size / (workload.batch * ranks)),
+        weight_bytes=weight_bytes(precision),
+    )
     return StageCost(
         recipe=recipe.name,
         stage=stage,
@@ -113,17 +128,13 @@ def cost_of_stage(recipe: Recipe, stage: int, *, text_length: int, batch: int | 
             "zero_buffers": zero_buffer_bytes(plan, policy, precision=precision),
         },
         host_memory=states.host,
+        sent={
+            "weights": bytes_sent([*messages.gathers, *messages.renewals]),
+            "gradients": bytes_sent(messages.gradients),
+        },
     )
 
 
 def by_category(states: ModelStates) -> dict[str, int]:
     """What lies on the device."""
     return {"parameters": states.parameters, "gradients": states.gradients, "optimizer": states.optimizer}
-
-
-def hpz_ranks(policy: Mapping[str, Any], ranks: int) -> int:
-    """Ranks that share the second copy of the weights; "auto" takes nodes of `RANKS_PER_NODE`."""
-    size = policy.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
-    if size == "auto":
-        return RANKS_PER_NODE if ranks > RANKS_PER_NODE else 1
-    return int(size)

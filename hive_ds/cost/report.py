@@ -73,6 +73,8 @@ def _rows(costs: Sequence[StageCost]) -> list[tuple[str, Callable[[StageCost], f
         ("", None),
         *((f"GB of a rank: {label}", category(name)) for name, label in _MEMORY.items()),
         ("  peak", lambda cost: cost.peak / 1e9),
+        ("GB a rank sends in a step: weights", lambda cost: cost.sent["weights"] / 1e9),
+        ("GB a rank sends in a step: gradients", lambda cost: cost.sent["gradients"] / 1e9),
     ]
     if any(cost.host_memory for cost in costs):
         rows.append(("GB of CPU memory a rank", lambda cost: cost.host_memory / 1e9))
