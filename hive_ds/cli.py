@@ -14,11 +14,13 @@ from hive_ds import __version__
 from hive_ds.cli_ablate import add_ablate_commands, add_compare_command
 from hive_ds.cli_chat import add_chat_command
 from hive_ds.cli_checkpoint import add_checkpoint_commands
+from hive_ds.cli_cost import add_cost_command
 from hive_ds.cli_data import add_data_commands
 from hive_ds.cli_eval import add_eval_command
 from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
 from hive_ds.cli_parts import command, group
+from hive_ds.cli_plan import add_plan_command
 from hive_ds.cli_probe import add_probe_command
 from hive_ds.cli_supervise import add_supervise
 from hive_ds.errors import run_command
@@ -61,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_commands(group(commands, "checkpoint", "list, check and move the checkpoints of a run"))
     add_export_commands(group(commands, "export", "turn trained models into folders that other libraries load"))
     add_probe_command(commands)
+    add_cost_command(commands)
     add_chat_command(commands)
+    add_plan_command(commands)
     return parser
 
 

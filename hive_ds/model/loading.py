@@ -40,26 +40,30 @@ def build_model(
     vision_encoder = load_vision_encoder(config.vision_encoder, dtype)
     language_model = load_language_model(config.language_model, dtype)
     check_language_model(language_model, max_length=max_length)
-    routes = _routes(config)
-    model = HiveForCausalLM(
-        HiveConfig(
-            vision_config=vision_encoder.config,
-            text_config=language_model.config,
-            vision_blocks=routes.vision_blocks,
-            language_layers=routes.language_layers,
-            qk_norm=config.qk_norm,
-            rope=config.rope,
-            image_kv=image_kv,
-            attention_backend=config.attention_backend,
-            text_attention_backend=config.text_attention_backend,
-        ),
-        vision_encoder,
-        language_model,
-    )
+    joined = hive_config(config, vision_encoder.config, language_model.config, image_kv=image_kv)
+    model = HiveForCausalLM(joined, vision_encoder, language_model)
     set_vision_attention(model, config.vision_attention)
     for attention in own_image_attentions(model).values():
         attention.copy_image_projections()
     return model.to(dtype)
+
+
+def hive_config(
+    config: ModelConfig, vision_config: PretrainedConfig, text_config: PretrainedConfig, *, image_kv: str
+) -> HiveConfig:
+    """How the recipe joins an encoder and an LLM of these configs."""
+    routes = _routes(config)
+    return HiveConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        vision_blocks=routes.vision_blocks,
+        language_layers=routes.language_layers,
+        qk_norm=config.qk_norm,
+        rope=config.rope,
+        image_kv=image_kv,
+        attention_backend=config.attention_backend,
+        text_attention_backend=config.text_attention_backend,
+    )
 
 
 def load_model(
@@ -174,8 +178,7 @@ def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTra
 
     HiveError where the checkpoint lacks weights of it, which transformers would start at random.
     """
-    values = _read_config(name, "vision encoder")
-    config = vision_config_of(AutoConfig.for_model(**values))
+    config = read_vision_config(name)
     tower, report = vision_class(config).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     if missing := tuple(sorted(report["missing_keys"])):
         raise HiveError(f"vision encoder {name!r} lacks {len(missing)} weights of its tower ({shortened(missing)})")
@@ -184,12 +187,25 @@ def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTra
 
 def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal LM; MobileLLM checkpoints load as Llama, without their remote code."""
+    config = read_language_config(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+    except ValueError as error:
+        raise HiveError(f"language model {name!r} of type {config.model_type!r} does not load: {error}") from error
+
+
+def read_vision_config(name: str) -> PretrainedConfig:
+    """Config of the vision tower of a checkpoint, by its ``config.json`` alone."""
+    return vision_config_of(AutoConfig.for_model(**_read_config(name, "vision encoder")))
+
+
+def read_language_config(name: str) -> PretrainedConfig:
+    """Config of a causal LM, by its ``config.json`` alone; that of a MobileLLM is a Llama's."""
     values = _read_config(name, "language model")
     if values["model_type"] == "mobilellm":
-        return AutoModelForCausalLM.from_pretrained(name, config=_mobilellm_config(values), dtype=dtype)
+        return _mobilellm_config(values)
     try:
-        config = AutoConfig.for_model(**values)
-        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+        return AutoConfig.for_model(**values)
     except ValueError as error:
         raise HiveError(f"language model {name!r} of type {values['model_type']!r} does not load: {error}") from error
 

@@ -205,6 +205,8 @@ class Engine:
 
         Modules are gathered one by one, so a rank holds one module's full weights at a time.
         """
+        # A forward pass without backward, as in validation, leaves weights in flight that were fetched ahead.
+        self._engine.empty_partition_cache()
         state: dict[str, Tensor] = {}
         copies: dict[int, Tensor] = {}
         for prefix, module in self.model.named_modules():

@@ -90,8 +90,7 @@ class FlopCounter:
 
     def __init__(self, model: Any, plan: StagePlan) -> None:
         text = model.config.text_config
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self._text_width: int = text.num_attention_heads * head_dim
+        self._text_width: int = text.num_attention_heads * head_dim_of(text)
         self._vision_width: int = model.config.vision_config.hidden_size
         self._trains = plan.trained_groups
         self._in_sequence = not hasattr(model, "routes")
@@ -108,25 +107,60 @@ class FlopCounter:
             if len(shape) > 1 and name.endswith("weight")
         ]
         self._head = text.vocab_size * text.hidden_size
+        self._encoder_trains = "vision_encoder" in self._trains
+        scaled = any("layer_scale" in name for name in plan.shapes)
+        self._last_products = ("mlp.down_proj.weight",) + (() if scaled else ("mlp.fc2.weight",))
 
     def count(self, batch: BatchSize) -> float:
         """FLOPs of forward and backward over ``batch``."""
-        weights = 0.0
+        return sum(self.parts(batch).values())
+
+    def parts(self, batch: BatchSize) -> dict[str, float]:
+        """The same by part: ``vision_encoder``, ``projectors``, ``language_model`` and its ``head``."""
+        counted = dict.fromkeys(("vision_encoder", "projectors", "language_model", "head"), 0.0)
         for name, group, size in self._weights:
+            part = group if group in ("vision_encoder", "projectors") else "language_model"
             for tokens, flows in self._uses(name, group, batch):
-                weights += 2.0 * size * tokens * (1 + flows + (group in self._trains))
-        head = 2.0 * self._head * batch.supervised_tokens * (2 + ("language_model" in self._trains))
-        return weights + head + self.attention(batch)
+                counted[part] += 2.0 * size * tokens * (1 + flows + (group in self._trains))
+        counted["head"] = 2.0 * self._head * batch.supervised_tokens * (2 + ("language_model" in self._trains))
+        counted["language_model"] += self._language_attention(batch, below=1, above=3)
+        counted["vision_encoder"] += self._encoder_attention(batch, 3 if self._encoder_trains else 1)
+        return counted
+
+    def repeated(self, batch: BatchSize, *, checkpointing: bool) -> float:
+        """What backward computes once more: HFU counts it, MFU does not.
+
+        Fused attention repeats the scores, half of its forward. Gradient checkpointing repeats the forward of every
+        encoder block and LLM layer that a gradient flows through, up to the last value that backward needs: not its
+        last product, unless a layer scale follows it.
+        """
+        passes = 0.5 + checkpointing
+        attention = self._language_attention(batch, below=0, above=passes)
+        attention += self._encoder_attention(batch, passes * self._encoder_trains)
+        if not checkpointing:
+            return attention
+        again = [(name, group, size) for name, group, size in self._weights if self._runs_again(name, group)]
+        return attention + sum(
+            2.0 * size * tokens for name, group, size in again for tokens, _ in self._uses(name, group, batch)
+        )
+
+    def _runs_again(self, name: str, group: str) -> bool:
+        """Whether checkpointing repeats the product of a weight."""
+        if name.endswith(self._last_products):
+            return False
+        if group == "vision_encoder":
+            return self._encoder_trains and "patch_embed" not in name
+        return group != "projectors" and _layer_of(name) >= max(self._first_layer, 0)
 
     def _uses(self, name: str, group: str, batch: BatchSize) -> list[tuple[int, bool]]:
         """For each input of a weight: its tokens, and whether a gradient flows on to it."""
         if group == "vision_tail" or re.search("embed_tokens|lm_head|position_embedding", name):
             return []  # never runs, is counted as the head, or looks rows up
         if group == "vision_encoder":
-            return [(batch.patches, "vision_encoder" in self._trains and "patch_embed" not in name)]
+            return [(batch.patches, self._encoder_trains and "patch_embed" not in name)]
         if group == "projectors":
             # A cascaded model's begins with a product, whose input asks for a gradient if the encoder trains.
-            return [(batch.patches, "vision_encoder" in self._trains or not name.startswith("projector.linear_1"))]
+            return [(batch.patches, self._encoder_trains or not name.startswith("projector.linear_1"))]
         layer = _layer_of(name)
         routes = self._routes.get(layer, 0)
         if group == "image_kv":
@@ -141,13 +175,23 @@ class FlopCounter:
 
     def attention(self, batch: BatchSize) -> float:
         """The part of `count` that lies between queries, keys and values."""
-        per_pair = 4.0 * self._text_width
+        encoder = self._encoder_attention(batch, 3 if self._encoder_trains else 1)
+        return self._language_attention(batch, below=1, above=3) + encoder
+
+    def _language_attention(self, batch: BatchSize, *, below: float, above: float) -> float:
+        """Forwards' worth of FLOPs: ``below`` at layers with a forward pass only, ``above`` at the others."""
+        first = max(self._first_layer, 0)
         pairs = batch.sequence_pairs if self._in_sequence else batch.text_pairs
-        text = per_pair * pairs * (self._layers + 2 * (self._layers - max(self._first_layer, 0)))
-        image = 3 * per_pair * batch.image_pairs * sum(self._routes.values())
-        passes = 3 if "vision_encoder" in self._trains else 1
-        encoder = passes * 4.0 * self._vision_width * batch.encoder_pairs * self._blocks
-        return text + image + encoder
+        text = pairs * (below * first + above * (self._layers - first))
+        return 4.0 * self._text_width * (text + above * batch.image_pairs * sum(self._routes.values()))
+
+    def _encoder_attention(self, batch: BatchSize, passes: float) -> float:
+        return passes * 4.0 * self._vision_width * batch.encoder_pairs * self._blocks
+
+
+def head_dim_of(text_config: Any) -> int:
+    """Width of one head of an LLM."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

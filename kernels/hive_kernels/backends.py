@@ -65,6 +65,8 @@ def _triton_refuses(
         return f"q has head dim {head_dim}; expected an even number of at most {MAX_HEAD_DIM}"
     if decoding and gradient:
         return "q, k, v, image_k or image_v needs a gradient; expected none while decoding"
+    if device.type == "meta":  # shapes alone, for which the registered op needs no Triton
+        return None
     if not HAS_TRITON:
         return "Triton is not installed; expected the package triton"
     if device.type != "cuda" and not INTERPRETED:

@@ -233,8 +233,9 @@ def _python(arguments: list[str]) -> list[str]:
     file = (
         module.replace(".", "/")
         .replace("hive_ds/kernels", "kernels/hive_kernels")
-        .replace("benchmarks", "kernels/benchmarks")
     )
+    if file.startswith("benchmarks"):
+        file = f"kernels/{file}"
     there = (ROOT / f"{file}.py").is_file() or (ROOT / file / "__main__.py").is_file()
     return [] if there else [f"python -m {module}: no such module"]
 

@@ -10,6 +10,7 @@ import torch
 from engine_checks import trained_losses
 from stage_helpers import config_for, expect_error, make_trainee, moved, run_step, state_of, step_batches
 
+from hive_ds.cost.memory import model_state_bytes
 from hive_ds.training.ds_config import read_policy
 
 OFFLOADS = ("zero3_offload_optimizer", "zero3_offload_param")
@@ -89,6 +90,27 @@ def check_offload(ranks: Any) -> None:
         whole = sum(value.numel() for value in before.values())
         assert sum(trainee.engine.partition_sizes().values()) < 0.7 * whole
         trainee.engine.close()
+
+
+def check_model_states(ranks: Any) -> None:
+    """The closed form of what a rank holds is what DeepSpeed's tensors take."""
+    policy = json.loads(json.dumps(read_policy("zero3")))
+    policy["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    path = ranks.folder / f"states.{ranks.world.rank}.json"
+    path.write_text(json.dumps(policy))
+    for precision in ("bf16", "fp32"):
+        trainee = make_trainee(ranks, stage=3, zero=str(path), precision=precision, config=config_for(2))
+        run_step(ranks, trainee, step_batches(ranks, 0, 2))
+        engine, zero = trainee.engine, trainee.engine._optimizer
+        weights = [p.ds_tensor for p in engine.model.parameters()]
+        weights += [p.data for p in engine.model.parameters() if p.ds_persist]
+        moments = [value for state in zero.optimizer.state.values() for value in state.values() if value.numel() > 1]
+        states = model_state_bytes(trainee.plan, policy, ranks=2, precision=precision)
+        assert states.parameters == sum(weight.nbytes for weight in weights)
+        assert states.gradients == zero.grad_partitions_flat_buffer.nbytes
+        assert states.optimizer == sum(value.nbytes for value in [*zero.fp32_partitioned_groups_flat, *moments])
+        assert states.host == 0
+        engine.close()
 
 
 def hpz_on_nodes(ranks: Any) -> list[list[float]]:

@@ -1,0 +1,77 @@
+"""``hive-ds plan RECIPE``: which ZeRO profile, how much memory, how long, on a cluster that is not there yet."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hive_ds.cli_parts import command
+from hive_ds.errors import HiveError
+from hive_ds.planning.hardware import GPUS, NETWORKS, gpu_named, network_named
+
+
+def add_plan_command(commands: Any) -> None:
+    """Add the command ``plan``."""
+    parser = command(
+        commands,
+        "plan",
+        _run,
+        "say which ZeRO profile fits a cluster, and predict memory, traffic, step and run time",
+        "Communication is predicted message by message and was checked against real runs; times follow from stated"
+        " assumptions about GPUs and networks, none of which was measured (docs/planning.md).",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or path of a .yaml file")
+    parser.add_argument("--stage", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="(default: %(default)s)")
+    parser.add_argument("--gpu", default="h200", metavar="NAME", help=f"{', '.join(GPUS)} (default: %(default)s)")
+    parser.add_argument(
+        "--network", default="ib400x8", metavar="NAME", help=f"{', '.join(NETWORKS)} (default: %(default)s)"
+    )
+    parser.add_argument("--text-length", type=int, default=128, metavar="T", help="mean tokens (default: %(default)s)")
+    parser.add_argument("--samples", type=int, metavar="N", help="in the training data, where they are not here")
+    parser.add_argument("--efficiency", type=float, metavar="SHARE", help="of the peak FLOP/s (default: 0.4)")
+    parser.add_argument("--overlap", type=float, metavar="SHARE", help="of communication and compute (default: 0.7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, assumptions included")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the scaling from 1 to 1,024 GPUs")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value of the recipe; repeatable",
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    for name in ("nodes", "gpus_per_node", "text_length", "samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise HiveError(f"--{name.replace('_', '-')} {value}: expected a number of at least 1")
+    shares = {name: getattr(args, name) for name in ("efficiency", "overlap") if getattr(args, name) is not None}
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise HiveError(f"--{name} {share}: expected a share above 0, at most 1")
+    import json
+
+    from hive_ds.files import write_whole
+    from hive_ds.planning.plan import count_samples, plan_profiles, scaling, steps_of
+    from hive_ds.planning.report import PlanReport, draw_scaling
+    from hive_ds.planning.stage_model import StageModel
+    from hive_ds.planning.timing import Assumptions, Cluster
+    from hive_ds.recipe import load_recipe
+
+    cluster = Cluster(args.nodes, args.gpus_per_node, gpu_named(args.gpu), network_named(args.network))
+    recipe, assumed = load_recipe(args.recipe, args.overrides), Assumptions(**shares)
+    model = StageModel.of(recipe, args.stage, args.text_length)
+    samples = args.samples or count_samples(recipe.data_of(model.plan.stage.name).train)
+    plans, steps = plan_profiles(model, cluster, assumed), steps_of(model, samples)
+    report = PlanReport(recipe.name, model, args.text_length, cluster, args.gpu, args.network, assumed, plans, steps)
+    print("\n".join(report.lines()))
+    if args.json:
+        write_whole(args.json, json.dumps(report.as_json(), indent=2) + "\n")
+    if args.picture:
+        title = f"{recipe.name}, stage {args.stage}, {args.gpu}, {args.network}, global batch as the recipe's"
+        write_whole(args.picture, draw_scaling(scaling(model, cluster, assumed), title))

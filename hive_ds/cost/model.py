@@ -1,0 +1,83 @@
+"""A recipe's model with random weights, or on the meta device: every shape and no memory, in seconds at any size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from hive_ds.config import ModelConfig, Recipe
+from hive_ds.cost.known_models import KNOWN_MODELS
+from hive_ds.errors import HiveError
+from hive_ds.model.attention_backends import TrainedModel
+from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
+from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.loading import hive_config, read_language_config, read_vision_config
+from hive_ds.model.vision import vision_class
+from hive_ds.stages import VLM_STAGES, Stage, stage_by_number
+from hive_ds.training.groups import StagePlan, groups_of, plan_stage
+
+_FRESH_WEIGHTS = "none: on the meta device"
+
+
+def meta_model(recipe: Recipe, stage: int) -> tuple[TrainedModel, StagePlan]:
+    """`random_model` on the meta device, attending by the ops of fused kernels as on a GPU."""
+    fused = replace(recipe.model, attention_backend="triton", text_attention_backend="triton")
+    return random_model(replace(recipe, model=fused), stage, torch.device("meta"))
+
+
+def random_model(recipe: Recipe, stage: int, device: torch.device) -> tuple[TrainedModel, StagePlan]:
+    """The model that a stage trains, with random weights in the recipe's precision, and the stage's plan.
+
+    Sizes come from ``config.json`` of a local folder, else from `KNOWN_MODELS`, else from the hub. A cascaded model's
+    embeddings may get one row more in training, for ``<image>``, where its tokenizer has no room for it.
+
+    Raises:
+        HiveError: the recipe has no such stage, or a model's size is nowhere to be found.
+    """
+    described = stage_by_number(stage, recipe.model.kind)
+    if described.name not in recipe.stages:
+        raise HiveError(f"recipe {recipe.name} has no stage {described.name}; it has {', '.join(recipe.stages)}")
+    section = recipe.model
+    if described in VLM_STAGES:
+        assert recipe.vlm is not None
+        section = recipe.vlm_model(recipe.vlm.vision_encoder or recipe.model.vision_encoder)
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    with device:
+        model = _build(section, described).to(dtype)
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train(), plan_stage(model, described, groups_of(model), recipe.stages[described.name])
+
+
+def _build(section: ModelConfig, stage: Stage) -> TrainedModel:
+    vision, text = _vision_config(section.vision_encoder), _text_config(section.language_model)
+    encoder = vision_class(vision)._from_config(vision)
+    language_model = AutoModelForCausalLM.from_config(text)
+    if section.kind == "hive":
+        joined = hive_config(section, vision, text, image_kv=stage.image_kv)
+        return HiveForCausalLM(joined, encoder, language_model)
+    joined = cascaded_config(
+        vision,
+        text,
+        feature_block=section.feature_block,
+        image_token_id=text.vocab_size - 1,
+        vision_sha256=_FRESH_WEIGHTS,
+    )
+    return CascadedForCausalLM(joined, encoder, language_model, attention_backend=section.text_attention_backend)
+
+
+def _vision_config(name: str) -> Any:
+    return _known(name) or read_vision_config(name)
+
+
+def _text_config(name: str) -> Any:
+    return _known(name) or read_language_config(name)
+
+
+def _known(name: str) -> PretrainedConfig | None:
+    known = KNOWN_MODELS.get(name)
+    return None if known is None or Path(name).is_dir() else AutoConfig.for_model(**known.config)

@@ -1,0 +1,1 @@
+"""What a run will send, need and take on a cluster, before it starts."""

@@ -1,0 +1,238 @@
+"""Every collective of an optimizer step, by ZeRO policy: DeepSpeed's (0.19.8) and the training loop's own.
+
+Left out: validation, checkpoints, log lines, and the first steps of a run, in which ZeRO-3 learns the order of modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+from torch import nn
+
+from hive_ds.planning.gathers import DIFFERENT, Gather, Gatherer, GatherLimits
+from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message
+from hive_ds.planning.trace import FETCH, Trace, parameters_read
+from hive_ds.training.groups import StagePlan
+from hive_ds.training.metrics import Totals
+
+FLOAT32, FLOAT64 = 4, 8
+_BUCKET = 500_000_000
+_SUB_GROUP = 1_000_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What DeepSpeed sees of a model in a stage."""
+
+    sizes: dict[str, int]
+    """Elements by parameter, in the model's order; a tied weight stands once."""
+    groups: tuple[tuple[str, ...], ...]
+    """Names of the parameters of each optimizer group."""
+    module_groups: int
+    """Groups whose gradient norm is logged."""
+    owned: dict[str, tuple[str, ...]]
+    """Parameters that a module reads itself, by module."""
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: StagePlan) -> Layout:
+        """Of a model on any device, the meta device too."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        owned = {
+            path: tuple(dict.fromkeys(names[id(parameter)] for parameter in parameters_read(module)))
+            for path, module in model.named_modules()
+        }
+        return cls(
+            sizes={name: parameter.numel() for name, parameter in model.named_parameters()},
+            groups=tuple(tuple(group.parameters) for group in plan.groups),
+            module_groups=len(plan.trained_groups),
+            owned=owned,
+        )
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the parameters that train."""
+        return frozenset(name for group in self.groups for name in group)
+
+
+@dataclass(frozen=True)
+class ZeroPolicy:
+    """What a file of ``ds_configs/`` says about communication, with DeepSpeed's defaults filled in."""
+
+    stage: int
+    reduce_bucket: int
+    sub_group: int
+    limits: GatherLimits
+    ranks_per_copy: int
+    """Ranks that hold one copy of the weights between them (hpZ); 1 without hpZ."""
+    offloads_optimizer: bool
+
+    @classmethod
+    def of(cls, policy: Mapping[str, Any], num_ranks: int, ranks_per_node: int) -> ZeroPolicy:
+        """Of `hive_ds.training.ds_config.read_policy`."""
+        zero = policy.get("zero_optimization", {})
+        copy = zero.get("zero_hpz_partition_size", 1)
+        if copy == "auto":
+            copy = ranks_per_node if ranks_per_node < num_ranks else 1
+        return cls(
+            stage=zero.get("stage", 0),
+            reduce_bucket=int(zero.get("reduce_bucket_size", _BUCKET)),
+            sub_group=int(zero.get("sub_group_size", _SUB_GROUP)),
+            limits=GatherLimits(
+                persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 100_000)),
+                prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
+                reuse_distance=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
+                live_parameters=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+            ),
+            ranks_per_copy=copy,
+            offloads_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        )
+
+
+@dataclass(frozen=True)
+class StepMessages:
+    """Collectives of one rank in one optimizer step, by what they carry."""
+
+    gathers: list[Message]
+    """Of weights, in forward and backward (ZeRO-3)."""
+    renewals: list[Message]
+    """Of weights that every rank keeps whole, after the optimizer (ZeRO 1 to 3)."""
+    gradients: list[Message]
+    scalars: list[Message]
+    """Losses, token counts, norms, agreements: a few numbers each."""
+
+    @property
+    def all(self) -> list[Message]:
+        """Every one."""
+        return [*self.gathers, *self.renewals, *self.gradients, *self.scalars]
+
+
+def step_messages(
+    layout: Layout,
+    trace: Trace,
+    policy: ZeroPolicy,
+    *,
+    num_ranks: int,
+    micro_batches: int,
+    weight_bytes: int,
+) -> StepMessages:
+    """Predict a step in the steady state.
+
+    Args:
+        layout: of the model and stage.
+        trace: of a micro-batch.
+        policy: of the run.
+        num_ranks: of the run.
+        micro_batches: of one rank in one optimizer step.
+        weight_bytes: of an element, 2 for bf16; gradients travel in the same type.
+    """
+    scale = _Scale(layout, trace, policy, num_ranks, weight_bytes)
+    gathers = scale.gathers(micro_batches) if policy.stage == 3 else []
+    return StepMessages(gathers, scale.renewals(), scale.gradients(micro_batches), scale.scalars())
+
+
+@dataclass(frozen=True)
+class _Scale:
+    layout: Layout
+    trace: Trace
+    policy: ZeroPolicy
+    num_ranks: int
+    weight_bytes: int
+
+    def gathers(self, micro_batches: int) -> list[Message]:
+        """ZeRO-3's, in forward and backward."""
+        second_copy = self.policy.ranks_per_copy > 1
+        parts = _gathers(self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT))
+        alike = [parts[-1]] * (micro_batches - len(parts))
+        return [self._gather(gather) for part in [*parts, *alike] for gather in part]
+
+    def _gather(self, gather: Gather) -> Message:
+        elements = sum(self._padded(self.layout.sizes[name]) for name in gather.parameters)
+        ranks = self.policy.ranks_per_copy if gather.within_node else self.num_ranks
+        return Message(ALL_GATHER, elements * self.weight_bytes, ranks)
+
+    def renewals(self) -> list[Message]:
+        """Of each optimizer group, aligned to 2 elements a rank; under ZeRO-3 of each persistent weight by itself."""
+        if self.policy.stage == 0:
+            return []
+        if self.policy.stage == 3:
+            threshold = self.policy.limits.persistence_threshold
+            sizes = [self._padded(size) for size in self.layout.sizes.values() if size <= threshold]
+        else:
+            unit = 2 * self.num_ranks
+            sums = (sum(self.layout.sizes[name] for name in group) for group in self.layout.groups)
+            sizes = [ceil(size / unit) * unit for size in sums]
+        return [self._message(ALL_GATHER, size * self.weight_bytes) for size in sizes]
+
+    def gradients(self, micro_batches: int) -> list[Message]:
+        """Each micro-batch reduces them under ZeRO 2 and 3, the whole step under ZeRO 0 and 1."""
+        names = [name for name in self.layout.sizes if name in self.layout.trained]
+        if self.policy.stage == 0:  # the engine fills a fixed buffer in the model's order, and past its end
+            buckets = _filled((self.layout.sizes[name] for name in names), _BUCKET, past_the_end=True)
+            return [self._message(ALL_REDUCE, bucket * self.weight_bytes) for bucket in buckets]
+        kind = REDUCE_SCATTER if self.policy.stage == 3 else ALL_REDUCE
+        backward = (event.module for event in self.trace.events if event.kind == FETCH and not event.forward)
+        order = dict.fromkeys(name for module in backward for name in self.layout.owned[module])
+        sizes = [self.layout.sizes[name] for name in order if name in self.layout.trained]
+        buckets = _filled(sizes, self.policy.reduce_bucket, past_the_end=False)
+        if self.policy.stage == 3:
+            padding = sum(self._padded(size) - size for size in sizes)
+            buckets[-1] += padding
+        times = 1 if self.policy.stage == 1 else micro_batches
+        return [self._message(kind, bucket * self.weight_bytes) for bucket in buckets] * times
+
+    def scalars(self) -> list[Message]:
+        """The loop's totals, loss and agreement to stop; norms of ours and of DeepSpeed's."""
+        doubles = [len(Totals().vector()), 1, 2]
+        norms = [FLOAT64 if self.policy.stage == 3 and not self.policy.offloads_optimizer else FLOAT32]
+        norms *= self._optimizer_parts()
+        if self.policy.stage:
+            doubles.append(self.layout.module_groups)
+        if self.weight_bytes == 2 and self.policy.stage == 0:
+            norms = []
+        if self.weight_bytes == 2 and self.policy.stage in (1, 2):
+            norms.append(1)  # one byte: did anything overflow
+        return [self._message(ALL_REDUCE, size) for size in [*(FLOAT64 * count for count in doubles), *norms]]
+
+    def _optimizer_parts(self) -> int:
+        if self.policy.stage == 0:
+            return 1
+        if self.policy.stage < 3:
+            return len(self.layout.groups)
+        own = ([ceil(self.layout.sizes[name] / self.num_ranks) for name in group] for group in self.layout.groups)
+        return sum(len(_filled(sizes, self.policy.sub_group - 1, past_the_end=True)) for sizes in own)
+
+    def _padded(self, elements: int) -> int:
+        return ceil(elements / self.num_ranks) * self.num_ranks
+
+    def _message(self, kind: str, size: int) -> Message:
+        return Message(kind, size, self.num_ranks)
+
+
+@lru_cache(maxsize=32)
+def _gathers(
+    layout: Layout, trace: Trace, limits: GatherLimits, second_copy: bool, micro_batches: int
+) -> list[list[Gather]]:
+    """Of the second of two steps: what one leaves, the next finds. They do not depend on the number of ranks."""
+    owned = {module: (*names, *trace.foreign.get(module, ())) for module, names in layout.owned.items()}
+    gatherer = Gatherer(layout.sizes, layout.trained, owned, trace.events, limits, second_copy=second_copy)
+    gatherer.run_step(micro_batches)
+    return gatherer.run_step(micro_batches)
+
+
+def _filled(sizes: Iterable[int], capacity: int, *, past_the_end: bool) -> list[int]:
+    """Elements of each bucket; with ``past_the_end`` the one that overflows a bucket is its last."""
+    buckets: list[int] = []
+    current = 0
+    for size in sizes:
+        if not past_the_end and current and current + size > capacity:
+            buckets.append(current)
+            current = 0
+        current += size
+        if past_the_end and current > capacity:
+            buckets.append(current)
+            current = 0
+    return [*buckets, current] if current else buckets

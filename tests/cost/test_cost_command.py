@@ -1,0 +1,124 @@
+"""The command, its results file, and the figures of docs/cost.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cost_recipes import tiny_recipe
+
+from hive_ds.cli import main
+from hive_ds.cost import claims
+from hive_ds.cost.claims import Arm, compare, with_routes
+from hive_ds.cost.counted import watch_step
+from hive_ds.cost.ledger import cost_of_stage
+from hive_ds.cost.measured import measure_step
+from hive_ds.cost.pictures import draw
+from hive_ds.cost.tables import peaks, tables
+from hive_ds.cost.workload import Workload
+from hive_ds.recipe import dump_recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results" / "cost_paper.json"
+PAPER, SA = "hive-siglip-l-mobilellm-600m", "sa-siglip-l-mobilellm-600m"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    """Files of a tiny recipe and of its SA."""
+    paths = []
+    for name in ("tiny", "tiny-sa"):
+        paths.append(str(tmp_path / f"{name}.yaml"))
+        Path(paths[-1]).write_text(dump_recipe(tiny_recipe(tmp_path, name)))
+    return paths[0], paths[1]
+
+
+def test_the_command_prints_and_writes_what_the_library_says(
+    files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cost.json"
+    options = ["--text-length", "9", "--batch", "2", "--ranks", "2", "--measure", "--json", str(out)]
+    assert main(["cost", files[0], "--against", files[1], "--stage", "3", *options]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Stage 3, vision_finetuning: micro-batch of 2 images and texts of 9 tokens, 2 ranks, zero3" in printed
+    assert "not measured: no GPU" in printed or torch.cuda.is_available()
+    first, second = json.loads(out.read_text())["stages"]
+    assert (first["recipe"], second["recipe"]) == ("tiny", "tiny-sa")
+    cost = cost_of_stage(load_recipe(files[0]), 3, text_length=9, batch=2, ranks=2)
+    assert first["total_flops"] == cost.total_flops
+    assert first["memory"] == cost.memory
+    assert first["step_flops"] == cost.total_flops * 32 / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--curves"], "--curves compares two recipes; expected one --against, got 0"),
+        (["--picture", "x.png"], "--picture draws the curves; expected --curves beside it"),
+        (["--ranks", "0"], "--ranks 0: expected 1 or more"),
+        (["--ranks", "5"], "global_batch_size 32 is not divisible by 5 ranks"),
+        (["--batch", "-1"], "batch is -1; expected 1 or more"),
+        (["--stage", "7"], "--stage 7: no recipe here has it"),
+    ],
+)
+def test_wrong_options(
+    options: list[str], message: str, files: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cost", files[0], *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_curves_of_tiny_models(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claims, "ROUTES", (3, 2))
+    monkeypatch.setattr(claims, "STAGES", (1, 3))
+    monkeypatch.setattr(claims, "TEXT_LENGTHS", (8, 64))
+    monkeypatch.setattr(claims, "BATCHES", (4, 32))
+    hive, sa = load_recipe(files[0]), load_recipe(files[1])
+    curves = compare(hive, sa, lambda line: None)
+    assert curves == json.loads(json.dumps(curves))
+    for point in curves["memory"]:
+        for setup, both in point["peaks"].items():
+            assert point["saved"][setup] == 1 - both["hive"] / both["sa"]
+    for row in curves["holds"]:
+        arms = [Arm.of(with_routes(hive, row["routes"]), row["stage"]), Arm.of(sa, row["stage"])]
+        limit = claims.LIMITS[row["claim"]]
+        ratios = [claims._ratio(*arms, length, encoder=row["encoder_counted"]) for length in range(1, 65)]
+        assert row["up_to"] == sum(ratio < limit for ratio in ratios)
+    assert draw(curves).startswith(b"\x89PNG")
+    assert main(["cost", files[1], "--against", files[0], "--stage", "1", "--batch", "1", "--curves"]) == 2
+    assert "curves compare a recipe of kind hive with one of kind cascaded" in capsys.readouterr().err
+
+
+def test_a_step_is_measured(tmp_path: Path) -> None:
+    step = measure_step(tiny_recipe(tmp_path), 2, Workload(2, 7), torch.device("cpu"), steps=2)
+    assert (step.device, step.peak_bytes) == ("cpu", None)
+    assert step.seconds > 0
+
+
+def test_the_document_shows_the_committed_figures() -> None:
+    document = (ROOT / "docs" / "cost.md").read_text()
+    for table in tables(json.loads(RESULTS.read_text())["curves"]):
+        assert table in document
+    checkpointing = json.loads((RESULTS.parent / "cost_checkpointing.json").read_text())
+    assert peaks(checkpointing["stages"]) in document
+
+
+def test_the_committed_figures_are_what_the_code_computes() -> None:
+    results = json.loads(RESULTS.read_text())
+    for stage, routes in ((1, 8), (3, 6)):
+        arm, baseline = Arm.of(with_routes(load_recipe(PAPER), routes), stage), Arm.of(load_recipe(SA), stage)
+        place = {"stage": stage, "routes": routes}
+        found = [place | row for row in claims._where_flops_hold(arm, baseline)]
+        assert found == [row for row in results["curves"]["holds"] if place.items() <= row.items()]
+        for point in results["curves"]["flops"]:
+            if place.items() <= point.items():
+                assert point["hive"] == arm.parts(point["text_length"])
+                assert point["sa"] == baseline.parts(point["text_length"])
+    stages = {(cost["recipe"], cost["stage"]): cost for cost in results["stages"]}
+    committed = stages[PAPER, 1]
+    watch = watch_step(Arm.of(load_recipe(PAPER), 1).model, Workload(committed["batch"], committed["text_length"]))
+    assert committed["memory"]["activations"] == watch.activations

@@ -1,0 +1,81 @@
+"""Memory: our tracker against PyTorch's, closed forms against tensors that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cost_recipes import tiny_recipe
+from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from hive_ds.cost.counted import watch_step
+from hive_ds.cost.memory import model_state_bytes
+from hive_ds.cost.memory_watch import MemoryWatch
+from hive_ds.cost.model import meta_model, random_model
+from hive_ds.cost.workload import Workload
+from hive_ds.training.ds_config import read_policy
+from hive_ds.training.groups import adamw
+
+
+def _inputs() -> dict:
+    tokens = random_tokens(4 * 60)
+    return {
+        "input_ids": tokens,
+        "labels": tokens,
+        "text_lengths": [60] * 4,
+        "image_offsets": [[0]] * 4,
+        "pixel_values": random_images(4),
+    }
+
+
+@pytest.mark.parametrize("make", [tiny_hive, tiny_cascaded])
+def test_the_watch_agrees_with_pytorchs_tracker(make: type) -> None:
+    """Where everything trains, which MemTracker asks for."""
+    model, inputs = make().train(), _inputs()
+    model(**inputs)  # the first call makes the rotary frequencies, which stay
+    watch = MemoryWatch([*model.parameters(), *model.buffers(), inputs["input_ids"], inputs["pixel_values"]])
+    watch.follow_gradients(model.parameters())
+    with watch:
+        model(**inputs).loss.backward()
+    model.zero_grad()
+
+    tracker = MemTracker()
+    tracker.track_external(model, inputs["input_ids"], inputs["pixel_values"])
+    with tracker:
+        model(**inputs).loss.backward()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    by_name = {str(getattr(kind, "value", kind)): size for kind, size in peak.items()}
+    assert by_name["Gradient"] == 0  # the same moment: the loss, before any weight has its gradient
+    assert watch.activations + watch.temporaries == by_name["Activation"] + by_name["Temp"]
+    assert watch.temporaries == by_name["Temp"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_states_are_those_of_tensors(stage: int, tmp_path: Path) -> None:
+    """Without ZeRO in fp32: weights, gradients and Adam's moments of a real step."""
+    recipe = tiny_recipe(tmp_path)
+    model, plan = random_model(recipe, stage, torch.device("cpu"))
+    model(**Workload(2, 7).inputs(model, torch.device("cpu"))).loss.backward()
+    optimizer = adamw(plan.groups, recipe.stages[plan.stage.name], fused=False)
+    optimizer.step()
+    states = model_state_bytes(plan, read_policy("zero0"), ranks=1, precision="fp32")
+    assert states.parameters == sum(p.nbytes for p in model.parameters())
+    assert states.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
+    assert states.optimizer == sum(value.nbytes for value in moments)
+    assert states.host == 0
+
+
+def test_activations_grow_with_the_batch_and_shrink_under_checkpointing(tmp_path: Path) -> None:
+    counted = {}
+    for checkpointing in ("false", "true"):
+        model, _ = meta_model(tiny_recipe(tmp_path, "tiny", f"model.gradient_checkpointing={checkpointing}"), 3)
+        for batch in (4, 8, 16):
+            step = watch_step(model, Workload(batch, 40))
+            counted[checkpointing, batch] = step.activations + step.temporaries
+    assert counted["true", 8] < 0.6 * counted["false", 8]
+    assert counted["false", 16] - counted["false", 8] == pytest.approx(
+        2 * (counted["false", 8] - counted["false", 4]), rel=1e-3
+    )

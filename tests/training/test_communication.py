@@ -1,0 +1,48 @@
+"""Communication of real runs against what planning predicts, message by message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from communication_cases import CASES, Case, predicted
+from ranks import launch_checks, passed
+
+CHECK = "communication_checks.check_communication"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "communication.json"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("communication")
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> dict[str, Any]:
+    return passed(launch_checks([CHECK], 2, folder)[CHECK])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_ranks_send_what_was_predicted(case: Case, pair: dict[str, Any], folder: Path) -> None:
+    assert pair[case.name]["tally"] == predicted(case, folder / "tiny", 2)
+
+
+def test_profiles_train_alike(pair: dict[str, Any]) -> None:
+    losses = {case.name: pair[case.name]["loss"] for case in CASES if case.stage == 3 and case.precision == "fp32"}
+    assert max(losses.values()) - min(losses.values()) < 1e-5, losses
+
+
+@pytest.mark.long
+def test_four_ranks_send_what_was_predicted(tmp_path: Path) -> None:
+    counted = passed(launch_checks([CHECK], 4, tmp_path)[CHECK])
+    expected = {case.name: predicted(case, tmp_path / "tiny", 4) for case in CASES}
+    assert {name: row["tally"] for name, row in counted.items()} == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_stored_results_are_what_is_predicted_now(case: Case, folder: Path, pair: dict[str, Any]) -> None:
+    for ranks, row in json.loads(RESULTS.read_text())["cases"][case.name].items():
+        expected = predicted(case, folder / "tiny", int(ranks))
+        assert row["measured"]["tally"] == expected if int(ranks) > 1 else row["predicted"] == expected
