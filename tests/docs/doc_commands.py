@@ -230,10 +230,7 @@ def _python(arguments: list[str]) -> list[str]:
         return _pytest(rest)
     if module == "venv":
         return []
-    file = (
-        module.replace(".", "/")
-        .replace("hive_ds/kernels", "kernels/hive_kernels")
-    )
+    file = module.replace(".", "/").replace("hive_ds/kernels", "kernels/hive_kernels")
     if file.startswith("benchmarks"):
         file = f"kernels/{file}"
     there = (ROOT / f"{file}.py").is_file() or (ROOT / file / "__main__.py").is_file()
