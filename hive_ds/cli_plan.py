@@ -68,9 +68,7 @@ def _run(args: argparse.Namespace) -> None:
     model = StageModel.of(recipe, args.stage, args.text_length)
     samples = args.samples or count_samples(recipe.data_of(model.plan.stage.name).train)
     plans, steps = plan_profiles(model, cluster, assumed), steps_of(model, samples)
-    report = PlanReport(
-        recipe.name, model, args.text_length, cluster, args.gpu, args.network, assumed, plans, steps
-    )  # fmt: skip
+    report = PlanReport(recipe.name, model, args.text_length, cluster, args.gpu, args.network, assumed, plans, steps)
     print("\n".join(report.lines()))
     if args.json:
         write_whole(args.json, json.dumps(report.as_json(), indent=2) + "\n")

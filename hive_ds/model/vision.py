@@ -126,6 +126,12 @@ def encode_images(
     return VisionFeatures(by_block, grids)
 
 
+def rest_if_frozen(encoder: nn.Module) -> None:
+    """Put an encoder that does not train into evaluation mode: no dropout."""
+    if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        encoder.eval()
+
+
 def _trunk(encoder: nn.Module) -> Any:
     return getattr(encoder, "vision_model", encoder)  # see `VisionFamily.nested_in_v4`
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from hive_ds.planning.gathers import DIFFERENT, Gather, Gatherer, GatherLimits
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message
-from hive_ds.planning.trace import FETCH, Trace, external_parameters
+from hive_ds.planning.trace import FETCH, Trace, parameters_read
 from hive_ds.training.groups import StagePlan
 from hive_ds.training.metrics import Totals
 
@@ -42,9 +42,7 @@ class Layout:
         """Of a model on any device, the meta device too."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         owned = {
-            path: tuple(
-                dict.fromkeys(names[id(p)] for p in [*module.parameters(recurse=False), *external_parameters(module)])
-            )
+            path: tuple(dict.fromkeys(names[id(parameter)] for parameter in parameters_read(module)))
             for path, module in model.named_modules()
         }
         return cls(
@@ -147,9 +145,7 @@ class _Scale:
     def gathers(self, micro_batches: int) -> list[Message]:
         """ZeRO-3's, in forward and backward."""
         second_copy = self.policy.ranks_per_copy > 1
-        parts = _gathers(
-            self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT)
-        )  # fmt: skip
+        parts = _gathers(self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT))
         alike = [parts[-1]] * (micro_batches - len(parts))
         return [self._gather(gather) for part in [*parts, *alike] for gather in part]
 

@@ -42,13 +42,13 @@ class Network:
 _PCIE4, _PCIE5 = 32 * GB, 64 * GB
 
 GPUS: dict[str, Gpu] = {
-    "b200": Gpu(180 * GB, 2250e12, 7.7e12, 900 * GB, _PCIE5, 75e12, "NVIDIA HGX B200 data sheet: an eighth of the node"),
-    "h200": Gpu(141 * GB, 989e12, 4.8e12, 450 * GB, _PCIE5, 67e12, "NVIDIA H200 data sheet, SXM; half of the sparse rate"),
-    "h100": Gpu(80 * GB, 989e12, 3.35e12, 450 * GB, _PCIE5, 67e12, "NVIDIA H100 data sheet, SXM; half the sparse rate"),
+    "b200": Gpu(180 * GB, 2250e12, 7.7e12, 900 * GB, _PCIE5, 75e12, "NVIDIA HGX B200 data sheet"),
+    "h200": Gpu(141 * GB, 989e12, 4.8e12, 450 * GB, _PCIE5, 67e12, "NVIDIA H200 data sheet, SXM, half the sparse"),
+    "h100": Gpu(80 * GB, 989e12, 3.35e12, 450 * GB, _PCIE5, 67e12, "NVIDIA H100 data sheet, SXM, half the sparse"),
     "a100": Gpu(80 * GB, 312e12, 2.04e12, 300 * GB, _PCIE4, 19.5e12, "NVIDIA A100 data sheet, 80 GB SXM"),
     "a100-40gb": Gpu(40 * GB, 312e12, 1.56e12, 300 * GB, _PCIE4, 19.5e12, "NVIDIA A100 data sheet, 40 GB SXM"),
     "l40s": Gpu(48 * GB, 362e12, 0.864e12, _PCIE4, _PCIE4, 91.6e12, "NVIDIA L40S data sheet; no NVLink, PCIe 4.0 x16"),
-    "rtx4090": Gpu(24 * GB, 165e12, 1.01e12, _PCIE4, _PCIE4, 82.6e12, "NVIDIA Ada architecture paper; fp32 sums, no NVLink"),
+    "rtx4090": Gpu(24 * GB, 165e12, 1.01e12, _PCIE4, _PCIE4, 82.6e12, "NVIDIA Ada white paper; fp32 sums, no NVLink"),
 }  # fmt: skip
 
 NETWORKS: dict[str, Network] = {

@@ -87,9 +87,7 @@ def plan_profile(model: StageModel, profile: str, cluster: Cluster, assumed: Ass
         overlaps=bool(policy["zero_optimization"].get("overlap_comm")),
         offloads=zero.offloads_optimizer,
     )
-    return ProfilePlan(
-        profile, ranks, micro, share // micro, peaks[micro], usable, states.host, messages, time
-    )  # fmt: skip
+    return ProfilePlan(profile, ranks, micro, share // micro, peaks[micro], usable, states.host, messages, time)
 
 
 def plan_profiles(model: StageModel, cluster: Cluster, assumed: Assumptions) -> list[ProfilePlan]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,8 +82,8 @@ class PlanReport:
             f" trained; {model.flops_per_sample / 1e12:.3g} TFLOP a sample; global batch "
             f"{model.config.global_batch_size}; {model.precision}",
             f"assumed: {self.text_length} text tokens and one image a sample; {peak / 1e12:.0f} TFLOP/s at "
-            f"{assumed.efficiency:.0%}; {assumed.bandwidth_share:.0%} of links of {gpu.link_bandwidth / _GB:.0f} GB/s a "
-            f"GPU and a network ({self.network_name}) of {network.bandwidth / _GB:.3g} GB/s a node; "
+            f"{assumed.efficiency:.0%}; {assumed.bandwidth_share:.0%} of links of {gpu.link_bandwidth / _GB:.0f} GB/s "
+            f"a GPU and a network ({self.network_name}) of {network.bandwidth / _GB:.3g} GB/s a node; "
             f"{assumed.overlap:.0%} overlap; {assumed.usable_memory:.0%} of {gpu.memory / _GB:.0f} GB usable",
             "predicted, not measured: everything below",
         ]
@@ -106,7 +106,7 @@ class PlanReport:
         hours = self._hours(best)
         if hours is None:
             return [*lines, "the stage: unknown, for its data are not here; --samples N says how many there are"]
-        return [*lines, f"the stage: {self.steps} steps in {hours:.1f} hours"]
+        return [*lines, f"the stage: {self.steps} steps in {hours:.2g} hours"]
 
 
 def _row(plan: ProfilePlan, best: bool) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def _row(plan: ProfilePlan, best: bool) -> tuple[str, ...]:
     )
 
 
-def draw_scaling(curves: dict[str, Sequence[ProfilePlan]], title: str) -> bytes:
+def draw_scaling(curves: Mapping[str, Sequence[ProfilePlan]], title: str) -> bytes:
     """A PNG: images per second and efficiency against GPUs, by profile; hollow where the profile does not fit."""
     figure = Figure(figsize=(11, 4.6), dpi=100, layout="constrained")
     speed, efficiency = figure.subplots(1, 2)

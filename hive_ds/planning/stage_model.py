@@ -1,4 +1,4 @@
-"""A stage's model as planning sees it: parameters, FLOPs, activations and the order of modules, all on the meta device."""
+"""A stage's model as planning sees it: parameters, FLOPs, activations and the order of modules, without weights."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class StageModel:
         model, plan = meta_model(recipe, stage)
         layout, size, closed = Layout.of(model, plan), one.size(model), FlopCounter(model, plan)
         flops = closed.count(size) + closed.repeated(size, checkpointing=recipe.model.gradient_checkpointing)
-        with recorded(model) as trace:
-            first = watch_step(model, one)
-        second = watch_step(meta_model(recipe, stage)[0], two)
-        peaks = [watch.activations + watch.temporaries for watch in (first, second)]
+        watches = [watch_step(model, workload) for workload in (one, two)]
+        peaks = [watch.activations + watch.temporaries for watch in watches]
+        with recorded(model) as trace:  # by itself: what it hangs on keeps activations alive
+            watch_step(model, one)
         return cls(
             config=recipe.stages[plan.stage.name],
             plan=plan,

@@ -1,7 +1,7 @@
 """The order in which a step enters and leaves modules, which decides when ZeRO-3 gathers which weights.
 
-It is recorded by hooks where DeepSpeed has its own (0.19.8, `deepspeed.runtime.zero.parameter_offload`): around forward,
-on what a module puts out, and on what it takes in by position. Arguments passed by name have no mark there either.
+It is recorded by hooks where DeepSpeed has its own (0.19.8, `deepspeed.runtime.zero.parameter_offload`): around
+forward, on what a module puts out, and on what it takes in by position. What is passed by name has none there either.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def recorded(model: nn.Module) -> Iterator[Trace]:
         recorder.remove()
 
 
-def external_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters of others that a module says it reads (`hive_ds.training.engine` tells ZeRO-3)."""
+def parameters_read(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters, and those of others that it says it reads (`hive_ds.training.engine` tells ZeRO-3)."""
     declared: Callable[[], list[nn.Parameter]] = getattr(module, "external_parameters", list)
-    return declared()
+    return [*module.parameters(recurse=False), *declared()]
 
 
 class _Mark(torch.autograd.Function):
@@ -91,8 +91,7 @@ class _Recorder:
         self._model = model
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._reads = {
-            name: {id(p) for p in [*module.parameters(recurse=False), *external_parameters(module)]}
-            for name, module in model.named_modules()
+            name: {id(parameter) for parameter in parameters_read(module)} for name, module in model.named_modules()
         }
         self._handles: list[Any] = []
         for name, module in model.named_modules():

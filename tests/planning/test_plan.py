@@ -14,7 +14,7 @@ from hive_ds.cli import main
 from hive_ds.planning.communication import ZeroPolicy
 from hive_ds.planning.hardware import GPUS, LINK_LATENCY, NETWORKS
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, Message, bytes_sent
-from hive_ds.planning.plan import best_of, count_samples, plan_profile, plan_profiles, scaling, steps_of
+from hive_ds.planning.plan import ProfilePlan, best_of, count_samples, plan_profile, plan_profiles, scaling, steps_of
 from hive_ds.planning.stage_model import StageModel
 from hive_ds.planning.timing import Assumptions, Cluster, communication_time
 from hive_ds.planning.trace import FETCH
@@ -96,10 +96,11 @@ def test_time_of_a_message() -> None:
 
 
 def test_memory_decides(model: StageModel) -> None:
-    roomy, tight = (Cluster(1, 8, replace(GPUS["h200"], memory=size), NETWORKS["ib400"]) for size in (141e9, 4e9))
-    plans = {
-        name: plan_profiles(model, cluster, Assumptions()) for name, cluster in (("roomy", roomy), ("tight", tight))
-    }
+    def planned(memory: float) -> list[ProfilePlan]:
+        cluster = Cluster(1, 8, replace(GPUS["h200"], memory=memory), NETWORKS["ib400"])
+        return plan_profiles(model, cluster, Assumptions())
+
+    plans = {"roomy": planned(141e9), "tight": planned(4e9)}
     best = best_of(plans["roomy"])
     assert best is not None
     assert best.micro_batch == model.config.micro_batch_size
@@ -107,8 +108,7 @@ def test_memory_decides(model: StageModel) -> None:
         assert plan.micro_batch * plan.accumulation * 8 == model.config.global_batch_size
     smaller = best_of(plans["tight"])
     assert smaller is None or (smaller.micro_batch < best.micro_batch and smaller.peak <= 3.6e9)
-    hopeless = Cluster(1, 8, replace(GPUS["h200"], memory=1e8), NETWORKS["ib400"])
-    assert best_of(plan_profiles(model, hopeless, Assumptions())) is None
+    assert best_of(planned(1e8)) is None
 
 
 def test_scaling_from_1_to_1024(model: StageModel) -> None:

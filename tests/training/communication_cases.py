@@ -49,11 +49,12 @@ class Case:
         return copy | (LARGE_MODEL if self.large else {})
 
     def file(self, folder: Path) -> str:
-        """Its policy as a file in ``folder``."""
-        policy = read_policy(self.policy)
-        policy["zero_optimization"] |= self.settings()
+        """Its policy as a file in ``folder``; the first rank to ask for it writes it."""
         path = folder / f"{self.name.replace(' ', '-')}.json"
-        path.write_text(json.dumps(policy))
+        if not path.exists():
+            policy = read_policy(self.policy)
+            policy["zero_optimization"] |= self.settings()
+            path.write_text(json.dumps(policy))
         return str(path)
 
     def overrides(self, folder: Path) -> list[str]:

@@ -88,6 +88,8 @@ def _count(ranks: Any, cases: Sequence[Case]) -> dict[str, Any]:
             run.mkdir()
             if case.stage == 3:
                 (run / "stage2").symlink_to(start / "stage2")
+        if ranks.world.is_main:
+            case.file(root)
         barrier()
         counted[case.name] = counted_run(ranks, root / "recipe.yaml", run, case)
     return counted

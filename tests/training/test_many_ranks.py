@@ -46,9 +46,7 @@ def _check(num_ranks: int, policy: str, found: dict[str, Any], folder: Path) -> 
     with recorded(model) as trace:
         model(**batch.model_inputs("cpu", next(model.parameters()).dtype)).loss.backward()
     zero = ZeroPolicy.of(read_policy(policy_file(folder, policy, PER_NODE)), num_ranks, PER_NODE)
-    messages = step_messages(
-        layout, trace, zero, num_ranks=num_ranks, micro_batches=MICRO_BATCHES, weight_bytes=4
-    )  # fmt: skip
+    messages = step_messages(layout, trace, zero, num_ranks=num_ranks, micro_batches=MICRO_BATCHES, weight_bytes=4)
     assert found["tally"] == tally([*messages.gathers, *messages.renewals, *messages.gradients])
     whole = {name: layout.sizes[name] for name in layout.sizes}
     shares = {name: ceil(size / num_ranks) for name, size in whole.items()}

@@ -121,6 +121,7 @@ def test_precedence_and_origins(tmp_path: Path):
         "precision": "base tiny.yaml:" + _line("tiny", "  precision:"),
         "checkpoint_interval": "base tiny.yaml:" + _line("tiny", "  checkpoint_interval:"),
         "tensorboard": "default",
+        "compile": "default",
         "ds_config": "default",
         "validation_interval": "base tiny.yaml:" + _line("tiny", "  validation_interval:"),
         "validation_batches": "base tiny.yaml:" + _line("tiny", "  validation_batches:"),
