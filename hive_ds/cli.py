@@ -20,6 +20,7 @@ from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
 from hive_ds.cli_parts import command, group
 from hive_ds.cli_probe import add_probe_command
+from hive_ds.cli_report import add_report_command
 from hive_ds.cli_supervise import add_supervise
 from hive_ds.errors import run_command
 from hive_ds.recipe import RECIPES, dump_recipe, load_recipe, recipe_names, resolve
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_commands(group(commands, "checkpoint", "list, check and move the checkpoints of a run"))
     add_export_commands(group(commands, "export", "turn trained models into folders that other libraries load"))
     add_probe_command(commands)
+    add_report_command(commands)
     add_chat_command(commands)
     return parser
 
