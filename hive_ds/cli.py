@@ -15,6 +15,7 @@ from hive_ds.cli_ablate import add_ablate_commands, add_compare_command
 from hive_ds.cli_chat import add_chat_command
 from hive_ds.cli_checkpoint import add_checkpoint_commands
 from hive_ds.cli_data import add_data_commands
+from hive_ds.cli_doctor import add_doctor_command
 from hive_ds.cli_eval import add_eval_command
 from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(group(commands, "data", "make training data: generated scenes, or a dataset of your own"))
     add_ablate_commands(group(commands, "ablate", "train one recipe in several arms and seeds, and compare them"))
     add_host_commands(group(commands, "hosts", "check the hosts of a hostfile, and run on them"))
+    add_doctor_command(commands)
     add_eval_command(commands)
     add_supervise(commands)
     add_checkpoint_commands(group(commands, "checkpoint", "list, check and move the checkpoints of a run"))

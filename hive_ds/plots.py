@@ -62,9 +62,10 @@ def line_plot(lines: Sequence[Line], x_label: str, y_label: str, *, small: bool 
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """Names and colours of lines, as HTML that wraps."""
-    keys = (f'<span><i style="background:{line.colour}"></i>{escape(line.name)}</span>' for line in lines)
-    return f'<p class="legend">{"".join(keys)}</p>'
+    """Names and colours of the lines that have a name, as HTML that wraps."""
+    named = [line for line in lines if line.name]
+    keys = (f'<span><i style="background:{line.colour}"></i>{escape(line.name)}</span>' for line in named)
+    return f'<p class="legend">{"".join(keys)}</p>' if named else ""
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:

@@ -124,7 +124,7 @@ def _take_part(meeting: Meeting, out: Path) -> None:
     rate = None
     if meeting.index in good and len(good) > 1:
         try:
-            rate = _all_reduce(meeting.store, good.index(meeting.index), len(good))
+            rate = all_reduce_rate(meeting.store, good.index(meeting.index), len(good), _device())
         except RuntimeError as error:
             write_faults(out, node, [f"the all-reduce of {len(good)} nodes: {str(error).splitlines()[0]}"])
     meeting.say("all", rate)
@@ -195,17 +195,25 @@ def _own_address() -> str:
     return interface_addresses().get(interface, socket.gethostname())
 
 
-def _all_reduce(store: dist.Store, rank: int, size: int) -> float:
-    """Bytes per second that each node sends, and receives, in an all-reduce; RuntimeError where it fails."""
+def _device() -> torch.device:
+    """The first GPU, or the CPU."""
     gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return torch.device("cuda", 0) if gpu else torch.device("cpu")
+
+
+def all_reduce_rate(store: dist.Store, rank: int, size: int, device: torch.device) -> float:
+    """Bytes per second that each rank sends, and receives, in an all-reduce; RuntimeError where it fails.
+
+    Over NCCL on GPUs, else over gloo. A single rank sends nothing: 0.
+    """
     dist.init_process_group(
-        "nccl" if gpu else "gloo",
+        "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("all", store),
         rank=rank,
         world_size=size,
         timeout=EXCHANGE,
     )
-    data = torch.empty(SIZE // 4, device="cuda:0" if gpu else "cpu")
+    data = torch.empty(SIZE // 4, device=device)
     best = float("inf")
     for _ in range(3):
         data.fill_(1.0)

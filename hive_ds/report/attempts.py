@@ -15,6 +15,8 @@ from hive_ds.report.tables import Rows, when
 ENDINGS = {0: "done", 1: "failed", 2: "wrong input", 85: "stopped as asked", 87: "hung"}
 """Exit codes of a rank and of a launcher, in words."""
 _NAMED = 5
+_OFTEN = 0.1
+"""Share of the log lines from which a slow rank is worth a warning."""
 
 
 def attempt_rows(runs: Sequence[RunRecord]) -> Rows:
@@ -83,7 +85,8 @@ def _stage_warnings(stage: StageRecord) -> Iterator[str]:
         yield f"the loss was not finite at {_steps(unknown)}"
     slow = [line for line in lines if line.get("slowest_ratio", 1.0) >= SLOW_RATIO]
     for (rank, by), count in Counter((line["slowest_rank"], line["slowest_by"]) for line in slow).most_common(_NAMED):
-        yield f"rank {rank} held the others up ({by}, {SLOW_RATIO:g} times or more) in {count} of {len(lines)} lines"
+        if count >= _OFTEN * len(lines):
+            yield f"rank {rank} held the others up ({by}, {SLOW_RATIO:g} times or more) in {count} of {len(lines)} lines"
     for event in of_kind(stage.events, "checkpoint"):
         if event.get("failed"):
             yield f"no checkpoint could be written at step {event['step']}: {event['failed']}"

@@ -58,10 +58,9 @@ def _single(stage: StageRecord) -> list[str]:
         _figure("gradient norm before clipping", _lines(norms)),
     ]
     if answers := series(events, "answers", "share"):
-        plots.append(_figure("questions answered, %", _lines({"right": _scaled(answers, 100)}, markers=True)))
+        plots.append(_figure("questions answered, %", _lines({"": _scaled(answers, 100)}, markers=True)))
     return plots + [
-        _figure(plot.title, _lines({"measured": _scaled(series(events, "train", plot.key), plot.factor)}))
-        for plot in PLOTS
+        _figure(plot.title, _lines({"": _scaled(series(events, "train", plot.key), plot.factor)})) for plot in PLOTS
     ]
 
 

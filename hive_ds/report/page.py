@@ -28,7 +28,7 @@ from hive_ds.report.tables import (
 STYLE = """
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; border-bottom: 1px solid var(--rule); padding-bottom: .6rem; }
 nav a, a { color: var(--one); } h3 { margin: 1.4rem 0 .6rem; font-size: 1rem; } h1, li, p { overflow-wrap: anywhere; }
-.warnings { border-left: 4px solid var(--two); padding-left: 1rem; } .warnings li { margin: .2rem 0; }
+.warnings { border-left: 4px solid var(--two); padding-left: 1.6rem; } .warnings li { margin: .2rem 0; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem 1rem; margin: 0; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); gap: 1rem; }

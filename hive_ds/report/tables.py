@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ _SHOWN = (
     ("seed", "training.seed"),
 )
 _OF_STAGES = ("lr", "global_batch_size", "micro_batch_size", "steps", "epochs", "clip")
+_STAGE = r"stages\.\w+"
 _UNNAMED = ("name", "description")
 """Keys that always differ between recipes, and say nothing of the training."""
 
@@ -49,15 +51,25 @@ def stage_rows(run: RunRecord) -> Rows:
 
 
 def difference_rows(runs: Sequence[RunRecord]) -> Rows:
-    """Every value in which the recipes differ; of stages, those that more than one run has come to."""
+    """Every value in which the recipes differ; a stage that some recipe lacks is one row."""
     flats = [run.flat_recipe for run in runs]
-    keys = dict.fromkeys(key for flat in flats for key in flat)
-    rows = [
-        [key, *(text(flat.get(key, "")) for flat in flats)]
-        for key in keys
-        if key not in _UNNAMED and len({text(flat.get(key, "")) for flat in flats}) > 1
-    ]
+    rows = []
+    for key in dict.fromkeys(_whole_stage(key, flats) for flat in flats for key in flat):
+        if re.fullmatch(_STAGE, key):
+            values = ["yes" if any(one.startswith(f"{key}.") for one in flat) else "left out" for flat in flats]
+        else:
+            values = [text(flat.get(key, "")) for flat in flats]
+        if key not in _UNNAMED and len(set(values)) > 1:
+            rows.append([key, *values])
     return [["", *(run.name for run in runs)], *rows] if rows else []
+
+
+def _whole_stage(key: str, flats: Sequence[dict[str, Any]]) -> str:
+    """The stage that ``key`` belongs to, where one of the recipes does without that stage; else ``key``."""
+    stage = re.match(rf"{_STAGE}\.", key)
+    if stage and not all(any(one.startswith(stage[0]) for one in flat) for flat in flats):
+        return stage[0].removesuffix(".")
+    return key
 
 
 def validation_rows(runs: Sequence[RunRecord]) -> Rows:

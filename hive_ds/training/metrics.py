@@ -1,6 +1,6 @@
 """What a run records: one JSONL file, always; TensorBoard and wandb through DeepSpeed's monitor.
 
-Every line has ``event`` and ``step`` (optimizer steps done). Events: ``start`` (the machine), ``train`` (the keys of
+Every line has ``event`` and ``step`` (optimizer steps done). Events: ``start`` (devices, hosts, versions of an attempt), ``train`` (the keys of
 `TRAIN_KEYS`), ``validation`` (``loss``, ``text_loss``), ``checkpoint`` (``blocked_seconds`` that training stood still,
 ``seconds`` in all, ``failed``: why there is none), ``skipped_step`` (``sample_ids`` of every rank),
 ``bad_samples`` (``samples``: id and reason), ``end``.

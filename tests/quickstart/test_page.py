@@ -14,7 +14,7 @@ import pytest
 
 from hive_ds.data.scenes_samples import question_samples
 from hive_ds.evaluation.generation import truth
-from hive_ds.plots import Line, line_plot, smoothed, thinned, ticks
+from hive_ds.plots import Line, line_plot, smoothed, ticks
 from hive_ds.quickstart.page import PICTURES_PER_KIND, PageContent, StageRecord, render_page
 from hive_ds.quickstart.pipeline import chance
 from hive_ds.quickstart.questions import QuestionResults, table
