@@ -75,10 +75,10 @@ def _recipe(patient: Patient, gpus: int) -> Iterator[Finding]:
     yield from check_models(patient.recipe)
     ranks = sum(host.slots for host in patient.hosts) or gpus
     if ranks:
-        yield from _batches(patient.recipe, ranks)
+        yield from check_batches(patient.recipe, ranks)
 
 
-def _batches(recipe: Recipe, ranks: int) -> Iterator[Finding]:
+def check_batches(recipe: Recipe, ranks: int) -> Iterator[Finding]:
     """Whether the ranks divide each stage's global batch."""
     from hive_ds.training.ds_config import fit_micro_batch
 

@@ -45,7 +45,8 @@ def check_data(folder: str, key: str) -> Finding:
             for image in shards.get(number).images:
                 decode_image(image)
     except (HiveError, OSError) as error:
-        advice = f"hive-ds data verify {folder}; then convert again, or copy the shards again from a good copy"
+        again = f"convert again, or copy the shards again from a good copy; hive-ds data verify {folder} says more"
+        advice = again if Path(folder).is_dir() else "name a folder of MDS shards (hive-ds data convert makes one)"
         return Finding("data", key, "problem", str(error), advice)
     return Finding("data", key, "ok", f"{folder}: {len(shards):,} samples in {len(shards.shards)} shards")
 
@@ -62,7 +63,8 @@ def check_models(recipe: Recipe) -> Iterator[Finding]:
             yield Finding("models", key, "ok", f"{name}, in the hub's cache")
         else:
             said = f"{name} is neither a folder nor in the hub's cache"
-            advice = f"hf download {name} where there is a network, with HF_HOME on a disk that all hosts see"
+            fetch = f"hf download {name} where there is a network, with HF_HOME on a disk that all hosts see"
+            advice = f"name a folder that is there (--set {key}=FOLDER), or {fetch}"
             yield Finding("models", key, "warning", said, advice)
 
 

@@ -1,9 +1,8 @@
-"""What only trying shows: an all-reduce, GPUs that multiply, a Triton kernel. In other processes, which may crash or hang.
+"""What only trying shows: an all-reduce, GPUs that multiply, a Triton kernel; in other processes, which may hang.
 
     python -m hive_ds.doctor.trials FOLDER RANK RANKS
 
-The ranks reduce together; rank 0 goes on to try the GPUs and the kernel. It prints a JSON object a trial: name, and what it
-said or the ``error``.
+The ranks reduce together; then the first tries the GPUs and the last the kernel. Each prints a JSON object a trial.
 """
 
 from __future__ import annotations
@@ -17,16 +16,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hive_ds.doctor.findings import Finding
+from hive_ds.doctor.findings import Finding, Status
 from hive_ds.doctor.machine import CPU_RANKS
 
 AREA = "trials"
 PATIENCE = 45.0
 """Seconds for all trials together: imports alone take 10 on a busy machine, and the doctor less than a minute."""
+REDUCE, GPUS, KERNEL = "all-reduce", "GPUs", "Triton kernel"
+SIZE = 4 << 20
+"""Bytes that are reduced: enough to see that it works."""
 ADVICE = {
-    "all-reduce": "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to a network that is up; NCCL_DEBUG=INFO says more",
-    "GPUs": "update the driver to one for torch's CUDA version, or reset the GPU that is named",
-    "Triton kernel": "train without it: --set model.attention_backend=sdpa --set model.text_attention_backend=sdpa",
+    REDUCE: "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to a network that is up; NCCL_DEBUG=INFO says more",
+    GPUS: "update the driver to one for torch's CUDA version, or reset the GPU that is named",
+    KERNEL: "train without it: --set model.attention_backend=sdpa --set model.text_attention_backend=sdpa",
 }
 
 
@@ -56,26 +58,34 @@ def _start(folder: Path, rank: int, ranks: int) -> subprocess.Popen[bytes]:
 
 
 def _read(folder: Path, with_gpus: bool, patience: float) -> Iterator[Finding]:
-    lines = [json.loads(line) for line in (folder / "out-0").read_text().splitlines() if line.startswith('{"trial"')]
-    said = {line["trial"]: line for line in lines}
-    for name in ("all-reduce", *(("GPUs",) if with_gpus else ()), "Triton kernel"):
+    said = {}
+    for file in folder.glob("out-*"):
+        lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith('{"trial"')]
+        said |= {line["trial"]: line for line in lines if "error" in line or "error" not in said.get(line["trial"], {})}
+    for name in (REDUCE, *((GPUS,) if with_gpus else ()), KERNEL):
+        # Without a GPU, training takes torch's attention.
+        trouble: Status = "warning" if name == KERNEL and not with_gpus else "problem"
         if name not in said:
-            errors = (folder / "err-0").read_text().strip().splitlines()
-            last = errors[-1] if errors else "it said nothing"
-            yield Finding(AREA, name, "problem", f"no answer within {patience:.0f} s, or a crash: {last}", ADVICE[name])
+            fault = f"no answer within {patience:.0f} s, or a crash: {_last_words(folder)}"
+            yield Finding(AREA, name, trouble, fault, ADVICE[name])
         elif "error" in said[name]:
-            yield Finding(AREA, name, "problem", said[name]["error"], ADVICE[name])
+            yield Finding(AREA, name, trouble, said[name]["error"], ADVICE[name])
         else:
             yield Finding(AREA, name, "ok", said[name]["said"])
 
 
+def _last_words(folder: Path) -> str:
+    errors = [line for file in sorted(folder.glob("err-*")) for line in file.read_text().strip().splitlines()[-1:]]
+    return "; ".join(errors) or "it said nothing"
+
+
 def main(folder: Path, rank: int, ranks: int) -> None:
     """Take part as one rank."""
-    _say("all-reduce", lambda: _reduce(folder, rank, ranks))
-    if rank == 0:
-        if _gpus():
-            _say("GPUs", _multiply)
-        _say("Triton kernel", _attend)
+    _say(REDUCE, lambda: _reduce(folder, rank, ranks))
+    if rank == 0 and _gpus():
+        _say(GPUS, _multiply)
+    if rank == ranks - 1:
+        _say(KERNEL, _attend)
 
 
 def _say(trial: str, work: Callable[[], str]) -> None:
@@ -107,7 +117,7 @@ def _reduce(folder: Path, rank: int, ranks: int) -> str:
     store = dist.FileStore(str(folder / "store"), ranks)
     store.set(f"here/{rank}", "")
     store.wait([f"here/{other}" for other in range(ranks)], timedelta(seconds=PATIENCE))
-    rate = all_reduce_rate(store, rank, ranks, device)
+    rate = all_reduce_rate(store, rank, ranks, device, size=SIZE)
     backend = "NCCL" if device.type == "cuda" else "gloo"
     return f"{ranks} ranks over {backend}, {rate / 1e9:.2f} GB/s"
 

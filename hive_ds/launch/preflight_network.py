@@ -201,8 +201,8 @@ def _device() -> torch.device:
     return torch.device("cuda", 0) if gpu else torch.device("cpu")
 
 
-def all_reduce_rate(store: dist.Store, rank: int, size: int, device: torch.device) -> float:
-    """Bytes per second that each rank sends, and receives, in an all-reduce; RuntimeError where it fails.
+def all_reduce_rate(store: dist.Store, rank: int, ranks: int, device: torch.device, *, size: int = SIZE) -> float:
+    """Bytes per second that a rank sends, and receives, in an all-reduce of ``size`` bytes; RuntimeError: it failed.
 
     Over NCCL on GPUs, else over gloo. A single rank sends nothing: 0.
     """
@@ -210,21 +210,21 @@ def all_reduce_rate(store: dist.Store, rank: int, size: int, device: torch.devic
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("all", store),
         rank=rank,
-        world_size=size,
+        world_size=ranks,
         timeout=EXCHANGE,
     )
-    data = torch.empty(SIZE // 4, device=device)
+    data = torch.empty(size // 4, device=device)
     best = float("inf")
     for _ in range(3):
         data.fill_(1.0)
         start = time.perf_counter()
         dist.all_reduce(data)
-        right = bool((data == size).all())  # and waits for the GPU
+        right = bool((data == ranks).all())  # and waits for the GPU
         best = min(best, time.perf_counter() - start)
         if not right:
             raise RuntimeError("its result is wrong")
     dist.destroy_process_group()
-    return 2 * (size - 1) / size * SIZE / best
+    return 2 * (ranks - 1) / ranks * size / best
 
 
 def _gigabytes(rate: float | None) -> str:

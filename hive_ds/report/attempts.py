@@ -86,7 +86,7 @@ def _stage_warnings(stage: StageRecord) -> Iterator[str]:
     slow = [line for line in lines if line.get("slowest_ratio", 1.0) >= SLOW_RATIO]
     for (rank, by), count in Counter((line["slowest_rank"], line["slowest_by"]) for line in slow).most_common(_NAMED):
         if count >= _OFTEN * len(lines):
-            yield f"rank {rank} held the others up ({by}, {SLOW_RATIO:g} times or more) in {count} of {len(lines)} lines"
+            yield f"rank {rank} held the others up ({by}, {SLOW_RATIO:g} times or more), {count} of {len(lines)} lines"
     for event in of_kind(stage.events, "checkpoint"):
         if event.get("failed"):
             yield f"no checkpoint could be written at step {event['step']}: {event['failed']}"
