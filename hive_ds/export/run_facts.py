@@ -28,6 +28,8 @@ class StageFacts:
     samples: int
     devices: str
     """Ranks and device of every attempt that differs."""
+    seconds: float
+    """Of training steps, by the clock."""
     hours: float
     """Of training steps on all ranks together: device-hours, without loading, validation and checkpoints."""
     flops: float
@@ -46,13 +48,14 @@ def read_stage(folder: Path) -> StageFacts | None:
     starts, lines = of_kind(events, "start"), of_kind(events, "train")
     if not starts or not lines:
         return None
-    seconds, flops, possible, done, start = 0.0, 0.0, 0.0, 0, starts[0]
+    clock, seconds, flops, possible, done, start = 0.0, 0.0, 0.0, 0.0, 0, starts[0]
     for event in events:
         if event["event"] == "start":
             start = event
         elif event["event"] == "train":
-            spent = (event["step"] - done) * event["seconds_per_step"] * start["ranks"]
-            seconds, done = seconds + spent, event["step"]
+            passed = (event["step"] - done) * event["seconds_per_step"]
+            spent = passed * start["ranks"]
+            clock, seconds, done = clock + passed, seconds + spent, event["step"]
             flops += spent * event["mfu"] * start["matmul_flops_per_second"]
             possible += spent * start["matmul_flops_per_second"]
     last = lines[-1]
@@ -61,6 +64,7 @@ def read_stage(folder: Path) -> StageFacts | None:
         steps=done,
         samples=int(last["samples"]),
         devices=", ".join(dict.fromkeys(f"{event['ranks']} x {event['device']}" for event in starts)),
+        seconds=clock,
         hours=seconds / 3600,
         flops=flops,
         mfu=flops / possible if possible else 0.0,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hive_ds.events import of_kind, series
-from hive_ds.export.run_facts import training_versions
+from hive_ds.export.run_facts import StageFacts, training_versions
 from hive_ds.plots import short
 from hive_ds.report.run import RunRecord, StageRecord
 
@@ -95,31 +95,29 @@ def cost_rows(runs: Sequence[RunRecord]) -> Rows:
     """Time, FLOPs and memory of every stage, and of each run that has several."""
     rows: Rows = []
     for run in runs:
-        found = [(stage, stage.facts) for stage in run.stages if stage.facts is not None]
-        for stage, facts in found:
-            assert facts is not None
-            pace = facts.hours * 3600 / max(facts.steps, 1) / _ranks(stage)
+        found = [(stage.number, facts) for stage in run.stages if (facts := stage.facts) is not None]
+        for number, facts in found:
             rows.append(
                 [
                     run.name,
-                    str(stage.number),
+                    str(number),
                     f"{facts.steps:,}",
                     f"{facts.samples:,}",
                     facts.devices,
                     f"{facts.hours:.3g}",
-                    f"{pace:.3g}",
+                    f"{facts.seconds / max(facts.steps, 1):.3g}",
                     f"{short(facts.flops / 1e12)} T",
                     f"{100 * facts.mfu:.1f} %",
                     "" if facts.memory_gb is None else f"{facts.memory_gb:.2f} GB",
                 ]
             )
         if len(found) > 1:
-            rows.append(_total(run, [facts for _, facts in found if facts is not None]))
+            rows.append(_total(run, [facts for _, facts in found]))
     head = ["run", "stage", "steps", "samples", "devices", "device-hours", "s/step", "model FLOPs", "MFU", "memory"]
     return [head, *rows] if rows else []
 
 
-def _total(run: RunRecord, facts: Sequence[Any]) -> list[str]:
+def _total(run: RunRecord, facts: Sequence[StageFacts]) -> list[str]:
     steps, samples = sum(one.steps for one in facts), sum(one.samples for one in facts)
     hours, flops = sum(one.hours for one in facts), sum(one.flops for one in facts)
     memory = max((one.memory_gb for one in facts if one.memory_gb is not None), default=None)
@@ -162,10 +160,6 @@ def when(seconds: float | None) -> str:
 
 def _stages(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, StageRecord]]:
     return [(run, stage) for run in runs for stage in run.stages]
-
-
-def _ranks(stage: StageRecord) -> int:
-    return int(of_kind(stage.events, "start")[-1]["ranks"])
 
 
 def _name(stage: StageRecord) -> str:

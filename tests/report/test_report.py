@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -21,10 +22,17 @@ from hive_ds.report.run import read_runs
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PHONE = 390
 """Pixels: the width of a common phone."""
-MEASURE = """<script>addEventListener("load", () => { const root = document.documentElement;
-const out = [...document.querySelectorAll("body *")].filter(one => !one.closest(".wide, pre, svg, details")
-  && one.getBoundingClientRect().right > innerWidth + 1).map(one => one.tagName);
-root.setAttribute("data-measured", [innerWidth, root.scrollWidth, out.length].join(" ")); });</script>"""
+FRAME = """<iframe style="width:%dpx;height:844px;border:0"></iframe><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {
+  const page = frame.contentDocument, view = page.documentElement;
+  const outside = [...page.querySelectorAll("body *")].filter(one =>
+    !one.closest(".wide, pre, svg") && one.getBoundingClientRect().right > view.clientWidth + 0.5);
+  document.body.dataset.measured = [view.clientWidth, view.scrollWidth, outside.length].join(" ");
+};
+frame.srcdoc = %s;
+</script>"""
+"""A page in a frame of a phone's width, for Chromium makes no window that narrow, and how wide its content is."""
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def test_all_of_a_run_is_on_its_page(run: Path, capsys: pytest.CaptureFixture[st
     assert main(["report", str(run)]) == 0
     file = run / "report.html"
     assert capsys.readouterr().out == f"page: {file}\n"
-    page, rows = file.read_text(), cells(file.read_text())
+    rows = cells(file.read_text())
     assert ["long", "done, 1000 steps", "not done: step 40 of 100"] in rows
     assert ["long", "1 held out", "3.5000", "2.5000", "2.5000"] in rows
     assert ["long", "eval", "gqa", "accuracy", "61.5", "100", "400"] in rows
@@ -161,20 +169,25 @@ def test_wrong_folders_are_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(HiveError, match=re.escape(message)):
             read_runs(folders)
     with pytest.raises(HiveError, match="cannot be written"):
-        write_report([run], run / "report.html" / "x") if (run / "report.html").touch() is None else None
+        write_report([run], run / "stage1" / "DONE" / "report.html")
     assert main(["report", str(tmp_path / "empty")]) == 2
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 def test_a_phone_need_not_scroll_sideways(run: Path, tmp_path: Path) -> None:
     """In a real browser: nothing but tables and code, which scroll by themselves, is wider than the window."""
-    page = render_report(read_runs([run])).replace("</body>", f"{MEASURE}</body>")
-    (tmp_path / "page.html").write_text(page)
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={PHONE},844", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    page = render_report(read_runs([run]))
+    planted = page.replace("</h1>", f"</h1><div style='width:{PHONE + 1}px'>.</div>")
+    assert measured(page, tmp_path) == (PHONE, PHONE, 0)
+    assert measured(planted, tmp_path) == (PHONE, PHONE + 17, 1)  # the body's margin of 16
+
+
+def measured(page: str, folder: Path) -> tuple[int, ...]:
+    """Width of the frame, of the page in it, and how many elements reach out of the frame."""
+    (folder / "frame.html").write_text(FRAME % (PHONE, json.dumps(page).replace("</", "<\\/")))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--dump-dom", f"file://{folder / 'frame.html'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    measured = re.search(r'data-measured="(\d+) (\d+) (\d+)"', done.stdout)
-    assert measured, done.stderr
-    width, content, outside = map(int, measured.groups())
-    assert width <= 500  # some builds make no narrower window
-    assert (content, outside) == (width, 0)
+    found = re.search(r'data-measured="(\d+) (\d+) (\d+)"', done.stdout)
+    assert found, done.stderr
+    return tuple(map(int, found.groups()))
