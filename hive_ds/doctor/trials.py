@@ -58,7 +58,7 @@ def _start(folder: Path, rank: int, ranks: int) -> subprocess.Popen[bytes]:
 
 
 def _read(folder: Path, with_gpus: bool, patience: float) -> Iterator[Finding]:
-    said = {}
+    said: dict[str, dict[str, str]] = {}
     for file in folder.glob("out-*"):
         lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith('{"trial"')]
         said |= {line["trial"]: line for line in lines if "error" in line or "error" not in said.get(line["trial"], {})}

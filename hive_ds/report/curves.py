@@ -79,14 +79,18 @@ def _compared(found: Sequence[tuple[str, StageRecord]], colours: dict[str, str])
 
     plots = [figure(LOSS, lambda stage: _smooth(series(stage.events, "train", LOSS.key)))]
     for key, label in HELD_OUT.items():
-        if any(series(stage.events, "validation", key) for _, stage in found):
+        if any(len(series(stage.events, "validation", key)) > 1 for _, stage in found):  # one alone: the table has it
             title = f"loss, {label}"
             one = Plot(title, key, from_zero=False)
-            plots.append(figure(one, lambda stage, key=key: series(stage.events, "validation", key), markers=True))
+            plots.append(figure(one, _reader("validation", key), markers=True))
     plots.append(figure(Plot("learning rate, highest of the groups", "lr"), highest_rate))
     for plot in (Plot("gradient norm before clipping", "grad_norm"), *PLOTS):
-        plots.append(figure(plot, lambda stage, key=plot.key: series(stage.events, "train", key)))
+        plots.append(figure(plot, _reader("train", plot.key)))
     return plots
+
+
+def _reader(kind: str, key: str) -> Callable[[StageRecord], Points]:
+    return lambda stage: series(stage.events, kind, key)
 
 
 def _figure(title: str, lines: Sequence[Line], *, from_zero: bool = True) -> str:

@@ -99,7 +99,7 @@ def _figure(run: RunRecord, file: Path) -> str | None:
     try:
         with Image.open(file) as image:
             image.load()
-            small = image
+            small: Image.Image = image
             if max(image.size) > LONGEST_SIDE:
                 small = image.convert("RGB")
                 small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))

@@ -205,7 +205,7 @@ def test_examination_asks_for_what_the_patient_names(
     found = examine(Patient(recipe=recipe, data=str(shards), run=tmp_path / "new", port=free_port())).findings
     data = [one for one in found if one.area == "data"]
     assert [(one.name, one.status) for one in data] == [("--data", "ok")]  # in the place of data.train
-    assert [one.name for one in found if one.area == "disk"][0] == str(tmp_path)  # where the folder will be made
+    assert next(one.name for one in found if one.area == "disk") == str(tmp_path)  # where the folder will be made
     assert not [one for one in found if one.area == "run"]
 
 
