@@ -45,7 +45,7 @@ def examine(patient: Patient) -> Diagnosis:
         hosts = pool.submit(lambda: list(_hosts(patient, folder)))
         findings = [
             *check_software(flash_needed=_needs_flash(patient.recipe)),
-            *check_machine(gpus or CPU_RANKS, patient.port),
+            *check_machine(gpus or CPU_RANKS, None if patient.hosts else patient.port),
             *check_disk(folder),
             *_recipe(patient, gpus),
             *(check_run(patient.run) if patient.run is not None and patient.run.is_dir() else ()),

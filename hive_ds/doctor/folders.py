@@ -100,17 +100,14 @@ def _latest(stage: Path, faults: dict[Path, list[str]]) -> Iterator[Finding]:
     """What a resume would take, of checkpoints newest first."""
     whole = next((one for one, found in faults.items() if not found), None)
     bad = [f"{one.name}: {found[0]}" for one, found in faults.items() if found]
-    advice = f"hive-ds checkpoint verify {stage}; a resume passes over it, and it may be removed"
     if bad:
+        advice = f"hive-ds checkpoint verify {stage}; a resume passes over it, and it may be removed"
         yield Finding("run", stage.name, "warning", f"not whole: {'; '.join(bad)}", advice)
-    if whole is None:
-        said = "no whole checkpoint" if faults else "no checkpoint yet: it starts at step 0"
-        if faults:
-            yield Finding(
-                "run", stage.name, "problem", said, f"copy one back from a backup, or empty {stage} to begin again"
-            )
-        else:
-            yield Finding("run", stage.name, "ok", said)
-        return
-    size = sum(file.stat().st_size for file in whole.iterdir() if file.is_file())
-    yield Finding("run", stage.name, "ok", f"a resume takes {whole.name} ({size / 1e9:.2f} GB; hashes not read)")
+    if whole is not None:
+        size = sum(file.stat().st_size for file in whole.iterdir() if file.is_file())
+        yield Finding("run", stage.name, "ok", f"a resume takes {whole.name} ({size / 1e9:.2f} GB; hashes not read)")
+    elif bad:
+        advice = f"copy one back from a backup, or empty {stage} to begin again"
+        yield Finding("run", stage.name, "problem", "no whole checkpoint", advice)
+    else:
+        yield Finding("run", stage.name, "ok", "no checkpoint yet: it starts at step 0")

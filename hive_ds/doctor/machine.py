@@ -26,16 +26,18 @@ _TOOLS = {
 
 
 def count_gpus() -> int:
-    """NVIDIA devices that this machine shows."""
-    return len(glob.glob("/dev/nvidia[0-9]*"))
+    """NVIDIA devices that this machine shows, or those that CUDA_VISIBLE_DEVICES leaves of them."""
+    devices = len(glob.glob("/dev/nvidia[0-9]*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return devices if visible is None else min(devices, len([one for one in visible.split(",") if one.strip()]))
 
 
-def check_machine(ranks: int, port: int) -> Iterator[Finding]:
+def check_machine(ranks: int, port: int | None) -> Iterator[Finding]:
     """Everything that needs no other process.
 
     Args:
         ranks: that are to run here.
-        port: that rank 0 is to listen on.
+        port: that rank 0 is to listen on; None: on another host.
     """
     yield _processor(ranks)
     yield _driver(count_gpus())
@@ -44,7 +46,8 @@ def check_machine(ranks: int, port: int) -> Iterator[Finding]:
         yield Finding(AREA, name, "ok", found) if found else Finding(AREA, name, "problem", "not on PATH", advice)
     yield shared_memory(free("/dev/shm"), ranks)
     yield _temporary(Path(tempfile.gettempdir()))
-    yield _port(port)
+    if port is not None:
+        yield _port(port)
 
 
 def _processor(ranks: int) -> Finding:

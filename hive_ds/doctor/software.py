@@ -26,11 +26,14 @@ def check_software(installed: Installed = version, *, flash_needed: bool = False
         installed: asks for a version.
         flash_needed: the recipe names flash-attn.
     """
+    if version("hive-ds") is None:
+        yield Finding(AREA, "hive-ds", "problem", "runs without being installed", "pip install -e . in its clone")
+        return
     yield _python()
     for requirement in required("hive-ds", ""):
         yield _library(requirement, installed, "pip install -e .")
-    for requirement in required("torch", ""):
-        if requirement.name == "triton" and installed("torch"):
+    for requirement in required("torch", "") if version("torch") else ():
+        if requirement.name == "triton":
             yield _library(requirement, installed, "pip install --force-reinstall torch, which brings its own triton")
     for requirement in required("hive-ds", "streaming"):
         yield _library(requirement, installed, 'pip install -e ".[streaming]"; training from MDS shards needs it')

@@ -1,6 +1,6 @@
 """What only trying shows: an all-reduce, GPUs that multiply, a Triton kernel; in other processes, which may hang.
 
-    python -m hive_ds.doctor.trials FOLDER RANK RANKS
+    python -m hive_ds.doctor.trials FOLDER RANK RANKS GPUS
 
 The ranks reduce together; then the first tries the GPUs and the last the kernel. Each prints a JSON object a trial.
 """
@@ -37,7 +37,7 @@ def check_trials(gpus: int, patience: float = PATIENCE) -> Iterator[Finding]:
     ranks = gpus or CPU_RANKS
     with TemporaryDirectory(prefix="hive-doctor-") as name:
         folder = Path(name)
-        processes = [_start(folder, rank, ranks) for rank in range(ranks)]
+        processes = [_start(folder, rank, ranks, gpus) for rank in range(ranks)]
         deadline = time.monotonic() + patience
         try:
             for process in processes:
@@ -51,8 +51,8 @@ def check_trials(gpus: int, patience: float = PATIENCE) -> Iterator[Finding]:
         yield from _read(folder, bool(gpus), patience)
 
 
-def _start(folder: Path, rank: int, ranks: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "hive_ds.doctor.trials", str(folder), str(rank), str(ranks)]
+def _start(folder: Path, rank: int, ranks: int, gpus: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "hive_ds.doctor.trials", str(folder), str(rank), str(ranks), str(gpus)]
     with (folder / f"out-{rank}").open("w") as out, (folder / f"err-{rank}").open("w") as err:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
 
@@ -79,13 +79,13 @@ def _last_words(folder: Path) -> str:
     return "; ".join(errors) or "it said nothing"
 
 
-def main(folder: Path, rank: int, ranks: int) -> None:
-    """Take part as one rank."""
-    _say(REDUCE, lambda: _reduce(folder, rank, ranks))
-    if rank == 0 and _gpus():
-        _say(GPUS, _multiply)
+def main(folder: Path, rank: int, ranks: int, gpus: int) -> None:
+    """Take part as one rank, on a machine that shows so many GPUs."""
+    _say(REDUCE, lambda: _reduce(folder, rank, ranks, gpus))
+    if rank == 0 and gpus:
+        _say(GPUS, lambda: _multiply(gpus))
     if rank == ranks - 1:
-        _say(KERNEL, _attend)
+        _say(KERNEL, lambda: _attend("cuda" if gpus else "cpu"))
 
 
 def _say(trial: str, work: Callable[[], str]) -> None:
@@ -96,13 +96,7 @@ def _say(trial: str, work: Callable[[], str]) -> None:
     print(json.dumps({"trial": trial, **result}), flush=True)
 
 
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
-
-
-def _reduce(folder: Path, rank: int, ranks: int) -> str:
+def _reduce(folder: Path, rank: int, ranks: int, gpus: int) -> str:
     import socket
     from datetime import timedelta
 
@@ -113,7 +107,9 @@ def _reduce(folder: Path, rank: int, ranks: int) -> str:
     from hive_ds.launch.preflight_network import all_reduce_rate
 
     choose_interface(os.environ, socket.gethostname())
-    device = torch.device("cuda", rank) if _gpus() > rank else torch.device("cpu")
+    if torch.cuda.device_count() < gpus:
+        raise RuntimeError(f"torch sees {torch.cuda.device_count()} of {gpus} GPUs")
+    device = torch.device("cuda", rank) if gpus else torch.device("cpu")
     store = dist.FileStore(str(folder / "store"), ranks)
     store.set(f"here/{rank}", "")
     store.wait([f"here/{other}" for other in range(ranks)], timedelta(seconds=PATIENCE))
@@ -122,29 +118,27 @@ def _reduce(folder: Path, rank: int, ranks: int) -> str:
     return f"{ranks} ranks over {backend}, {rate / 1e9:.2f} GB/s"
 
 
-def _multiply() -> str:
+def _multiply(gpus: int) -> str:
     import torch
 
     from hive_ds.launch.preflight import try_gpus
 
     rates: list[float] = []
-    faults = list(try_gpus(_gpus(), rates))
+    faults = list(try_gpus(gpus, rates))
     if faults:
         raise RuntimeError("; ".join(faults))
-    names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(index) for index in range(_gpus())))
-    return f"{_gpus()} x {names} (CUDA {torch.version.cuda}), {min(rates) / 1e12:.0f} TFLOP/s or more each"
+    names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(index) for index in range(gpus)))
+    return f"{gpus} x {names} (CUDA {torch.version.cuda}), {min(rates) / 1e12:.0f} TFLOP/s or more each"
 
 
-def _attend() -> str:
+def _attend(device: str) -> str:
     """Our own attention kernel against the reference; without a GPU under Triton's interpreter."""
-    gpu = _gpus() > 0
-    if not gpu:
+    if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # looked at when the kernels are imported
     import torch
 
     from hive_ds.kernels import AttentionLayout, hierarchical_attention
 
-    device = torch.device("cuda" if gpu else "cpu")
     layout = AttentionLayout.build([5, 3], [[4], []], [[1], []], device=device)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(8, heads, 16, generator=generator).to(device) for heads in (2, 1, 1))
@@ -158,8 +152,9 @@ def _attend() -> str:
     worst = float((ours - expected).abs().max())
     if not worst < 1e-2:
         raise RuntimeError(f"the kernel is off the reference by {worst:.2g}")
-    return "compiled, and equal to the reference" if gpu else "interpreted (no GPU), and equal to the reference"
+    how = "interpreted (no GPU)" if device == "cpu" else "compiled"
+    return f"{how}, and equal to the reference"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 from hive_ds.cli import main
 from hive_ds.data.mds import write_mds
 from hive_ds.data.schema import caption_sample
-from hive_ds.doctor import machine
+from hive_ds.doctor import machine, trials
 from hive_ds.doctor.examine import Patient, check_batches, examine
 from hive_ds.doctor.findings import Diagnosis, Finding
 from hive_ds.doctor.folders import check_data, check_models, check_run, data_folders
@@ -65,6 +66,14 @@ def test_what_does_not_work_is_found_by_trying(monkeypatch: pytest.MonkeyPatch, 
     assert "GLOO_SOCKET_IFNAME" in found["all-reduce"].advice
     assert found["Triton kernel"].said == "ImportError: planted"
     assert "attention_backend=sdpa" in found["Triton kernel"].advice
+
+
+def test_gpus_that_torch_does_not_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = torch.cuda.device_count()
+    trials.main(tmp_path, 0, 1, seen + 1)
+    said = {line["trial"]: line.get("error") for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert said["all-reduce"] == f"RuntimeError: torch sees {seen} of {seen + 1} GPUs"
+    assert said["GPUs"] == f"RuntimeError: {seen} GPUs work of {seen + 1}"
 
 
 def test_a_trial_that_hangs_is_ended() -> None:
@@ -124,7 +133,9 @@ def test_figures_at_their_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert by_name(machine.check_disk(tmp_path))[str(tmp_path)].status == "warning"
     monkeypatch.setattr(machine, "count_gpus", lambda: 8)
     monkeypatch.setattr(machine, "DRIVER", tmp_path / "version")
-    assert by_name(machine.check_machine(8, 0))["driver"].said == "8 devices, but no driver is loaded"
+    found = by_name(machine.check_machine(8, None))
+    assert "port" not in found  # of another host
+    assert found["driver"].said == "8 devices, but no driver is loaded"
 
 
 def test_data_folders(shards: Path, tmp_path: Path) -> None:
