@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from hive_ds.train_options import build_parser
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
-from hive_ds.training.distributed import World, from_main, read_world, start, stop
+from hive_ds.training.distributed import World, all_values, from_main, read_world, start, stop
 from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error
@@ -47,6 +48,7 @@ from hive_ds.training.schedule import Schedule
 from hive_ds.training.start_model import start_model
 from hive_ds.training.table import print_plan
 from hive_ds.training.watchdog import longest_wait, stop_watching, watch
+from hive_ds.versions import installed_versions
 
 if TYPE_CHECKING:
     from hive_ds.data.mds import SampleLoader
@@ -202,6 +204,8 @@ def _start_job(
         ranks=world.size,
         device=_device_name(device),
         matmul_flops_per_second=rate,
+        hosts=list(dict.fromkeys(all_values(socket.gethostname()))),
+        versions=installed_versions(),
         vision_sha256=getattr(model.config, "vision_sha256", None),
     )
     job = Job(

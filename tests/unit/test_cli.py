@@ -66,6 +66,8 @@ def test_help_is_quick_and_imports_nothing_heavy():
             "export encoder",
             "probe",
             "chat",
+            "report",
+            "doctor",
         ),
     ],
 )
