@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hive_ds.analysis.maps import AttentionMaps, LayerMaps
+from hive_ds.files import write_whole
 
 COLOURS = "inferno"
 PANEL = 160
@@ -35,6 +37,12 @@ class Row:
     def on_patches(self, layer: LayerMaps, image: int) -> Tensor:
         """(rows, columns) of one image at one layer."""
         return layer.on_patches(image)[list(self.tokens)].mean(dim=0)
+
+
+def token_name(text: str) -> str:
+    """What a token is called: its text without spaces around it, escaped where it cannot be printed."""
+    bare = text.strip()
+    return bare if bare and bare.isprintable() else ascii(text)
 
 
 def seen_part(picture: Image.Image, image_processor: Any) -> Image.Image:
@@ -85,6 +93,7 @@ def attention_figure(
     *,
     title: str = "",
     per_panel: bool = False,
+    highest: float | None = None,
 ) -> Image.Image:
     """Panels of ``rows`` by layers, for several images side by side.
 
@@ -95,8 +104,9 @@ def attention_figure(
         title: above the panels.
         per_panel: give each panel a scale of its own. It shows where each looks, but hides how much; by default one
             scale is shared by all panels and drawn beside them.
+        highest: end of the shared scale, for a figure that is part of a larger one.
     """
-    shared = highest_value(maps, rows)
+    shared = highest_value(maps, rows) if highest is None else highest
     small = [fitted(picture, PANEL) for picture in pictures]
     columns = [(image, layer) for image in range(len(pictures)) for layer in maps.layers]
     step = PANEL + GAP
@@ -146,10 +156,29 @@ def _framed(
     if highest is not None:
         long = min(canvas.height, 2 * PANEL)
         place = (left + canvas.width + 14, bottom + canvas.height - long, 14, long)
-        bar = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
-        figure.colorbar(ScalarMappable(Normalize(0, highest), COLOURS), cax=bar, label="probability of a patch")
+        add_colour_bar(figure, place, highest, "probability of a patch")
+    return rendered(figure)
+
+
+def add_colour_bar(figure: Figure, place: tuple[float, float, float, float], highest: float, label: str) -> None:
+    """Draw the scale from 0 to ``highest``; ``place`` is left, bottom, width and height in pixels."""
+    width, height = figure.get_size_inches() * DPI
+    left, bottom, across, up = place
+    bar = figure.add_axes((left / width, bottom / height, across / width, up / height))
+    figure.colorbar(ScalarMappable(Normalize(0, highest), COLOURS), cax=bar, label=label)
+
+
+def rendered(figure: Figure) -> Image.Image:
+    """The figure as a picture, pixel by pixel."""
     drawn = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens may be of any script: a box stands for them
         figure.savefig(drawn, format="png")
     return Image.open(drawn).convert("RGB")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write it as PNG."""
+    png = io.BytesIO()
+    picture.save(png, "PNG", optimize=True)
+    write_whole(path, png.getvalue())
