@@ -41,7 +41,8 @@ def _draw_norms(axes: Any, flows: Sequence[Flow]) -> None:
 def _draw_similarity(axes: Any, flows: Sequence[Flow]) -> None:
     for number, flow in enumerate(flows):
         _line(axes, flow, flow.similarity, f"C{number}")
-    axes.set_ylim(top=1.01)
+    lowest = min(min(flow.similarity.values()) for flow in flows)
+    axes.set_ylim(lowest - 0.1 * (1.01 - lowest), 1.01)
     axes.set_ylabel("linear CKA")
     axes.set_title("Similarity of each block's features to the initial encoder's (1: as at the start)", fontsize=11)
     _finish_blocks(axes, flows)

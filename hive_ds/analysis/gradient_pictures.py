@@ -120,7 +120,7 @@ def _panel_figure(panels: list[tuple[str, Image.Image]], title: str, highest: fl
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     step, down = PANEL + 2 * GAP, PANEL + CAPTION
-    left, right, top, bottom = 14, 130 if highest is not None else 14, 40, 10
+    left, right, top, bottom = 14, 120 if highest is not None else 14, 40, 10
     width, height = left + columns * step + right, top + rows * down + bottom
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     figure.text(0.5, 1 - 20 / height, title, ha="center", va="center", fontsize=11, parse_math=False, wrap=True)
@@ -135,5 +135,5 @@ def _panel_figure(panels: list[tuple[str, Image.Image]], title: str, highest: fl
     if highest is not None:
         long = min(rows * down - CAPTION, 2 * PANEL)
         place_of_bar = (left + columns * step + 6, height - top - CAPTION - long, 14, long)
-        add_colour_bar(figure, place_of_bar, highest, "norm of the gradient at a patch")
+        add_colour_bar(figure, place_of_bar, highest, "norm of the gradient\nat a patch")
     return rendered(figure)

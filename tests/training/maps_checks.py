@@ -1,0 +1,130 @@
+"""Checks of gradient norms and maps during training; `test_engine` runs them on 2 ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from stage_helpers import (
+    config_for,
+    make_cascaded,
+    make_model,
+    make_trainee,
+    run_step,
+    state_of,
+    step_batches,
+)
+from tiny_data import make_image_processor, make_samples, make_tokenizer
+from tiny_models import IMAGE_SIZE, VOCABULARY
+
+from hive_ds.analysis.block_gradients import block_gradients, watched_gradients
+from hive_ds.analysis.gradient_pictures import gradient_maps
+from hive_ds.analysis.samples import Subject
+from hive_ds.processing import HiveProcessor
+from hive_ds.stages import Stage, stage_by_number
+from hive_ds.training.maps import SampleMaps, norms_over_ranks
+from hive_ds.training.random_state import random_state
+
+STEPS = 4
+MAPPED = (0, 3)
+"""Steps with maps: before DeepSpeed has learned the order of modules, and after."""
+IMAGES = (1, 0, 2, 1)
+CASES = (("hive", 3, 3), ("hive", 1, 3), ("hive", 3, 0), ("hive", 2, "zero3_offload_param"), ("cascaded", 3, 3))
+"""Kind of model, stage (1, 2: the encoder is frozen), ZeRO stage or policy."""
+
+
+def drawn_model(kind: str, stage: Stage, vocabulary: int) -> Any:
+    """With recomputed activations, as large models train."""
+    changes = {"text_changes": {"vocab_size": vocabulary}}
+    model = make_model(stage, **changes) if kind == "hive" else make_cascaded(**changes)
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def sample_maps(ranks: Any) -> SampleMaps:
+    sample = next(sample for sample in make_samples(20) if len(sample.images) == 1)
+    processor = HiveProcessor(make_image_processor(size=IMAGE_SIZE), make_tokenizer("llama3"))
+    return SampleMaps(ranks.folder, sample, processor, "plain")
+
+
+def equal_states(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping):
+        return all(equal_states(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return all(equal_states(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def check_maps_change_nothing(ranks: Any) -> None:
+    """Losses, gradient norms, random states and weights are bit-equal with and without maps, which are the model's."""
+    drawn = sample_maps(ranks)
+    for case, (kind, number, zero) in enumerate(CASES):
+        maps = replace(drawn, folder=ranks.folder / f"maps{case}")
+        stage = stage_by_number(number, kind)
+        vocabulary = len(maps.processor.tokenizer)
+        found = []
+        for mapped in (False, True):
+            torch.manual_seed(5)
+            model = drawn_model(kind, stage, vocabulary)
+            trainee = make_trainee(ranks, stage=stage, zero=zero, model=model, config=config_for(1))
+            rows = []
+            for step in range(STEPS):
+                batches = step_batches(ranks, step, 1, IMAGES)
+                loss, report = run_step(ranks, trainee, batches)
+                rows.append([loss, *report.grad_norms.values()])
+                if mapped and step in MAPPED:
+                    norms = maps.draw(trainee.engine, step + 1)
+                    left = [p for p in trainee.engine.model.parameters() if getattr(p, "ds_status", None) is not None]
+                    assert all(p.ds_status.name == "NOT_AVAILABLE" or p.ds_persist for p in left)
+                    assert all(p.grad is None for p in trainee.engine.model.parameters())
+                torch.rand(1)
+            found.append((rows, random_state(), state_of(trainee)))
+            trainee.engine.close()
+        (plain_rows, plain_random, plain_weights), (rows, random, weights) = found
+        assert rows == plain_rows, (kind, number, zero)
+        assert equal_states(random, plain_random)
+        assert all(torch.equal(weights[name], plain_weights[name]) for name in weights)
+        if ranks.world.is_main:
+            model = drawn_model(kind, stage, vocabulary)
+            model.load_state_dict(weights)
+            expect_drawn(maps, model, norms)
+
+
+def expect_drawn(
+    maps: SampleMaps,
+    kind: str,
+    stage: Stage,
+    weights: dict[str, torch.Tensor],
+    norms: dict[int, float],
+    vocabulary: int,
+) -> None:
+    """The last norms, and both pictures, are those of one process with the same weights."""
+    model = drawn_model(kind, stage, vocabulary)
+    model.load_state_dict(weights)
+    subject = Subject("alone", model.eval(), maps.processor, maps.template)
+    alone = gradient_maps(subject, maps.sample)
+    assert sorted(norms) == [1, 2, 3]
+    torch.testing.assert_close(torch.tensor([*norms.values()]), torch.tensor([*alone.gradients.norms().values()]))
+    names = sorted(path.name for path in maps.folder.iterdir())
+    assert names == [f"step-{step:06d}-{what}.png" for step in (1, 4) for what in ("attention", "gradients")]
+
+
+def check_block_grad_norms(ranks: Any) -> None:
+    """Norms of the training's own backward are those of one batch in one process; a frozen encoder has none."""
+    alone = SimpleNamespace(world=SimpleNamespace(rank=0, size=1))
+    for kind, number in (("hive", 3), ("cascaded", 3), ("hive", 1)):
+        stage = stage_by_number(number, kind)
+        model = drawn_model(kind, stage, VOCABULARY)
+        (batch,) = step_batches(alone, 0, 4, IMAGES)
+        expected = block_gradients(model.eval(), batch.model_inputs("cpu", torch.float32)).norms()
+        trainee = make_trainee(ranks, stage=stage, model=model.train(), config=config_for(1))
+        with watched_gradients(trainee.engine.model) as squares:
+            run_step(ranks, trainee, step_batches(ranks, 0, 1, IMAGES))
+        found = norms_over_ranks(squares, trainee.engine)
+        assert sorted(found) == ([1, 2, 3] if number == 3 else [])
+        for block, norm in found.items():
+            assert abs(norm - expected[block]) <= 1e-5 * expected[block], (kind, block, norm, expected[block])
+        trainee.engine.close()
