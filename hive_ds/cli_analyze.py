@@ -28,7 +28,8 @@ def _add_gradients(commands: Any) -> None:
         _check(args)
         from hive_ds.analysis.gradient_pictures import gradient_maps
 
-        maps = gradient_maps(_subject(args.checkpoint, args), _picture(args))
+        sample = _picture(args)
+        maps = gradient_maps(_subject(args.checkpoint, args), sample)
         _report(args, maps.values(), maps.lines(), maps.figure(per_panel=args.scale == "panel"))
 
     parser = command(
@@ -49,7 +50,8 @@ def _add_attention(commands: Any) -> None:
         _check(args)
         from hive_ds.analysis.token_pictures import token_maps
 
-        maps = token_maps(_subject(args.checkpoint, args), _picture(args), head=args.head)
+        sample = _picture(args)
+        maps = token_maps(_subject(args.checkpoint, args), sample, head=args.head)
         _report(args, maps.values(), maps.lines(), maps.figure(per_panel=args.scale == "panel"))
 
     parser = command(

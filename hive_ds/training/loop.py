@@ -72,7 +72,8 @@ def train(job: Job, first_step: int) -> int:
         here.begin_step(done)
         micro_batches, totals = _fetch(job, batches)
         mapped = job.maps is not None and done % job.training.maps_interval == 0
-        with watched_gradients(job.engine.model) if mapped else nullcontext({}) as squares:
+        watch: Any = watched_gradients(job.engine.model) if mapped else nullcontext()
+        with watch as squares:
             loss = run_micro_batches(job.engine, micro_batches, totals.supervised)
         here.enter("step")
         report = job.engine.step(job.schedule.factor(step))
