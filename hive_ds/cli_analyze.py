@@ -39,7 +39,7 @@ def _add_gradients(commands: Any) -> None:
         "show, block by block, where in a picture the loss is sensitive",
         "The gradient of the loss at each encoder block's output, L2 norm over channels, on the patches.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=CHECKPOINT)
+    parser.add_argument("checkpoint", metavar="[NAME=]CHECKPOINT", help=CHECKPOINT)
     _add_picture(parser, required=True)
     _add_scale(parser)
     _add_output(parser, "gradients.png")
@@ -61,7 +61,7 @@ def _add_attention(commands: Any) -> None:
         "show where in a picture each text token looks, layer by layer",
         "Rows are tokens, columns the LLM layers that see the picture: HIVE's routed ones, of other models all.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=CHECKPOINT)
+    parser.add_argument("checkpoint", metavar="[NAME=]CHECKPOINT", help=CHECKPOINT)
     _add_picture(parser, required=True)
     parser.add_argument("--head", type=int, metavar="N", help="one query head, from 0 (default: the mean over heads)")
     _add_scale(parser)
@@ -91,7 +91,7 @@ def _add_flow(commands: Any) -> None:
         "compare models by how much gradient reaches each encoder block",
         "All see the same samples: those of --data, or one picture.",
     )
-    parser.add_argument("checkpoints", metavar="[NAME=]CHECKPOINT", nargs="+", help=f"{CHECKPOINT}; NAME heads it")
+    parser.add_argument("checkpoints", metavar="[NAME=]CHECKPOINT", nargs="+", help=CHECKPOINT)
     parser.add_argument("--data", metavar="FOLDER", type=Path, help="MDS shards; the first samples with one image")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="of --data (default: %(default)s)")
     _add_picture(parser, required=False)
@@ -100,7 +100,7 @@ def _add_flow(commands: Any) -> None:
     _add_output(parser, "flow.png")
 
 
-CHECKPOINT = "folder of a run (its last finished stage), a stage or a model, HIVE's or a LLaVA-style one"
+CHECKPOINT = "folder of a run (its last finished stage), a stage or a model, HIVE's or a LLaVA-style one; NAME heads it"
 
 
 def _add_picture(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -140,7 +140,7 @@ def _check(args: argparse.Namespace) -> None:
         raise HiveError(f"samples is {args.samples}, expected at least 1")
 
 
-def _subject(checkpoint: str | Path, args: argparse.Namespace) -> Subject:
+def _subject(checkpoint: str, args: argparse.Namespace) -> Subject:
     """The model of ``[NAME=]CHECKPOINT``, which is named by its folder otherwise."""
     import sys
 
@@ -150,12 +150,14 @@ def _subject(checkpoint: str | Path, args: argparse.Namespace) -> Subject:
     from hive_ds.chat.loading import load_chat_model
 
     transformers.logging.set_verbosity_error()
-    name, _, folder = str(checkpoint).rpartition("=")
+    name, equals, folder = checkpoint.partition("=")
+    if not equals or "/" in name:
+        name = folder = checkpoint
     chat = load_chat_model(folder)
     print(chat, file=sys.stderr)
     if args.question is not None and chat.template == "plain":
         raise HiveError(f"{folder} has learned captions (template plain): expected no --question")
-    return Subject(name or folder, chat.model, chat.processor, chat.template)
+    return Subject(name, chat.model, chat.processor, chat.template)
 
 
 def _picture(args: argparse.Namespace) -> Sample:

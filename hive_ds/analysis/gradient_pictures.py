@@ -91,11 +91,11 @@ class GradientMaps:
             name = f"block {block}" + (f" → {reader}" if reader else "")
             if block in maps:
                 own = float(maps[block].max()) if per_panel else highest
-                panels.append((f"{name}\nnorm {norms[block]:.2g}", heat_over(picture, maps[block], own)))
+                panels.append((f"{name}\nnorm {norms[block]:.3g}", heat_over(picture, maps[block], own)))
             else:
                 panels.append((f"{name}\n{NO_GRADIENT}", picture.convert("L").point(lambda grey: 160 + grey // 4)))
         said = " ".join(self.subject.supervised(self.batch))
-        title = f"Gradient of the loss of “{said}” ({self.gradients.loss:.3f})"
+        title = f"{self.subject.name}: gradient of the loss of “{said}”, {self.gradients.loss:.3g}"
         return _panel_figure(panels, title, None if per_panel else highest)
 
 

@@ -109,7 +109,7 @@ class TokenMaps:
 
     def _title(self, shown: int) -> str:
         heads = "mean over heads" if self.head is None else f"head {self.head}"
-        title = f"Attention of each token (→ the one that it predicts) on the picture, {heads}"
+        title = f"{self.subject.name}: attention of each token (→ the one that it predicts) on the picture, {heads}"
         left_out = [f"first {shown} of {len(self.rows())} tokens"] if shown < len(self.rows()) else []
         if len(self.maps.layers) > MOST_LAYERS:
             left_out.append(f"{MOST_LAYERS} of {len(self.maps.layers)} layers")
