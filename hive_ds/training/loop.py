@@ -253,9 +253,10 @@ def _map(job: Job, done: int, squares: Mapping[int, Tensor]) -> None:
     """
     assert job.maps is not None
     here.enter("maps", ())
+    start = time.perf_counter()
     norms = norms_over_ranks(squares, job.engine)
-    own = job.maps.draw(job.engine, done)
-    job.metrics.write("maps", done, block_grad_norms=norms, sample_id=job.maps.sample.id, sample_grad_norms=own)
+    own = {"sample_id": job.maps.sample.id, "sample_grad_norms": job.maps.draw(job.engine, done)}
+    job.metrics.write("maps", done, block_grad_norms=norms, **own, seconds=time.perf_counter() - start)
     if job.world.is_main:
         job.engine.write_events({f"block_grad_norm/{block}": norm for block, norm in norms.items()}, done)
     job.meter.restart()

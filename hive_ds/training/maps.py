@@ -1,4 +1,7 @@
-"""Gradient and attention maps of one held-out sample, drawn now and then while the model trains."""
+"""Gradient and attention maps of one held-out sample, drawn now and then while the model trains.
+
+What draws is imported inside functions: every rank of every run would wait for it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hive_ds.analysis.attention_pictures import save_picture
-from hive_ds.analysis.gradient_pictures import gradient_maps
-from hive_ds.analysis.samples import Subject, stored_samples
-from hive_ds.analysis.token_pictures import token_maps
 from hive_ds.config import DataConfig
 from hive_ds.data.schema import Sample
 from hive_ds.errors import HiveError
@@ -48,6 +47,8 @@ class SampleMaps:
         """
         if not interval:
             return None
+        from hive_ds.analysis.samples import stored_samples
+
         source = data.validation or data.questions
         if source is None:
             raise HiveError(
@@ -62,6 +63,11 @@ class SampleMaps:
 
         Nothing of the training is touched: no parameter gets a gradient, random states are put back.
         """
+        from hive_ds.analysis.attention_pictures import save_picture
+        from hive_ds.analysis.gradient_pictures import gradient_maps
+        from hive_ds.analysis.samples import Subject
+        from hive_ds.analysis.token_pictures import token_maps
+
         before = random_state()
         engine.model.eval()
         subject = Subject(f"step {step}", engine.model, self.processor, self.template)

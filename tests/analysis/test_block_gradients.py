@@ -31,7 +31,7 @@ def inputs_of(pixels: Tensor) -> dict[str, Any]:
 
 def by_hand(model: Any, inputs: dict[str, Any]) -> dict[int, Tensor]:
     """The encoder's blocks one after another, each output a leaf of its own graph, and the chain rule between them."""
-    encoder = model.vision_encoder.vision_model
+    encoder = getattr(model.vision_encoder, "vision_model", model.vision_encoder)
     blocks, hidden, steps = vision_blocks(model.vision_encoder), encoder.embeddings(inputs["pixel_values"]), []
     for block in blocks[: max(model.feature_blocks)]:
         start = hidden.detach().requires_grad_()
