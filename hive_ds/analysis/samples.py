@@ -12,7 +12,7 @@ from PIL import Image
 from hive_ds.analysis.attention_pictures import token_name
 from hive_ds.constants import IGNORE_INDEX, IMAGE_TOKEN
 from hive_ds.data.batch import PackedBatch, collate
-from hive_ds.data.images import decode_image, dummy_images
+from hive_ds.data.images import decode_image, dummy_images, read_image_file
 from hive_ds.data.loader import SampleEncoder
 from hive_ds.data.preprocess import make_preprocessor
 from hive_ds.data.schema import Sample, Turn
@@ -91,15 +91,8 @@ def picture_sample(image: Path, text: str, question: str | None = None) -> Sampl
     Raises:
         HiveError: the file is no picture.
     """
-    try:
-        data = image.expanduser().read_bytes()
-        decode_image(data)
-    except OSError as error:
-        raise HiveError(f"image {image}: {error.strerror}") from error
-    except HiveError as error:
-        raise HiveError(f"image {image}: {error}") from error
     asked = IMAGE_TOKEN if question is None else f"{IMAGE_TOKEN}\n{question}"
-    return Sample(image.name, (Turn("user", asked), Turn("assistant", text)), (data,))
+    return Sample(image.name, (Turn("user", asked), Turn("assistant", text)), (read_image_file(image),))
 
 
 def stored_samples(folder: str | Path, most: int) -> list[Sample]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hive_ds.config import DataConfig
 from hive_ds.data.schema import Sample
+from hive_ds.data.text import encode_sample
 from hive_ds.errors import HiveError
 from hive_ds.processing import HiveProcessor
 from hive_ds.training.distributed import sum_over_ranks
@@ -43,7 +44,7 @@ class SampleMaps:
         None where ``interval`` (``training.maps_interval``) is 0.
 
         Raises:
-            HiveError: there is no such sample.
+            HiveError: there is no such sample, or it does not fit the template.
         """
         if not interval:
             return None
@@ -56,6 +57,13 @@ class SampleMaps:
                 " local MDS folder, whose first sample with one image is looked at"
             )
         (sample,) = stored_samples(source, 1)
+        encode_sample(  # a refusal now, not at the first maps
+            sample,
+            processor.tokenizer,
+            template=data.template,
+            image_position=data.image_position,
+            max_length=data.max_length,
+        )
         return cls(folder, sample, processor, data.template)
 
     def draw(self, engine: Engine, step: int) -> dict[int, float]:
