@@ -24,6 +24,8 @@ COLOURS = "inferno"
 PANEL = 160
 """Longer side of a panel in pixels."""
 GAP = 6
+LEFT, RIGHT = 130, 110
+"""Pixels beside the panels, for names of rows and for the scale."""
 DPI = 100
 
 
@@ -141,10 +143,10 @@ def _framed(
     canvas: Image.Image, columns: Sequence[str], rows: Sequence[str], title: str, highest: float | None
 ) -> Image.Image:
     """The panels with names of columns and rows, and the scale where there is one for all."""
-    left, right, top, bottom = 130, 110 if highest is not None else 10, 90 if title else 60, 10
-    width, height = canvas.width + left + right, canvas.height + top + bottom
+    right, top, bottom = RIGHT if highest is not None else 10, 90 if title else 60, 10
+    width, height = canvas.width + LEFT + right, canvas.height + top + bottom
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    axes = figure.add_axes((left / width, bottom / height, canvas.width / width, canvas.height / height))
+    axes = figure.add_axes((LEFT / width, bottom / height, canvas.width / width, canvas.height / height))
     axes.imshow(canvas, interpolation="none", aspect="auto")
     middles = [number * (PANEL + GAP) + PANEL / 2 for number in range(max(len(columns), len(rows)))]
     axes.set_xticks(middles[: len(columns)], columns, fontsize=10)
@@ -155,7 +157,7 @@ def _framed(
         figure.text(0.5, 1 - 22 / height, title, ha="center", va="center", fontsize=12, parse_math=False, wrap=True)
     if highest is not None:
         long = min(canvas.height, 2 * PANEL)
-        place = (left + canvas.width + 14, bottom + canvas.height - long, 14, long)
+        place = (LEFT + canvas.width + 14, bottom + canvas.height - long, 14, long)
         add_colour_bar(figure, place, highest, "probability of a patch")
     return rendered(figure)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -22,11 +23,13 @@ from hive_ds.analysis.block_gradients import BlockGradients, block_gradients
 from hive_ds.analysis.samples import Subject, picture_of
 from hive_ds.data.batch import PackedBatch
 from hive_ds.data.schema import Sample
-from hive_ds.errors import HiveError
 
 COLUMNS = 6
-CAPTION = 46
+CAPTION = 56
 """Height in pixels of what stands above a panel."""
+LONGEST_READER, LONGEST_TEXT = 28, 70
+"""Characters in a caption, and of the supervised text in the title."""
+NO_GRADIENT = "no gradient"
 
 
 @dataclass(frozen=True)
@@ -84,33 +87,28 @@ class GradientMaps:
         seen = seen_part(picture_of(self.sample), self.subject.processor.image_processor)
         picture = fitted(seen, PANEL)
         maps, norms = self.gradients.on_patches(0), self.gradients.norms()
-        highest = max((float(one.max()) for one in maps.values()), default=0.0)
+        highest = max((float(one.max()) for one in maps.values()), default=0.0) or 1.0
         panels = [("the picture", picture)]
         for block in range(1, self.subject.num_blocks + 1):
-            reader = self.subject.read_by(block)
-            name = f"block {block}" + (f" → {reader}" if reader else "")
+            reader = shorten(self.subject.read_by(block), LONGEST_READER, placeholder=" …")
+            name = f"block {block}" + (f"\n→ {reader}" if reader else "")
             if block in maps:
                 own = float(maps[block].max()) if per_panel else highest
                 panels.append((f"{name}\nnorm {norms[block]:.3g}", heat_over(picture, maps[block], own)))
             else:
                 panels.append((f"{name}\n{NO_GRADIENT}", picture.convert("L").point(lambda grey: 160 + grey // 4)))
-        said = " ".join(self.subject.supervised(self.batch))
+        said = shorten(" ".join(self.subject.supervised(self.batch)), LONGEST_TEXT, placeholder=" …")
         title = f"{self.subject.name}: gradient of the loss of “{said}”, {self.gradients.loss:.3g}"
         return _panel_figure(panels, title, None if per_panel else highest)
-
-
-NO_GRADIENT = "no gradient"
 
 
 def gradient_maps(subject: Subject, sample: Sample) -> GradientMaps:
     """Gradients of ``sample``'s loss at every block.
 
     Raises:
-        HiveError: the sample has no image, or does not fit the model.
+        HiveError: the sample has not one image, or does not fit the model.
     """
-    if len(sample.images) != 1:
-        raise HiveError(f"sample {sample.id!r} has {len(sample.images)} images; a gradient map expects one")
-    batch = subject.batch([sample])
+    batch = subject.pictured(sample)
     inputs = batch.model_inputs(subject.model.device, subject.model.dtype)
     return GradientMaps(subject, sample, batch, block_gradients(subject.model, inputs))
 

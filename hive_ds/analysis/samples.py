@@ -70,6 +70,12 @@ class Subject:
         )
         return collate([encode(sample) for sample in samples], dummy_images(processor.image_processor))
 
+    def pictured(self, sample: Sample) -> PackedBatch:
+        """``sample`` by itself; HiveError as `batch`, and where it has not exactly one image."""
+        if len(sample.images) != 1:
+            raise HiveError(f"sample {sample.id!r} has {len(sample.images)} images; its picture expects one")
+        return self.batch([sample])
+
     def token_names(self, batch: PackedBatch) -> list[str]:
         """The text of every token, as `token_name` shows it."""
         return [token_name(self.processor.decode([token], skip_special_tokens=False)) for token in batch.input_ids]

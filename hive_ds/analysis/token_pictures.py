@@ -14,7 +14,9 @@ from hive_ds.analysis.attention_maps import token_attention_maps
 from hive_ds.analysis.attention_pictures import (
     DPI,
     GAP,
+    LEFT,
     PANEL,
+    RIGHT,
     Row,
     attention_figure,
     highest_value,
@@ -25,7 +27,6 @@ from hive_ds.analysis.maps import AttentionMaps
 from hive_ds.analysis.samples import Subject, picture_of
 from hive_ds.data.batch import PackedBatch
 from hive_ds.data.schema import Sample
-from hive_ds.errors import HiveError
 
 MOST_TOKENS = 64
 """Rows of a figure."""
@@ -122,9 +123,7 @@ def token_maps(subject: Subject, sample: Sample, *, head: int | None = None) -> 
     Raises:
         HiveError: the sample has not one image or does not fit the model, or there is no such head.
     """
-    if len(sample.images) != 1:
-        raise HiveError(f"sample {sample.id!r} has {len(sample.images)} images; the picture of its tokens expects one")
-    batch = subject.batch([sample])
+    batch = subject.pictured(sample)
     inputs = batch.model_inputs(subject.model.device, subject.model.dtype)
     pixels = {name: inputs[name] for name in batch.images}
     maps = token_attention_maps(subject.model, inputs["input_ids"][None], batch.image_offsets[0], pixels, head=head)
@@ -148,7 +147,7 @@ def _groups(rows: int, columns: int) -> int:
     step = PANEL + GAP
 
     def longer_side(groups: int) -> int:
-        return max(groups * (columns * step + 2 * PANEL), -(-rows // groups) * step)
+        return max(groups * (LEFT + columns * step + RIGHT), -(-rows // groups) * step)
 
     return min(range(1, rows + 1), key=longer_side)
 
