@@ -98,7 +98,7 @@ class GradientMaps:
             else:
                 panels.append((f"{name}\n{NO_GRADIENT}", picture.convert("L").point(lambda grey: 160 + grey // 4)))
         said = shorten(" ".join(self.subject.supervised(self.batch)), LONGEST_TEXT, placeholder=" …")
-        title = f"{self.subject.name}: gradient of the loss of “{said}”, {self.gradients.loss:.3g}"
+        title = f"{self.subject.name}: gradient of the loss, {self.gradients.loss:.2f}, of “{said}”"
         return _panel_figure(panels, title, None if per_panel else highest)
 
 
