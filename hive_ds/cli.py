@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from hive_ds import __version__
 from hive_ds.cli_ablate import add_ablate_commands, add_compare_command
+from hive_ds.cli_analyze import add_analyze_commands
 from hive_ds.cli_chat import add_chat_command
 from hive_ds.cli_checkpoint import add_checkpoint_commands
 from hive_ds.cli_cost import add_cost_command
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_probe_command(commands)
     add_cost_command(commands)
     add_report_command(commands)
+    add_analyze_commands(group(commands, "analyze", "show what reaches the vision encoder, and where the text looks"))
     add_chat_command(commands)
     add_plan_command(commands)
     return parser

@@ -38,6 +38,7 @@ from hive_ds.training.flops import FlopCounter, matmul_rate
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
+from hive_ds.training.maps import SampleMaps
 from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.pace import Pace
@@ -117,7 +118,8 @@ def train(options: argparse.Namespace, world: World) -> bool:
     loader, validation = _load_data(run, processor)
     ds_config = _write_inputs(run, policy)
     questions = Questions.load(recipe.data_of(stage.name), processor, config.micro_batch_size, world)
-    job, first_step = _start_job(run, model, plan, loader, validation, questions, ds_config)
+    maps = SampleMaps.load(folder.maps, recipe.data_of(stage.name), processor, recipe.training.maps_interval)
+    job, first_step = _start_job(run, model, plan, loader, validation, questions, maps, ds_config)
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
         run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
@@ -184,6 +186,7 @@ def _start_job(
     loader: SampleLoader,
     validation: dict[str, SampleLoader],
     questions: Questions | None,
+    maps: SampleMaps | None,
     ds_config: dict[str, Any],
 ) -> tuple[Job, int]:
     """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
@@ -224,6 +227,7 @@ def _start_job(
         checkpoints=writer,
         attempt=run.attempt,
         questions=questions,
+        maps=maps,
     )
     return job, first_step
 

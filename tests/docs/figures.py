@@ -95,6 +95,12 @@ def _contrast(reference: str, *values: Any, score: str = "answers all") -> tuple
     return tuple(("contrasts", chosen, *(value if isinstance(value, tuple) else (value,))) for value in values)
 
 
+def _knocked_out(text: str, name: str) -> Measured:
+    """Changes of the loss without each of a model's three routes."""
+    paths = tuple(("models", {"checkpoint": name}, "routes", route, "change") for route in range(3))
+    return Measured("docs/analysis.md", text, "docs/results/flow.json", paths)
+
+
 LOW, HIGH = ("interval_95", 0), ("interval_95", 1)
 
 
@@ -136,6 +142,13 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         r"\+(\d+) to \+(\d+) points in the probes",
         (*_contrast("base", "mean", score="probe count"), *_contrast("base", "mean", score="probe shape")),
     ),
+    Reckoned(
+        "docs/analysis.md",
+        r"HIVE's gradient is ([\d.]+) times SA's and ([\d.]+) times last's",
+        (8.433 / 3.291, 8.433 / 4.046),  # docs/results/flow.json, 1e-4
+    ),
+    _knocked_out(r"costs ([\d.]+) nats, from block 2 ([\d.]+), from block 3 ([\d.]+)", "HIVE"),
+    _knocked_out(r"worth much the same \(([\d.]+), ([\d.]+), ([\d.]+)\)", "last"),
     Reckoned("docs/ablations.md", r"(\d+) % of the model FLOPs of SA", (100 * 3.5 / 5.4,)),
     _compared(
         r"\+([\d.]+) points of answers, interval (-[\d.]+) to \+([\d.]+); only a difference of ([\d.]+) points",
