@@ -186,6 +186,8 @@ class TrainingConfig:
     """Steps between validation losses; 0 means at the end only."""
     validation_batches: Annotated[int, at_least(1)] = 8
     """Micro-batches per rank of one validation."""
+    maps_interval: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between gradient norms of the encoder's blocks and maps of one held-out sample; 0 means none."""
     checkpoint_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints for resuming; 0 means none before the end."""
     keep_checkpoints: Annotated[int, at_least(1)] = 2

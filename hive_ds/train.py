@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from hive_ds.train_options import build_parser
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
-from hive_ds.training.distributed import World, from_main, read_world, start, stop
+from hive_ds.training.distributed import World, all_values, from_main, read_world, start, stop
 from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error
@@ -37,6 +38,7 @@ from hive_ds.training.flops import FlopCounter, matmul_rate
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
+from hive_ds.training.maps import SampleMaps
 from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.pace import Pace
@@ -47,6 +49,7 @@ from hive_ds.training.schedule import Schedule
 from hive_ds.training.start_model import start_model
 from hive_ds.training.table import print_plan
 from hive_ds.training.watchdog import longest_wait, stop_watching, watch
+from hive_ds.versions import installed_versions
 
 if TYPE_CHECKING:
     from hive_ds.data.mds import SampleLoader
@@ -115,7 +118,8 @@ def train(options: argparse.Namespace, world: World) -> bool:
     loader, validation = _load_data(run, processor)
     ds_config = _write_inputs(run, policy)
     questions = Questions.load(recipe.data_of(stage.name), processor, config.micro_batch_size, world)
-    job, first_step = _start_job(run, model, plan, loader, validation, questions, ds_config)
+    maps = SampleMaps.load(folder.maps, recipe.data_of(stage.name), processor, recipe.training.maps_interval)
+    job, first_step = _start_job(run, model, plan, loader, validation, questions, maps, ds_config)
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
         run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
@@ -182,6 +186,7 @@ def _start_job(
     loader: SampleLoader,
     validation: dict[str, SampleLoader],
     questions: Questions | None,
+    maps: SampleMaps | None,
     ds_config: dict[str, Any],
 ) -> tuple[Job, int]:
     """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
@@ -202,6 +207,8 @@ def _start_job(
         ranks=world.size,
         device=_device_name(device),
         matmul_flops_per_second=rate,
+        hosts=list(dict.fromkeys(all_values(socket.gethostname()))),
+        versions=installed_versions(),
         vision_sha256=getattr(model.config, "vision_sha256", None),
     )
     job = Job(
@@ -220,6 +227,7 @@ def _start_job(
         checkpoints=writer,
         attempt=run.attempt,
         questions=questions,
+        maps=maps,
     )
     return job, first_step
 

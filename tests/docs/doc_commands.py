@@ -94,7 +94,8 @@ def _parse(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> 
         given = vars(parser.parse_args([word for word in arguments if word not in asks]))
     except _WrongLineError as error:
         return [] if asks else [f"{name} {' '.join(arguments)}: {error}"]
-    return _lost_recipes(str(given[key]) for key in ("recipe", "against") if given.get(key) is not None)
+    named = [given[key] for key in ("recipe", "against") if given.get(key) is not None]
+    return _lost_recipes(str(name) for one in named for name in (one if isinstance(one, list) else [one]))
 
 
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

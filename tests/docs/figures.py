@@ -13,6 +13,7 @@ Path = tuple[Any, ...]
 """Keys and places that lead to a value; a mapping stands for the item of a list that has its values."""
 QUICKSTART = "docs/results/quickstart.json"
 COMPARISON = "docs/results/compare.json"
+COST = "docs/results/cost_paper.json"
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,22 @@ def _contrast(reference: str, *values: Any, score: str = "answers all") -> tuple
     return tuple(("contrasts", chosen, *(value if isinstance(value, tuple) else (value,))) for value in values)
 
 
+def _knocked_out(text: str, name: str) -> Measured:
+    """Changes of the loss without each of a model's three routes."""
+    paths = tuple(("models", {"checkpoint": name}, "routes", route, "change") for route in range(3))
+    return Measured("docs/analysis.md", text, "docs/results/flow.json", paths)
+
+
 LOW, HIGH = ("interval_95", 0), ("interval_95", 1)
 
 
 def _compared(text: str, paths: tuple[Path, ...]) -> Measured:
     return Measured("docs/ablations.md", text, COMPARISON, paths, 100)
+
+
+def _saved(text: str, setup: str, scale: float = 100, **place: int) -> Measured:
+    """Share of SA's peak memory that HIVE saves at one place of the cost's curves."""
+    return Measured("docs/cost.md", text, COST, (("curves", "memory", place, "saved", setup),), scale)
 
 
 def _memory(row: str, *gigabytes: float) -> Reckoned:
@@ -136,6 +148,13 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         r"\+(\d+) to \+(\d+) points in the probes",
         (*_contrast("base", "mean", score="probe count"), *_contrast("base", "mean", score="probe shape")),
     ),
+    Reckoned(
+        "docs/analysis.md",
+        r"HIVE's gradient is ([\d.]+) times SA's and ([\d.]+) times last's",
+        (8.433 / 3.291, 8.433 / 4.046),  # docs/results/flow.json, 1e-4
+    ),
+    _knocked_out(r"costs ([\d.]+) nats, from block 2 ([\d.]+), from block 3 ([\d.]+)", "HIVE"),
+    _knocked_out(r"worth much the same \(([\d.]+), ([\d.]+), ([\d.]+)\)", "last"),
     Reckoned("docs/ablations.md", r"(\d+) % of the model FLOPs of SA", (100 * 3.5 / 5.4,)),
     _compared(
         r"\+([\d.]+) points of answers, interval (-[\d.]+) to \+([\d.]+); only a difference of ([\d.]+) points",
@@ -209,5 +228,16 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         1e9 / 8 / 8 * 1.4e-9,
         1e9 / 8 * 1.4e-9,
     ),
+    Cited("README.md", r"0\.14x FLOPs, -59\.3 % memory and 3\.4x speed", "arXiv 2604.00086"),
+    Cited("docs/cost.md", r"0\.14x training FLOPs, 59\.3 % less peak memory, 3\.4x faster", "arXiv 2604.00086"),
+    Cited("docs/cost.md", r"routes at 25 % of the layers", "arXiv 2604.00086"),
+    Cited("docs/cost.md", r"-59\.3 % (?:peak )?memory", "arXiv 2604.00086"),
+    Cited("docs/cost.md", r"59\.3 % lies at a batch between", "arXiv 2604.00086"),
+    Chosen("docs/cost.md", r"agree within 1 % in every test", "tests/cost/test_cost_flops.py", "rel=0.01"),
+    Reckoned("docs/cost.md", r"closed form: ([\d.]+) % at 576 patches", (100 / 577,)),
+    Reckoned("docs/cost.md", r"0\.37 TFLOPs a sample, (\d+) % of SA's 1\.95", (100 * 0.3656 / 1.9498,)),
+    _saved(r"HIVE saves (\d+) % and more", "8 GPUs, ZeRO-3", stage=2, routes=8, text_length=128, batch=32),
+    _saved(r"leave (\d+) % at most", "8 GPUs, ZeRO-3", stage=3, routes=6, text_length=32, batch=32),
+    _saved(r"HIVE takes ([\d.]+) % \*more\*", "one GPU", -100, stage=2, routes=8, text_length=64, batch=1),
 )
 """Every row is found on its page, and every figure with a unit, of every page but the log, in a row."""
