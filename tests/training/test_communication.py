@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from communication_cases import CASES, Case, predicted
+from communication_cases import CASES, SCALED, Case, predicted
 from ranks import launch_checks, passed
 
 CHECK = "communication_checks.check_communication"
@@ -44,5 +44,12 @@ def test_four_ranks_send_what_was_predicted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_stored_results_are_what_is_predicted_now(case: Case, folder: Path, pair: dict[str, Any]) -> None:
     for ranks, row in json.loads(RESULTS.read_text())["cases"][case.name].items():
-        expected = predicted(case, folder / "tiny", int(ranks))
-        assert row["measured"]["tally"] == expected if int(ranks) > 1 else row["predicted"] == expected
+        assert row["measured"]["tally"] == row["predicted"] == predicted(case, folder / "tiny", int(ranks))
+
+
+def test_every_number_of_ranks_has_the_same_losses() -> None:
+    cases = json.loads(RESULTS.read_text())["cases"]
+    scaled = [cases[case.name] for case in SCALED]
+    assert {tuple(sorted(row, key=int)) for row in scaled} == {("1", "2", "4", "8")}
+    losses = [row[ranks]["measured"]["loss"] for row in scaled for ranks in row]
+    assert max(losses) - min(losses) < 1e-5
