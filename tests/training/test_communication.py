@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from communication_cases import CASES, SCALED, Case, predicted
+from communication_cases import CASES, QUICK, SCALED, Case, predicted
 from ranks import launch_checks, passed
 
-CHECK = "communication_checks.check_communication"
+ALL, SOME = (f"communication_checks.check_{name}" for name in ("communication", "quick"))
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "communication.json"
 
 
@@ -21,24 +21,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(folder: Path) -> dict[str, Any]:
-    return passed(launch_checks([CHECK], 2, folder)[CHECK])
+    return passed(launch_checks([SOME], 2, folder)[SOME])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_two_ranks_send_what_was_predicted(case: Case, pair: dict[str, Any], folder: Path) -> None:
     assert pair[case.name]["tally"] == predicted(case, folder / "tiny", 2)
 
 
-def test_profiles_train_alike(pair: dict[str, Any]) -> None:
-    losses = {case.name: pair[case.name]["loss"] for case in CASES if case.stage == 3 and case.precision == "fp32"}
-    assert max(losses.values()) - min(losses.values()) < 1e-5, losses
-
-
 @pytest.mark.long
-def test_four_ranks_send_what_was_predicted(tmp_path: Path) -> None:
-    counted = passed(launch_checks([CHECK], 4, tmp_path)[CHECK])
-    expected = {case.name: predicted(case, tmp_path / "tiny", 4) for case in CASES}
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_send_what_was_predicted(num_ranks: int, tmp_path: Path) -> None:
+    counted = passed(launch_checks([ALL], num_ranks, tmp_path)[ALL])
+    expected = {case.name: predicted(case, tmp_path / "tiny", num_ranks) for case in CASES}
     assert {name: row["tally"] for name, row in counted.items()} == expected
+    losses = [counted[case.name]["loss"] for case in CASES if case.stage == 3 and case.precision == "fp32"]
+    assert max(losses) - min(losses) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
