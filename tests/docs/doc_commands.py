@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from doc_pages import ROOT
 from hive_docs.commands import leaf_parsers
@@ -95,7 +94,8 @@ def _parse(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> 
         given = vars(parser.parse_args([word for word in arguments if word not in asks]))
     except _WrongLineError as error:
         return [] if asks else [f"{name} {' '.join(arguments)}: {error}"]
-    return _lost_recipes(given[key] for key in ("recipe", "against") if given.get(key) is not None)
+    named = [given[key] for key in ("recipe", "against") if given.get(key) is not None]
+    return _lost_recipes(str(name) for one in named for name in (one if isinstance(one, list) else [one]))
 
 
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -128,10 +128,9 @@ def _after(option: str, arguments: list[str]) -> list[str]:
     return [value for word, value in pairwise(arguments) if word == option]
 
 
-def _lost_recipes(names: Iterable[Any]) -> list[str]:
+def _lost_recipes(names: Iterable[str]) -> list[str]:
     """Names of recipes that are not there; paths and the capitals of a usage line are the reader's."""
-    single = [str(name) for one in names for name in (one if isinstance(one, list) else [one])]
-    lost = [name for name in single if not (name in recipe_names() or name.endswith(".yaml") or name.isupper())]
+    lost = [name for name in names if not (name in recipe_names() or name.endswith(".yaml") or name.isupper())]
     return [f"recipe {name} is not there" for name in lost if name != LEFT_OUT]
 
 

@@ -111,13 +111,9 @@ def _compared(text: str, paths: tuple[Path, ...]) -> Measured:
     return Measured("docs/ablations.md", text, COMPARISON, paths, 100)
 
 
-def _cost_flops(*paths: tuple[Any, ...], **point: int) -> tuple[Path, ...]:
-    return tuple(("curves", "flops", point, *path) for path in paths)
-
-
-def _cost_saved(text: str, on: str, **point: int) -> Measured:
-    """Percent of SA's peak memory that HIVE saves at a point."""
-    return Measured("docs/cost.md", text, COST, (("curves", "memory", point, "saved", on),), 100)
+def _saved(text: str, setup: str, scale: float = 100, **place: int) -> Measured:
+    """Share of SA's peak memory that HIVE saves at one place of the cost's curves."""
+    return Measured("docs/cost.md", text, COST, (("curves", "memory", place, "saved", setup),), scale)
 
 
 def _memory(row: str, *gigabytes: float) -> Reckoned:
@@ -285,5 +281,16 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         1e9 / 8 / 8 * 1.4e-9,
         1e9 / 8 * 1.4e-9,
     ),
+    Cited("README.md", r"0\.14x FLOPs, -59\.3 % memory and 3\.4x speed", "arXiv 2604.00086"),
+    Cited("docs/cost.md", r"0\.14x training FLOPs, 59\.3 % less peak memory, 3\.4x faster", "arXiv 2604.00086"),
+    Cited("docs/cost.md", r"routes at 25 % of the layers", "arXiv 2604.00086"),
+    Cited("docs/cost.md", r"-59\.3 % (?:peak )?memory", "arXiv 2604.00086"),
+    Cited("docs/cost.md", r"59\.3 % lies at a batch between", "arXiv 2604.00086"),
+    Chosen("docs/cost.md", r"agree within 1 % in every test", "tests/cost/test_cost_flops.py", "rel=0.01"),
+    Reckoned("docs/cost.md", r"closed form: ([\d.]+) % at 576 patches", (100 / 577,)),
+    Reckoned("docs/cost.md", r"0\.37 TFLOPs a sample, (\d+) % of SA's 1\.95", (100 * 0.3656 / 1.9498,)),
+    _saved(r"HIVE saves (\d+) % and more", "8 GPUs, ZeRO-3", stage=2, routes=8, text_length=128, batch=32),
+    _saved(r"leave (\d+) % at most", "8 GPUs, ZeRO-3", stage=3, routes=6, text_length=32, batch=32),
+    _saved(r"HIVE takes ([\d.]+) % \*more\*", "one GPU", -100, stage=2, routes=8, text_length=64, batch=1),
 )
 """Every row is found on its page, and every figure with a unit, of every page but the log, in a row."""
