@@ -11,7 +11,7 @@ VENV_TF5 ?= .venv-tf5
 RUN := $(VENV)/bin/python -m
 RUN_TF5 := $(VENV_TF5)/bin/python -m
 
-.PHONY: help venv venv-tf5 quickstart compare test test-long test-cluster gpu-suite lint clean
+.PHONY: help venv venv-tf5 quickstart compare test test-long test-cluster gpu-suite docs lint clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 se
 	$(VENV)/bin/hive-ds compare
 
 test: $(VENV)/.installed ## Run the tests (less than half an hour on 2 cores)
-	$(RUN) pytest -rs --durations=10
+	$(RUN) pytest -rs --durations=10 -n 2 --dist loadfile
 
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and models, kernels, text, export and probes on transformers 5
 	$(RUN) pytest -rs -m "long and not gpu and not cluster"
@@ -59,13 +59,16 @@ test-cluster: $(VENV)/.installed ## Run all tests on a Slurm cluster in namespac
 PART ?= checks
 SUITE_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-gpu-suite: ## Check (PART=checks) or time (PART=bench) the kernels on a GPU, under 9 minutes; tiny without a GPU
+gpu-suite: ## Check (PART=checks) or time (PART=bench) the kernels, or time a step (PART=stage1|2|3), on a GPU; tiny without one
 	@SHAPES="$(SHAPES)" PYTHONPATH=kernels $(SUITE_PYTHON) -m benchmarks.suite $(PART)
+
+docs: $(VENV)/.installed ## Write the reference and the pictures of docs/ again, from the code
+	PYTHONPATH=docs $(RUN) hive_docs
 
 lint: $(VENV)/.installed ## Check style, formatting and types
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) mypy hive_ds kernels/hive_kernels
+	$(RUN) mypy hive_ds kernels/hive_kernels docs/hive_docs
 
 clean: ## Remove what the other tasks made (environments, caches, runs)
 	rm -rf $(VENV) $(VENV_TF5) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/quickstart

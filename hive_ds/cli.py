@@ -12,16 +12,19 @@ from typing import Any, NoReturn
 
 from hive_ds import __version__
 from hive_ds.cli_ablate import add_ablate_commands, add_compare_command
+from hive_ds.cli_analyze import add_analyze_commands
 from hive_ds.cli_chat import add_chat_command
 from hive_ds.cli_checkpoint import add_checkpoint_commands
 from hive_ds.cli_cost import add_cost_command
 from hive_ds.cli_data import add_data_commands
+from hive_ds.cli_doctor import add_doctor_command
 from hive_ds.cli_eval import add_eval_command
 from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
 from hive_ds.cli_parts import command, group
 from hive_ds.cli_plan import add_plan_command
 from hive_ds.cli_probe import add_probe_command
+from hive_ds.cli_report import add_report_command
 from hive_ds.cli_supervise import add_supervise
 from hive_ds.errors import run_command
 from hive_ds.recipe import RECIPES, dump_recipe, load_recipe, recipe_names, resolve
@@ -58,12 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(group(commands, "data", "make training data: generated scenes, or a dataset of your own"))
     add_ablate_commands(group(commands, "ablate", "train one recipe in several arms and seeds, and compare them"))
     add_host_commands(group(commands, "hosts", "check the hosts of a hostfile, and run on them"))
+    add_doctor_command(commands)
     add_eval_command(commands)
     add_supervise(commands)
     add_checkpoint_commands(group(commands, "checkpoint", "list, check and move the checkpoints of a run"))
     add_export_commands(group(commands, "export", "turn trained models into folders that other libraries load"))
     add_probe_command(commands)
     add_cost_command(commands)
+    add_report_command(commands)
+    add_analyze_commands(group(commands, "analyze", "show what reaches the vision encoder, and where the text looks"))
     add_chat_command(commands)
     add_plan_command(commands)
     return parser

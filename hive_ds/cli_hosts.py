@@ -24,7 +24,10 @@ def _add_check(hosts: Any) -> None:
 
         found = read_hostfile(args.hostfile)
         faults = check_hosts(found, folder=args.folder, port=args.port)
-        print("\n".join(faults) or f"{len(found)} hosts, {sum(host.slots for host in found)} slots: no fault found")
+        print(
+            "\n".join(map(str, faults))
+            or f"{len(found)} hosts, {sum(host.slots for host in found)} slots: no fault found"
+        )
         return 1 if faults else 0
 
     parser = command(

@@ -78,6 +78,8 @@ class ModelConfig:
     """Attention of un-routed layers: as above, or the package flash-attn."""
     vision_attention: Annotated[str, one_of("sdpa", "flash_attention_2", "eager")] = "sdpa"
     """Attention of the vision encoder, as transformers names it."""
+    language_loss: Annotated[str, one_of("auto", "liger", "plain")] = "auto"
+    """Head and cross-entropy: ``auto`` (``liger``, fused, on a GPU where it is installed, else ``plain``)."""
     gradient_checkpointing: bool = False
     """Recompute activations of encoder blocks and LLM layers in backward (non-reentrant)."""
 
@@ -122,6 +124,7 @@ class DataConfig:
     max_length: Annotated[int, at_least(2)] = 2048
     """Text tokens of one sample at most; longer samples are cut at the end and counted."""
     shuffle: bool = True
+    """Another order of the samples in every epoch; false: that of the folders."""
     cache: str | None = None
     """Local folder that remote shards are copied to, each remote folder's to one of its own; unused for local data."""
     cache_limit: Annotated[str | None, BYTES] = None
@@ -146,6 +149,7 @@ class StageConfig:
     """Samples of one forward pass on one rank, at most: where it does not divide a rank's share of the global batch,
     the next smaller number that does. The weights do not depend on it."""
     epochs: Annotated[float, POSITIVE] = 1.0
+    """Times that the data are gone through; fractions are allowed."""
     steps: Annotated[int | None, at_least(1)] = None
     """Optimizer steps; overrides ``epochs``."""
     group_lr: Annotated[dict[str, float], every_value(NOT_NEGATIVE)] = field(default_factory=dict)
@@ -157,7 +161,9 @@ class StageConfig:
     warmup_ratio: Annotated[float, SHARE] = 0.03
     """Share of the steps spent in linear warm-up."""
     betas: Annotated[tuple[float, float], every(BETA)] = (0.9, 0.999)
+    """AdamW's."""
     eps: Annotated[float, POSITIVE] = 1e-8
+    """AdamW's."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's decay; never on norms and biases."""
     clip: Annotated[float, POSITIVE] = 1.0
@@ -171,6 +177,7 @@ class TrainingConfig:
     """What all stages of a run share."""
 
     seed: Annotated[int, NOT_NEGATIVE] = 0
+    """Of fresh weights, the order of the data and everything else that is drawn."""
     precision: Annotated[str, one_of("bf16", "fp32")] = "bf16"
     """``bf16`` or ``fp32``."""
     ds_config: Annotated[str, NOT_EMPTY] = "zero3"
@@ -179,6 +186,8 @@ class TrainingConfig:
     """Steps between validation losses; 0 means at the end only."""
     validation_batches: Annotated[int, at_least(1)] = 8
     """Micro-batches per rank of one validation."""
+    maps_interval: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between gradient norms of the encoder's blocks and maps of one held-out sample; 0 means none."""
     checkpoint_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints for resuming; 0 means none before the end."""
     keep_checkpoints: Annotated[int, at_least(1)] = 2
@@ -188,12 +197,17 @@ class TrainingConfig:
     stop_on_failed_save: bool = False
     """Whether a checkpoint that cannot be written (disk full) ends the run; else it goes on with the last good one."""
     log_interval: Annotated[int, at_least(1)] = 1
+    """Steps between the ``train`` lines of ``metrics.jsonl``."""
     max_skipped_steps: Annotated[int, at_least(1)] = 5
     """Steps in a row with a non-finite gradient before the run stops."""
     hang_timeout: Annotated[float, NOT_NEGATIVE] = 1800
     """Seconds without progress after which every rank writes where it is and the run ends; 0 switches that off."""
+    compile: bool = False
+    """Whether encoder blocks and LLM layers, the LLM's attention aside, run through torch.compile; not under ZeRO-3."""
     tensorboard: bool = False
+    """Write TensorBoard's files to ``RUN/stageN/tensorboard`` too."""
     wandb: bool = False
+    """Log to Weights & Biases too (extra ``wandb``)."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +215,9 @@ class Recipe:
     """A whole run: models, data and every stage."""
 
     name: Annotated[str, NOT_EMPTY]
+    """Of the recipe; runs are logged under it."""
     description: str
+    """One line, which ``hive-ds recipe list`` prints."""
     model: ModelConfig
     data: DataConfig
     stages: Annotated[dict[str, StageConfig], keys_from(*STAGE_NAMES)]

@@ -8,9 +8,10 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #6b7280; --rule: #d9dde3; --good: #15803d;
-  --bad: #b42318; --one: #2563eb; --two: #d97706; }
+  --bad: #b42318; --one: #2563eb; --two: #d97706; --three: #15803d; --four: #b42318; --five: #7c3aed; --six: #0e7490; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #14171b; --faint: #9aa3ae; --rule: #343a42;
-  --good: #4ade80; --bad: #f87171; --one: #7aa8ff; --two: #fbbf24; } }
+  --good: #4ade80; --bad: #f87171; --one: #7aa8ff; --two: #fbbf24; --three: #4ade80; --four: #f87171;
+  --five: #c4b5fd; --six: #67e8f9; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
   max-width: 60rem; padding: 1rem; }
@@ -23,6 +24,10 @@ tr.last td { font-weight: 600; }
 figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; display: block; border-radius: 4px; }
 figcaption { font-size: .9rem; } .good { color: var(--good); } .bad { color: var(--bad); }
 pre { overflow-x: auto; border: 1px solid var(--rule); border-radius: 4px; padding: .6rem; font-size: .85rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0; color: var(--faint); font-size: .85rem; }
+.legend i { display: inline-block; width: .7rem; height: .5rem; margin-right: .35rem; border-radius: 2px; }
+.legend span { overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; }
 """
 

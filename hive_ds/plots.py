@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 640, 220
+WIDTH, SMALL, HEIGHT = 640, 400, 220
+"""Of a plot's own units: a small one's text stays readable where two stand side by side, or one on a phone."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 34
+COLOURS = ("var(--one)", "var(--two)", "var(--three)", "var(--four)", "var(--five)", "var(--six)")
+"""Of `hive_ds.page`'s style, for light and dark, in the order in which lines take them."""
 
 
 @dataclass(frozen=True)
@@ -21,29 +24,67 @@ class Line:
     markers: bool = False
 
 
-def line_plot(lines: Sequence[Line], x_label: str, y_label: str) -> str:
-    """An SVG of all lines over shared axes; a sentence instead if there is no point."""
+def line_plot(lines: Sequence[Line], x_label: str, y_label: str, *, small: bool = False, from_zero: bool = True) -> str:
+    """An SVG of all lines over shared axes; a sentence instead if there is no point.
+
+    Args:
+        lines: to draw, each with a name in the legend.
+        x_label: below the plot.
+        y_label: above it.
+        small: narrower, with the legend below it, which has room for names of any length.
+        from_zero: the y axis begins at 0, or below.
+    """
     points = [point for line in lines for point in line.points]
     if not points:
         return "<p>No values were logged.</p>"
+    width = SMALL if small else WIDTH
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
-    y_ticks = ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+    lowest = min(y for _, y in points)
+    y_ticks = ticks(min(0.0, lowest) if from_zero else lowest, max(y for _, y in points))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across * (width - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     parts = []
     for tick in y_ticks:
-        parts += _rule(at(x_ticks[0], tick)[1], tick)
+        parts += _rule(at(x_ticks[0], tick)[1], tick, width)
     for tick in x_ticks:
         parts.append(_under(at(tick, y_ticks[0])[0], f"{tick:g}"))
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(f'<text x="{width - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
     parts.append(f'<text x="4" y="12">{escape(y_label)}</text>')
     for place, line in enumerate(lines):
-        parts += _draw(line, [at(*point) for point in line.points], WIDTH - RIGHT - 90 * (len(lines) - place))
-    return _svg(parts, y_label)
+        if not small:
+            parts += _key(line, width - RIGHT - 90 * (len(lines) - place))
+        parts += _draw(line, [at(*point) for point in line.points])
+    return _svg(parts, y_label, width=width) + (legend(lines) if small else "")
+
+
+def legend(lines: Sequence[Line]) -> str:
+    """Names and colours of the lines that have a name, as HTML that wraps."""
+    named = [line for line in lines if line.name]
+    keys = (f'<span><i style="background:{line.colour}"></i>{escape(line.name)}</span>' for line in named)
+    return f'<p class="legend">{"".join(keys)}</p>' if named else ""
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
+    """About ``most`` of the points: of more, the lowest and highest of each stretch, so that spikes stay."""
+    if len(points) <= most:
+        return list(points)
+    size = -(-2 * len(points) // most)
+    kept = {points[0], points[-1]}
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        kept |= {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
+    return sorted(kept)
+
+
+def smoothed(points: Sequence[tuple[float, float]], window: int = 5) -> list[tuple[float, float]]:
+    """Mean of each value and up to ``window`` - 1 before it."""
+    values = [value for _, value in points]
+    means = [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])]
+    return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def bar_plot(counts: Sequence[int], labels: Sequence[str], x_label: str, *, between: bool) -> str:
@@ -55,7 +96,7 @@ def bar_plot(counts: Sequence[int], labels: Sequence[str], x_label: str, *, betw
     width = (WIDTH - LEFT - RIGHT) / len(counts)
     parts = []
     for tick in y_ticks:
-        parts += _rule(HEIGHT - BOTTOM - tick / y_ticks[-1] * (HEIGHT - TOP - BOTTOM), tick)
+        parts += _rule(HEIGHT - BOTTOM - tick / y_ticks[-1] * (HEIGHT - TOP - BOTTOM), tick, WIDTH)
     for place, count in enumerate(counts):
         height = count / y_ticks[-1] * (HEIGHT - TOP - BOTTOM)
         box = f'x="{LEFT + place * width:.1f}" y="{HEIGHT - BOTTOM - height:.1f}" height="{height:.1f}"'
@@ -99,7 +140,7 @@ def interval_plot(rows: Sequence[Interval], x_label: str) -> str:
         parts.append(f'<line {ends} stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<circle cx="{at(row.middle):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
     parts.append(f'<text x="4" y="12">{escape(x_label)}</text>')
-    return _svg(parts, x_label, bottom + 22)
+    return _svg(parts, x_label, height=bottom + 22)
 
 
 def short(value: float) -> str:
@@ -110,8 +151,8 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _rule(y: float, tick: float) -> list[str]:
-    line = f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>'
+def _rule(y: float, tick: float, width: int) -> list[str]:
+    line = f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>'
     return [line, f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>']
 
 
@@ -119,8 +160,9 @@ def _under(x: float, label: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{label}</text>'
 
 
-def _svg(parts: Sequence[str], label: str, height: float = HEIGHT) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">' + "".join(parts) + "</svg>"
+def _svg(parts: Sequence[str], label: str, *, width: float = WIDTH, height: float = HEIGHT) -> str:
+    box = f'viewBox="0 0 {width} {height}"'
+    return f'<svg {box} role="img" aria-label="{escape(label)}">' + "".join(parts) + "</svg>"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -133,12 +175,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(index * step, 10) for index in range(first, max(last, first + 1) + 1)]
 
 
-def _draw(line: Line, points: Sequence[tuple[float, float]], legend_x: float) -> list[str]:
-    legend = f'<text x="{legend_x + 14}" y="12">{escape(line.name)}</text>'
-    key = f'<rect x="{legend_x}" y="4" width="10" height="8" fill="{line.colour}"/>'
-    if line.markers:
-        marks = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{line.colour}"/>' for x, y in points]
-    else:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        marks = [f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2"/>']
-    return [key, legend, *marks]
+def _key(line: Line, x: float) -> list[str]:
+    legend = f'<text x="{x + 14}" y="12">{escape(line.name)}</text>'
+    return [f'<rect x="{x}" y="4" width="10" height="8" fill="{line.colour}"/>', legend]
+
+
+def _draw(line: Line, points: Sequence[tuple[float, float]]) -> list[str]:
+    if line.markers or len(points) == 1:  # a line of one point would not be seen
+        return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{line.colour}"/>' for x, y in points]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return [f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2"/>']

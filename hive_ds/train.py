@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,16 @@ from hive_ds.constants import EXIT_STOPPED
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
+from hive_ds.model.compiling import compile_blocks
+from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
-from hive_ds.stages import STAGES, VLM_STAGES, Stage, next_stage, stage_by_number
+from hive_ds.stages import VLM_STAGES, Stage, next_stage, stage_by_number
+from hive_ds.train_options import build_parser
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
-from hive_ds.training.distributed import World, from_main, read_world, start, stop
+from hive_ds.training.distributed import World, all_values, from_main, read_world, start, stop
 from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error
@@ -34,6 +38,7 @@ from hive_ds.training.flops import FlopCounter, matmul_rate
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
+from hive_ds.training.maps import SampleMaps
 from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.pace import Pace
@@ -44,6 +49,7 @@ from hive_ds.training.schedule import Schedule
 from hive_ds.training.start_model import start_model
 from hive_ds.training.table import print_plan
 from hive_ds.training.watchdog import longest_wait, stop_watching, watch
+from hive_ds.versions import installed_versions
 
 if TYPE_CHECKING:
     from hive_ds.data.mds import SampleLoader
@@ -51,7 +57,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code: 2 for wrong input, reported once in one line."""
-    options = _parse(arguments)
+    options = build_parser().parse_args(arguments)
     world = World()
     try:
         world = read_world(os.environ)
@@ -104,12 +110,16 @@ def train(options: argparse.Namespace, world: World) -> bool:
     model, processor = start_model(recipe, folder, world, run.attempt, run.say)
     here.follow(model)
     plan = plan_stage(model, stage, groups_of(model), config)
+    model.train()  # once more: what is frozen is known now
     _warn_untrained_blocks(run, model)
     _prepare_attention(run, model)
+    if recipe.training.compile:
+        _compile(policy, model)
     loader, validation = _load_data(run, processor)
     ds_config = _write_inputs(run, policy)
     questions = Questions.load(recipe.data_of(stage.name), processor, config.micro_batch_size, world)
-    job, first_step = _start_job(run, model, plan, loader, validation, questions, ds_config)
+    maps = SampleMaps.load(folder.maps, recipe.data_of(stage.name), processor, recipe.training.maps_interval)
+    job, first_step = _start_job(run, model, plan, loader, validation, questions, maps, ds_config)
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
         run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
@@ -120,26 +130,6 @@ def train(options: argparse.Namespace, world: World) -> bool:
     _finish(run, job)
     run.say(f"stage {stage.number} is done: {run.folder.model}\n{_next_command(options, recipe, stage)}")
     return True
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    numbers = ", ".join(f"{stage.number} {stage.name}" for stage in STAGES)
-    parser = argparse.ArgumentParser(prog="hive_ds.train", description="Train one stage of a recipe.")
-    parser.add_argument("--recipe", required=True, help="name of a recipe, or the path of a YAML file")
-    parser.add_argument("--stage", required=True, type=int, help=numbers)
-    parser.add_argument(
-        "--run",
-        "--run-folder",
-        required=True,
-        help="folder of the run; stage N starts from RUN/stage{N-1}/model, stage 4 from RUN/encoder. Under torchrun "
-        "write --run-folder: it takes --run for its own --run-path",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser.parse_args(arguments)
 
 
 def _read_recipe(options: argparse.Namespace) -> tuple[Recipe, Stage, StageConfig]:
@@ -196,6 +186,7 @@ def _start_job(
     loader: SampleLoader,
     validation: dict[str, SampleLoader],
     questions: Questions | None,
+    maps: SampleMaps | None,
     ds_config: dict[str, Any],
 ) -> tuple[Job, int]:
     """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
@@ -216,6 +207,8 @@ def _start_job(
         ranks=world.size,
         device=_device_name(device),
         matmul_flops_per_second=rate,
+        hosts=list(dict.fromkeys(all_values(socket.gethostname()))),
+        versions=installed_versions(),
         vision_sha256=getattr(model.config, "vision_sha256", None),
     )
     job = Job(
@@ -234,6 +227,7 @@ def _start_job(
         checkpoints=writer,
         attempt=run.attempt,
         questions=questions,
+        maps=maps,
     )
     return job, first_step
 
@@ -279,9 +273,16 @@ def _prepare_attention(run: Run, model: TrainedModel) -> None:
     dtype = torch.bfloat16 if run.recipe.training.precision == "bf16" else torch.float32
     for line in describe_attention(model, run.device, dtype):
         run.say(line)
+    run.say(describe_loss(model.language_loss, run.device))
     seconds = warm_up_attention(model, run.device, dtype)
     if seconds:
         run.say(f"attention kernels are compiled ({seconds:.0f} s)")
+
+
+def _compile(policy: dict[str, Any], model: TrainedModel) -> None:
+    if policy.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise HiveError("training.compile is true, but ZeRO-3 takes weights away between layers; expected ZeRO 0 to 2")
+    compile_blocks(model)
 
 
 def _device_name(device: torch.device) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hive_ds.ablation.plan import ArmRun, read_plan
+from hive_ds.events import read_events
 from hive_ds.files import write_whole
 
 SCORES = "scores.json"
@@ -116,7 +117,7 @@ def print_table(out: Path) -> None:
 
 def _scores(run: ArmRun) -> Iterator[tuple[str, float]]:
     for stage in run.stages:
-        lines = _lines(run.folder / f"stage{stage}" / "metrics.jsonl")
+        lines = read_events(run.folder / f"stage{stage}" / "metrics.jsonl")
         yield from _losses(stage, lines)
         yield from ((f"stage {stage} {name}", value) for name, value in _cost(lines).items())
     if (run.folder / BENCHMARKS).is_file():
@@ -150,7 +151,3 @@ def _cost(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             cost["TFLOPs"] += line["mfu"] * start["matmul_flops_per_second"] * start["ranks"] * seconds / 1e12
             cost["GB"] = max(cost["GB"], line["memory_gb"])
     return cost
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

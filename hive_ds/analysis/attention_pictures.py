@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,11 +18,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hive_ds.analysis.maps import AttentionMaps, LayerMaps
+from hive_ds.files import write_whole
 
 COLOURS = "inferno"
 PANEL = 160
 """Longer side of a panel in pixels."""
 GAP = 6
+LEFT, RIGHT = 130, 110
+"""Pixels beside the panels, for names of rows and for the scale."""
 DPI = 100
 
 
@@ -35,6 +39,12 @@ class Row:
     def on_patches(self, layer: LayerMaps, image: int) -> Tensor:
         """(rows, columns) of one image at one layer."""
         return layer.on_patches(image)[list(self.tokens)].mean(dim=0)
+
+
+def token_name(text: str) -> str:
+    """What a token is called: its text without spaces around it, escaped where it cannot be printed."""
+    bare = text.strip()
+    return bare if bare and bare.isprintable() else ascii(text)
 
 
 def seen_part(picture: Image.Image, image_processor: Any) -> Image.Image:
@@ -85,6 +95,7 @@ def attention_figure(
     *,
     title: str = "",
     per_panel: bool = False,
+    highest: float | None = None,
 ) -> Image.Image:
     """Panels of ``rows`` by layers, for several images side by side.
 
@@ -95,8 +106,9 @@ def attention_figure(
         title: above the panels.
         per_panel: give each panel a scale of its own. It shows where each looks, but hides how much; by default one
             scale is shared by all panels and drawn beside them.
+        highest: end of the shared scale, for a figure that is part of a larger one.
     """
-    shared = highest_value(maps, rows)
+    shared = highest_value(maps, rows) if highest is None else highest
     small = [fitted(picture, PANEL) for picture in pictures]
     columns = [(image, layer) for image in range(len(pictures)) for layer in maps.layers]
     step = PANEL + GAP
@@ -131,10 +143,10 @@ def _framed(
     canvas: Image.Image, columns: Sequence[str], rows: Sequence[str], title: str, highest: float | None
 ) -> Image.Image:
     """The panels with names of columns and rows, and the scale where there is one for all."""
-    left, right, top, bottom = 130, 110 if highest is not None else 10, 90 if title else 60, 10
-    width, height = canvas.width + left + right, canvas.height + top + bottom
+    right, top, bottom = RIGHT if highest is not None else 10, 90 if title else 60, 10
+    width, height = canvas.width + LEFT + right, canvas.height + top + bottom
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    axes = figure.add_axes((left / width, bottom / height, canvas.width / width, canvas.height / height))
+    axes = figure.add_axes((LEFT / width, bottom / height, canvas.width / width, canvas.height / height))
     axes.imshow(canvas, interpolation="none", aspect="auto")
     middles = [number * (PANEL + GAP) + PANEL / 2 for number in range(max(len(columns), len(rows)))]
     axes.set_xticks(middles[: len(columns)], columns, fontsize=10)
@@ -145,11 +157,30 @@ def _framed(
         figure.text(0.5, 1 - 22 / height, title, ha="center", va="center", fontsize=12, parse_math=False, wrap=True)
     if highest is not None:
         long = min(canvas.height, 2 * PANEL)
-        place = (left + canvas.width + 14, bottom + canvas.height - long, 14, long)
-        bar = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
-        figure.colorbar(ScalarMappable(Normalize(0, highest), COLOURS), cax=bar, label="probability of a patch")
+        place = (LEFT + canvas.width + 14, bottom + canvas.height - long, 14, long)
+        add_colour_bar(figure, place, highest, "probability of a patch")
+    return rendered(figure)
+
+
+def add_colour_bar(figure: Figure, place: tuple[float, float, float, float], highest: float, label: str) -> None:
+    """Draw the scale from 0 to ``highest``; ``place`` is left, bottom, width and height in pixels."""
+    width, height = figure.get_size_inches() * DPI
+    left, bottom, across, up = place
+    bar = figure.add_axes((left / width, bottom / height, across / width, up / height))
+    figure.colorbar(ScalarMappable(Normalize(0, highest), COLOURS), cax=bar, label=label)
+
+
+def rendered(figure: Figure) -> Image.Image:
+    """The figure as a picture, pixel by pixel."""
     drawn = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens may be of any script: a box stands for them
         figure.savefig(drawn, format="png")
     return Image.open(drawn).convert("RGB")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write it as PNG."""
+    png = io.BytesIO()
+    picture.save(png, "PNG", optimize=True)
+    write_whole(path, png.getvalue())

@@ -40,6 +40,8 @@ class _Captured:
     queries: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     """Of the text, then of the images: both through k_proj, or the images' through image_k_proj."""
+    norm_weights: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Of q and k. Copies: between the calls of a layer ZeRO-3 keeps but a part of each weight."""
 
 
 @contextmanager
@@ -57,6 +59,8 @@ def _capture(model: HiveForCausalLM) -> Iterator[list[_Captured]]:
 def _hooks(one: _Captured) -> list[torch.utils.hooks.RemovableHandle]:
     def keep_call(module: torch.nn.Module, arguments: tuple, keywords: dict) -> None:
         one.call = keywords["hive"]
+        if one.attention.qk_norm != "none":
+            one.norm_weights = (one.attention.q_norm.weight.clone(), one.attention.k_norm.weight.clone())
 
     def keep(outputs: list[Tensor]):  # type: ignore[no-untyped-def]
         return lambda module, arguments, output: outputs.append(output)
@@ -94,9 +98,8 @@ def _probabilities(one: _Captured, head: int | None) -> tuple[Tensor, Tensor]:
     assert call is not None
     (query,), (key, image_key) = one.queries, one.keys
     q, k, image_k = (_heads(x, attention.head_dim) for x in (query, key, image_key))
-    norm = None if attention.qk_norm == "none" else (attention.q_norm, attention.k_norm)
-    weights = (None, None) if norm is None else (norm[0].weight, norm[1].weight)
-    eps = 1e-6 if norm is None else norm[0].variance_epsilon
+    weights = one.norm_weights
+    eps = 1e-6 if attention.qk_norm == "none" else attention.q_norm.variance_epsilon
     # Values do not matter for the normaliser: the keys stand in for them.
     _, lse_TH = hierarchical_attention(
         q, k, k, image_k, image_k, call.layout,

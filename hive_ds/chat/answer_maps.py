@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from hive_ds.analysis.attention_maps import token_attention_maps
-from hive_ds.analysis.attention_pictures import Row, attention_figure, fitted, heat_over, highest_value, seen_part
+from hive_ds.analysis.attention_pictures import (
+    Row,
+    attention_figure,
+    fitted,
+    heat_over,
+    highest_value,
+    save_picture,
+    seen_part,
+    token_name,
+)
 from hive_ds.analysis.maps import AttentionMaps
 from hive_ds.chat.conversation import Answer
 from hive_ds.chat.loading import ChatModel
 from hive_ds.errors import HiveError
-from hive_ds.files import write_whole
 
 VIEW = 640
 """Longer side in pixels of a map by itself."""
@@ -72,14 +79,6 @@ def answer_maps(chat: ChatModel, answer: Answer, *, head: int | None = None) -> 
     return AnswerMaps(maps, rows, [seen_part(image, processor) for image in answer.images])
 
 
-def token_name(text: str) -> str:
-    """What a token is called: its text without spaces around it, escaped where it cannot be printed."""
-    bare = text.strip()
-    return bare if bare and bare.isprintable() else ascii(text)
-
-
 def save_answer_map(maps: AnswerMaps, title: str, path: Path, *, per_panel: bool = False) -> None:
     """Write the figure as PNG."""
-    png = io.BytesIO()
-    maps.figure(title, per_panel=per_panel).save(png, "PNG", optimize=True)
-    write_whole(path, png.getvalue())
+    save_picture(maps.figure(title, per_panel=per_panel), path)

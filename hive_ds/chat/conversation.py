@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from hive_ds.chat.loading import ChatModel
 from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.chat import render_chat
-from hive_ds.data.images import decode_image
+from hive_ds.data.images import decode_image, read_image_file
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import render_prompt
 from hive_ds.errors import HiveError
@@ -143,12 +143,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         HiveError: no such file, or not a picture.
     """
-    try:
-        return decode_image(Path(path).expanduser().read_bytes())
-    except OSError as error:
-        raise HiveError(f"image {path}: {error.strerror}") from error
-    except HiveError as error:
-        raise HiveError(f"image {path}: {error}") from error
+    return decode_image(read_image_file(path))
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,18 @@ class ImageProcessor(Protocol):
     def __call__(self, images: Any, *, return_tensors: str) -> Any:
         """Turn a list of RGB images into a dict of tensors."""
         ...
+
+
+def read_image_file(path: str | Path) -> bytes:
+    """Return the bytes of a picture's file; HiveError, naming it, where there is none or it cannot be decoded."""
+    try:
+        data = Path(path).expanduser().read_bytes()
+        decode_image(data)
+    except OSError as error:
+        raise HiveError(f"image {path}: {error.strerror}") from error
+    except HiveError as error:
+        raise HiveError(f"image {path}: {error}") from error
+    return data
 
 
 def decode_image(data: bytes) -> Image.Image:

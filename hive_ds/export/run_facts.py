@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hive_ds.errors import HiveError
+from hive_ds.events import of_kind, read_events
 from hive_ds.recipe import RECIPES
 
 RESULTS = "results.json"
@@ -27,41 +28,49 @@ class StageFacts:
     samples: int
     devices: str
     """Ranks and device of every attempt that differs."""
+    seconds: float
+    """Of training steps, by the clock."""
     hours: float
     """Of training steps on all ranks together: device-hours, without loading, validation and checkpoints."""
     flops: float
     """Model FLOPs of those steps."""
+    mfu: float
+    """Those FLOPs over what the devices' measured matrix-product rate would have allowed."""
+    memory_gb: float | None
+    """Peak of rank 0: allocated on its GPU, or resident on a CPU."""
     loss: float | None
     """Of the last line."""
 
 
 def read_stage(folder: Path) -> StageFacts | None:
     """What the stage in ``folder`` cost; None where it left no metrics."""
-    events = list(_events(folder / "metrics.jsonl"))
-    starts = [event for event in events if event["event"] == "start"]
-    lines = [event for event in events if event["event"] == "train"]
+    events = read_events(folder / "metrics.jsonl")
+    starts, lines = of_kind(events, "start"), of_kind(events, "train")
     if not starts or not lines:
         return None
-    seconds, flops, done, start = 0.0, 0.0, 0, starts[0]
+    clock, seconds, flops, possible, done, start = 0.0, 0.0, 0.0, 0.0, 0, starts[0]
     for event in events:
         if event["event"] == "start":
             start = event
         elif event["event"] == "train":
-            spent = (event["step"] - done) * event["seconds_per_step"] * start["ranks"]
-            seconds, done = seconds + spent, event["step"]
+            passed = (event["step"] - done) * event["seconds_per_step"]
+            spent = passed * start["ranks"]
+            clock, seconds, done = clock + passed, seconds + spent, event["step"]
             flops += spent * event["mfu"] * start["matmul_flops_per_second"]
+            possible += spent * start["matmul_flops_per_second"]
     last = lines[-1]
-    devices = ", ".join(dict.fromkeys(f"{event['ranks']} x {event['device']}" for event in starts))
-    return StageFacts(folder.name, done, int(last["samples"]), devices, seconds / 3600, flops, last["loss"])
-
-
-def _events(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; one that a kill cut short is left out."""
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+    return StageFacts(
+        name=folder.name,
+        steps=done,
+        samples=int(last["samples"]),
+        devices=", ".join(dict.fromkeys(f"{event['ranks']} x {event['device']}" for event in starts)),
+        seconds=clock,
+        hours=seconds / 3600,
+        flops=flops,
+        mfu=flops / possible if possible else 0.0,
+        memory_gb=max((event["memory_gb"] for event in lines if "memory_gb" in event), default=None),
+        loss=last["loss"],
+    )
 
 
 def training_versions(stage: Path) -> dict[str, Any]:

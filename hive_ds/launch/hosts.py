@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,12 @@ PORT = 29500
 OF_THIS_START = ("HIVE_ATTEMPT", "HIVE_STOP_AT")
 """Variables that are carried to this start's ranks but must not stand in a file for later ones."""
 
+PATIENCE = 60.0
+"""Seconds that a host may take to answer."""
+
 GIGABYTE = 10**9
 DISK = 20 * GIGABYTE
+SHM_ADVICE = "remount it larger (mount -o remount,size=16G /dev/shm), or start the container with --shm-size=16g"
 CLOCK_SKEW = 5.0
 """Seconds: past it, file times and logs of hosts cannot be compared."""
 
@@ -39,27 +43,43 @@ class Report:
 
     host: Host
     values: dict[str, Any]
-    error: str | None = None
+    error: tuple[str, str] | None = None
+    """The reason, and what to do."""
     skew: float = 0.0
     """Seconds that its clock is ahead of this host's, less than the round trip could explain."""
 
 
-def check_hosts(hosts: Sequence[Host], *, folder: Path, port: int = PORT) -> list[str]:
-    """Ask every host about itself; returns one line a fault.
+@dataclass(frozen=True)
+class HostFault:
+    """What is wrong with a host, and what to do about it."""
+
+    host: str
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.host}: {self.what}; {self.advice}"
+
+
+def check_hosts(
+    hosts: Sequence[Host], *, folder: Path, port: int = PORT, patience: float = PATIENCE
+) -> list[HostFault]:
+    """Ask every host about itself; returns its faults.
 
     Args:
         hosts: of the hostfile; the first is to hold rank 0.
         folder: of the run, which every host must be able to write to.
         port: that rank 0 is to listen on.
+        patience: seconds that a host may take to answer.
     """
     with ThreadPoolExecutor(max_workers=32) as pool:
-        reports = list(pool.map(lambda host: _ask(host, folder, port, hosts[0].name), hosts))
-    faults = [f"{report.host.name}: {report.error}" for report in reports if report.error]
+        reports = list(pool.map(lambda host: _ask(host, folder, port, hosts[0].name, patience), hosts))
+    faults = [HostFault(report.host.name, *report.error) for report in reports if report.error]
     good = [report for report in reports if not report.error]
     for report in good:
-        faults += [f"{report.host.name}: {fault}" for fault in _faults(report, good[0], folder)]
+        faults += [HostFault(report.host.name, *fault) for fault in _faults(report, good[0], folder)]
         if report.host == hosts[0] and not report.values["port_free"]:
-            faults.append(f"{report.host.name}: port {port} is in use; choose another --master_port")
+            faults.append(HostFault(report.host.name, f"port {port} is in use", "choose another --master_port"))
     return faults
 
 
@@ -102,50 +122,55 @@ def _remote(command: Sequence[str]) -> str:
     return f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*variables, *command])}"
 
 
-def _ask(host: Host, folder: Path, port: int, master: str) -> Report:
+def _ask(host: Host, folder: Path, port: int, master: str, patience: float) -> Report:
     probe = (Path(__file__).parent / "probe.py").read_text()
     command = shlex.join([sys.executable, "-", str(port), str(folder.absolute()), master])
     before = time.time()
     try:
-        done = subprocess.run([*SSH, host.name, command], input=probe, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*SSH, host.name, command], input=probe, capture_output=True, text=True, timeout=patience)
     except subprocess.TimeoutExpired:
-        return Report(host, {}, "no answer within 60 s")
+        return Report(host, {}, (f"no answer within {patience:.0f} s", f"see what it does: ssh {host.name} uptime"))
     except FileNotFoundError as error:
         raise HiveError(f"{error.filename}: not found; install an ssh client") from error
     after = time.time()
     said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
     if done.returncode == 255:
-        return Report(host, {}, f"not reachable by ssh: {said}")
+        advice = f"ssh {host.name} true must work without a question: start the host, copy your key to it"
+        return Report(host, {}, (f"not reachable by ssh: {said}", advice))
     if done.returncode:
-        return Report(host, {}, f"{sys.executable} does not run there: {said}")
+        advice = "install the same environment there, at the same path"
+        return Report(host, {}, (f"{sys.executable} does not run there: {said}", advice))
     values = json.loads(done.stdout.splitlines()[-1])
     early, late = before - values["time"], values["time"] - after
     return Report(host, values, skew=max(late, 0.0) - max(early, 0.0))
 
 
-def _faults(report: Report, first: Report, folder: Path) -> list[str]:
-    values, slots, faults = report.values, report.host.slots, []
+def _faults(report: Report, first: Report, folder: Path) -> Iterator[tuple[str, str]]:
+    """What is wrong with a host, and what to do."""
+    values, slots = report.values, report.host.slots
     for name, version in values["versions"].items():
+        expected = first.values["versions"][name]
         if version is None:
-            faults.append(f"{name} is not installed")
-        elif version != first.values["versions"][name]:
-            faults.append(f"{name} is {version}, but {first.values['versions'][name]} on {first.host.name}")
+            yield f"{name} is not installed", "install it there, or hive-ds's environment at the same path"
+        elif version != expected:
+            yield f"{name} is {version}, but {expected} on {first.host.name}", "install the same version"
     if values["gpus"] and slots > values["gpus"]:
-        faults.append(f"{slots} slots, but {values['gpus']} GPUs")
+        yield f"{slots} slots, but {values['gpus']} GPUs", f"write slots={values['gpus']} in the hostfile"
     if not values["gpus"] and slots > values["cores"]:
-        faults.append(f"{slots} slots, but no GPU and {values['cores']} cores")
+        advice = f"write slots={values['cores']} in the hostfile, or load its GPU driver"
+        yield f"{slots} slots, but no GPU and {values['cores']} cores", advice
     if not values["master_known"]:
-        faults.append(f"does not know the address of {first.host.name}")
+        yield f"does not know the address of {first.host.name}", "write it into /etc/hosts there, or mend its DNS"
     if values["shm_free"] is None or values["shm_free"] < slots * SHM_PER_RANK:
         expected = f"expected {slots * SHM_PER_RANK / GIGABYTE:.1f} GB for {slots} slots"
-        faults.append(f"/dev/shm has {_gigabytes(values['shm_free'])}; {expected}")
+        yield f"/dev/shm has {_gigabytes(values['shm_free'])}; {expected}", SHM_ADVICE
     if values["disk_free"] is None:
-        faults.append(f"cannot write to {folder.absolute()}; it must be the same shared folder on every host")
+        yield f"cannot write to {folder.absolute()}", "it must be the same shared folder on every host"
     elif values["disk_free"] < DISK:
-        faults.append(f"{folder} has {_gigabytes(values['disk_free'])} free; expected {DISK / GIGABYTE:.0f} GB")
+        free = _gigabytes(values["disk_free"])
+        yield f"{folder} has {free} free; expected {DISK / GIGABYTE:.0f} GB", "make room, or name another folder"
     if abs(report.skew) > CLOCK_SKEW:
-        faults.append(f"its clock is {report.skew:+.0f} s off this host's")
-    return faults
+        yield f"its clock is {report.skew:+.0f} s off this host's", "start a time service (chrony, ntpd) on both"
 
 
 def _gigabytes(count: int | None) -> str:

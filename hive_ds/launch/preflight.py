@@ -61,18 +61,18 @@ def check_node(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {"versions": versions(), "shm_free": free("/dev/shm")}
     needed = options.ranks * SHM_PER_RANK
     if values["shm_free"] is None or values["shm_free"] < needed:
-        faults.append(f"/dev/shm has {_gigabytes(values['shm_free'])}; {options.ranks} ranks need {_gigabytes(needed)}")
+        faults.append(f"/dev/shm has {gigabytes(values['shm_free'])}; {options.ranks} ranks need {gigabytes(needed)}")
     for name, folder in (("scratch", options.scratch), ("run", options.run)):
-        values[f"{name}_free"], fault = _try_to_write(folder)
+        values[f"{name}_free"], fault = try_to_write(folder)
         faults += [fault] if fault else []
     if options.gpus and os.environ.get("DS_ACCELERATOR") != "cpu":
         rates: list[float] = []
-        faults += _try_gpus(options.gpus, rates)
+        faults += try_gpus(options.gpus, rates)
         values["matmul_flops_per_second"] = rates
     return values, faults
 
 
-def _try_to_write(folder: Path) -> tuple[int | None, str | None]:
+def try_to_write(folder: Path) -> tuple[int | None, str | None]:
     """Free bytes of a folder's disk, and why it is of no use."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -82,10 +82,10 @@ def _try_to_write(folder: Path) -> tuple[int | None, str | None]:
     except OSError as error:
         return None, f"cannot write to {folder}: {error.strerror}"
     space = shutil.disk_usage(folder).free
-    return space, None if space >= ROOM else f"{folder} has {_gigabytes(space)} free; expected {_gigabytes(ROOM)}"
+    return space, None if space >= ROOM else f"{folder} has {gigabytes(space)} free; expected {gigabytes(ROOM)}"
 
 
-def _try_gpus(expected: int, rates: list[float]) -> Iterator[str]:
+def try_gpus(expected: int, rates: list[float]) -> Iterator[str]:
     """Faults of this node's GPUs; appends each one's FLOPs per second to ``rates``."""
     import torch
 
@@ -115,7 +115,8 @@ def _matmul(device: Any, size: int = 8192) -> float:
     return 2 * size**3 / best
 
 
-def _gigabytes(count: float | None) -> str:
+def gigabytes(count: float | None) -> str:
+    """Bytes as text; None is a folder that cannot be written to."""
     return "nothing that can be written to" if count is None else f"{count / 10**9:.2f} GB"
 
 

@@ -124,7 +124,7 @@ def _take_part(meeting: Meeting, out: Path) -> None:
     rate = None
     if meeting.index in good and len(good) > 1:
         try:
-            rate = _all_reduce(meeting.store, good.index(meeting.index), len(good))
+            rate = all_reduce_rate(meeting.store, good.index(meeting.index), len(good), _device())
         except RuntimeError as error:
             write_faults(out, node, [f"the all-reduce of {len(good)} nodes: {str(error).splitlines()[0]}"])
     meeting.say("all", rate)
@@ -195,28 +195,36 @@ def _own_address() -> str:
     return interface_addresses().get(interface, socket.gethostname())
 
 
-def _all_reduce(store: dist.Store, rank: int, size: int) -> float:
-    """Bytes per second that each node sends, and receives, in an all-reduce; RuntimeError where it fails."""
+def _device() -> torch.device:
+    """The first GPU, or the CPU."""
     gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return torch.device("cuda", 0) if gpu else torch.device("cpu")
+
+
+def all_reduce_rate(store: dist.Store, rank: int, ranks: int, device: torch.device, *, size: int = SIZE) -> float:
+    """Bytes per second that a rank sends, and receives, in an all-reduce of ``size`` bytes; RuntimeError: it failed.
+
+    Over NCCL on GPUs, else over gloo. A single rank sends nothing: 0.
+    """
     dist.init_process_group(
-        "nccl" if gpu else "gloo",
+        "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("all", store),
         rank=rank,
-        world_size=size,
+        world_size=ranks,
         timeout=EXCHANGE,
     )
-    data = torch.empty(SIZE // 4, device="cuda:0" if gpu else "cpu")
+    data = torch.empty(size // 4, device=device)
     best = float("inf")
     for _ in range(3):
         data.fill_(1.0)
         start = time.perf_counter()
         dist.all_reduce(data)
-        right = bool((data == size).all())  # and waits for the GPU
+        right = bool((data == ranks).all())  # and waits for the GPU
         best = min(best, time.perf_counter() - start)
         if not right:
             raise RuntimeError("its result is wrong")
     dist.destroy_process_group()
-    return 2 * (size - 1) / size * SIZE / best
+    return 2 * (ranks - 1) / ranks * size / best
 
 
 def _gigabytes(rate: float | None) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlavaConfig, PreTrainedModel
@@ -23,8 +22,10 @@ from hive_ds.model.attention_interface import attention_name
 from hive_ds.model.identity import weights_sha256
 from hive_ds.model.inputs import PackedText
 from hive_ds.model.interleaving import Interleaving
+from hive_ds.model.language_loss import LanguageLoss, sum_of_cross_entropy
 from hive_ds.model.positions import Grid
-from hive_ds.model.vision import FAMILIES, encode_images, vision_blocks, vision_class
+from hive_ds.model.projector import MlpProjector
+from hive_ds.model.vision import FAMILIES, encode_images, rest_if_frozen, vision_blocks, vision_class
 
 STOCK_NAMES = {
     "vision_encoder.": "vision_tower.",
@@ -71,19 +72,6 @@ def processor_values(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-class MlpProjector(nn.Module):
-    """Linear, GELU, Linear, as LLaVA 1.5's."""
-
-    def __init__(self, vision_size: int, language_size: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(vision_size, language_size)
-        self.linear_2 = nn.Linear(language_size, language_size)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(N, D_vision) -> (N, D)."""
-        return self.linear_2(F.gelu(self.linear_1(features)))
-
-
 class CascadedForCausalLM(nn.Module):
     """A vision encoder, one projector, and an LLM that reads patches as tokens."""
 
@@ -115,6 +103,7 @@ class CascadedForCausalLM(nn.Module):
         self.config, self.attention_backend = config, attention_backend
         self.vision_encoder, self.language_model = vision_encoder, language_model
         self.projector = MlpProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.language_loss = LanguageLoss(language_model)
         self.last_vision_block = _block_number(config.vision_feature_layer, len(vision_blocks(vision_encoder)))
 
     @property
@@ -139,6 +128,11 @@ class CascadedForCausalLM(nn.Module):
         super()._apply(fn, recurse)
         for module, inv_freq in zip(rotary, exact, strict=True):
             module.inv_freq = inv_freq.to(module.inv_freq.device)
+        return self
+
+    def train(self, mode: bool = True) -> CascadedForCausalLM:
+        """As torch's, but a frozen encoder stays in evaluation mode."""
+        rest_if_frozen(super().train(mode).vision_encoder)
         return self
 
     def gradient_checkpointing_enable(self) -> None:
@@ -180,8 +174,7 @@ class CascadedForCausalLM(nn.Module):
         labels_T = labels if text.mask_BS is None else labels[text.mask_BS]
         # The first token of a sequence has none before it.
         counted = (labels_T != IGNORE_INDEX) & (places.positions_S[places.text_T] > 0)
-        logits = self._logits(places, states_SD, places.text_T[counted] - 1)
-        total = F.cross_entropy(logits.float(), labels_T[counted], reduction="sum")
+        total = self._loss(places, states_SD, places.text_T[counted] - 1, labels_T[counted])
         items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
 
@@ -260,6 +253,14 @@ class CascadedForCausalLM(nn.Module):
         if images is not None:  # one gather: patches that do not enter get a zero gradient, never None
             states = torch.cat([states, images[0].to(states.dtype)])
         return places, states.index_select(0, places.source_S)
+
+    def _loss(self, places: Interleaving, states_SD: Tensor, at: Tensor, targets_T: Tensor) -> Tensor:
+        """Cross-entropy, summed, of the tokens that the places ``at`` predict."""
+        if not self.language_loss.is_fused(states_SD.device):
+            return sum_of_cross_entropy(self._logits(places, states_SD, at), targets_T)
+        trunk = self.language_model.get_decoder()
+        output = trunk(inputs_embeds=states_SD[None], position_ids=places.positions_S[None], use_cache=False)
+        return self.language_loss(output.last_hidden_state[0, at], targets_T)
 
     def _logits(self, places: Interleaving, states_SD: Tensor, at: Tensor) -> Tensor:
         """Logits at the places ``at``; the samples stay apart, for positions start again with each."""

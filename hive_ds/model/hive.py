@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -22,10 +21,11 @@ from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.generation import CACHE_NAME, HiveGenerationMixin
 from hive_ds.model.inputs import AttentionContext, BatchContext, PackedText, PromptImages
 from hive_ds.model.language import check_language_model, decoder, sliding_window
+from hive_ds.model.language_loss import LanguageLoss
 from hive_ds.model.positions import RotaryFrequencies
 from hive_ds.model.projector import Projector, projector_name
 from hive_ds.model.routes import Routes
-from hive_ds.model.vision import encode_images, tower_key_mapping, vision_blocks, vision_class
+from hive_ds.model.vision import encode_images, rest_if_frozen, tower_key_mapping, vision_blocks, vision_class
 
 
 class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
@@ -67,6 +67,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             layer.self_attn = self._build_attention(layer.self_attn, index)
         sizes = (config.vision_config.hidden_size, config.text_config.hidden_size)
         self.projectors = nn.ModuleDict({projector_name(*pair): Projector(*sizes) for pair in self.routes.pairs})
+        self.language_loss = LanguageLoss(language_model)
         self._frequencies: RotaryFrequencies | None = None
         if getattr(language_model, "generation_config", None) is not None:
             self.generation_config = language_model.generation_config
@@ -125,6 +126,11 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """The LLM's head."""
         return self.language_model.get_output_embeddings()
+
+    def train(self, mode: bool = True) -> HiveForCausalLM:
+        """As torch's, but a frozen encoder stays in evaluation mode."""
+        rest_if_frozen(super().train(mode).vision_encoder)
+        return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute encoder blocks and LLM layers in backward, non-reentrant.
@@ -284,8 +290,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
     def _loss(self, hidden_TD: Tensor, targets_T: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
         """Cross-entropy summed over supervised tokens, over ``num_items_in_batch``; a finite zero if there is none."""
         supervised = targets_T != IGNORE_INDEX
-        logits = self.language_model.lm_head(hidden_TD[supervised])
-        total = F.cross_entropy(logits.float(), targets_T[supervised], reduction="sum")
+        total = self.language_loss(hidden_TD[supervised], targets_T[supervised])
         items = supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / items
 

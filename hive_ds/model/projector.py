@@ -1,4 +1,4 @@
-"""Projector: features of one vision block to the width of the LLM."""
+"""Projectors: features of one vision block to the width of the LLM."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ class Projector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, D_vision) -> (N, D)."""
         return self.fc2(F.gelu(self.fc1(self.norm(features))))
+
+
+class MlpProjector(nn.Module):
+    """Linear, GELU, Linear, as LLaVA 1.5's."""
+
+    def __init__(self, vision_size: int, language_size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_size, language_size)
+        self.linear_2 = nn.Linear(language_size, language_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, D_vision) -> (N, D)."""
+        return self.linear_2(F.gelu(self.linear_1(features)))
 
 
 def projector_name(block: int, layer: int) -> str:

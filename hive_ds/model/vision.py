@@ -101,7 +101,7 @@ def encode_images(
 ) -> VisionFeatures:
     """Run the encoder up to the last of ``blocks`` and return their features.
 
-    Gradients are recorded only if some encoder parameter trains.
+    Gradients are recorded only if some encoder parameter trains, or the pixels ask for a gradient.
 
     Args:
         encoder: a vision tower of one of `FAMILIES`.
@@ -113,17 +113,23 @@ def encode_images(
     Raises:
         HiveError: the images do not fit the encoder.
     """
-    trains = any(parameter.requires_grad for parameter in encoder.parameters())
-    with contextlib.nullcontext() if trains else torch.no_grad():
+    records = pixel_values.requires_grad or any(parameter.requires_grad for parameter in encoder.parameters())
+    with contextlib.nullcontext() if records else torch.no_grad():
         hidden = _embed(encoder, pixel_values, spatial_shapes)
-        grids = _grids(encoder.config, pixel_values, spatial_shapes)
+        grids = patch_grids(encoder.config, pixel_values, spatial_shapes)
         mask = _block_mask(encoder, hidden, pixel_attention_mask)
         by_block = {}
         for number, block in enumerate(vision_blocks(encoder)[: max(blocks)], start=1):
             hidden = _call_block(block, hidden, mask)
             if number in blocks:
-                by_block[number] = _patches(encoder.config, hidden, pixel_attention_mask)
+                by_block[number] = patch_tokens(encoder.config, hidden, pixel_attention_mask)
     return VisionFeatures(by_block, grids)
+
+
+def rest_if_frozen(encoder: nn.Module) -> None:
+    """Put an encoder that does not train into evaluation mode: no dropout."""
+    if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        encoder.eval()
 
 
 def _trunk(encoder: nn.Module) -> Any:
@@ -158,7 +164,10 @@ def _check_image_size(config: transformers.PretrainedConfig, pixel_values: Tenso
         raise HiveError(f"pixel_values are {height} x {width} pixels; {config.model_type} expects {expected}")
 
 
-def _grids(config: transformers.PretrainedConfig, pixel_values: Tensor, spatial_shapes: Tensor | None) -> list[Grid]:
+def patch_grids(
+    config: transformers.PretrainedConfig, pixel_values: Tensor, spatial_shapes: Tensor | None
+) -> list[Grid]:
+    """(rows, columns) of patches of each image; arguments as in `encode_images`."""
     if spatial_shapes is not None:
         return [(int(rows), int(columns)) for rows, columns in spatial_shapes.tolist()]
     height, width = pixel_values.shape[-2:]
@@ -180,9 +189,13 @@ def _call_block(block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor
     return output[0] if isinstance(output, tuple) else output
 
 
-def _patches(config: transformers.PretrainedConfig, hidden: Tensor, mask_IP: Tensor | None) -> Tensor:
-    """(I, P, D) tokens -> (N, D) patches of all images end to end."""
+def patch_tokens(config: transformers.PretrainedConfig, hidden: Tensor, mask_IP: Tensor | None) -> Tensor:
+    """(I, P, D) tokens of a block -> (N, D) patches of all images end to end; ``mask_IP`` as in `encode_images`."""
     if mask_IP is not None:
         return hidden[mask_IP.bool()]
-    prefix = 1 + getattr(config, "num_register_tokens", 0) if FAMILIES[config.model_type].has_cls else 0
-    return hidden[:, prefix:].flatten(0, 1)
+    return hidden[:, tokens_before_patches(config) :].flatten(0, 1)
+
+
+def tokens_before_patches(config: transformers.PretrainedConfig) -> int:
+    """CLS and register tokens, which stand before the patches of an image."""
+    return 1 + getattr(config, "num_register_tokens", 0) if FAMILIES[config.model_type].has_cls else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from hive_ds.data.schema import Sample
 from hive_ds.evaluation.scoring import exact_match
+from hive_ds.events import Points, read_events, series
 from hive_ds.page import document, picture
 from hive_ds.page import table as page_table
-from hive_ds.plots import Line, line_plot
+from hive_ds.plots import Line, line_plot, smoothed
 from hive_ds.quickstart.questions import QuestionResults, table
 
 PICTURES_PER_KIND = 3
@@ -28,19 +28,11 @@ class StageRecord:
     @classmethod
     def read(cls, name: str, metrics: Path) -> StageRecord:
         """Read ``metrics``; lines that are no JSON object (a kill cut them short) are left out."""
-        lines = []
-        for line in metrics.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
-        return cls(name, lines)
+        return cls(name, read_events(metrics))
 
-    def series(self, event: str, key: str) -> list[tuple[float, float]]:
+    def series(self, event: str, key: str) -> Points:
         """(step, value) of every line of ``event`` that has a finite ``key``."""
-        return [
-            (line["step"], line[key]) for line in self.lines if line["event"] == event and line.get(key) is not None
-        ]
+        return series(self.lines, event, key)
 
 
 @dataclass(frozen=True)
@@ -103,13 +95,6 @@ def _curves(stage: StageRecord) -> str:
         f"<h3>{escape(stage.name)}</h3>{line_plot([train, held_out], 'step', 'loss (nats per token)')}"
         f'<p class="faint">Training loss is a running mean over 5 steps.{note}</p>'
     )
-
-
-def smoothed(points: list[tuple[float, float]], window: int = 5) -> list[tuple[float, float]]:
-    """Mean of each value and up to ``window`` - 1 before it."""
-    values = [value for _, value in points]
-    means = [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])]
-    return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def _pictures(content: PageContent) -> str:

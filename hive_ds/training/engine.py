@@ -122,6 +122,11 @@ class Engine:
         # output by the accumulation steps in spite of scale_wrt_gas=False.
         self._engine.backward(loss * 1, scale_wrt_gas=False)
 
+    def release(self) -> None:
+        """Let go of weights that a backward pass outside of `backward` has gathered (ZeRO-3)."""
+        if self.zero_stage == 3:
+            self._optimizer.parameter_offload.partition_all_parameters()
+
     def step(self, lr_factor: float) -> StepReport:
         """Clip, update the weights and clear the gradients; skip all that where a gradient is not finite.
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from hive_ds.analysis.block_gradients import watched_gradients
 from hive_ds.config import TrainingConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.attempt import Attempt
@@ -18,6 +21,7 @@ from hive_ds.training.checkpoint_writer import CheckpointWriter, SaveReport
 from hive_ds.training.distributed import World, all_values, min_over_ranks, sum_over_ranks
 from hive_ds.training.engine import Engine, StepReport
 from hive_ds.training.flops import BatchSize, FlopCounter
+from hive_ds.training.maps import SampleMaps, norms_over_ranks
 from hive_ds.training.metrics import LISTED_IN_MONITOR, Meter, MetricsLog, Totals
 from hive_ds.training.pace import Pace
 from hive_ds.training.place import here
@@ -47,6 +51,8 @@ class Job:
     attempt: Attempt
     questions: Questions | None = None
     """What the model is asked at every validation."""
+    maps: SampleMaps | None = None
+    """The held-out sample that is looked at every ``training.maps_interval`` steps."""
 
 
 def train(job: Job, first_step: int) -> int:
@@ -65,7 +71,10 @@ def train(job: Job, first_step: int) -> int:
         done = step + 1
         here.begin_step(done)
         micro_batches, totals = _fetch(job, batches)
-        loss = run_micro_batches(job.engine, micro_batches, totals.supervised)
+        mapped = job.maps is not None and done % job.training.maps_interval == 0
+        watch: Any = watched_gradients(job.engine.model) if mapped else nullcontext()
+        with watch as squares:
+            loss = run_micro_batches(job.engine, micro_batches, totals.supervised)
         here.enter("step")
         report = job.engine.step(job.schedule.factor(step))
         job.meter.add(totals, loss)
@@ -76,6 +85,8 @@ def train(job: Job, first_step: int) -> int:
             _log(job, done, report, bar)
         if _due(done, job.training.validation_interval, steps):
             _validate(job, done)
+        if mapped:
+            _map(job, done, squares)
         agreed = job.attempt.agree(job.device, writing=job.checkpoints.writing)
         _report_save(job, job.checkpoints.advance(agreed.writing))
         if agreed.stop or _due(done, job.training.checkpoint_interval, steps):
@@ -229,6 +240,25 @@ def _validate(job: Job, done: int) -> None:
         job.metrics.write("answers", done, **answers)
         if job.world.is_main:
             job.engine.write_events({"validation/answers": answers["share"]}, done)
+    job.meter.restart()
+
+
+def _map(job: Job, done: int, squares: Mapping[int, Tensor]) -> None:
+    """Log the gradient norms of this step's batch and of the held-out sample, by block, and draw the sample's maps.
+
+    Args:
+        job: with maps.
+        done: steps, this one included.
+        squares: squared norms of this rank's gradients, of all micro-batches.
+    """
+    assert job.maps is not None
+    here.enter("maps", ())
+    start = time.perf_counter()
+    norms = norms_over_ranks(squares, job.engine)
+    own = {"sample_id": job.maps.sample.id, "sample_grad_norms": job.maps.draw(job.engine, done)}
+    job.metrics.write("maps", done, block_grad_norms=norms, **own, seconds=time.perf_counter() - start)
+    if job.world.is_main:
+        job.engine.write_events({f"block_grad_norm/{block}": norm for block, norm in norms.items()}, done)
     job.meter.restart()
 
 

@@ -1,9 +1,10 @@
 """What a run records: one JSONL file, always; TensorBoard and wandb through DeepSpeed's monitor.
 
-Every line has ``event`` and ``step`` (optimizer steps done). Events: ``start`` (the machine), ``train`` (the keys of
-`TRAIN_KEYS`), ``validation`` (``loss``, ``text_loss``), ``checkpoint`` (``blocked_seconds`` that training stood still,
-``seconds`` in all, ``failed``: why there is none), ``skipped_step`` (``sample_ids`` of every rank),
-``bad_samples`` (``samples``: id and reason), ``end``.
+Every line has ``event`` and ``step`` (optimizer steps done). Events: ``start`` (an attempt's devices, hosts, versions),
+``train`` (the keys of `TRAIN_KEYS`), ``validation`` (``loss``, ``text_loss``), ``answers`` (``share`` of questions),
+``maps`` (gradient norms by encoder block: ``block_grad_norms`` of the step's batch, ``sample_grad_norms`` of the
+held-out sample), ``checkpoint`` (``blocked_seconds`` that training stood still, ``seconds`` in all, ``failed``: why
+there is none), ``skipped_step`` (``sample_ids`` of every rank), ``bad_samples`` (``samples``: id and reason), ``end``.
 """
 
 from __future__ import annotations

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
+from hive_ds.constants import SLOW_RATIO
 from hive_ds.training.distributed import World, all_values, sum_over_ranks
 from hive_ds.training.flops import matmul_times
 
 PROBE_SECONDS = 60.0
 """Between two timings of matrix products."""
-SLOW_RATIO = 1.3
-"""From here on a rank is called slow: sound devices of one type differ by some percent."""
 SLOW_SECONDS = 180.0
 """It is warned of one that has been so for so long, and for `SLOW_LINES` log lines."""
 SLOW_LINES = 5

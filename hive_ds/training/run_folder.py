@@ -32,6 +32,11 @@ class StageFolder:
         return self.path / "model"
 
     @property
+    def maps(self) -> Path:
+        """Maps of a held-out sample during training, as PNG."""
+        return self.path / "maps"
+
+    @property
     def done(self) -> Path:
         """Exists once the stage is finished and its model is written."""
         return self.path / "DONE"

@@ -47,6 +47,7 @@ def start_model(
         processor.stock = processor_values(model.config)
         if judges and weights is not None:
             _check_encoder(model, section.vision_encoder, weights, world)
+    model.language_loss.backend = recipe.model.language_loss
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train(), processor

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 
 def describe(kind: str) -> Record:
-    """Machine, versions, commit and command of this run. ``kind`` is "checks" or "benchmark"."""
+    """Machine, versions, commit and command of this run. ``kind`` is "benchmark" or the part's name."""
     return {
         "kind": kind,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -64,11 +64,11 @@ def commit() -> Record:
 
 
 def write(record: Record) -> Path:
-    """Write to $OUT, or else to results/: ``<date>-<device>-<commit>.json``, checks with ``-checks``."""
+    """Write to $OUT, or else to results/: ``<date>-<device>-<commit>.json``, all but benchmarks with ``-<kind>``."""
     folder = Path(os.environ.get("OUT") or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
-    suffix = "-checks" if record["kind"] == "checks" else ""
+    suffix = "" if record["kind"] == "benchmark" else f"-{record['kind']}"
     path = folder / f"{record['date'][:10]}-{name}-{record['commit'][:10]}{suffix}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path

@@ -1,12 +1,14 @@
-"""`make gpu-suite PART=checks` and `PART=bench`: one command each, under nine minutes, from a clone without a network.
+"""`make gpu-suite PART=...`: one command a part, each under nine minutes, from a clone without a network.
 
-Needs torch, triton, pytest, pytest-benchmark and hypothesis, and neither hive-ds installed nor what else it depends on.
-Without a GPU the same steps run on tiny shapes, our kernel under Triton's interpreter.
+``checks`` and ``bench`` need torch, triton, pytest, pytest-benchmark and hypothesis, and neither hive-ds installed nor
+what else it depends on. ``stage1``, ``stage2`` and ``stage3`` time a training step; they need transformers, and for
+the rows of its engine DeepSpeed. Without a GPU all runs on tiny shapes, our kernel under Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -30,6 +32,7 @@ RESERVE = 90.0
 GRACE = 20.0
 """Beyond that, for a step that outlasts its limit to print what it has."""
 SANITIZER_FAILURE = 9
+STAGES = ("stage1", "stage2", "stage3")
 
 
 @dataclass
@@ -129,6 +132,19 @@ def bench(xml: Path) -> list[Step]:
     return [pytest_step("benchmark", SECONDS, xml / "bench.xml", str(records.ROOT / "kernels" / "benchmarks"))]
 
 
+def training(part: str, out: Path) -> list[Step]:
+    """The training step of a stage, which looks at the clock itself."""
+    command = [sys.executable, "-m", "hive_ds.benchmarks.step", part.removeprefix("stage"), "--out", str(out)]
+    return [Step("training step", [*command, "--seconds", str(SECONDS - GRACE)], SECONDS)]
+
+
+def write_training(part: str, out: Path, command: str) -> None:
+    """The result file of a stage, as far as it came."""
+    if out.exists():
+        record = records.describe(part) | json.loads(out.read_text(encoding="utf-8")) | {"command": command}
+        print(f"result file: {records.write(record)}")
+
+
 def run(steps: list[Step], environment: dict[str, str], tree: Path) -> None:
     """Every step in turn, until the time for all is used up."""
     deadline = time.perf_counter() + SECONDS
@@ -166,15 +182,21 @@ def _sanitizer() -> str:
 def main() -> int:
     """Run one part; 0 only if every step that ran passed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("checks", "bench"))
+    parser.add_argument("part", choices=("checks", "bench", *STAGES))
     part = parser.parse_args().part
     with tempfile.TemporaryDirectory() as name:
         xml = Path(name) / "xml"
         tree = Path(name) / "tree"
         tree.mkdir()
         environment = child_environment(importable(tree), part)
-        steps = checks(xml) if part == "checks" else bench(xml)
+        result = Path(name) / "step.json"
+        if part in STAGES:
+            steps = training(part, result)
+            environment["TRITON_INTERPRET"] = "0"  # tiny models attend by SDPA
+        else:
+            steps = checks(xml) if part == "checks" else bench(xml)
         run(steps, environment, tree)
+        write_training(part, result, environment["HIVE_SUITE_COMMAND"])
     print()
     for step in steps:
         counts = ", ".join(f"{count} {key}" for key, count in step.tests.items())

@@ -15,7 +15,8 @@ from scene_models import save_scene_model
 from tiny_models import tiny_cascaded
 from transformers import SiglipImageProcessor, TextIteratorStreamer
 
-from hive_ds.chat.answer_maps import answer_maps, token_name
+from hive_ds.analysis.attention_pictures import token_name
+from hive_ds.chat.answer_maps import answer_maps
 from hive_ds.chat.conversation import AnswerSettings, Conversation, end_token_ids, read_image
 from hive_ds.chat.loading import load_chat_model
 from hive_ds.cli import main

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +41,19 @@ class Hosts:
         """Write one; returns its name."""
         (self.folder / "hostfile").write_text("".join(f"{line}\n" for line in lines))
         return "hostfile"
+
+    @contextmanager
+    def clock_ahead(self, node: str, seconds: int) -> Iterator[None]:
+        """Have Python on a host tell the time so many seconds ahead: another file lies over one that it reads first."""
+        site = next(Path(sysconfig.get_path("purelib")).glob("*.pth"))
+        planted = self.folder / "planted.pth"
+        real = 'time.real = getattr(time, "real", time.time)'  # such files may be read twice
+        planted.write_text(f"import time; {real}; time.time = lambda time=time: time.real() + {seconds}\n")
+        self.cluster.run("mount", "--bind", str(planted), str(site), node=node)
+        try:
+            yield
+        finally:
+            self.cluster.run("umount", str(site), node=node)
 
     def train(self, launcher: str, tiny: TinyRun, run: str, *options: str, slots: int = 1) -> list[str]:
         """The command that trains stage 1 on both hosts, ``slots`` ranks each."""

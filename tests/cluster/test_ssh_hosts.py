@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -38,6 +40,26 @@ def test_check_finds_what_is_wrong(hosts: Hosts, tmp_path: Path) -> None:
     lines = bad.stdout.splitlines()
     assert len(lines) == len(expected), bad.stdout
     assert all(any(line.startswith(start) for line in lines) for start in expected), bad.stdout
+
+
+def test_doctor_says_what_to_do_about_hosts(hosts: Hosts) -> None:
+    """One look at two real hosts: a clock a minute ahead, little shared memory, one that is not there."""
+    hosts.cluster.run("mount", "-o", "remount,size=64m", "/dev/shm", node="node2")
+    file = hosts.hostfile("node1 slots=1", "node2 slots=1", "node9 slots=1")
+    with hosts.clock_ahead("node2", 60):
+        done = hosts.hive_ds("doctor", "--json", "--hostfile", file, "--run", str(hosts.folder))
+    hosts.cluster.run("mount", "-o", "remount,size=2g", "/dev/shm", node="node2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = json.loads(done.stdout)
+    assert said["seconds"] < 60
+    found = [one for one in said["findings"] if one["area"] == "hosts"]
+    assert [(one["name"], one["status"]) for one in found if one["status"] == "ok"] == [("node1", "ok")]
+    problems = {(one["name"], one["said"].split(";")[0].split(":")[0]): one["advice"] for one in found if one["advice"]}
+    clock = next(what for name, what in problems if "clock" in what)
+    assert re.fullmatch(r"its clock is \+(5\d|60) s off this host's", clock)
+    assert set(problems) == {("node2", "/dev/shm has 0.07 GB"), ("node2", clock), ("node9", "not reachable by ssh")}
+    assert "time service" in problems["node2", clock]
+    assert "ssh node9 true" in problems["node9", "not reachable by ssh"]
 
 
 def test_environment_file(hosts: Hosts) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from tiny_models import random_images, tiny_encoder
+from tiny_models import random_images, tiny_cascaded, tiny_encoder, tiny_hive
 
 from hive_ds.errors import HiveError
 from hive_ds.model.vision import FAMILIES, encode_images, vision_blocks, vision_config_of
@@ -76,3 +78,14 @@ def test_unsupported_family_is_named():
     with pytest.raises(HiveError, match="'vit' is not supported"):
         vision_config_of(transformers.ViTConfig())
     assert set(FAMILIES) >= {"siglip_vision_model", "siglip2_vision_model", "clip_vision_model", "dinov2"}
+
+
+@pytest.mark.parametrize("make", [tiny_hive, tiny_cascaded])
+def test_a_frozen_encoder_uses_no_dropout(make: Any) -> None:
+    model = make()
+    blocks = vision_blocks(model.vision_encoder)
+    for frozen in (True, False):
+        model.vision_encoder.requires_grad_(not frozen)
+        model.train()
+        assert {block.training for block in blocks} == {not frozen}
+        assert model.language_model.training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import re
 from dataclasses import replace
@@ -11,11 +10,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from page_reader import Reader
 
 from hive_ds.data.scenes_samples import question_samples
 from hive_ds.evaluation.generation import truth
-from hive_ds.plots import Line, line_plot, ticks
-from hive_ds.quickstart.page import PICTURES_PER_KIND, PageContent, StageRecord, render_page, smoothed
+from hive_ds.plots import Line, line_plot, smoothed, ticks
+from hive_ds.quickstart.page import PICTURES_PER_KIND, PageContent, StageRecord, render_page
 from hive_ds.quickstart.pipeline import chance
 from hive_ds.quickstart.questions import QuestionResults, table
 
@@ -46,28 +46,6 @@ def content(results: QuestionResults) -> PageContent:
         facts=["Seed 0; <5> scenes"],
         next_steps=[("Do this.", "hive-ds data convert <IN> OUT")],
     )
-
-
-class Reader(html.parser.HTMLParser):
-    """Collects tags and checks that they nest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.counts: dict[str, int] = {}
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list) -> None:
-        assert tag in ("line", "rect", "circle", "polyline")  # of an svg: they close themselves
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def test_page_is_whole_and_fetches_nothing() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,8 @@ def test_metrics(tiny: TinyRun, straight: str) -> None:
     assert all(0 < line["mfu"] < 1 for line in lines)
     assert all(0 <= line["data_wait_share"] < 1 for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
+    (begun,) = tiny.metrics("straight", 1, "start")
+    assert (begun["hosts"], begun["versions"]["torch"]) == ([socket.gethostname()], version("torch"))
     validation = tiny.metrics("straight", 1, "validation")
     assert [line["step"] for line in validation] == [4, 8, 12]
     assert all(line["loss"] > 0 and line["text_loss"] > 0 for line in validation)

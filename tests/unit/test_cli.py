@@ -66,6 +66,12 @@ def test_help_is_quick_and_imports_nothing_heavy():
             "export encoder",
             "probe",
             "chat",
+            "report",
+            "doctor",
+            "analyze",
+            "analyze gradients",
+            "analyze attention",
+            "analyze flow",
         ),
     ],
 )
@@ -108,6 +114,7 @@ def test_data_commands_write_shards(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(rejected)["id"] == "b"
 
 
+PICTURE = ("--image", "{tmp}/none.png", "--text", "red")
 WRONG = {
     "unknown recipe": (["recipe", "show", "tinny"], "recipe tinny: expected one of"),
     "unknown key": (["recipe", "show", "tiny", "--set", "model.qknorm=none"], "unknown key model.qknorm"),
@@ -132,6 +139,13 @@ WRONG = {
     "no beams": (["chat", "{tmp}", "hm?", "--beams", "0"], "beams is 0, expected at least 1"),
     "no folder for a map": (["chat", "{tmp}", "--map", "{tmp}/out/map.png"], "there is no folder {tmp}/out"),
     "map without picture": (["chat", "{tmp}", "hm?", "--map", "{tmp}/map.png"], "--map without --image"),
+    "nothing to analyze": (["analyze", "gradients", "{tmp}", *PICTURE], "image {tmp}/none.png: No such file"),
+    "no folder for a picture": (
+        ["analyze", "attention", "{tmp}", *PICTURE, "--out", "{tmp}/out/map.png"],
+        "there is no folder {tmp}/out",
+    ),
+    "no text to analyze": (["analyze", "flow", "{tmp}", "--image", "{tmp}/a.png"], "either --data, or --image and"),
+    "too few samples": (["analyze", "flow", "{tmp}", "--data", "{tmp}", "--samples", "0"], "samples is 0, expected"),
     "page with a question": (["chat", "{tmp}", "hm?", "--browser"], "--browser with QUESTION"),
 }
 

@@ -52,12 +52,15 @@ def test_clock_skew_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hosts, "SSH", ("sh", "-c", 'eval "$1"'))
     monkeypatch.setattr(hosts, "DISK", 0)
     monkeypatch.setattr(hosts, "SHM_PER_RANK", 0)
-    assert hosts.check_hosts([Host("here", 1)], folder=tmp_path, port=0) == ["here: does not know the address of here"]
+    (unknown,) = hosts.check_hosts([Host("here", 1)], folder=tmp_path, port=0)
+    assert str(unknown).startswith("here: does not know the address of here; write it into /etc/hosts")
     now = time.time
     monkeypatch.setattr(hosts.time, "time", lambda: now() + 60)
     found = hosts.check_hosts([Host("localhost", 1)], folder=tmp_path, port=0)
     assert len(found) == 1
-    assert re.fullmatch(r"localhost: its clock is -(5\d|60) s off this host's", found[0])  # less the round trip
+    assert re.fullmatch(
+        r"localhost: its clock is -(5\d|60) s off this host's", f"{found[0].host}: {found[0].what}"
+    )  # less the round trip
 
 
 def test_interface_is_one_of_this_host() -> None:

@@ -76,6 +76,7 @@ def test_declared_metadata(wheel: Path):
         "streaming",
         "datasets",
         "flash",
+        "liger",
         "chat",
         "timm",
         "open-clip",

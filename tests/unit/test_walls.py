@@ -68,7 +68,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sources() -> dict[str, str]:
-    folders = (ROOT / "hive_ds", ROOT / "kernels", ROOT / "tests")
+    folders = (ROOT / "hive_ds", ROOT / "kernels", ROOT / "docs", ROOT / "tests")
     paths = [ROOT / "setup.py", *(path for folder in folders for path in sorted(folder.rglob("*.py")))]
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
 

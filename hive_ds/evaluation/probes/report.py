@@ -23,10 +23,9 @@ from hive_ds.evaluation.probes.settings import ProbeSettings
 from hive_ds.files import write_whole
 from hive_ds.page import document
 from hive_ds.page import table as page_table
-from hive_ds.plots import Line, line_plot
+from hive_ds.plots import COLOURS, Line, line_plot
 
 RESULTS, PAGE = "probes.json", "probes.html"
-COLOURS = ("#2563eb", "#d97706", "#15803d", "#b42318", "#7c3aed", "#0e7490")
 PACKAGES = ("torch", "transformers", "torchvision", "pillow", "numpy", "scipy", "datasets")
 CONVERGED = 1e-3
 """Largest gradient of a linear fit that is taken for its optimum."""

@@ -1,0 +1,1 @@
+"""What of docs/ is made from the code: the reference and the pictures. ``make docs`` writes it again."""

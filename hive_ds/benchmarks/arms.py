@@ -1,0 +1,148 @@
+"""The ways of training that are timed beside each other, and the check that each computes what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hive_ds.benchmarks.padded_ways import PaddedCascade, PaperWay
+from hive_ds.benchmarks.sizes import Size, build_cascaded, build_hive
+from hive_ds.benchmarks.trainer import (
+    CONFIG,
+    EngineStepper,
+    Loss,
+    PlainStepper,
+    Stepper,
+    engine_refusal,
+    packed_loss,
+)
+from hive_ds.data.batch import PackedBatch
+from hive_ds.model.compiling import compile_blocks
+from hive_ds.stages import Stage, stage_by_number
+from hive_ds.training.flops import BatchSize, FlopCounter
+from hive_ds.training.groups import StagePlan, groups_of, plan_stage
+
+POLICY = "zero3"
+
+
+@dataclass
+class Arm:
+    """One way of training, ready to be timed."""
+
+    name: str
+    label: str
+    model: Any
+    stepper: Stepper
+    flops: FlopCounter
+    check: str
+    """"passed", or what is wrong: then it is not timed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms of a run share."""
+
+    size: Size
+    stage: int
+    device: torch.device
+    compiled: bool
+    """Whether torch.compile is used: not on CPUs, where it needs a compiler and minutes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bf16 on a GPU, fp32 elsewhere."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def described(self, kind: str) -> Stage:
+        """The stage of a model of ``kind``."""
+        return stage_by_number(self.stage, kind)
+
+
+LABELS = {
+    "ours": "ours, packed",
+    "ours compiled": "ours, packed, torch.compile",
+    "paper": "the paper's way: padded, dense mask, scattered keys, SDPA, torch.compile",
+    "sa": "SA: patches in the sequence, padded, causal SDPA, torch.compile",
+    "sa packed": "SA in our code: packed, our kernel, torch.compile",
+    "ours zero3": "ours, packed, DeepSpeed ZeRO-3 engine, 1 rank",
+}
+
+
+def arm_names(setting: Setting) -> list[str]:
+    """In the order in which they are timed, the most telling first."""
+    eager = [] if setting.compiled else ["ours compiled"]
+    return [name for name in ("ours compiled", "paper", "sa", "ours zero3", "ours", "sa packed") if name not in eager]
+
+
+def refusal(name: str) -> str | None:
+    """Why an arm cannot run here."""
+    return engine_refusal() if name == "ours zero3" else None
+
+
+def build_arm(name: str, setting: Setting, probe: PackedBatch) -> Arm:
+    """Build a way of training with its own weights, the same in all that train one model, and check it on ``probe``."""
+    cascaded = name.startswith("sa")
+    stage = setting.described("cascaded" if cascaded else "hive")
+    if cascaded:
+        model: Any = build_cascaded(setting.size, setting.device, setting.dtype)
+    else:
+        model = build_hive(setting.size, stage, setting.device, setting.dtype)
+    plan = plan_stage(model, stage, groups_of(model), CONFIG)
+    counter = FlopCounter(model, plan)
+    reference = loss_and_norm(packed_loss(model), plan, probe, setting.device)
+    loss = _loss_of(name, model, setting)
+    verdict = "passed"
+    if name != "ours zero3":
+        verdict = compared(loss_and_norm(loss, plan, probe, setting.device), reference, setting.dtype)
+        stepper: Stepper = PlainStepper(plan, loss, setting.device)
+    else:
+        precision = "bf16" if setting.dtype == torch.bfloat16 else "fp32"
+        stepper = EngineStepper(model, plan, POLICY, precision)
+        verdict = compared((float(stepper.step(probe)), reference[1]), reference, setting.dtype)
+    return Arm(name, LABELS[name], model, stepper, counter, verdict)
+
+
+def _loss_of(name: str, model: Any, setting: Setting) -> Loss:
+    if name == "paper":
+        way: Any = PaperWay(model)
+    elif name == "sa":
+        way = PaddedCascade(model)
+    else:
+        if setting.compiled and name in ("ours compiled", "sa packed"):
+            compile_blocks(model)
+        return packed_loss(model)
+    if setting.compiled:
+        way.compile()
+    return way.loss
+
+
+def loss_and_norm(
+    loss: Callable[[PackedBatch, torch.device], torch.Tensor], plan: StagePlan, batch: PackedBatch, device: torch.device
+) -> tuple[float, float]:
+    """Mean loss of a batch, and the norm of all gradients."""
+    mean = loss(batch, device) / batch.supervised_tokens
+    mean.backward()
+    weights = [weight for group in plan.groups for weight in group.parameters.values()]
+    squares = [float(w.grad.float().square().sum()) for w in weights if w.grad is not None]
+    for weight in weights:
+        weight.grad = None
+    return float(mean), sum(squares) ** 0.5
+
+
+def compared(found: tuple[float, float], wanted: tuple[float, float], dtype: torch.dtype) -> str:
+    """ "passed" where loss and gradient norm are those of our own plain step, to rounding."""
+    loss_limit, norm_limit = (5e-3, 5e-2) if dtype == torch.bfloat16 else (1e-4, 1e-3)
+    for what, one, other, limit in zip(("loss", "gradient norm"), found, wanted, (loss_limit, norm_limit), strict=True):
+        if not abs(one - other) <= limit * abs(other):
+            return f"{what} is {one:.6g}, but that of our plain step is {other:.6g}"
+    return "passed"
+
+
+def work_of(batch: PackedBatch, patches: int) -> BatchSize:
+    """What a batch asks of a model."""
+    return BatchSize.of(
+        batch.text_lengths, batch.image_offsets, batch.supervised_tokens, [patches] * len(batch.images["pixel_values"])
+    )

@@ -1,0 +1,114 @@
+"""How a step's time divides into its parts, from a trace of torch's profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from hive_ds.model.language import decoder
+from hive_ds.model.vision import vision_blocks
+
+PARTS = ("encoder", "projectors", "LLM", "attention of the LLM", "optimizer", "data", "communication", "other")
+_ATTENTION = ("hive_ds::", "scaled_dot_product", "flash_attn")
+_COMMUNICATION = ("nccl", "gloo", "c10d::")
+
+
+class Marked:
+    """Marks in the trace around the modules of a model, while it is entered."""
+
+    def __init__(self, model: Any) -> None:
+        modules = [("encoder", module) for module in (model.vision_encoder, *vision_blocks(model.vision_encoder))]
+        projectors = model.projectors.values() if hasattr(model, "routes") else [model.projector]
+        modules += [("projectors", module) for module in projectors]
+        trunk = decoder(model.language_model)
+        modules += [("LLM", module) for module in (trunk.embed_tokens, *trunk.layers, trunk.norm)]
+        modules += [("LLM", model.language_model.lm_head), ("LLM", model.language_loss)]
+        modules += [("encoder", module) for name, module in _embeddings(model.vision_encoder)]
+        self._modules: list[tuple[str, nn.Module]] = modules
+
+    def __enter__(self) -> None:
+        open_marks: list[Any] = []
+
+        def enter(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                mark = record_function(f"part:{name}")
+                mark.__enter__()
+                open_marks.append(mark)
+
+            return hook
+
+        def leave(*_: Any) -> None:
+            open_marks.pop().__exit__(None, None, None)
+
+        self._handles = []
+        for name, module in self._modules:
+            self._handles.append(module.register_forward_pre_hook(enter(name)))
+            self._handles.append(module.register_forward_hook(leave))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _embeddings(encoder: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in encoder.named_modules() if name.endswith("embeddings"))
+
+
+def shares_of_step(model: Any, run: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Share of each of `PARTS` in the time of ``run``: of all GPU kernels, or of all operators on a CPU.
+
+    A gradient counts to the part whose forward pass it belongs to.
+    """
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with Marked(model), profile(activities=activities) as trace:
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+    events = list(trace.events())
+    seconds = dict.fromkeys(PARTS, 0.0)
+    owners = _forward_parts(events)
+    for event in events:
+        own = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if own > 0 and (not cuda or event.device_type == torch.autograd.DeviceType.CPU):
+            seconds[_part(event, owners)] += own
+    total = sum(seconds.values())
+    return {name: round(value / total, 4) for name, value in seconds.items()} if total else {}
+
+
+def _forward_parts(events: list[Any]) -> dict[int, str]:
+    """Number of each node of the graph -> part that made it; of operators with one number the last made the node."""
+    owners: dict[int, str] = {}
+    for event in sorted(events, key=lambda one: one.time_range.start):
+        part = _marked(event)
+        if event.sequence_nr >= 0 and part is not None:
+            owners[event.sequence_nr] = part
+    return owners
+
+
+def _marked(event: Any) -> str | None:
+    """Part of a forward operator by what lies around it."""
+    attends = False
+    while event is not None:
+        if event.name.startswith("part:"):
+            part = event.name.removeprefix("part:")
+            return "attention of the LLM" if part == "LLM" and attends else part
+        attends = attends or any(name in event.name for name in _ATTENTION)
+        event = event.cpu_parent
+    return None
+
+
+def _part(event: Any, owners: dict[int, str]) -> str:
+    part = _marked(event)
+    one = event
+    while part is None and one is not None:
+        if any(name in one.name for name in _COMMUNICATION):
+            part = "communication"
+        elif one.name.startswith("autograd::engine::evaluate_function") or "Backward" in one.name:
+            part = owners.get(one.sequence_nr)
+        one = one.cpu_parent
+    return part if part in PARTS else "other"

@@ -1,0 +1,112 @@
+"""A result of `hive_ds.benchmarks.step` as a table and as a picture.
+
+python -m hive_ds.benchmarks.report FILE.json [--picture bars.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+OURS = ("ours compiled", "ours")
+"""What the others are compared with: the first of these that was timed."""
+COLUMNS = ("ms/step", "images/s", "text tokens/s", "MFU %", "peak GiB", "x ours in time")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The whole run in Markdown: one table a workload, then what was left out."""
+    lines = [
+        f"Stage {result['stage']}, {result['models']}, {result['precision']}; measured here: "
+        f"{result['matmul_flops_per_second'] / 1e12:.4g} TFLOP/s of a large matrix product."
+    ]
+    if "device" in result:
+        device = result["device"]
+        lines[0] += f" {device['name']}, driver {device.get('driver', '-')}, commit {result['commit'][:10]}."
+    if result["tiny"]:
+        lines.append("TINY MODELS ON A CPU: this proves that the suite works; the times say nothing about a GPU.")
+        lines.append("Nothing was compiled here, whatever a row's name says.")
+    for name in dict.fromkeys(row["workload"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["workload"] == name]
+        lines += ["", f"### {name}", "", f"| | {' | '.join(COLUMNS)} | where the time goes |"]
+        lines.append("|---|" + "---:|" * len(COLUMNS) + "---|")
+        lines += [_line(row, _ours(rows)) for row in rows]
+        speedup = _allowed(rows)
+        if speedup:
+            lines += ["", speedup]
+    lines += ["", *(f"Skipped: {one['what']}: {one['why']}" for one in result["skipped"])]
+    return "\n".join(lines) + "\n"
+
+
+def _ours(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    timed = {row["arm"]: row for row in rows if "seconds" in row}
+    return next((timed[name] for name in OURS if name in timed), None)
+
+
+def _line(row: dict[str, Any], ours: dict[str, Any] | None) -> str:
+    if "seconds" not in row:
+        return f"| {row['label']} |" + " |" * len(COLUMNS) + f" **check failed: {row['check']}** |"
+    peak = row["peak_bytes"]
+    shares = [f"{name} {share:.0%}" for name, share in row["shares"].items() if share >= 0.005]
+    cells = [
+        f"{row['seconds'] * 1e3:.4g} ±{row['spread'] / 2:.0%}",
+        f"{row['images_per_second']:.4g}",
+        f"{row['text_tokens_per_second']:.4g}",
+        f"{100 * row['mfu']:.3g}",
+        f"{peak / 2**30:.3g}" if peak else "",
+        f"{row['seconds'] / ours['seconds']:.2f}" if ours else "",
+    ]
+    return f"| {row['label']} | {' | '.join(cells)} | {', '.join(shares)} |"
+
+
+def _allowed(rows: list[dict[str, Any]]) -> str | None:
+    """How much of the speed-up over SA that the counted FLOPs allow is there."""
+    ours, timed = _ours(rows), {row["arm"]: row for row in rows if "seconds" in row}
+    if ours is None or "sa" not in timed:
+        return None
+    sa = timed["sa"]
+    allowed, found = sa["flops"] / ours["flops"], sa["seconds"] / ours["seconds"]
+    return f"Over SA: {found:.2f} times as fast; counted FLOPs allow {allowed:.2f} ({found / allowed:.2f} of that)."
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Milliseconds of a step by part, a bar for each way of training, one panel a workload (PNG)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["rows"] if "seconds" in row]
+    names = list(dict.fromkeys(row["workload"] for row in rows))
+    figure, panels = pyplot.subplots(len(names), 1, figsize=(10, 1.2 + 2.2 * len(names)), squeeze=False)
+    for panel, name in zip(panels[:, 0], names, strict=True):
+        own = [row for row in rows if row["workload"] == name][::-1]
+        lefts = [0.0] * len(own)
+        for number, part in enumerate(own[0]["shares"]):
+            widths = [1e3 * row["seconds"] * row["shares"].get(part, 0) for row in own]
+            panel.barh([row["arm"] for row in own], widths, left=lefts, label=part, color=f"C{number}")
+            lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+        panel.set(title=name, xlabel="ms a step")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8)
+    note = " (tiny models on a CPU)" if result["tiny"] else ""
+    figure.suptitle(f"Stage {result['stage']}, {result['models']}{note}")
+    figure.tight_layout(rect=(0, 0.6 / (1.2 + 2.2 * len(names)), 1, 1))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Print the table of a result file, and draw the picture if asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--picture", type=Path, help="PNG to draw the bars into")
+    options = parser.parse_args()
+    result = json.loads(options.file.read_text(encoding="utf-8"))
+    print(table(result))
+    if options.picture:
+        picture(result, options.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Models with random weights at the paper's size and at a size for CPUs, and the batches that they are timed on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, SiglipVisionConfig
+
+from hive_ds.constants import IGNORE_INDEX
+from hive_ds.data.batch import PackedBatch
+from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
+from hive_ds.model.configuration import HiveConfig
+from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.stages import Stage
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of the two models, their routes, and what is timed."""
+
+    name: str
+    vision: dict[str, int]
+    text: dict[str, Any]
+    vision_blocks: tuple[int, ...]
+    language_layers: tuple[int, ...]
+    captions: tuple[int, ...]
+    """Micro-batches of captioned images, small to large; each way of training goes as far as memory lets it."""
+    lengths: tuple[tuple[int, int], ...]
+    """(text length, micro-batch) of the sweep, the most telling first."""
+    caption_tokens: tuple[int, int, int]
+    """Least, median and most tokens of a caption."""
+
+
+PAPER = Size(
+    name="SigLIP-L/16-384 + MobileLLM-600M",
+    vision={
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 16,
+    },
+    text={
+        "vocab_size": 32000,
+        "hidden_size": 1152,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 18,
+        "num_key_value_heads": 6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    vision_blocks=(2, 5, 8, 11, 14, 17, 20, 23),
+    language_layers=(4, 9, 14, 19, 24, 29, 34, 39),
+    captions=(32, 128, 256),
+    lengths=((2048, 8), (512, 32), (128, 64), (32, 64)),
+    caption_tokens=(16, 64, 160),
+)
+TINY = Size(
+    name="tiny models",
+    vision={
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    text={
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    },
+    vision_blocks=(1, 2),
+    language_layers=(0, 2),
+    captions=(2,),
+    lengths=((32, 2),),
+    caption_tokens=(3, 6, 12),
+)
+
+
+def build_hive(size: Size, stage: Stage, device: torch.device, dtype: torch.dtype) -> HiveForCausalLM:
+    """HIVE with the paper's norms, random weights from seed 0."""
+    torch.manual_seed(0)
+    config = HiveConfig(
+        SiglipVisionConfig(**size.vision),
+        LlamaConfig(**size.text),
+        size.vision_blocks,
+        size.language_layers,
+        qk_norm="post_rope",
+        image_kv=stage.image_kv,
+    )
+    with device:
+        model = HiveForCausalLM(config)
+    return model.to(device, dtype).train()
+
+
+def build_cascaded(size: Size, device: torch.device, dtype: torch.dtype) -> CascadedForCausalLM:
+    """The same two models joined as SA joins them."""
+    torch.manual_seed(0)
+    vision, text = SiglipVisionConfig(**size.vision), LlamaConfig(**size.text)
+    config = cascaded_config(vision, text, feature_block=-2, image_token_id=0, vision_sha256="")
+    with device:
+        model = CascadedForCausalLM(config)
+    return model.to(device, dtype).train()
+
+
+def caption_lengths(size: Size, count: int, seed: int) -> list[int]:
+    """Lengths of captions: log-normal about the median with a spread of 0.4, cut at both ends.
+
+    An assumption: detailed captions of some 45 words, most of them between 30 and 70. The dataset was out of reach.
+    """
+    least, median, most = size.caption_tokens
+    generator = torch.Generator().manual_seed(seed)
+    drawn = median * torch.exp(0.4 * torch.randn(count, generator=generator))
+    return drawn.round().clamp(least, most).int().tolist()
+
+
+def make_batch(size: Size, lengths: Sequence[int], seed: int, dtype: torch.dtype) -> PackedBatch:
+    """One image before each text; all tokens but each text's first carry loss."""
+    generator = torch.Generator().manual_seed(seed)
+    side = size.vision["image_size"]
+    ids = torch.randint(3, size.text["vocab_size"], (sum(lengths),), generator=generator)
+    labels = ids.clone()
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    labels[starts] = IGNORE_INDEX
+    pixels = torch.randn(len(lengths), 3, side, side, generator=generator).to(dtype)
+    if torch.cuda.is_available():  # as a loader would hand it over
+        pixels = pixels.pin_memory()
+    return PackedBatch(
+        input_ids=ids,
+        labels=labels,
+        text_lengths=list(lengths),
+        image_offsets=[[0] for _ in lengths],
+        images={"pixel_values": pixels},
+        sample_ids=[str(index) for index in range(len(lengths))],
+        num_images=len(lengths),
+    )

@@ -1,0 +1,121 @@
+"""One optimizer step of a model on one device, in plain torch and under the DeepSpeed engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from hive_ds.config import StageConfig, TrainingConfig
+from hive_ds.data.batch import PackedBatch
+from hive_ds.training.groups import StagePlan, adamw
+
+CONFIG = StageConfig(lr=1e-6, global_batch_size=1, micro_batch_size=1, weight_decay=1e-5, clip=1.0)
+"""A small rate: the weights stay where they are, and no way of training sees others."""
+
+Loss = Callable[[PackedBatch, torch.device], Tensor]
+"""Summed cross-entropy of a batch."""
+
+
+class Stepper(Protocol):
+    """Something that trains on one batch."""
+
+    def step(self, batch: PackedBatch) -> float | Tensor:
+        """One optimizer step; the mean loss."""
+
+
+class PlainStepper:
+    """Forward, backward, clipping and AdamW on fp32 copies of what trains, as ZeRO keeps them.
+
+    Args:
+        plan: of the stage.
+        loss: summed cross-entropy of a batch.
+        device: of the model.
+    """
+
+    def __init__(self, plan: StagePlan, loss: Loss, device: torch.device) -> None:
+        self.loss, self.device = loss, device
+        self.optimizer = adamw(plan.groups, CONFIG, fused=True)
+        self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        self.masters = [weight.detach().float().clone() for weight in self.weights]
+        copies = iter(self.masters)
+        for group in self.optimizer.param_groups:
+            group["params"] = [next(copies) for _ in group["params"]]
+            group["lr"] = CONFIG.lr
+
+    def step(self, batch: PackedBatch) -> Tensor:
+        """One optimizer step; the mean loss, still on the device."""
+        loss = self.loss(batch, self.device) / batch.supervised_tokens
+        loss.backward()
+        with record_function("part:optimizer"), torch.no_grad():
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                assert weight.grad is not None
+                master.grad = weight.grad.float()
+                weight.grad = None
+            torch.nn.utils.clip_grad_norm_(self.masters, CONFIG.clip, foreach=True)
+            self.optimizer.step()
+            torch._foreach_copy_(self.weights, self.masters)
+            self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def packed_loss(model: Any) -> Loss:
+    """The model's own loss on packed batches."""
+
+    def loss(batch: PackedBatch, device: torch.device) -> Tensor:
+        dtype = next(model.parameters()).dtype
+        with record_function("part:data"):
+            inputs = batch.model_inputs(device, dtype)
+        return model(**inputs, num_items_in_batch=1).loss
+
+    return loss
+
+
+def engine_refusal() -> str | None:
+    """Why the DeepSpeed engine cannot be timed; None if it can."""
+    return None if importlib.util.find_spec("deepspeed") else "deepspeed is not installed"
+
+
+class EngineStepper:
+    """The loop's own step under the engine, on one rank.
+
+    Args:
+        model: is partitioned for good.
+        plan: of its stage.
+        policy: name of a ZeRO policy.
+        precision: ``bf16`` or ``fp32``.
+    """
+
+    def __init__(self, model: Any, plan: StagePlan, policy: str, precision: str) -> None:
+        from hive_ds.training.distributed import World, start
+        from hive_ds.training.ds_config import build_ds_config, read_policy
+        from hive_ds.training.engine import Engine
+
+        world = World()
+        device = start(world)
+        training = TrainingConfig(precision=precision)
+        folder = Path(tempfile.gettempdir())
+        config = build_ds_config(read_policy(policy), CONFIG, training, num_ranks=1, log_folder=folder, job="step")
+        self.engine = Engine(model, plan.groups, config, CONFIG, world=world, device=device)
+
+    def step(self, batch: PackedBatch) -> float:
+        """One optimizer step; the mean loss."""
+        from hive_ds.training.loop import run_micro_batches
+
+        loss = run_micro_batches(self.engine, [batch], batch.supervised_tokens)
+        with record_function("part:optimizer"):
+            self.engine.step(1.0)
+        return loss
+
+    def close(self) -> None:
+        """Leave the process group."""
+        from hive_ds.training.distributed import stop
+
+        self.engine.close()
+        stop()

@@ -1,0 +1,28 @@
+"""The command line of `hive_ds.train`, apart from it so that reading it imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+
+from hive_ds.stages import STAGES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``hive_ds.train``."""
+    numbers = ", ".join(f"{stage.number} {stage.name}" for stage in STAGES)
+    parser = argparse.ArgumentParser(prog="hive_ds.train", description="Train one stage of a recipe.")
+    parser.add_argument("--recipe", required=True, help="name of a recipe, or the path of a YAML file")
+    parser.add_argument("--stage", required=True, type=int, help=numbers)
+    parser.add_argument(
+        "--run",
+        "--run-folder",
+        required=True,
+        help="folder of the run; stage N starts from RUN/stage{N-1}/model, stage 4 from RUN/encoder. Under torchrun "
+        "write --run-folder: it takes --run for its own --run-path",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser

@@ -1,0 +1,61 @@
+"""Compiled blocks: the same loss and gradients, one compilation for all layers, none for new lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
+from torch._dynamo.utils import counters
+
+from hive_ds.benchmarks.padded_ways import PaddedCascade, PaperWay
+from hive_ds.data.batch import PackedBatch
+from hive_ds.model.compiling import compile_blocks
+
+BACKEND = "aot_eager"
+"""What is compiled when does not depend on the backend, and this one needs no C++ compiler."""
+
+
+def batch(lengths: list[int]) -> PackedBatch:
+    """An image before each text."""
+    ids = random_tokens(sum(lengths), seed=sum(lengths))
+    images = {"pixel_values": random_images(len(lengths))}
+    return PackedBatch(
+        ids, ids.clone(), lengths, [[0] for _ in lengths], images, [str(n) for n in lengths], len(lengths)
+    )
+
+
+def loss_of(way: Any, one: PackedBatch) -> torch.Tensor:
+    if hasattr(way, "loss"):
+        return way.loss(one, torch.device("cpu"))
+    return way(**one.model_inputs("cpu", torch.float32), num_items_in_batch=1).loss
+
+
+LONG = (pytest.param(kind, marks=pytest.mark.long) for kind in ("cascaded", "paper", "padded cascade"))
+
+
+@pytest.mark.parametrize("kind", ["hive", *LONG])
+def test_new_lengths_compile_nothing(kind: str) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    make = tiny_hive if kind in ("hive", "paper") else tiny_cascaded
+    model = make().train()
+    way = {"paper": PaperWay, "padded cascade": PaddedCascade}.get(kind, lambda one: one)(model)
+    new = batch([3, 6, 2, 7])  # the same multiple of 16 slots: another one is another mask to the paper's way
+    expected = loss_of(way, new)
+    wanted = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    if way is model:
+        compile_blocks(model, BACKEND)
+    else:
+        way.compile(BACKEND)
+    for lengths in ([5, 9], [7, 4, 11]) * 2:
+        loss_of(way, batch(lengths)).backward()
+    before = counters["stats"]["unique_graphs"]
+    assert 0 < before <= 12
+    found = loss_of(way, new)
+    gradients = torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    loss_of(way, batch([8, 8, 1])).backward()
+    assert counters["stats"]["unique_graphs"] == before
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,81 @@
+"""The benchmark of the training step: the very command of a machine with a GPU, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stage_helpers import make_model
+
+from hive_ds.benchmarks import report
+from hive_ds.benchmarks.arms import LABELS, compared
+from hive_ds.errors import HiveError
+from hive_ds.stages import stage_by_number
+from hive_ds.train import _compile
+from hive_ds.training.ds_config import read_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_suite_times_every_way_without_a_gpu(tmp_path: Path) -> None:
+    environment = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = ["make", "-s", "-C", str(ROOT), "gpu-suite", "PART=stage3", f"SUITE_PYTHON={sys.executable}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*-cpu-*-stage3.json")
+    record = json.loads(path.read_text())
+    assert record["command"] == "make gpu-suite PART=stage3"
+    assert {"device", "torch", "triton", "commit", "dirty"} <= record.keys()
+    check_result(record)
+    report.picture(record, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_other_stages(tmp_path: Path) -> None:
+    """Side by side; DeepSpeed starts once in a process."""
+    outs = {stage: tmp_path / f"{stage}.json" for stage in ("1", "2")}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "hive_ds.benchmarks.step"]
+    runs = [
+        subprocess.Popen([*command, stage, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL)
+        for stage, out in outs.items()
+    ]
+    assert [run.wait() for run in runs] == [0, 0]
+    for out in outs.values():
+        check_result(json.loads(out.read_text()))
+
+
+def check_result(record: dict[str, Any]) -> None:
+    """Every way was checked and timed on everything."""
+    assert record["tiny"]
+    assert record["skipped"] == []
+    assert {row["check"] for row in record["rows"]} == {"passed"}
+    timed = {(row["arm"], row["workload"]) for row in record["rows"] if row["seconds"] > 0}
+    ways = {"paper", "sa", "ours zero3", "ours", "sa packed"}
+    assert timed == {(arm, load) for arm in ways for load in ("captions x 2", "32 tokens x 2")}
+    for row in record["rows"]:
+        assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-2)
+        assert row["shares"]["encoder"] > 0 < row["shares"]["optimizer"]
+    text = report.table(record)
+    assert all(LABELS[arm] in text for arm in ways)
+    assert "counted FLOPs allow" in text
+
+
+def test_compiling_under_zero3_is_refused() -> None:
+    with pytest.raises(HiveError, match=r"training\.compile is true, but ZeRO-3 .* expected ZeRO 0 to 2"):
+        _compile(read_policy("zero3"), make_model(stage_by_number(1)))
+
+
+def test_a_way_that_computes_something_else_is_red() -> None:
+    assert compared((2.0, 1.0), (2.0, 1.0), torch.float32) == "passed"
+    assert compared((2.001, 1.0), (2.0, 1.0), torch.float32) == "loss is 2.001, but that of our plain step is 2"
+    assert compared((2.0, float("nan")), (2.0, 1.0), torch.bfloat16).startswith("gradient norm is nan")
+    row = {"arm": "sa", "label": "SA", "workload": "w", "check": "loss is 3"}
+    record = {"stage": 1, "models": "", "precision": "", "matmul_flops_per_second": 1.0, "tiny": True, "skipped": []}
+    assert "check failed: loss is 3" in report.table(record | {"rows": [row]})
