@@ -45,7 +45,7 @@ compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 se
 	$(VENV)/bin/hive-ds compare
 
 test: $(VENV)/.installed ## Run the tests (less than half an hour on 2 cores)
-	$(RUN) pytest -rs --durations=10
+	$(RUN) pytest -rs --durations=10 -n 2 --dist loadfile
 
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and models, kernels, text, export and probes on transformers 5
 	$(RUN) pytest -rs -m "long and not gpu and not cluster"

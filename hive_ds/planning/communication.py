@@ -130,8 +130,8 @@ def step_messages(
         weight_bytes: of an element, 2 for bf16; gradients travel in the same type.
     """
     scale = _Scale(layout, trace, policy, num_ranks, weight_bytes)
-    gathers = scale.gathers(micro_batches) if policy.stage == 3 else []
-    return StepMessages(gathers, scale.renewals(), scale.gradients(micro_batches), scale.scalars())
+    gathers, renewals = scale.gathers(micro_batches), scale.renewals()
+    return StepMessages(gathers, renewals, scale.gradients(micro_batches), scale.scalars())
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ class _Scale:
     weight_bytes: int
 
     def gathers(self, micro_batches: int) -> list[Message]:
-        """ZeRO-3's, in forward and backward."""
+        """ZeRO-3's, in forward and backward; one rank by itself gathers nothing."""
+        if self.policy.stage < 3 or self.num_ranks == 1:
+            return []
         second_copy = self.policy.ranks_per_copy > 1
         parts = _gathers(self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT))
         alike = [parts[-1]] * (micro_batches - len(parts))
@@ -156,7 +158,7 @@ class _Scale:
 
     def renewals(self) -> list[Message]:
         """Of each optimizer group, aligned to 2 elements a rank; under ZeRO-3 of each persistent weight by itself."""
-        if self.policy.stage == 0:
+        if self.policy.stage == 0 or self.num_ranks == 1:
             return []
         if self.policy.stage == 3:
             threshold = self.policy.limits.persistence_threshold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,28 @@ CASES = (
     Case(3, "zero3_hpz", large=True, per_copy=2, recompute=False),
 )
 
+QUICK = (
+    *FIRST,
+    Case(3, "zero1"),
+    Case(3, "zero2", precision="bf16"),
+    Case(3, "zero3_offload_param", large=True),
+    Case(3, "zero3_hpz", large=True, per_copy=2, recompute=False),
+)
+"""Each way of communicating once."""
+
 
 def predicted(case: Case, folder: Path, num_ranks: int) -> dict[str, dict[str, float]]:
     """The tally that planning expects of ``case`` on the tiny run of ``folder``."""
     recipe = load_recipe(folder / "recipe.yaml", case.overrides(folder))
-    model = StageModel.of(recipe, case.stage, text_length=8)
+    model = _model(folder, case.stage, case.precision, case.recompute)
     config = fit_micro_batch(model.config, num_ranks)
     micro_batches = config.global_batch_size // (config.micro_batch_size * num_ranks)
     policy = ZeroPolicy.of(read_policy(recipe.training.ds_config), num_ranks, num_ranks)
     return tally(model.messages(policy, num_ranks, micro_batches).all)
+
+
+@lru_cache
+def _model(folder: Path, stage: int, precision: str, recompute: bool) -> StageModel:
+    """It does not depend on the policy."""
+    overrides = [f"training.precision={precision}", f"model.gradient_checkpointing={str(recompute).lower()}"]
+    return StageModel.of(load_recipe(folder / "recipe.yaml", overrides), stage, text_length=8)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from communication_cases import CASES, FIRST, SCALED, Case
+from communication_cases import CASES, FIRST, QUICK, SCALED, Case
 from tiny_run import TinyRun
 
 from hive_ds import train
@@ -67,6 +67,11 @@ def counted_run(ranks: Any, recipe: Path, run: Path, case: Case) -> dict[str, An
 def check_communication(ranks: Any) -> dict[str, Any]:
     """Count every case that this number of ranks can run."""
     return _count(ranks, CASES)
+
+
+def check_quick(ranks: Any) -> dict[str, Any]:
+    """Count each way of communicating once."""
+    return _count(ranks, QUICK)
 
 
 def check_scaling(ranks: Any) -> dict[str, Any]:

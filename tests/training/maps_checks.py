@@ -148,3 +148,19 @@ def check_block_grad_norms(ranks: Any) -> None:
         for block, norm in found.items():
             assert abs(norm - expected[block]) <= 1e-5 * expected[block], (kind, block, norm, expected[block])
         trainee.engine.close()
+
+
+def check_weights_are_let_go(ranks: Any) -> None:
+    """A backward pass of its own leaves gathered weights behind, which `Engine.release` partitions again."""
+    maps = sample_maps(ranks)
+    stage = stage_by_number(3)
+    model = drawn_model("hive", stage, len(maps.processor.tokenizer))
+    trainee = make_trainee(ranks, stage=stage, zero=parts_policy(ranks), model=model, config=config_for(1))
+    run_step(ranks, trainee, step_batches(ranks, 0, 1, IMAGES))
+    model = trainee.engine.model.eval()
+    gradient_maps(Subject("engine", model, maps.processor, maps.template), maps.sample)
+    left = whole_weights(model)
+    trainee.engine.release()
+    assert left
+    assert whole_weights(model) == []
+    trainee.engine.close()

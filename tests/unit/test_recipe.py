@@ -125,6 +125,7 @@ def test_precedence_and_origins(tmp_path: Path):
         "ds_config": "default",
         "validation_interval": "base tiny.yaml:" + _line("tiny", "  validation_interval:"),
         "validation_batches": "base tiny.yaml:" + _line("tiny", "  validation_batches:"),
+        "maps_interval": "default",
         "max_skipped_steps": "default",
         "keep_checkpoints": "default",
         "keep_every": "default",
