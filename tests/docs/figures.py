@@ -186,6 +186,16 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
             r"waiting for data below 1 %",
         )
     ),
+    Logged(
+        "docs/performance.md",
+        r"(0.627) s before and (0.543) s now in stage 1, (0.914) s and (0.566) s in stage 2, (0.635) s and (0.592) s",
+        "The training step",
+    ),
+    Logged(
+        "docs/performance.md",
+        r"needs (0.098) s of CPU time for stage 3's micro-batch of 16, ZeRO-0\s+(0.107) s, ZeRO-3 (0.163) s",
+        "The training step",
+    ),
     Cited("docs/performance.md", r"790 TFLOP/s for the floor on an H200", "the measured matrix rate of docs/kernel.md"),
     Cited("docs/evaluation.md", r"95 % interval", "a choice"),
     Cited("docs/probes.md", r"95 % interval", "a choice"),
