@@ -9,29 +9,38 @@ from operator import itemgetter
 import torch
 
 from hive_docs.gradient_paths import Paths, hive_paths, sa_paths
-from hive_docs.paper_models import PAPER, SIZES, paper_plan
 from hive_docs.svg import BRIDGE, FAINT, INK, LANGUAGE, LOSS, RULE, VISION, Drawing
+from hive_ds.cost.known_models import KNOWN_MODELS
+from hive_ds.cost.model import meta_model
 from hive_ds.kernels import AttentionLayout, hierarchical_attention
 from hive_ds.recipe import load_recipe
 from hive_ds.training.groups import StagePlan
+
+PAPER = "hive-siglip-l-mobilellm-600m"
 
 
 def pictures() -> dict[str, str]:
     """SVG text by path below docs/."""
     return {
         "images/routes.svg": draw_routes(PAPER),
-        "images/stages.svg": draw_stages([paper_plan(number) for number in range(1, 6)]),
+        "images/stages.svg": draw_stages([meta_model(load_recipe(PAPER), number)[1] for number in range(1, 6)]),
         "images/mask.svg": draw_mask(),
         "images/gradient_paths.svg": draw_gradient_paths(),
     }
+
+
+def _depth(model: str) -> int:
+    depth = KNOWN_MODELS[model].config["num_hidden_layers"]
+    assert isinstance(depth, int)
+    return depth
 
 
 def draw_routes(name: str) -> str:
     """The routes of a recipe between the blocks of its encoder and the layers of its LLM."""
     model = load_recipe(name).model
     assert model.routes is not None
-    num_blocks = SIZES[model.vision_encoder].num_hidden_layers
-    num_layers = SIZES[model.language_model].num_hidden_layers
+    num_blocks = _depth(model.vision_encoder)
+    num_layers = _depth(model.language_model)
     top, low = 50.0, 530.0
     drawing = Drawing(760, 580, f"Routes of {name}: vision blocks to LLM layers")
     pairs = list(zip(model.routes.vision_blocks, model.routes.language_layers, strict=True))
@@ -187,8 +196,8 @@ def _in_order(text: int, images: Sequence[int], offsets: Sequence[int]) -> list[
 def draw_gradient_paths() -> str:
     """Blocks and layers between the loss and each encoder block, for HIVE and SA."""
     recipe, cascaded = load_recipe(PAPER), load_recipe("sa-siglip-l-mobilellm-600m")
-    blocks = SIZES[recipe.model.vision_encoder].num_hidden_layers
-    layers = SIZES[recipe.model.language_model].num_hidden_layers
+    blocks = _depth(recipe.model.vision_encoder)
+    layers = _depth(recipe.model.language_model)
     assert recipe.model.routes is not None
     ways = {
         "HIVE, shortest": hive_paths(recipe.model.routes, blocks, layers, fewest=sum),

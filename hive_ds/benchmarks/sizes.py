@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, SiglipVisionConfig
 
 from hive_ds.constants import IGNORE_INDEX
+from hive_ds.cost.known_models import KNOWN_MODELS
 from hive_ds.data.batch import PackedBatch
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.configuration import HiveConfig
@@ -34,26 +35,14 @@ class Size:
     """Least, median and most tokens of a caption."""
 
 
+def _published(name: str) -> dict[str, Any]:
+    return {key: value for key, value in KNOWN_MODELS[name].config.items() if key != "model_type"}
+
+
 PAPER = Size(
     name="SigLIP-L/16-384 + MobileLLM-600M",
-    vision={
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 16,
-    },
-    text={
-        "vocab_size": 32000,
-        "hidden_size": 1152,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 18,
-        "num_key_value_heads": 6,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-    },
+    vision=_published("google/siglip-large-patch16-384"),
+    text=_published("facebook/MobileLLM-600M"),
     vision_blocks=(2, 5, 8, 11, 14, 17, 20, 23),
     language_layers=(4, 9, 14, 19, 24, 29, 34, 39),
     captions=(32, 128, 256),
