@@ -157,6 +157,14 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     ),
     _knocked_out(r"costs ([\d.]+) nats, from block 2 ([\d.]+), from block 3 ([\d.]+)", "HIVE"),
     _knocked_out(r"worth much the same \(([\d.]+), ([\d.]+), ([\d.]+)\)", "last"),
+    Measured(
+        "README.md",
+        r"\+([\d.]+) points more held-out questions than the untouched one \(95 % interval \+([\d.]+) to \+([\d.]+)\)",
+        COMPARISON,
+        _contrast("base", "mean", LOW, HIGH),
+        100,
+    ),
+    Reckoned("README.md", r"for (\d+) % of\s+the model FLOPs", (100 * 3.5 / 5.4,)),
     Reckoned("docs/ablations.md", r"(\d+) % of the model FLOPs of SA", (100 * 3.5 / 5.4,)),
     _compared(
         r"\+([\d.]+) points of answers, interval (-[\d.]+) to \+([\d.]+); only a difference of ([\d.]+) points",
