@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from hive_ds.config import DataConfig
 from hive_ds.data.schema import Sample
@@ -71,7 +73,6 @@ class SampleMaps:
 
         Nothing of the training is touched: no parameter gets a gradient, random states are put back.
         """
-        from hive_ds.analysis.attention_pictures import save_picture
         from hive_ds.analysis.gradient_pictures import gradient_maps
         from hive_ds.analysis.samples import Subject
         from hive_ds.analysis.token_pictures import token_maps
@@ -85,10 +86,19 @@ class SampleMaps:
         engine.model.train()
         restore_random_state(before)
         if engine.world.is_main:
-            self.folder.mkdir(exist_ok=True)
-            save_picture(gradients.figure(), self.folder / f"step-{step:06d}-gradients.png")
-            save_picture(attention.figure(), self.folder / f"step-{step:06d}-attention.png")
+            self.write({"gradients": gradients.figure(), "attention": attention.figure()}, step)
         return gradients.gradients.norms()
+
+    def write(self, pictures: Mapping[str, Image.Image], step: int) -> None:
+        """Write the pictures of a step; a full disk costs them, not the training."""
+        from hive_ds.analysis.attention_pictures import save_picture
+
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for name, picture in pictures.items():
+                save_picture(picture, self.folder / f"step-{step:06d}-{name}.png")
+        except OSError as error:
+            tqdm.write(f"warning: step {step}: no maps could be written ({error}), training goes on")
 
 
 def norms_over_ranks(squares: Mapping[int, Tensor], engine: Engine) -> dict[int, float]:
