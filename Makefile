@@ -47,9 +47,9 @@ compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 se
 test: $(VENV)/.installed ## Run the tests (15.5 minutes on 2 cores)
 	$(RUN) pytest -rs --durations=10 -n 2 --dist loadfile
 
-test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and models, kernels, text, export and probes on transformers 5
+test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and models, kernels, text, export, probes, cost on transformers 5
 	$(RUN) pytest -rs -m "long and not gpu and not cluster"
-	$(RUN_TF5) pytest -rs tests/model tests/kernels tests/analysis tests/evaluation/test_export*.py tests/evaluation/test_probes*.py $(addprefix tests/data/test_,$(addsuffix .py,processing data_text data_images data_aspect loader_preprocess loader_text_speed recaption))
+	$(RUN_TF5) pytest -rs tests/model tests/kernels tests/analysis tests/cost tests/planning tests/evaluation/test_export*.py tests/evaluation/test_probes*.py $(addprefix tests/data/test_,$(addsuffix .py,processing data_text data_images data_aspect loader_preprocess loader_text_speed recaption))
 
 test-cluster: $(VENV)/.installed ## Run all tests on a Slurm cluster in namespaces (as root; 25 minutes on 2 busy cores)
 	$(RUN) pytest -rs -m cluster --durations=10 tests/cluster

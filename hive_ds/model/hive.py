@@ -20,7 +20,7 @@ from hive_ds.model.cache import HiveCache
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.generation import CACHE_NAME, HiveGenerationMixin
 from hive_ds.model.inputs import AttentionContext, BatchContext, PackedText, PromptImages
-from hive_ds.model.language import check_language_model, decoder, sliding_window
+from hive_ds.model.language import ask_no_gradient_of_inputs, check_language_model, decoder, sliding_window
 from hive_ds.model.language_loss import LanguageLoss
 from hive_ds.model.positions import RotaryFrequencies
 from hive_ds.model.projector import Projector, projector_name
@@ -144,6 +144,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
                 "gradient checkpointing: use_reentrant=True loses the gradient of vision features; use False"
             )
         super().gradient_checkpointing_enable(arguments)
+        ask_no_gradient_of_inputs(self)
 
     def forward(
         self,

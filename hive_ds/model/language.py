@@ -120,3 +120,12 @@ def _check_scaling(config: transformers.PretrainedConfig) -> None:
             raise _refusal(config, f"embeddings or logits scaled by `{name}`")
     if config.model_type.startswith("gemma"):
         raise _refusal(config, "embeddings scaled by the square root of their width")
+
+
+def ask_no_gradient_of_inputs(model: transformers.PreTrainedModel) -> None:
+    """Undo what transformers 5.24 adds to gradient checkpointing: embeddings whose output asks for a gradient.
+
+    Non-reentrant checkpointing does without, and backward would go on through frozen layers down to the embeddings.
+    """
+    if hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()
