@@ -195,10 +195,12 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
             r"waiting for data below 1 %",
         )
     ),
-    Logged(
+    Measured(
         "docs/performance.md",
-        r"(0.627) s before and (0.543) s now in stage 1, (0.914) s and (0.566) s in stage 2, (0.635) s and (0.592) s",
-        "The training step",
+        r"([\d.]+) s before and ([\d.]+) s now in stage 1, ([\d.]+) s and ([\d.]+) s in stage 2, "
+        r"([\d.]+) s and ([\d.]+) s",
+        "docs/results/cpu_step.json",
+        tuple(("fastest", version, stage) for stage in "123" for version in ("first", "now")),
     ),
     Logged(
         "docs/performance.md",
