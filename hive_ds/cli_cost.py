@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,8 +82,7 @@ def _run(args: argparse.Namespace) -> None:
     if curves is not None:
         print("\n\n".join(tables(curves)))
     if args.json:
-        given = shlex.join(["hive-ds", *sys.argv[1:]])
-        write_whole(args.json, json.dumps(as_dict(given, costs, measured, curves), indent=1) + "\n")
+        write_whole(args.json, json.dumps(as_dict(costs, measured, curves), indent=1) + "\n")
     if args.picture and curves is not None:
         write_whole(args.picture, draw(curves))
 

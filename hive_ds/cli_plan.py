@@ -62,6 +62,7 @@ def _run(args: argparse.Namespace) -> None:
     from hive_ds.planning.stage_model import StageModel
     from hive_ds.planning.timing import Assumptions, Cluster
     from hive_ds.recipe import load_recipe
+    from hive_ds.versions import made_with
 
     cluster = Cluster(args.nodes, args.gpus_per_node, gpu_named(args.gpu), network_named(args.network))
     recipe, assumed = load_recipe(args.recipe, args.overrides), Assumptions(**shares)
@@ -71,7 +72,7 @@ def _run(args: argparse.Namespace) -> None:
     report = PlanReport(recipe.name, model, args.text_length, cluster, args.gpu, args.network, assumed, plans, steps)
     print("\n".join(report.lines()))
     if args.json:
-        write_whole(args.json, json.dumps(report.as_json(), indent=2) + "\n")
+        write_whole(args.json, json.dumps({**made_with(), **report.as_json()}, indent=2) + "\n")
     if args.picture:
         title = f"{recipe.name}, stage {args.stage}, {args.gpu}, {args.network}, global batch as the recipe's"
         write_whole(args.picture, draw_scaling(scaling(model, cluster, assumed), title))

@@ -4,7 +4,6 @@ Writes communication.json beside itself; numbers of ranks that are not counted a
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +16,8 @@ import conftest  # noqa: E402, F401 (settings of every test)
 from communication_cases import CASES, predicted  # noqa: E402
 from ranks import launch_checks, passed  # noqa: E402
 
+from hive_ds.versions import made_with  # noqa: E402
+
 out = HERE / "communication.json"
 stored = json.loads(out.read_text())["cases"] if out.exists() else {}
 for ranks in map(int, sys.argv[1:] or ("1", "2", "4", "8")):
@@ -27,6 +28,5 @@ for ranks in map(int, sys.argv[1:] or ("1", "2", "4", "8")):
             if case.name in counted:
                 expected = predicted(case, Path(folder) / "tiny", ranks)
                 stored.setdefault(case.name, {})[str(ranks)] = {"measured": counted[case.name], "predicted": expected}
-    machine = f"{os.cpu_count()} CPU cores, gloo"
-    out.write_text(json.dumps({"machine": machine, "step": 3, "cases": stored}, indent=1) + "\n")
+    out.write_text(json.dumps({**made_with(), "step": 3, "cases": stored}, indent=1) + "\n")
     print(f"{ranks} ranks: {len(counted)} cases")

@@ -18,11 +18,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from hive_ds.quickstart.pipeline import Quickstart
 from hive_ds.quickstart.settings import SMOKE
 from hive_ds.stages import HIVE_STAGES
+from hive_ds.versions import made_with
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARM_UP = 24, 8
@@ -101,10 +100,8 @@ def main() -> None:
     best = {name: {stage: min(times) for stage, times in by_stage.items()} for name, by_stage in seconds.items()}
     record = {
         "what": f"median seconds of a step in each run of {STEPS}, the first {WARM_UP} left out, 2 ranks, batch 32",
-        "command": "python docs/results/cpu_step.py FIRST WORK --out docs/results/cpu_step.json",
+        **made_with(),
         "commits": {name: commit_of(tree) for name, tree in trees.items()},
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
         "threads_per_rank": threads,
         "seconds": seconds,
         "fastest": best,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hive_ds.cost.ledger import StageCost
-from hive_ds.versions import installed_versions
+from hive_ds.versions import made_with
 
 _PARTS = {
     "vision_encoder": "vision encoder",
@@ -82,7 +81,7 @@ def _rows(costs: Sequence[StageCost]) -> list[tuple[str, Callable[[StageCost], f
 
 
 def as_dict(
-    command: str, costs: Sequence[StageCost], measured: list[dict[str, Any]], curves: dict[str, Any] | None
+    costs: Sequence[StageCost], measured: list[dict[str, Any]], curves: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The results file: what identifies the figures, then the figures."""
     stages = [
@@ -91,9 +90,7 @@ def as_dict(
     ]
     return {
         "format": 1,
-        "command": command,
-        "python": platform.python_version(),
-        "versions": installed_versions(),
+        **made_with(),
         "measured": measured,
         "stages": stages,
         "curves": curves,
