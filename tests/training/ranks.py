@@ -53,15 +53,21 @@ def launch_checks(names: list[str], num_ranks: int, folder: Path) -> dict[str, V
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "TMPDIR": tempfile.mkdtemp(dir=folder)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     verdicts: dict[str, Verdict] = {}
+    broken = None
     for name in names:
+        if broken is not None:
+            verdicts[name] = Verdict([f"did not run: {broken} failed before it, in the same launch"], None)
+            continue
         files = [folder / f"{name}.{rank}.json" for rank in range(num_ranks)]
         if not all(path.exists() for path in files):
             verdicts[name] = Verdict(
                 [f"did not run; the launch ended with\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"], None
             )
+            broken = name
             continue
         reports = [json.loads(path.read_text()) for path in files]
         verdicts[name] = Verdict([r["error"] for r in reports if r["error"]], reports[0]["value"])
+        broken = name if verdicts[name].errors else None
     return verdicts
 
 

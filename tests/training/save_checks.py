@@ -31,6 +31,7 @@ def check_full_disk(ranks: Any) -> None:
     writer = writer_of(ranks, trainee, folder, config_for(2))
     assert save(writer, 1) is None
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    barrier()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if ranks.world.rank == 1:
@@ -42,6 +43,7 @@ def check_full_disk(ranks: Any) -> None:
     assert "File too large" in str(report.failed), report
     barrier()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    barrier()  # below, rank 0 writes metrics
     for stop, last in ((False, False), (True, False), (False, True)):
         job: Any = SimpleNamespace(
             metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
