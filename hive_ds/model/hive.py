@@ -115,6 +115,11 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             self._frequencies = RotaryFrequencies(decoder(self.language_model).rotary_emb)
         return self._frequencies
 
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `forward` reads without calling the layer that holds them (ZeRO-3 must know)."""
+        layers = decoder(self.language_model).layers
+        return [layers[index].input_layernorm.weight for index in self.routes.blocks_by_layer]
+
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embedding."""
         return self.language_model.get_input_embeddings()

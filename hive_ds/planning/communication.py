@@ -16,6 +16,7 @@ from torch import nn
 from hive_ds.planning.gathers import DIFFERENT, Gather, Gatherer, GatherLimits
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message
 from hive_ds.planning.trace import FETCH, Trace, parameters_read
+from hive_ds.training.gather_units import layer_units
 from hive_ds.training.groups import StagePlan
 from hive_ds.training.metrics import Totals
 
@@ -36,11 +37,14 @@ class Layout:
     """Groups whose gradient norm is logged."""
     owned: dict[str, tuple[str, ...]]
     """Parameters that a module reads itself, by module."""
+    units: tuple[str, ...]
+    """Modules that ZeRO-3 gathers as one (`hive_ds.training.gather_units.layer_units`)."""
 
     @classmethod
     def of(cls, model: nn.Module, plan: StagePlan) -> Layout:
         """Of a model on any device, the meta device too."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        units = {id(unit) for unit in layer_units(model)}
         owned = {
             path: tuple(dict.fromkeys(names[id(parameter)] for parameter in parameters_read(module)))
             for path, module in model.named_modules()
@@ -50,6 +54,7 @@ class Layout:
             groups=tuple(tuple(group.parameters) for group in plan.groups),
             module_groups=len(plan.trained_groups),
             owned=owned,
+            units=tuple(path for path, module in model.named_modules() if id(module) in units),
         )
 
     @property
@@ -99,7 +104,7 @@ class StepMessages:
     gathers: list[Message]
     """Of weights, in forward and backward (ZeRO-3)."""
     renewals: list[Message]
-    """Of weights that every rank keeps whole, after the optimizer (ZeRO 1 to 3)."""
+    """Of weights that every rank keeps whole, after the optimizer (ZeRO 1 and 2)."""
     gradients: list[Message]
     scalars: list[Message]
     """Losses, token counts, norms, agreements: a few numbers each."""
@@ -157,16 +162,12 @@ class _Scale:
         return Message(ALL_GATHER, elements * self.weight_bytes, ranks)
 
     def renewals(self) -> list[Message]:
-        """Of each optimizer group, aligned to 2 elements a rank; under ZeRO-3 of each persistent weight by itself."""
-        if self.policy.stage == 0 or self.num_ranks == 1:
+        """Of each optimizer group, aligned to 2 elements a rank."""
+        if self.policy.stage not in (1, 2) or self.num_ranks == 1:
             return []
-        if self.policy.stage == 3:
-            threshold = self.policy.limits.persistence_threshold
-            sizes = [self._padded(size) for size in self.layout.sizes.values() if size <= threshold]
-        else:
-            unit = 2 * self.num_ranks
-            sums = (sum(self.layout.sizes[name] for name in group) for group in self.layout.groups)
-            sizes = [ceil(size / unit) * unit for size in sums]
+        unit = 2 * self.num_ranks
+        sums = (sum(self.layout.sizes[name] for name in group) for group in self.layout.groups)
+        sizes = [ceil(size / unit) * unit for size in sums]
         return [self._message(ALL_GATHER, size * self.weight_bytes) for size in sizes]
 
     def gradients(self, micro_batches: int) -> list[Message]:
@@ -219,10 +220,24 @@ def _gathers(
     layout: Layout, trace: Trace, limits: GatherLimits, second_copy: bool, micro_batches: int
 ) -> list[list[Gather]]:
     """Of the second of two steps: what one leaves, the next finds. They do not depend on the number of ranks."""
-    owned = {module: (*names, *trace.foreign.get(module, ())) for module, names in layout.owned.items()}
-    gatherer = Gatherer(layout.sizes, layout.trained, owned, trace.events, limits, second_copy=second_copy)
+    whole = sum(layout.sizes.values()) <= limits.prefetch_bucket
+    units = frozenset([""] if whole else layout.units)
+    hooked = [name for name in layout.owned if not any(_is_inside(name, unit) for unit in units)]
+    owned = {name: (*layout.owned[name], *trace.foreign.get(name, ())) for name in layout.owned}
+    inside = {
+        name: tuple(
+            dict.fromkeys(one for other in owned if other == name or _is_inside(other, name) for one in owned[other])
+        )
+        for name in hooked
+    }
+    events = [event for event in trace.events if event.module in inside]
+    gatherer = Gatherer(layout.sizes, layout.trained, owned, inside, units, events, limits, second_copy=second_copy)
     gatherer.run_step(micro_batches)
     return gatherer.run_step(micro_batches)
+
+
+def _is_inside(module: str, other: str) -> bool:
+    return module != other and (other == "" or module.startswith(f"{other}."))
 
 
 def _filled(sizes: Iterable[int], capacity: int, *, past_the_end: bool) -> list[int]:

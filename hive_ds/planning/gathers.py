@@ -1,6 +1,6 @@
 """Which weights ZeRO-3 gathers when: DeepSpeed's rules (0.19.8) played through on a recorded step.
 
-A module's weights are gathered when it is entered, and those of the next modules with them, up to
+A unit's weights are gathered when it is entered, and those of the next units with them, up to
 ``stage3_prefetch_bucket_size``. They are given up when it is left, unless they are small
 (``stage3_param_persistence_threshold``) or needed again soon (``stage3_max_reuse_distance``). The numbers are those of
 the steady state, from the third micro-batch on; the first two still learn the order.
@@ -46,6 +46,8 @@ class Gatherer:
         sizes: elements by parameter, in the model's order.
         trained: names of those that train.
         owned: parameters that a module reads itself, by module.
+        inside: those and all of the modules inside of it, by module.
+        units: modules that are gathered with all that is inside of them.
         events: one forward and backward pass.
         limits: of the policy.
         second_copy: hpZ is on.
@@ -54,6 +56,8 @@ class Gatherer:
     sizes: Mapping[str, int]
     trained: frozenset[str]
     owned: Mapping[str, Sequence[str]]
+    inside: Mapping[str, Sequence[str]]
+    units: frozenset[str]
     events: Sequence[Event]
     limits: GatherLimits
     second_copy: bool = False
@@ -61,7 +65,7 @@ class Gatherer:
 
     def __post_init__(self) -> None:
         self.persistent = [name for name, size in self.sizes.items() if size <= self.limits.persistence_threshold]
-        self._status = {name: WHOLE if name in set(self.persistent) else PARTITIONED for name in self.sizes}
+        self._status = dict.fromkeys(self.sizes, PARTITIONED)
         self._copied: set[str] = set(self.sizes) - self.trained if self.second_copy else set()
         self._order = {name: place for place, name in enumerate(self.sizes)}
         self._modules = [event.module for event in self.events if event.kind == FETCH]
@@ -70,7 +74,7 @@ class Gatherer:
         self._kept: dict[tuple[str, int], set[str]] = {}
 
     def run_step(self, micro_batches: int) -> list[list[Gather]]:
-        """Gathers of each micro-batch of one optimizer step; the renewal of the persistent weights is left out."""
+        """Gathers of each micro-batch of one optimizer step, after which no weight is whole."""
         starts = []
         self.gathers = []
         for _ in range(micro_batches):
@@ -79,10 +83,11 @@ class Gatherer:
         for name in self.sizes:
             self._active[name].clear()
             self._give_up(name)
-        for name in self.persistent:
-            self._status[name] = WHOLE
         self._copied -= self.trained
         return [self.gathers[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+    def _reads(self, module: str) -> Sequence[str]:
+        return self.inside[module] if module in self.units else self.owned[module]
 
     def _run_micro_batch(self) -> None:
         self._drop_prefetched()
@@ -91,7 +96,7 @@ class Gatherer:
         self._queue = deque(
             (name, step)
             for step, module in enumerate(self._modules)
-            for name in sorted(set(self.owned[module]), key=self._order.__getitem__)
+            for name in sorted(set(self._reads(module)), key=self._order.__getitem__)
         )
         self._backward: dict[str, set[str]] = {}
         for event in self.events:
@@ -101,13 +106,13 @@ class Gatherer:
                 self._release(event)
         while self._backward:
             module, recomputed = self._backward.popitem()
-            for name in {*self.owned[module], *recomputed}:
+            for name in {*self._reads(module), *recomputed}:
                 self._active[name].discard(module)
                 if name not in self.persistent:
                     self._give_up(name)
 
     def _fetch(self, event: Event) -> None:
-        names = set(self.owned[event.module])
+        names = set(self._reads(event.module))
         if not event.forward:
             self._backward.setdefault(event.module, set())
         self._gather(names)
@@ -151,7 +156,7 @@ class Gatherer:
             self._live += self.sizes[name]
 
     def _release(self, event: Event) -> None:
-        names, let_go = set(self.owned[event.module]), self._no_longer_needed(event.module)
+        names, let_go = set(self._reads(event.module)), self._no_longer_needed(event.module)
         if not event.forward:
             recomputed = self._backward.pop(event.module, set())
             names |= recomputed
@@ -167,15 +172,17 @@ class Gatherer:
         if place not in self._kept:
             let_go = {
                 name
-                for name in self.owned[module]
+                for name in self._reads(module)
                 if name not in self.persistent and self._fetched_for[name] <= self._step
             }
+            # Into later modules DeepSpeed looks as deep as into this one, units or not.
+            reads = self.inside if module in self.units else self.owned
             passed = 0
             for later in self._modules[self._step :]:
                 if passed >= self.limits.reuse_distance:
                     break
-                let_go -= set(self.owned[later])
-                passed += sum(self.sizes[name] for name in self.owned[later])
+                let_go -= set(reads[later])
+                passed += sum(self.sizes[name] for name in reads[later])
             self._kept[place] = let_go
         return self._kept[place]
 

@@ -28,6 +28,8 @@ COMBINATIONS = (
     *(("zero3_offload_param", "bf16"), ("zero3_hpz", "fp32")),
 )
 """ZeRO stages or policies, and precisions: every code path of DeepSpeed once."""
+FEW = 5000
+"""Elements that ZeRO-3 may gather ahead of need, where the tiny model stands for a large one: part of a layer."""
 CONFIG = StageConfig(lr=2e-3, global_batch_size=GLOBAL_BATCH, micro_batch_size=1, weight_decay=0.1, clip=1.0)
 
 Drawn = tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]
@@ -73,12 +75,18 @@ def make_trainee(
     folder: Path | None = None,
     tensorboard: bool = False,
 ) -> Trainee:
-    """Plan a stage of a tiny model and put it under an engine; ``zero`` is a ZeRO stage or the name of a policy."""
+    """Plan a stage of a tiny model and put it under an engine; ``zero`` is a ZeRO stage or the name of a policy.
+
+    By number, ZeRO-3 gathers the model layer by layer, as it does a large one; by name, whole.
+    """
     stage = stage_by_number(stage) if isinstance(stage, int) else stage
     model = make_model(stage) if model is None else model
     plan = plan_stage(model, stage, groups_of(model), config)
+    policy = read_policy(zero if isinstance(zero, str) else f"zero{zero}")
+    if zero == 3:
+        policy["zero_optimization"]["stage3_prefetch_bucket_size"] = FEW
     ds_config = build_ds_config(
-        read_policy(zero if isinstance(zero, str) else f"zero{zero}"),
+        policy,
         config,
         TrainingConfig(precision=precision, tensorboard=tensorboard),
         num_ranks=ranks.world.size,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from engine_checks import trained_losses
-from stage_helpers import config_for, expect_error, make_trainee, moved, run_step, state_of, step_batches
+from stage_helpers import FEW, config_for, expect_error, make_trainee, moved, run_step, state_of, step_batches
 
 from hive_ds.cost.memory import model_state_bytes
 from hive_ds.training.ds_config import read_policy
@@ -95,18 +95,25 @@ def check_offload(ranks: Any) -> None:
 def check_model_states(ranks: Any) -> None:
     """The closed form of what a rank holds is what DeepSpeed's tensors take."""
     policy = json.loads(json.dumps(read_policy("zero3")))
-    policy["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    limits = {"param_persistence_threshold": 100, "prefetch_bucket_size": FEW, "max_reuse_distance": 0}
+    policy["zero_optimization"] |= {f"stage3_{name}": value for name, value in limits.items()}
     path = ranks.folder / f"states.{ranks.world.rank}.json"
     path.write_text(json.dumps(policy))
     for precision in ("bf16", "fp32"):
         trainee = make_trainee(ranks, stage=3, zero=str(path), precision=precision, config=config_for(2))
-        run_step(ranks, trainee, step_batches(ranks, 0, 2))
         engine, zero = trainee.engine, trainee.engine._optimizer
-        weights = [p.ds_tensor for p in engine.model.parameters()]
-        weights += [p.data for p in engine.model.parameters() if p.ds_persist]
+        run_step(ranks, trainee, step_batches(ranks, 0, 2))
+        engine.model.eval()
+        inputs = step_batches(ranks, 1, 2)[0].model_inputs(ranks.device, engine.dtype)
+        engine.forward(**inputs)  # gathers the weights that then stay whole for the step
+        parameters = dict(engine.model.named_parameters())
+        kept = {name: p.ds_numel * p.element_size() for name, p in parameters.items() if p.ds_persist}
+        used = {name: parameters[name].nbytes for name in kept if parameters[name].nbytes}
+        assert used.items() <= kept.items()
+        assert {name.split(".")[0] for name in kept.keys() - used.keys()} == {"vision_encoder"}  # its tail
         moments = [value for state in zero.optimizer.state.values() for value in state.values() if value.numel() > 1]
         states = model_state_bytes(trainee.plan, policy, ranks=2, precision=precision)
-        assert states.parameters == sum(weight.nbytes for weight in weights)
+        assert states.parameters == sum(p.ds_tensor.nbytes for p in parameters.values()) + sum(kept.values())
         assert states.gradients == zero.grad_partitions_flat_buffer.nbytes
         assert states.optimizer == sum(value.nbytes for value in [*zero.fp32_partitioned_groups_flat, *moments])
         assert states.host == 0

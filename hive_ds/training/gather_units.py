@@ -1,0 +1,60 @@
+"""What ZeRO-3 gathers at a time: an encoder block, an LLM layer, a projector, or a small model whole.
+
+DeepSpeed would gather the weights of every `nn.Linear` and norm by themselves, with four Python hooks around each: a
+step of large models on a fast GPU waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hive_ds.model.language import decoder
+from hive_ds.model.vision import vision_blocks
+
+
+def layer_units(model: Any) -> list[nn.Module]:
+    """Encoder blocks, LLM layers and projectors; what is in none of them is gathered module by module.
+
+    Args:
+        model: a `HiveForCausalLM` or `CascadedForCausalLM`.
+    """
+    projectors = model.projectors.values() if hasattr(model, "projectors") else [model.projector]
+    return [*vision_blocks(model.vision_encoder), *decoder(model.language_model).layers, *projectors]
+
+
+def gather_units(model: Any, prefetch_bucket: int) -> list[nn.Module]:
+    """The units of ``model``: itself where one prefetch would bring all of it anyway, else `layer_units`.
+
+    Args:
+        model: partitioned or not.
+        prefetch_bucket: elements, ``stage3_prefetch_bucket_size``.
+    """
+    elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    return [model] if elements <= prefetch_bucket else layer_units(model)
+
+
+def gather_by_unit(optimizer: Any, units: Sequence[nn.Module]) -> None:
+    """Put DeepSpeed's ZeRO-3 hooks on ``units`` in place of the modules inside of them.
+
+    DeepSpeed (0.19.8) calls such a unit a leaf. Leaves must be marked after its start: of one that is known then, it
+    reduces the gradients when those of the unit's inputs are there, which is before the first gradient of a unit whose
+    inputs need none.
+
+    Small weights (``stage3_param_persistence_threshold``), which DeepSpeed renews after every step by a message each,
+    frozen or not, come with their unit in the next forward pass instead.
+
+    Args:
+        optimizer: DeepSpeed's, of ZeRO-3.
+        units: none inside of another.
+    """
+    offload = optimizer.parameter_offload
+    offload._remove_module_hooks()
+    offload.forward_hooks.clear()
+    offload.backward_hooks.clear()
+    for unit in units:
+        unit._z3_leaf = True
+    offload.setup_zero_stage3_hooks()
+    optimizer.persistent_parameters = []
