@@ -182,6 +182,7 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     Chosen("docs/cluster.md", r"/dev/shm \(0.25 GB a rank\)", "hive_ds/launch/probe.py", "SHM_PER_RANK = 0.25e9"),
     Chosen("docs/cluster.md", r"ended after 45 s", "hive_ds/doctor/trials.py", "PATIENCE = 45.0"),
     Chosen("docs/report.md", r"some 400 points", "hive_ds/plots.py", "most: int = 400"),
+    Cited("docs/planning.md", r"\d+ x \d+, \d+ GB", "predicted; tests/planning/test_zero_defaults.py compares it"),
     Chosen("docs/planning.md", r"at most 90 % of the GPU", "hive_ds/planning/timing.py", "usable_memory: float = 0.9"),
     Chosen(
         "docs/performance.md",
