@@ -58,6 +58,8 @@ NOT_NEGATIVE = Check(">= 0", lambda value: value >= 0)
 SHARE = Check("from 0 to 1", lambda value: 0 <= value <= 1)
 FACTOR = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 BETA = Check("from 0 up to, not including, 1", lambda value: 0 <= value < 1)
+RISING = Check("the first >= 1, the last not below it", lambda value: 1 <= value[0] <= value[1])
+"""Two whole numbers that bound a range."""
 NOT_EMPTY = Check("not empty", lambda value: len(value) > 0)
 FOLDERS = Check(
     "not empty, each weight > 0",

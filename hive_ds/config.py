@@ -19,6 +19,7 @@ from hive_ds.checks import (
     NOT_NEGATIVE,
     NOT_ZERO,
     POSITIVE,
+    RISING,
     SHARE,
     at_least,
     every,
@@ -188,6 +189,8 @@ class TrainingConfig:
     """Micro-batches per rank of one validation."""
     maps_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between gradient norms of the encoder's blocks and maps of one held-out sample; 0 means none."""
+    profile: Annotated[tuple[int, int] | None, RISING] = None
+    """First and last optimizer step, from 1, that rank 0 profiles: a trace, and where the time goes; null: none."""
     checkpoint_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints for resuming; 0 means none before the end."""
     keep_checkpoints: Annotated[int, at_least(1)] = 2

@@ -43,6 +43,7 @@ from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.pace import Pace
 from hive_ds.training.place import here, one_line
+from hive_ds.training.profile import StepProfile
 from hive_ds.training.questions import Questions
 from hive_ds.training.run_folder import StageFolder
 from hive_ds.training.schedule import Schedule
@@ -228,6 +229,7 @@ def _start_job(
         attempt=run.attempt,
         questions=questions,
         maps=maps,
+        profile=StepProfile.of(training.profile, run.folder.profile, device) if world.is_main else None,
     )
     return job, first_step
 

@@ -9,6 +9,7 @@ from operator import itemgetter
 import torch
 
 from hive_docs.gradient_paths import Paths, hive_paths, sa_paths
+from hive_docs.roofline import draw_roofline
 from hive_docs.svg import BRIDGE, FAINT, INK, LANGUAGE, LOSS, RULE, VISION, Drawing
 from hive_ds.cost.known_models import KNOWN_MODELS
 from hive_ds.cost.model import meta_model
@@ -26,6 +27,7 @@ def pictures() -> dict[str, str]:
         "images/stages.svg": draw_stages([meta_model(load_recipe(PAPER), number)[1] for number in range(1, 6)]),
         "images/mask.svg": draw_mask(),
         "images/gradient_paths.svg": draw_gradient_paths(),
+        "images/roofline.svg": draw_roofline(),
     }
 
 

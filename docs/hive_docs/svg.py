@@ -46,6 +46,11 @@ class Drawing:
         if arrow:
             self._head(points[-2], points[-1], colour)
 
+    def dot(self, x: float, y: float, radius: float, colour: str, *, hollow: bool = False) -> None:
+        """A circle, full or with white in it."""
+        fill = "#ffffff" if hollow else colour
+        self._parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{fill}" stroke="{colour}"/>')
+
     def _head(self, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
         run, rise = end[0] - start[0], end[1] - start[1]
         length = (run**2 + rise**2) ** 0.5

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from hive_ds.benchmarks.arms import LABELS, Arm, Setting, arm_names, build_arm, refusal, work_of
-from hive_ds.benchmarks.parts import shares_of_step
 from hive_ds.benchmarks.report import table
 from hive_ds.benchmarks.sizes import PAPER, TINY, Size, caption_lengths, make_batch
 from hive_ds.data.batch import PackedBatch
 from hive_ds.training.flops import matmul_rate
+from hive_ds.training.parts import shares_of_step
 
 BATCHES = 2
 """Different batches of one workload, taken in turn: their lengths differ."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from hive_ds.analysis.block_gradients import watched_gradients
@@ -25,6 +26,7 @@ from hive_ds.training.maps import SampleMaps, norms_over_ranks
 from hive_ds.training.metrics import LISTED_IN_MONITOR, Meter, MetricsLog, Totals
 from hive_ds.training.pace import Pace
 from hive_ds.training.place import here
+from hive_ds.training.profile import StepProfile
 from hive_ds.training.questions import Questions
 from hive_ds.training.schedule import Schedule
 
@@ -53,6 +55,8 @@ class Job:
     """What the model is asked at every validation."""
     maps: SampleMaps | None = None
     """The held-out sample that is looked at every ``training.maps_interval`` steps."""
+    profile: StepProfile | None = None
+    """On rank 0, where ``training.profile`` names steps."""
 
 
 def train(job: Job, first_step: int) -> int:
@@ -67,7 +71,8 @@ def train(job: Job, first_step: int) -> int:
     batches, steps, skipped_in_row, done = iter(job.loader), job.schedule.steps, 0, first_step
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=not job.world.is_main, dynamic_ncols=True)
     job.meter.restart()
-    for step in range(first_step, steps):
+    left = range(first_step, steps)
+    for step in left if job.profile is None else job.profile.over(left, job.engine.model):
         done = step + 1
         here.begin_step(done)
         micro_batches, totals = _fetch(job, batches)
@@ -76,7 +81,8 @@ def train(job: Job, first_step: int) -> int:
         with watch as squares:
             loss = run_micro_batches(job.engine, micro_batches, totals.supervised)
         here.enter("step")
-        report = job.engine.step(job.schedule.factor(step))
+        with record_function("part:optimizer"):
+            report = job.engine.step(job.schedule.factor(step))
         job.meter.add(totals, loss)
         _report_bad_samples(job, done, micro_batches, totals)
         skipped_in_row = _watch_skips(job, done, report, micro_batches, skipped_in_row)
@@ -143,7 +149,8 @@ def _report_save(job: Job, save: SaveReport | None, *, last: bool = False) -> No
 def _fetch(job: Job, batches: Iterator[Any]) -> tuple[list[Any], Totals]:
     """The micro-batches of one step, and sums over all ranks of what they hold."""
     start = time.perf_counter()
-    micro_batches = [next(batches) for _ in range(job.engine.accumulation)]
+    with record_function("part:data"):
+        micro_batches = [next(batches) for _ in range(job.engine.accumulation)]
     own = Totals(wait=time.perf_counter() - start)
     job.pace.add(own.wait)
     for batch in micro_batches:

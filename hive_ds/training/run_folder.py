@@ -37,6 +37,11 @@ class StageFolder:
         return self.path / "maps"
 
     @property
+    def profile(self) -> Path:
+        """Traces and summaries of profiled steps."""
+        return self.path / "profile"
+
+    @property
     def done(self) -> Path:
         """Exists once the stage is finished and its model is written."""
         return self.path / "DONE"

@@ -123,6 +123,9 @@ def _memory(row: str, *gigabytes: float) -> Reckoned:
 N, M, R = 1.0, 8.0, 8
 """Billions of parameters of the two columns of ds_configs/README.md, and ranks."""
 
+_ENCODER = (100 * 11.698 / 19.329, 100 * 17.783 / 21.786)
+"""TFLOPs of a micro-batch of captions, the encoder's of all: docs/results/roofline.json."""
+
 FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = (
     Measured(
         "README.md",
@@ -179,6 +182,7 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     Chosen("docs/cluster.md", r"/dev/shm \(0.25 GB a rank\)", "hive_ds/launch/probe.py", "SHM_PER_RANK = 0.25e9"),
     Chosen("docs/cluster.md", r"ended after 45 s", "hive_ds/doctor/trials.py", "PATIENCE = 45.0"),
     Chosen("docs/report.md", r"some 400 points", "hive_ds/plots.py", "most: int = 400"),
+    Cited("docs/planning.md", r"\d+ x \d+, \d+ GB", "predicted; tests/planning/test_zero_defaults.py compares it"),
     Chosen("docs/planning.md", r"at most 90 % of the GPU", "hive_ds/planning/timing.py", "usable_memory: float = 0.9"),
     Chosen(
         "docs/performance.md",
@@ -207,7 +211,8 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         r"needs (0.098) s of CPU time for stage 3's micro-batch of 16, ZeRO-0\s+(0.107) s, ZeRO-3 (0.163) s",
         "The training step",
     ),
-    Cited("docs/performance.md", r"790 TFLOP/s for the floor on an H200", "the measured matrix rate of docs/kernel.md"),
+    Reckoned("docs/performance.md", r"Memory takes ([\d.]+) times as long on an H100", (4.8 / 3.35,)),
+    Reckoned("docs/performance.md", r"(\d+) % of the products of stage 1 and (\d+) % of those of stage 3", _ENCODER),
     Cited("docs/evaluation.md", r"95 % interval", "a choice"),
     Cited("docs/probes.md", r"95 % interval", "a choice"),
     Chosen("docs/cluster.md", r"10 minutes before the time limit", "slurm/stage1.sh", "B:USR1@600"),

@@ -46,6 +46,12 @@ def test_pictures_are_up_to_date():
         assert (DOCS / name).read_text() == text, f"{name}: run: make docs"
 
 
+def test_roofline_table_is_that_of_the_result_file():
+    from hive_docs.roofline import table
+
+    assert "\n".join(table()) in (DOCS / "performance.md").read_text()
+
+
 def test_sketch_in_the_readme_has_routes_of_the_recipe():
     routes = load_recipe("hive-siglip-l-mobilellm-600m").model.routes
     assert routes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -13,8 +14,16 @@ from hive_ds.benchmarks.padded_ways import PaddedCascade, PaperWay
 from hive_ds.data.batch import PackedBatch
 from hive_ds.model.compiling import compile_blocks
 
-BACKEND = "aot_eager"
-"""What is compiled when does not depend on the backend, and this one needs no C++ compiler."""
+BACKENDS = (
+    "aot_eager",  # what is compiled when does not depend on the backend, and this one needs no C++ compiler
+    pytest.param(
+        "inductor",
+        marks=[
+            pytest.mark.long,
+            pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: apt-get install g++"),
+        ],
+    ),
+)
 
 
 def batch(lengths: list[int]) -> PackedBatch:
@@ -35,8 +44,9 @@ def loss_of(way: Any, one: PackedBatch) -> torch.Tensor:
 LONG = (pytest.param(kind, marks=pytest.mark.long) for kind in ("cascaded", "paper", "padded cascade"))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["hive", *LONG])
-def test_new_lengths_compile_nothing(kind: str) -> None:
+def test_new_lengths_compile_nothing(kind: str, backend: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     make = tiny_hive if kind in ("hive", "paper") else tiny_cascaded
@@ -46,9 +56,9 @@ def test_new_lengths_compile_nothing(kind: str) -> None:
     expected = loss_of(way, new)
     wanted = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     if way is model:
-        compile_blocks(model, BACKEND)
+        compile_blocks(model, backend)
     else:
-        way.compile(BACKEND)
+        way.compile(backend)
     for lengths in ([5, 9], [7, 4, 11]) * 2:
         loss_of(way, batch(lengths)).backward()
     before = counters["stats"]["unique_graphs"]

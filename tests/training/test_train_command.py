@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from profiles import shares
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import STEPS, TinyRun
@@ -144,7 +145,7 @@ def test_triton_kernels_under_zero3(tiny: TinyRun, straight: str) -> None:
 def test_killed_and_resumed_equals_straight(tiny: TinyRun, straight: str) -> None:
     tiny.train_and_kill(1, "killed")
     assert not (tiny.root / "killed" / "stage1" / "DONE").exists()
-    done = tiny.train(1, "killed", launcher="torchrun")
+    done = tiny.train(1, "killed", "--set", "training.profile=[10, 11]", launcher="torchrun")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed from {tiny.root / 'killed' / 'stage1' / 'checkpoints' / 'step-'}" in done.stdout
     for event, keys in (("train", EQUAL_ACROSS_ATTEMPTS), ("validation", ("step", "loss", "text_loss"))):
@@ -152,6 +153,20 @@ def test_killed_and_resumed_equals_straight(tiny: TinyRun, straight: str) -> Non
         assert resumed == [{key: line[key] for key in keys} for line in tiny.metrics("straight", 1, event)]
     first, second = (weights(tiny.root / run / "stage1" / "model") for run in ("straight", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    expect_profile(tiny.root / "killed" / "stage1" / "profile", done.stdout)
+
+
+def expect_profile(folder: Path, printed: str) -> None:
+    """Of two steps of ZeRO-3 on two ranks, a validation and a checkpoint before and after them."""
+    (path,) = folder.glob("*.txt")
+    assert path.name == "steps-000010-000011.txt"
+    assert printed.count("Steps 10 to 11") == 1
+    assert printed.count(f"{path}") == 1
+    found = shares(path.read_text())
+    work, part = found["work"], found["part"]
+    assert sum(work.values()) == pytest.approx(100, abs=0.5)
+    assert min(work.values()) > 0
+    assert min(part[name] for name in ("encoder", "projectors", "LLM", "optimizer", "data", "communication")) > 0
 
 
 def test_stopped_by_a_file_and_gone_on(tiny: TinyRun) -> None:

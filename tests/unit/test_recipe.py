@@ -126,6 +126,7 @@ def test_precedence_and_origins(tmp_path: Path):
         "validation_interval": "base tiny.yaml:" + _line("tiny", "  validation_interval:"),
         "validation_batches": "base tiny.yaml:" + _line("tiny", "  validation_batches:"),
         "maps_interval": "default",
+        "profile": "default",
         "max_skipped_steps": "default",
         "keep_checkpoints": "default",
         "keep_every": "default",
@@ -154,6 +155,7 @@ def _line(recipe: str, start: str) -> str:
         ),
         ("stages.vision_finetuning.group_lr.a=1e-4", lambda r: r.stages["vision_finetuning"].group_lr, {"a": 1e-4}),
         ("stages.vision_finetuning=null", lambda r: tuple(r.stages), STAGE_NAMES[:2] + STAGE_NAMES[3:]),
+        ("training.profile=[3, 5]", lambda r: r.training.profile, (3, 5)),
         ("data.validation=", lambda r: r.data.validation, None),
         ("data.validation=2024", lambda r: r.data.validation, "2024"),
         ("data.train={a/b: 1, 's3://c': 0.5}", lambda r: r.data.train, {"a/b": 1.0, "s3://c": 0.5}),
@@ -178,6 +180,9 @@ BAD_VALUES = {
     "model.qk_norm=pre-rope": "model.qk_norm = pre-rope (--set): expected one of none, pre_rope, post_rope; did you"
     " mean pre_rope?",
     "stages.vision_finetuning.lr=-1e-3": "stages.vision_finetuning.lr = -1e-3 (--set): expected a number, > 0",
+    "training.profile=[3, 2]": "training.profile = [3, 2] (--set): expected a list of 2 values, each a whole number or"
+    " null, the first >= 1, the last not below it",
+    "training.profile=[0, 2]": "the first >= 1",
     "stages.vision_finetuning.lr=0": "expected a number, > 0",
     "stages.vision_finetuning.lr=nan": "expected a number",
     "stages.vision_finetuning.lr=.inf": "expected a number",

@@ -13,8 +13,10 @@ from hive_ds.model.language import decoder
 from hive_ds.model.vision import vision_blocks
 
 PARTS = ("encoder", "projectors", "LLM", "attention of the LLM", "optimizer", "data", "communication", "other")
-_ATTENTION = ("hive_ds::", "scaled_dot_product", "flash_attn")
-_COMMUNICATION = ("nccl", "gloo", "c10d::")
+ATTENTION = ("hive_ds::", "scaled_dot_product", "flash_attn")
+"""In names of operators that attend."""
+COMMUNICATION = ("nccl", "gloo", "c10d::")
+"""In names of operators that send."""
 
 
 class Marked:
@@ -47,7 +49,8 @@ class Marked:
         self._handles = []
         for name, module in self._modules:
             self._handles.append(module.register_forward_pre_hook(enter(name)))
-            self._handles.append(module.register_forward_hook(leave))
+            # Recomputation for backward leaves the last module by an exception.
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -69,15 +72,26 @@ def shares_of_step(model: Any, run: Callable[[], object], device: torch.device) 
         run()
         if cuda:
             torch.cuda.synchronize()
-    events = list(trace.events())
+    return shares_of(list(trace.events()), cuda=cuda)
+
+
+def shares_of(events: list[Any], *, cuda: bool) -> dict[str, float]:
+    """Share of each of `PARTS` in the events of a trace, as `shares_of_step` has it."""
     seconds = dict.fromkeys(PARTS, 0.0)
     owners = _forward_parts(events)
     for event in events:
-        own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if own > 0 and (not cuda or event.device_type == torch.autograd.DeviceType.CPU):
+        own = own_time(event, cuda=cuda)
+        if own > 0:
             seconds[_part(event, owners)] += own
     total = sum(seconds.values())
     return {name: round(value / total, 4) for name, value in seconds.items()} if total else {}
+
+
+def own_time(event: Any, *, cuda: bool) -> float:
+    """Microseconds of an operator without those inside it: of its GPU kernels, or of the thread that called it."""
+    if cuda:
+        return event.self_device_time_total if event.device_type == torch.autograd.DeviceType.CPU else 0.0
+    return 0.0 if event.is_async else event.self_cpu_time_total
 
 
 def _forward_parts(events: list[Any]) -> dict[int, str]:
@@ -97,7 +111,7 @@ def _marked(event: Any) -> str | None:
         if event.name.startswith("part:"):
             part = event.name.removeprefix("part:")
             return "attention of the LLM" if part == "LLM" and attends else part
-        attends = attends or any(name in event.name for name in _ATTENTION)
+        attends = attends or any(name in event.name for name in ATTENTION)
         event = event.cpu_parent
     return None
 
@@ -106,7 +120,7 @@ def _part(event: Any, owners: dict[int, str]) -> str:
     part = _marked(event)
     one = event
     while part is None and one is not None:
-        if any(name in one.name for name in _COMMUNICATION):
+        if any(name in one.name for name in COMMUNICATION):
             part = "communication"
         elif one.name.startswith("autograd::engine::evaluate_function") or "Backward" in one.name:
             part = owners.get(one.sequence_nr)

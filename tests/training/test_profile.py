@@ -1,0 +1,89 @@
+"""Profiled steps: they train as others do, and what is written tells their work apart.
+
+The whole way, on ranks of ZeRO-3, is in `test_train_command.test_killed_and_resumed_equals_straight`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from profiles import shares
+from stage_helpers import make_model, step_batches
+from torch.profiler import record_function
+
+from hive_ds.stages import stage_by_number
+from hive_ds.training.profile import StepProfile
+
+ALONE = SimpleNamespace(world=SimpleNamespace(rank=0, size=1))
+STEPS = 4
+
+
+def train(profile: StepProfile | None, stop: int = STEPS) -> tuple[list[int], Any]:
+    """Steps with recomputed activations; which were done, and the model."""
+    torch.manual_seed(3)
+    model = make_model(stage_by_number(3))
+    model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    steps, done = range(STEPS), []
+    for step in steps if profile is None else profile.over(steps, model):
+        for batch in step_batches(ALONE, step, 2):
+            model(**batch.model_inputs("cpu", torch.float32), num_items_in_batch=1).loss.backward()
+        with record_function("part:optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+        done.append(step)
+        if step + 1 == stop < STEPS:
+            break
+    return done, model
+
+
+def test_profiled_steps_train_as_others_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "profile"
+    done, model = train(StepProfile(folder, 2, 3, torch.device("cpu")))
+    wanted, plain = train(None)
+    assert done == wanted == [0, 1, 2, 3]
+    weights = zip(model.parameters(), plain.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
+    assert [len(one._forward_hooks) for one in model.modules()] == [len(one._forward_hooks) for one in plain.modules()]
+    assert sorted(path.name for path in folder.iterdir()) == ["steps-000002-000003.json.gz", "steps-000002-000003.txt"]
+    text = (folder / "steps-000002-000003.txt").read_text()
+    assert capsys.readouterr().out.startswith(text[: text.index("└")])
+    assert "aten::addmm" in text
+    found = shares(text)
+    assert sum(found["work"].values()) == pytest.approx(100, abs=0.5)
+    assert sum(found["part"].values()) == pytest.approx(100, abs=0.5)
+    assert [kind for kind, share in found["work"].items() if share == 0] == ["communication"]
+    assert [part for part, share in found["part"].items() if share == 0] == ["data", "communication"]
+    events = json.loads(gzip.decompress((folder / "steps-000002-000003.json.gz").read_bytes()))["traceEvents"]
+    assert sum(event["name"] == "profiled step" for event in events) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "stop", "names"),
+    [
+        (4, 9, STEPS, ["steps-000004-000004"]),  # as far as the run goes
+        (5, 9, STEPS, []),
+        (2, 3, 3, []),  # stopped within them
+    ],
+)
+def test_only_steps_that_are_done(tmp_path: Path, first: int, last: int, stop: int, names: list[str]) -> None:
+    done, _ = train(StepProfile(tmp_path, first, last, torch.device("cpu")), stop)
+    assert done == list(range(stop))
+    assert sorted(path.name for path in tmp_path.glob("*.txt")) == [f"{name}.txt" for name in names]
+    with pytest.raises(StopIteration):
+        next(StepProfile(tmp_path, 1, 2, torch.device("cpu")).over(range(4, 4), None))
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    done, _ = train(StepProfile(tmp_path / "profile", 1, 1, torch.device("cpu")))
+    assert done == [0, 1, 2, 3]
+    assert "warning: step 1: no profile could be written" in capsys.readouterr().out
