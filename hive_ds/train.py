@@ -117,12 +117,13 @@ def train(options: argparse.Namespace, world: World) -> bool:
     _prepare_attention(run, model)
     if recipe.training.compile:
         _compile(policy, model)
+    loader, validation = _load_data(run, processor)
     engine = Engine(model, plan.groups, _ds_config(run, policy), config, world=world, device=device)
     if asked.micro_batch_size == "auto":
         run = replace(run, config=_find_micro_batch(run, engine, processor))
+        loader, validation = _load_data(run, processor)
     if world.is_main:
         print_plan(plan, engine)
-    loader, validation = _load_data(run, processor)
     _write_inputs(run, _ds_config(run, policy))
     questions = Questions.load(recipe.data_of(stage.name), processor, run.config.micro_batch, world)
     maps = SampleMaps.load(folder.maps, recipe.data_of(stage.name), processor, recipe.training.maps_interval)

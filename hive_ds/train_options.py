@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hive_ds.config import Recipe
-from hive_ds.stages import Stage, next_stage
-
-from hive_ds.stages import STAGES
+from hive_ds.stages import STAGES, Stage, next_stage
 
 
 def build_parser() -> argparse.ArgumentParser:
