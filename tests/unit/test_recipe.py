@@ -207,7 +207,7 @@ BAD_VALUES = {
     "model.routes.vision_blocks=[]": "at least one",
     "model.routes.vision_blocks=[1, 2]": "2 vision_blocks but 3 language_layers; expected two lists of one length",
     "model.routes={vision_blocks: [1, 1], language_layers: [2, 2]}": "block 1 -> layer 2 is listed more than once",
-    "stages.vision_finetuning.micro_batch_size=0": "micro_batch_size = 0 (--set): expected a whole number, >= 1, or auto",
+    "stages.vision_finetuning.micro_batch_size=0": "_size = 0 (--set): expected a whole number, >= 1, or auto",
     "stages.vision_finetuning.micro_batch_size=auot": "= auot (--set): expected a whole number, >= 1, or auto; did you "
     "mean auto?",
     "stages.vision_finetuning.micro_batch_size=[auto]": "= [auto] (--set): expected a whole number, >= 1, or auto",
