@@ -32,6 +32,11 @@ def at_least(minimum: int) -> Check:
     return Check(f">= {minimum}", lambda value: value >= minimum)
 
 
+def or_word(check: Check, word: str) -> Check:
+    """``check``, or one word."""
+    return Check(f"{check.expected}, or {word}", lambda value: value == word or check.accepts(value), (word,))
+
+
 def every(check: Check) -> Check:
     """``check`` holds for each value of a non-empty list."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from hive_ds.checks import (
     BETA,
@@ -26,6 +26,7 @@ from hive_ds.checks import (
     every_value,
     keys_from,
     one_of,
+    or_word,
 )
 from hive_ds.errors import HiveError
 from hive_ds.stages import STAGES, STAGES_BY_KIND, VLM_STAGES
@@ -146,9 +147,10 @@ class StageConfig:
     """Peak learning rate of every trained group that `group_lr` does not name."""
     global_batch_size: Annotated[int, at_least(1)]
     """Samples of one optimizer step over all ranks and accumulation steps."""
-    micro_batch_size: Annotated[int, at_least(1)]
+    micro_batch_size: Annotated[int | Literal["auto"], or_word(at_least(1), "auto")]
     """Samples of one forward pass on one rank, at most: where it does not divide a rank's share of the global batch,
-    the next smaller number that does. The weights do not depend on it."""
+    the next smaller number that does. ``auto``: the largest that fits the device's memory, found when the run starts.
+    The weights do not depend on it."""
     epochs: Annotated[float, POSITIVE] = 1.0
     """Times that the data are gone through; fractions are allowed."""
     steps: Annotated[int | None, at_least(1)] = None
@@ -171,6 +173,12 @@ class StageConfig:
     """Largest global gradient norm."""
     data: DataConfig | None = None
     """What this stage has of its own; all that is not written here is that of ``data``. null: nothing."""
+
+    @property
+    def micro_batch(self) -> int:
+        """``micro_batch_size`` of a stage whose ranks are known (`hive_ds.training.ds_config.fit_micro_batch`)."""
+        assert isinstance(self.micro_batch_size, int)
+        return self.micro_batch_size
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -100,6 +100,9 @@ def _plain(kind: Any, entry: Entry) -> Any:
     options = _options(kind)
     if entry.is_null:
         return None if types.NoneType in options else _WRONG
+    words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+    if isinstance(entry.content, yaml.ScalarNode) and entry.content.value in words:
+        return entry.content.value
     kind = next(option for option in options if option is not types.NoneType)
     if get_origin(kind) is tuple:
         return _tuple(get_args(kind), entry)
@@ -152,7 +155,8 @@ def describe(hint: Any) -> str:
 def _type_words(kind: Any) -> str:
     args = get_args(kind)
     if len(_options(kind)) > 1:
-        return " or ".join("null" if option is types.NoneType else _type_words(option) for option in args)
+        plain = [option for option in args if get_origin(option) is not Literal]  # a word stands in the check
+        return " or ".join("null" if option is types.NoneType else _type_words(option) for option in plain)
     if get_origin(kind) is tuple and args[-1] is not Ellipsis:
         return f"a list of {len(args)} values, each {TYPE_WORDS[args[0]]}"
     if get_origin(kind) is tuple:

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,8 @@ from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
-from hive_ds.stages import VLM_STAGES, Stage, next_stage, stage_by_number
-from hive_ds.train_options import build_parser
+from hive_ds.stages import VLM_STAGES, Stage, stage_by_number
+from hive_ds.train_options import build_parser, next_command
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
@@ -40,6 +40,7 @@ from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
 from hive_ds.training.maps import SampleMaps
 from hive_ds.training.metrics import Meter, MetricsLog
+from hive_ds.training.micro_batch import auto_micro_batch
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.pace import Pace
 from hive_ds.training.place import here, one_line
@@ -104,10 +105,11 @@ def train(options: argparse.Namespace, world: World) -> bool:
     run = Run(recipe, stage, config, folder, world, device, Attempt(folder.path, world))
     watch(folder.path / "hang", world, hang_timeout)
     if from_main(run.folder.done.is_file()):
-        run.say(f"stage {stage.number} of {options.run} is done already; {_next_command(options, recipe, stage)}")
+        run.say(f"stage {stage.number} of {options.run} is done already; {next_command(options, recipe, stage)}")
         return True
     run.attempt.sign()
-    run.say(describe_batch(config, world.size, asked.micro_batch_size))
+    if isinstance(asked.micro_batch_size, int):
+        run.say(describe_batch(config, world.size, asked.micro_batch_size))
     model, processor = start_model(recipe, folder, world, run.attempt, run.say)
     here.follow(model)
     plan = plan_stage(model, stage, groups_of(model), config)
@@ -117,10 +119,16 @@ def train(options: argparse.Namespace, world: World) -> bool:
     if recipe.training.compile:
         _compile(policy, model)
     loader, validation = _load_data(run, processor)
-    ds_config = _write_inputs(run, policy)
-    questions = Questions.load(recipe.data_of(stage.name), processor, config.micro_batch_size, world)
+    engine = Engine(model, plan.groups, _ds_config(run, policy), config, world=world, device=device)
+    if asked.micro_batch_size == "auto":
+        run = replace(run, config=_find_micro_batch(run, engine, processor))
+        loader, validation = _load_data(run, processor)
+    if world.is_main:
+        print_plan(plan, engine)
+    _write_inputs(run, _ds_config(run, policy))
+    questions = Questions.load(recipe.data_of(stage.name), processor, run.config.micro_batch, world)
     maps = SampleMaps.load(folder.maps, recipe.data_of(stage.name), processor, recipe.training.maps_interval)
-    job, first_step = _start_job(run, model, plan, loader, validation, questions, maps, ds_config)
+    job, first_step = _start_job(run, engine, plan, loader, validation, questions, maps)
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
         run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
@@ -129,7 +137,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
     here.enter("hand-over", ())
     save_model(run.folder.model, job.engine, processor, world, run.attempt)
     _finish(run, job)
-    run.say(f"stage {stage.number} is done: {run.folder.model}\n{_next_command(options, recipe, stage)}")
+    run.say(f"stage {stage.number} is done: {run.folder.model}\n{next_command(options, recipe, stage)}")
     return True
 
 
@@ -141,6 +149,14 @@ def _read_recipe(options: argparse.Namespace) -> tuple[Recipe, Stage, StageConfi
     return recipe, stage, recipe.stages[stage.name]
 
 
+def _find_micro_batch(run: Run, engine: Engine, processor: HiveProcessor) -> StageConfig:
+    """The stage's numbers with the largest micro-batch that fits; ``engine`` takes it from now on."""
+    size = auto_micro_batch(engine, run.recipe, run.folder, processor, run.attempt, run.say)
+    engine.use_micro_batch(size)
+    run.say(describe_batch(replace(run.config, micro_batch_size=size), run.world.size, size))
+    return replace(run.config, micro_batch_size=size)
+
+
 def _load_data(run: Run, processor: HiveProcessor) -> tuple[SampleLoader, dict[str, SampleLoader]]:
     """The training loader, and those of the validation losses by name."""
     data, config = run.recipe.data_of(run.stage.name), run.config
@@ -150,7 +166,7 @@ def _load_data(run: Run, processor: HiveProcessor) -> tuple[SampleLoader, dict[s
             data,
             processor.tokenizer,
             processor.image_processor,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_size=config.micro_batch,
             global_batch_size=global_batch_size,
             seed=run.recipe.training.seed,
             train=train,
@@ -158,14 +174,13 @@ def _load_data(run: Run, processor: HiveProcessor) -> tuple[SampleLoader, dict[s
         )
 
     folders = {"loss": data.validation, "text_loss": data.text_validation}
-    one_batch_each = config.micro_batch_size * run.world.size
+    one_batch_each = config.micro_batch * run.world.size
     validation = {name: build(path, one_batch_each, train=False) for name, path in folders.items() if path}
     return build(data.train, config.global_batch_size, train=True), validation
 
 
-def _write_inputs(run: Run, policy: dict[str, Any]) -> dict[str, Any]:
-    """Write the resolved recipe and the DeepSpeed config to the run folder; return the latter."""
-    ds_config = build_ds_config(
+def _ds_config(run: Run, policy: dict[str, Any]) -> dict[str, Any]:
+    return build_ds_config(
         policy,
         run.config,
         run.recipe.training,
@@ -173,29 +188,29 @@ def _write_inputs(run: Run, policy: dict[str, Any]) -> dict[str, Any]:
         log_folder=run.folder.path / "tensorboard",
         job=run.recipe.name,
     )
+
+
+def _write_inputs(run: Run, ds_config: dict[str, Any]) -> None:
+    """Write the resolved recipe and the DeepSpeed config to the run folder."""
     if run.world.is_main:
         run.folder.path.mkdir(parents=True, exist_ok=True)
         (run.folder.path / "recipe.yaml").write_text(dump_recipe(run.recipe))
         (run.folder.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-    return ds_config
 
 
 def _start_job(
     run: Run,
-    model: TrainedModel,
+    engine: Engine,
     plan: StagePlan,
     loader: SampleLoader,
     validation: dict[str, SampleLoader],
     questions: Questions | None,
     maps: SampleMaps | None,
-    ds_config: dict[str, Any],
 ) -> tuple[Job, int]:
-    """Partition the model, resume from the newest checkpoint if there is one, and return the job and its first step."""
+    """Resume from the newest checkpoint if there is one, and return the job and its first step."""
     world, device, training, config = run.world, run.device, run.recipe.training, run.config
     identity = RunIdentity.of(plan, training, config)
-    engine = Engine(model, plan.groups, ds_config, config, world=world, device=device)
-    if world.is_main:
-        print_plan(plan, engine)
+    model = engine.model
     torch.manual_seed(training.seed + world.rank)
     origin = describe_origin(run.recipe)
     writer = CheckpointWriter(run.folder.path, engine, identity, origin, world, run.attempt, training)
@@ -210,6 +225,7 @@ def _start_job(
         matmul_flops_per_second=rate,
         hosts=list(dict.fromkeys(all_values(socket.gethostname()))),
         versions=installed_versions(),
+        micro_batch_size=config.micro_batch,
         vision_sha256=getattr(model.config, "vision_sha256", None),
     )
     job = Job(
@@ -289,17 +305,6 @@ def _compile(policy: dict[str, Any], model: TrainedModel) -> None:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _next_command(options: argparse.Namespace, recipe: Recipe, stage: Stage) -> str:
-    following = next_stage(stage, recipe.stages)
-    if following is None:
-        return f"next: hive-ds export encoder {options.run} OUT, for a stock vision encoder"
-    overrides = "".join(f" --set {value}" for value in options.set)
-    command = (
-        f"deepspeed --module hive_ds.train --recipe {options.recipe} --stage {following.number} --run {options.run}"
-    )
-    return f"next, {following.name}: {command}{overrides}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from hive_ds.stages import STAGES
+from hive_ds.config import Recipe
+from hive_ds.stages import STAGES, Stage, next_stage
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,3 +27,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
+
+
+def next_command(options: argparse.Namespace, recipe: Recipe, stage: Stage) -> str:
+    """What to run after a stage: the next one with the same options, or the export."""
+    following = next_stage(stage, recipe.stages)
+    if following is None:
+        return f"next: hive-ds export encoder {options.run} OUT, for a stock vision encoder"
+    overrides = "".join(f" --set {value}" for value in options.set)
+    command = (
+        f"deepspeed --module hive_ds.train --recipe {options.recipe} --stage {following.number} --run {options.run}"
+    )
+    return f"next, {following.name}: {command}{overrides}"

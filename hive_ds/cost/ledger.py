@@ -10,6 +10,7 @@ from hive_ds.cost.counted import count_step, watch_step
 from hive_ds.cost.memory import ModelStates, model_state_bytes, weight_bytes, zero_buffer_bytes
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
+from hive_ds.errors import HiveError
 from hive_ds.planning.communication import Layout, ZeroPolicy, step_messages
 from hive_ds.planning.messages import bytes_sent
 from hive_ds.planning.trace import recorded
@@ -85,7 +86,11 @@ def cost_of_stage(recipe: Recipe, stage: int, *, text_length: int, batch: int | 
     """
     model, plan = meta_model(recipe, stage)
     config = recipe.stages[plan.stage.name]
-    workload = Workload(batch or fit_micro_batch(config, ranks).micro_batch_size, text_length)
+    if batch is None and config.micro_batch_size == "auto":
+        raise HiveError(
+            f"stages.{plan.stage.name}.micro_batch_size is auto, which only a run can tell; expected --batch N"
+        )
+    workload = Workload(batch or fit_micro_batch(config, ranks).micro_batch, text_length)
     size, closed, checkpointing = workload.size(model), FlopCounter(model, plan), recipe.model.gradient_checkpointing
     parts = closed.parts(size)
     watch = watch_step(model, workload)

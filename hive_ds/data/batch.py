@@ -79,6 +79,21 @@ class PackedBatch:
         }
 
 
+def stretched(batch: PackedBatch, length: int, copies: int) -> PackedBatch:
+    """``copies`` of a batch of one sample, its text repeated up to ``length`` tokens, each but the first supervised."""
+    ids = batch.input_ids.repeat(-(-length // len(batch.input_ids)))[:length]
+    labels = torch.cat([torch.tensor([IGNORE_INDEX]), ids[1:]])
+    return PackedBatch(
+        input_ids=ids.repeat(copies),
+        labels=labels.repeat(copies),
+        text_lengths=[length] * copies,
+        image_offsets=batch.image_offsets * copies,
+        images={name: torch.cat([value] * copies) for name, value in batch.images.items()},
+        sample_ids=batch.sample_ids * copies,
+        num_images=batch.num_images * copies,
+    )
+
+
 def collate(samples: Sequence[PreparedSample], dummy: Mapping[str, Tensor]) -> PackedBatch:
     """Pack ``samples``; ``dummy`` is the one image (`images.dummy_images`) that a batch without images carries."""
     offsets, images = [], []

@@ -89,7 +89,8 @@ def check_batches(recipe: Recipe, ranks: int) -> Iterator[Finding]:
             advice = f"use another number of ranks, or --set stages.{name}.global_batch_size"
             yield Finding("recipe", name, "problem", str(error), advice)
         else:
-            said = f"global batch {stage.global_batch_size} on {ranks} ranks, micro-batch {fitted.micro_batch_size}"
+            micro = "auto" if stage.micro_batch_size == "auto" else fitted.micro_batch
+            said = f"global batch {stage.global_batch_size} on {ranks} ranks, micro-batch {micro}"
             yield Finding("recipe", name, "ok", said)
 
 

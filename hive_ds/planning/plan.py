@@ -14,7 +14,7 @@ from hive_ds.planning.communication import StepMessages, ZeroPolicy
 from hive_ds.planning.messages import bytes_sent
 from hive_ds.planning.stage_model import StageModel
 from hive_ds.planning.timing import Assumptions, Cluster, StepTime, step_time
-from hive_ds.training.ds_config import fit_micro_batch, read_policy
+from hive_ds.training.ds_config import micro_batches, read_policy
 
 PROFILES = ("zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload_optimizer", "zero3_offload_param")
 """Files of ``ds_configs/``, in the order in which they are preferred where they take equally long."""
@@ -68,12 +68,11 @@ def plan_profile(model: StageModel, profile: str, cluster: Cluster, assumed: Ass
     """
     ranks = cluster.ranks
     share = model.config.global_batch_size // ranks
-    largest = fit_micro_batch(model.config, ranks).micro_batch_size
+    sizes = micro_batches(model.config, ranks)[::-1]
     policy = read_policy(profile)
     zero = ZeroPolicy.of(policy, ranks, cluster.gpus_per_node)
     states = model.states(policy, ranks, zero.ranks_per_copy)
     usable = cluster.gpu.memory * assumed.usable_memory
-    sizes = [size for size in range(largest, 0, -1) if share % size == 0]
     peaks = {size: model.memory(states, policy, size) for size in sizes}
     micro = next((size for size in sizes if sum(peaks[size].values()) <= usable), 1)
     messages = model.messages(zero, ranks, share // micro)

@@ -85,8 +85,13 @@ class PlanReport:
             f"{assumed.efficiency:.0%}; {assumed.bandwidth_share:.0%} of links of {gpu.link_bandwidth / _GB:.0f} GB/s "
             f"a GPU and a network ({self.network_name}) of {network.bandwidth / _GB:.3g} GB/s a node; "
             f"{assumed.overlap:.0%} overlap; {assumed.usable_memory:.0%} of {gpu.memory / _GB:.0f} GB usable",
-            "predicted, not measured: everything below",
+            "predicted, not measured: everything below" + self._batch_note(),
         ]
+
+    def _batch_note(self) -> str:
+        if self.model.config.micro_batch_size != "auto":
+            return ""
+        return "; micro_batch_size is auto: batches are the largest predicted to fit, a run finds its own"
 
     def _table(self, best: ProfilePlan | None) -> list[str]:
         head = ("profile", "batch", "GB", "fits", "CPU GB", "sent GB", "messages", "ms", "compute", "images/s")

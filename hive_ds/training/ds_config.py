@@ -52,7 +52,16 @@ def fit_micro_batch(config: StageConfig, num_ranks: int) -> StageConfig:
     """The stage's numbers with the largest micro-batch, up to the recipe's, that divides a rank's share of a step.
 
     The weights do not depend on the micro-batch (`hive_ds.training.loop.run_micro_batches`): a recipe's is a bound on
-    memory, and its global batch holds on any number of ranks that divides it.
+    memory, and its global batch holds on any number of ranks that divides it. ``auto`` is no bound: the whole share.
+
+    Raises:
+        HiveError: the ranks do not divide the global batch; the message says which numbers do.
+    """
+    return replace(config, micro_batch_size=micro_batches(config, num_ranks)[-1])
+
+
+def micro_batches(config: StageConfig, num_ranks: int) -> list[int]:
+    """Every micro-batch, up to the recipe's, that divides a rank's share of a step; ascending.
 
     Raises:
         HiveError: the ranks do not divide the global batch; the message says which numbers do.
@@ -64,13 +73,13 @@ def fit_micro_batch(config: StageConfig, num_ranks: int) -> StageConfig:
             f"global_batch_size {total} is not divisible by {num_ranks} ranks; these rank counts divide it: {divisors}"
         )
     share = total // num_ranks
-    micro = max(size for size in range(1, min(config.micro_batch_size, share) + 1) if share % size == 0)
-    return replace(config, micro_batch_size=micro)
+    largest = share if config.micro_batch_size == "auto" else min(config.micro_batch, share)
+    return [size for size in range(1, largest + 1) if share % size == 0]
 
 
 def describe_batch(config: StageConfig, num_ranks: int, largest_micro_batch: int) -> str:
     """One line: how a step's samples are shared out, and why the micro-batch is not the recipe's where it is not."""
-    micro, share = config.micro_batch_size, config.global_batch_size // num_ranks
+    micro, share = config.micro_batch, config.global_batch_size // num_ranks
     smaller = f", for {largest_micro_batch} does not divide {share}" if micro < largest_micro_batch else ""
     return (
         f"batch: {config.global_batch_size} samples a step over {num_ranks} ranks, "
@@ -173,8 +182,8 @@ def build_ds_config(
         **policy,
         "zero_optimization": zero,
         "train_batch_size": stage.global_batch_size,
-        "train_micro_batch_size_per_gpu": stage.micro_batch_size,
-        "gradient_accumulation_steps": stage.global_batch_size // (stage.micro_batch_size * num_ranks),
+        "train_micro_batch_size_per_gpu": stage.micro_batch,
+        "gradient_accumulation_steps": stage.global_batch_size // (stage.micro_batch * num_ranks),
         "gradient_clipping": stage.clip,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_allow_untested_optimizer": True,

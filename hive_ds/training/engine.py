@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,7 @@ from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, 
 from hive_ds.training.gather_units import gather_by_unit, gather_units
 from hive_ds.training.groups import OptimizerGroup, adamw
 from hive_ds.training.piece_files import PieceReader
-from hive_ds.training.pieces import Piece, own_part, own_pieces, publish_weights, start_state
+from hive_ds.training.pieces import Piece, own_part, own_pieces, own_tensors, publish_weights, start_state
 
 if not uses_gpu():
     os.environ["DS_ACCELERATOR"] = "cpu"  # before the import: DeepSpeed decides then
@@ -154,6 +153,18 @@ class Engine:
         self.skipped_steps += skipped
         return StepReport(norms, total, skipped)
 
+    def forget_steps(self) -> None:
+        """Put the optimizer back to its start, after steps at a rate of 0: they change no weight."""
+        start_state(self._optimizer, self._adamw, 0)
+        self.skipped_steps = 0
+
+    def use_micro_batch(self, size: int) -> None:
+        """Take another number of samples a micro-batch from now on; the global batch stays."""
+        total = self._engine.train_batch_size()
+        self._engine.set_train_micro_batch_size(size)
+        self._engine.set_train_batch_size(total)
+        self.accumulation = self._engine.gradient_accumulation_steps()
+
     def learning_rates(self) -> dict[str, float]:
         """Current learning rate of each optimizer group."""
         return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
@@ -220,7 +231,7 @@ class Engine:
         for prefix, module in self.model.named_modules():
             with self._gathered(list(module._parameters.values())):
                 if self.world.is_main:
-                    for name, value in _own_tensors(module, prefix):
+                    for name, value in own_tensors(module, prefix):
                         # A tied weight stands under two names and stays one tensor.
                         state[name] = copies.setdefault(id(value), value.detach().to("cpu", copy=True))
         return state
@@ -304,13 +315,3 @@ def _register_external_parameters(model: nn.Module) -> None:
         declared: Callable[[], list[nn.Parameter]] = getattr(module, "external_parameters", list)
         for parameter in declared():
             deepspeed.zero.register_external_parameter(module, parameter)
-
-
-def _own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """A module's own parameters and persistent buffers, children's left out, with full names."""
-    buffers: OrderedDict[str, Tensor | None] = OrderedDict(
-        (name, buffer) for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
-    )
-    for name, value in [*module._parameters.items(), *buffers.items()]:
-        if value is not None:
-            yield f"{prefix}.{name}" if prefix else name, value

@@ -18,7 +18,7 @@ from hive_ds.training.place import here
 
 _HINTS = (
     ("DataLoader worker", "the kernel kills processes where memory is short; lower data.num_workers"),
-    ("out of memory", "lower micro_batch_size, or set model.gradient_checkpointing"),
+    ("out of memory", "lower micro_batch_size or let auto find it, or set model.gradient_checkpointing"),
 )
 """What errors of others leave unsaid, by a part of their text."""
 _REPORTED = "hive_ds/error_reported"

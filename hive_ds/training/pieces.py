@@ -7,12 +7,13 @@ needs. The master weights are kept in fp32 whatever the model computes in.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hive_ds.training.groups import OptimizerGroup
 
@@ -83,6 +84,16 @@ def own_part(parameter: Any) -> Tensor:
     return part[: max(0, parameter.ds_numel - part.numel() * torch.distributed.get_rank())]
 
 
+def own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and persistent buffers, children's left out, with full names."""
+    buffers: OrderedDict[str, Tensor | None] = OrderedDict(
+        (name, buffer) for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
+    )
+    for name, value in [*module._parameters.items(), *buffers.items()]:
+        if value is not None:
+            yield f"{prefix}.{name}" if prefix else name, value
+
+
 def start_state(optimizer: Any, base: torch.optim.Optimizer, steps: int) -> None:
     """Give AdamW the state that it would have after ``steps`` steps, moments at zero, to be filled in.
 
@@ -92,7 +103,7 @@ def start_state(optimizer: Any, base: torch.optim.Optimizer, steps: int) -> None
     # Between steps ZeRO 3 takes its partitions out of AdamW's groups.
     for flat in getattr(optimizer, "fp32_partitioned_groups_flat", listed):
         base.state[flat] = {
-            "step": torch.tensor(float(steps)),
+            "step": torch.tensor(float(steps), device=flat.device),  # where the fused AdamW looks for it
             "exp_avg": torch.zeros_like(flat.data),
             "exp_avg_sq": torch.zeros_like(flat.data),
         }

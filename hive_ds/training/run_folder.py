@@ -27,6 +27,11 @@ class StageFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def micro_batch(self) -> Path:
+        """What ``micro_batch_size: auto`` has found, and on what."""
+        return self.path / "micro_batch.json"
+
+    @property
     def model(self) -> Path:
         """Weights, config and processor after the stage."""
         return self.path / "model"

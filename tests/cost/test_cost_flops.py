@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from hive_ds.cost.known_models import KNOWN_MODELS
 from hive_ds.cost.ledger import cost_of_stage
 from hive_ds.cost.model import meta_model
+from hive_ds.errors import HiveError
 from hive_ds.recipe import load_recipe
 
 PAPER = "hive-siglip-l-mobilellm-600m"
@@ -56,6 +57,13 @@ def test_what_checkpointing_repeats_in_other_families(vision: str, text: str, tm
     recipe = tiny_recipe(tmp_path, "tiny", "model.gradient_checkpointing=true", vision=vision, text=text)
     cost = cost_of_stage(recipe, 3, text_length=400, batch=1, ranks=1)
     assert cost.counted_hardware_flops == pytest.approx(cost.hardware_flops, rel=0.01)
+
+
+def test_cost_of_auto_needs_a_batch(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "tiny", "stages.vision_finetuning.micro_batch_size=auto")
+    with pytest.raises(HiveError, match=r"stages\.vision_finetuning\.micro_batch_size is auto, .*; expected --batch N"):
+        cost_of_stage(recipe, 3, text_length=11, batch=None, ranks=1)
+    assert cost_of_stage(recipe, 3, text_length=11, batch=2, ranks=1).batch == 2
 
 
 def test_the_papers_stages_in_under_a_minute() -> None:

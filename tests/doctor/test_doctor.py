@@ -164,6 +164,8 @@ def test_recipe(tmp_path: Path, shards: Path) -> None:
     assert (models["model.language_model"].status, models["model.vision_encoder"].status) == ("ok", "warning")
     assert "hf download no/such" in models["model.vision_encoder"].advice
     assert {one.status for one in check_batches(recipe, 2)} == {"ok"}
+    auto = load_recipe("tiny", ["stages.vision_finetuning.micro_batch_size=auto"])
+    assert by_name(check_batches(auto, 2))["vision_finetuning"].said.endswith("on 2 ranks, micro-batch auto")
     odd = list(check_batches(recipe, 7))
     assert {one.status for one in odd} == {"problem"}
     assert all(f"stages.{one.name}.global_batch_size" in one.advice for one in odd)

@@ -15,6 +15,7 @@ from hive_ds.planning.communication import ZeroPolicy
 from hive_ds.planning.hardware import GPUS, LINK_LATENCY, NETWORKS
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, Message, bytes_sent
 from hive_ds.planning.plan import ProfilePlan, best_of, count_samples, plan_profile, plan_profiles, scaling, steps_of
+from hive_ds.planning.report import PlanReport
 from hive_ds.planning.stage_model import StageModel
 from hive_ds.planning.timing import Assumptions, Cluster, communication_time
 from hive_ds.planning.trace import FETCH
@@ -109,6 +110,23 @@ def test_memory_decides(model: StageModel) -> None:
     smaller = best_of(plans["tight"])
     assert smaller is None or (smaller.micro_batch < best.micro_batch and smaller.peak <= 3.6e9)
     assert best_of(planned(1e8)) is None
+
+
+def test_auto_is_the_largest_that_is_predicted_to_fit(model: StageModel) -> None:
+    auto = replace(model, config=replace(model.config, micro_batch_size="auto"))
+    cluster, assumed = Cluster(1, 8, GPUS["h200"], NETWORKS["ib400"]), Assumptions()
+    share = model.config.global_batch_size // 8
+    roomy = plan_profile(auto, "zero3", cluster, assumed)
+    assert roomy.micro_batch == share > model.config.micro_batch
+    tight = replace(cluster, gpu=replace(cluster.gpu, memory=0.7 * roomy.peak / assumed.usable_memory))
+    found = plan_profile(auto, "zero3", tight, assumed)
+    assert found.fits
+    assert found.micro_batch < share
+    larger = min(size for size in range(found.micro_batch + 1, share + 1) if share % size == 0)
+    bounded = replace(model, config=replace(model.config, micro_batch_size=larger))
+    assert plan_profile(bounded, "zero3", tight, assumed).micro_batch == found.micro_batch
+    lines = PlanReport("test", auto, 64, tight, "h200", "ib400", assumed, [found], None).lines()
+    assert any("micro_batch_size is auto: batches are the largest predicted to fit" in line for line in lines)
 
 
 def test_scaling_from_1_to_1024(model: StageModel) -> None:

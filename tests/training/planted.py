@@ -47,8 +47,8 @@ def plant(fault: str, step: int) -> None:
     """Let ``fault`` happen in step ``step``, in `MODULE`."""
     start = train._start_job
 
-    def with_fault(run: Any, model: Any, *others: Any) -> Any:
-        module = model.get_submodule(MODULE)
+    def with_fault(run: Any, engine: Any, *others: Any) -> Any:
+        module = engine.model.get_submodule(MODULE)
         forward = module.forward
 
         def faulty(hidden: Any) -> Any:
@@ -58,7 +58,7 @@ def plant(fault: str, step: int) -> None:
             return forward(hidden)
 
         module.forward = faulty
-        return start(run, model, *others)
+        return start(run, engine, *others)
 
     train._start_job = with_fault
 

@@ -14,7 +14,7 @@ from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
 from hive_ds.launch.meeting import set_meeting_point
 from hive_ds.training.distributed import World, read_world
-from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy
+from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, micro_batches, read_policy
 
 STAGE = StageConfig(lr=1e-3, global_batch_size=24, micro_batch_size=2, clip=0.6)
 
@@ -147,6 +147,15 @@ def test_micro_batch_follows_the_ranks(most: int, ranks: int, line: str) -> None
     )
     parts = (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"], ranks)
     assert math.prod(parts) == config["train_batch_size"] == 24
+
+
+def test_auto_may_be_a_whole_share() -> None:
+    auto = replace(STAGE, micro_batch_size="auto")
+    assert micro_batches(auto, 2) == [1, 2, 3, 4, 6, 12]
+    assert micro_batches(replace(STAGE, micro_batch_size=5), 2) == [1, 2, 3, 4]
+    assert fit_micro_batch(auto, 3).micro_batch == 8
+    with pytest.raises(HiveError, match="24 is not divisible by 5 ranks"):
+        micro_batches(auto, 5)
 
 
 def test_ranks_that_do_not_divide_the_batch_hear_which_would() -> None:

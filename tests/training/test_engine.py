@@ -15,7 +15,7 @@ from hive_ds.stages import stage_by_number
 
 CHECKS = check_names(
     *("engine_checks", "checkpoint_checks", "save_checks", "zero_checks", "pace_checks", "cascaded_checks"),
-    *("loss_checks", "maps_checks"),
+    *("loss_checks", "maps_checks", "micro_batch_checks"),
 )
 LOSSES, BF16, GENERATION = (f"engine_checks.check_{name}" for name in ("losses", "bf16", "generation"))
 CASCADED, CASCADED_GENERATION = (f"cascaded_checks.check_cascaded_{name}" for name in ("losses", "generation"))

@@ -212,7 +212,11 @@ BAD_VALUES = {
     "model.routes.vision_blocks=[]": "at least one",
     "model.routes.vision_blocks=[1, 2]": "2 vision_blocks but 3 language_layers; expected two lists of one length",
     "model.routes={vision_blocks: [1, 1], language_layers: [2, 2]}": "block 1 -> layer 2 is listed more than once",
-    "stages.vision_finetuning.micro_batch_size=0": "micro_batch_size = 0 (--set): expected a whole number, >= 1",
+    "stages.vision_finetuning.micro_batch_size=0": "_size = 0 (--set): expected a whole number, >= 1, or auto",
+    "stages.vision_finetuning.micro_batch_size=auot": "= auot (--set): expected a whole number, >= 1, or auto; did you "
+    "mean auto?",
+    "stages.vision_finetuning.micro_batch_size=[auto]": "= [auto] (--set): expected a whole number, >= 1, or auto",
+    "stages.vision_finetuning.micro_batch_size=null": "= null (--set): expected a whole number, >= 1, or auto",
     "model.qknorm=none": "unknown key model.qknorm = none (--set); did you mean qk_norm?",
     "stages.vision_finetune.lr=1": "key stages.vision_finetune = {lr: 1} (--set); did you mean vision_finetuning?",
     "lr=1": "unknown key lr = 1 (--set); did you mean stages.<stage>.lr?",
@@ -291,6 +295,16 @@ def test_dump_keeps_weighted_folders(tmp_path: Path):
     (tmp_path / "dump.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "dump.yaml") == recipe
     assert load_recipe(tmp_path / "dump.yaml", ["data.train=a"]).data.train == "a"
+
+
+def test_a_word_beside_numbers_is_kept(tmp_path: Path):
+    auto = "stages.vision_finetuning.micro_batch_size=auto"
+    recipe, origins = resolve("tiny", [auto])
+    assert recipe.stages["vision_finetuning"].micro_batch_size == "auto"
+    assert origins["stages.vision_finetuning.micro_batch_size"] == "--set"
+    (tmp_path / "dump.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "dump.yaml") == recipe
+    assert load_recipe(tmp_path / "dump.yaml", [auto.replace("auto", "7")]).stages["vision_finetuning"].micro_batch == 7
 
 
 @settings(max_examples=60, deadline=None)
