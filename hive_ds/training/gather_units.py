@@ -55,6 +55,6 @@ def gather_by_unit(optimizer: Any, units: Sequence[nn.Module]) -> None:
     offload.forward_hooks.clear()
     offload.backward_hooks.clear()
     for unit in units:
-        unit._z3_leaf = True
+        unit.__dict__["_z3_leaf"] = True
     offload.setup_zero_stage3_hooks()
     optimizer.persistent_parameters = []
