@@ -33,6 +33,15 @@ def shared_core(core: int, processes: int) -> Iterator[None]:
             other.wait()
 
 
+def stays_slow(found: list[dict[str, Any]], rank: int) -> bool:
+    """Whether the last lines, as many as a warning takes, name ``rank`` as more than twice as slow."""
+    lines = found[-pace.SLOW_LINES :]
+    named = [
+        (one["slowest_rank"], one["slowest_by"]) == (rank, "compute") and one["slowest_ratio"] > 2 for one in lines
+    ]
+    return len(named) == pace.SLOW_LINES and all(named)
+
+
 def check_slow_rank(ranks: Any) -> None:
     """A rank whose core other processes use, and then one that waits for data, is named; rank 0 warns in the end."""
     usual, before = os.sched_getaffinity(0), (pace.PROBE_SECONDS, pace.SLOW_SECONDS)
@@ -45,11 +54,13 @@ def check_slow_rank(ranks: Any) -> None:
     compared = Pace(ranks.world, ranks.device, torch.float32)
     with shared_core(cores[ranks.world.rank], 8 if ranks.world.rank == last else 0):
         barrier()
-        found = [compared.compare(1.0, warnings.append) for _ in range(pace.SLOW_LINES)]
+        # Now and then the scheduler lets a probe pass the others; a warning takes so many lines without that.
+        found: list[dict[str, Any]] = []
+        while not stays_slow(found, last) and len(found) < 4 * pace.SLOW_LINES:
+            found.append(compared.compare(1.0, warnings.append))
         barrier()
-    assert [(one["slowest_rank"], one["slowest_by"]) for one in found] == [(last, "compute")] * len(found), found
-    assert min(one["slowest_ratio"] for one in found) > 2, found
-    assert len(warnings) == (ranks.world.rank == 0), warnings
+    assert stays_slow(found, last), found
+    assert bool(warnings) == (ranks.world.rank == 0), warnings
     if warnings:
         assert warnings[0].startswith(
             f"warning: rank {last} on {socket.gethostname()} is slow in compute: a step takes"

@@ -14,8 +14,8 @@ from stage_helpers import in_plain_pytorch, make_cascaded, make_model
 from hive_ds.stages import stage_by_number
 
 CHECKS = check_names(
-    *("engine_checks", "checkpoint_checks", "save_checks", "zero_checks", "pace_checks", "cascaded_checks"),
-    *("loss_checks", "maps_checks", "micro_batch_checks"),
+    *("engine_checks", "checkpoint_checks", "save_checks", "zero_checks", "cascaded_checks"),
+    *("loss_checks", "maps_checks", "micro_batch_checks", "pace_checks"),
 )
 LOSSES, BF16, GENERATION = (f"engine_checks.check_{name}" for name in ("losses", "bf16", "generation"))
 CASCADED, CASCADED_GENERATION = (f"cascaded_checks.check_cascaded_{name}" for name in ("losses", "generation"))
