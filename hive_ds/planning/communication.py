@@ -220,8 +220,7 @@ def _gathers(
     layout: Layout, trace: Trace, limits: GatherLimits, second_copy: bool, micro_batches: int
 ) -> list[list[Gather]]:
     """Of the second of two steps: what one leaves, the next finds. They do not depend on the number of ranks."""
-    whole = sum(layout.sizes.values()) <= limits.prefetch_bucket
-    units = frozenset([""] if whole else layout.units)
+    units = frozenset(layout.units)
     hooked = [name for name in layout.owned if not any(_is_inside(name, unit) for unit in units)]
     owned = {name: (*layout.owned[name], *trace.foreign.get(name, ())) for name in layout.owned}
     inside = {

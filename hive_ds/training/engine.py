@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
-from hive_ds.training.gather_units import gather_by_unit, gather_units
+from hive_ds.training.gather_units import gather_by_unit, layer_units
 from hive_ds.training.groups import OptimizerGroup, adamw
 from hive_ds.training.piece_files import PieceReader
 from hive_ds.training.pieces import Piece, own_part, own_pieces, own_tensors, publish_weights, start_state
@@ -94,7 +94,7 @@ class Engine:
         self._adamw = optimizer
         self.model: Any = self._engine.module
         if self.zero_stage == 3:
-            gather_by_unit(self._optimizer, gather_units(self.model, self._engine.zero_prefetch_bucket_size()))
+            gather_by_unit(self._optimizer, layer_units(self.model))
         _register_external_parameters(self.model)
 
     @property

@@ -1,4 +1,4 @@
-"""What ZeRO-3 gathers at a time: an encoder block, an LLM layer, a projector, or a small model whole.
+"""What ZeRO-3 gathers at a time: an encoder block, an LLM layer, a projector.
 
 DeepSpeed would gather the weights of every `nn.Linear` and norm by themselves, with four Python hooks around each: a
 step of large models on a fast GPU waits for them.
@@ -23,17 +23,6 @@ def layer_units(model: Any) -> list[nn.Module]:
     """
     projectors = model.projectors.values() if hasattr(model, "projectors") else [model.projector]
     return [*vision_blocks(model.vision_encoder), *decoder(model.language_model).layers, *projectors]
-
-
-def gather_units(model: Any, prefetch_bucket: int) -> list[nn.Module]:
-    """The units of ``model``: itself where one prefetch would bring all of it anyway, else `layer_units`.
-
-    Args:
-        model: partitioned or not.
-        prefetch_bucket: elements, ``stage3_prefetch_bucket_size``.
-    """
-    elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-    return [model] if elements <= prefetch_bucket else layer_units(model)
 
 
 def gather_by_unit(optimizer: Any, units: Sequence[nn.Module]) -> None:

@@ -77,7 +77,7 @@ def make_trainee(
 ) -> Trainee:
     """Plan a stage of a tiny model and put it under an engine; ``zero`` is a ZeRO stage or the name of a policy.
 
-    By number, ZeRO-3 gathers the model layer by layer, as it does a large one; by name, whole.
+    By number, ZeRO-3 gathers the model layer by layer, as it does a large one; by name, all that follows at once.
     """
     stage = stage_by_number(stage) if isinstance(stage, int) else stage
     model = make_model(stage) if model is None else model
