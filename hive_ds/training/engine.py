@@ -94,7 +94,9 @@ class Engine:
         self._adamw = optimizer
         self.model: Any = self._engine.module
         if self.zero_stage == 3:
-            gather_by_unit(self._optimizer, layer_units(self.model))
+            for unit in layer_units(self.model):
+                deepspeed.utils.set_z3_leaf_module(unit, True)
+            gather_by_unit(self._optimizer)
         _register_external_parameters(self.model)
 
     @property

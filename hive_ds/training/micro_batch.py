@@ -122,14 +122,14 @@ def auto_micro_batch(
     return chosen.size
 
 
-def search(sizes: Sequence[int], attempt: Callable[[int], Trial]) -> Search:
+def search(sizes: Sequence[int], try_size: Callable[[int], Trial]) -> Search:
     """Try ``sizes``, and 2 where there are larger ones, from small to large up to the first that does not fit."""
     trials: list[Trial] = []
     for size in sorted({*sizes, min(2, max(sizes))}):
         predicted = _predict(trials, size)
         if predicted > LIMIT:
             return Search(trials, (size, predicted))
-        trials.append(attempt(size))
+        trials.append(try_size(size))
         if trials[-1].peak > LIMIT:
             break
     return Search(trials, None)
