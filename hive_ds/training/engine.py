@@ -94,9 +94,7 @@ class Engine:
         self._adamw = optimizer
         self.model: Any = self._engine.module
         if self.zero_stage == 3:
-            for unit in layer_units(self.model):
-                deepspeed.utils.set_z3_leaf_module(unit, True)
-            gather_by_unit(self._optimizer)
+            gather_by_unit(self._optimizer, layer_units(self.model), deepspeed.utils.set_z3_leaf_module)
         _register_external_parameters(self.model)
 
     @property
@@ -248,6 +246,7 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks, buffers and, under hpZ, its process group, which a later engine would inherit."""
         self._engine.destroy()
+        nn.functional.linear = torch._C._nn.linear  # ZeRO-3 puts its own there, for all models of the process
         group = deepspeed.utils.groups._get_zero_param_intra_parallel_group()
         if group is not None:
             deepspeed.comm.destroy_process_group(group)

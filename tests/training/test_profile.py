@@ -54,7 +54,7 @@ def test_profiled_steps_train_as_others_do(tmp_path: Path, capsys: pytest.Captur
     assert sorted(path.name for path in folder.iterdir()) == ["steps-000002-000003.json.gz", "steps-000002-000003.txt"]
     text = (folder / "steps-000002-000003.txt").read_text()
     assert capsys.readouterr().out.startswith(text[: text.index("└")])
-    assert "aten::addmm" in text or "aten::mm" in text  # which, ZeRO-3 decides for the whole process
+    assert "aten::addmm" in text
     found = shares(text)
     assert sum(found["work"].values()) == pytest.approx(100, abs=0.5)
     assert sum(found["part"].values()) == pytest.approx(100, abs=0.5)

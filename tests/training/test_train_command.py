@@ -55,7 +55,11 @@ def pretrained(tiny: TinyRun, straight: str) -> dict[int, str]:
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the test call `main` in this process, and leave no process group and no launcher variables behind."""
+    """Let the test call `main` in this process, and leave nothing of a run behind that ends in an error.
+
+    That is a process group, launcher variables, and ZeRO-3's own `linear`.
+    """
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         monkeypatch.delenv(name)

@@ -118,6 +118,7 @@ def check_model_states(ranks: Any) -> None:
         assert states.optimizer == sum(value.nbytes for value in [*zero.fp32_partitioned_groups_flat, *moments])
         assert states.host == 0
         engine.close()
+        assert torch.nn.functional.linear is torch._C._nn.linear
 
 
 def hpz_on_nodes(ranks: Any) -> list[list[float]]:
