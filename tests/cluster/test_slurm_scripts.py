@@ -78,8 +78,12 @@ def test_trainer_that_does_not_answer_is_ended(gpu_site: SlurmSite, site_folder:
     gpu_site.login("scancel", "--batch", "--signal=USR1", str(job))
     wait_for(lambda: "time is up: requeueing" in gpu_site.log(job), 60, f"requeue; {gpu_site.log(job)}")
     assert "no answer: ending the trainer" in gpu_site.log(job)
-    for node in ("node1", "node2"):
-        assert "hive_ds.train" not in gpu_site.cluster.run("ps", "-eo", "args", node=node)
+    for node in ("node1", "node2"):  # Slurm ends the ranks of a step one by one
+        wait_for(
+            lambda node=node: "hive_ds.train" not in gpu_site.cluster.run("ps", "-eo", "args", node=node),
+            30,
+            f"the end of all ranks on {node}",
+        )
     gpu_site.login("scancel", str(job))
 
 
