@@ -90,15 +90,38 @@ def _padded(batch: PackedBatch) -> PackedBatch:
     return replace(batch, input_ids=ids, labels=labels, text_lengths=[longest] * len(batch.text_lengths))
 
 
+def whole_last_layer(setting: Setting) -> None:
+    """The last layer's output projection and MLP see every token."""
+    decode = setting.model._decode
+
+    def whole(text: Any, images: Any, cache: Any, rows: torch.Tensor) -> torch.Tensor:
+        return decode(text, images, cache)[rows]
+
+    setting.model._decode = whole
+
+
 def every_logit(setting: Setting) -> None:
-    """The head sees every position."""
-    head = setting.model.language_model.lm_head
+    """So does the head."""
+    decode, head = setting.model._decode, setting.model.language_model.lm_head
+    kept: list[torch.Tensor] = []
 
-    def loss(hidden: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
-        total = F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total / (targets != IGNORE_INDEX).sum()
+    def whole(text: Any, images: Any, cache: Any, rows: torch.Tensor) -> torch.Tensor:
+        kept[:] = head(decode(text, images, cache)), rows
+        return kept[0]
 
-    setting.model._loss = loss
+    def loss(_: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits, rows = kept
+        return F.cross_entropy(logits.float()[rows], targets, reduction="sum")
+
+    setting.model._decode, setting.model.language_loss = whole, LossOf(loss)
+
+
+class LossOf(torch.nn.Module):
+    """A function in the place of a module."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.forward = function
 
 
 def plain_adamw(setting: Setting) -> None:
@@ -110,7 +133,8 @@ CASES = (
     Case("frozen encoder: no gradients, evaluation mode", 1, gradients_of_a_frozen_encoder),
     Case("blocks after the last routed one not run", 1, all_blocks),
     Case("no padding", 3, padding),
-    Case("logits at supervised positions only", 3, every_logit),
+    Case("last layer at supervised tokens only", 3, whole_last_layer),
+    Case("last layer and logits at supervised tokens only", 3, every_logit),
     Case("attention by a fused CPU kernel", 3, before_overrides=("model.attention_backend=reference",)),
     Case("fused AdamW", 3, plain_adamw),
     Case("torch.compile, Inductor", 3, after=lambda setting: compile_blocks(setting.model)),

@@ -80,7 +80,8 @@ class _Plan:
             mode = INTERPOLATIONS[self.resample]
             pixels = functional.resize(functional.pil_to_tensor(image), [height, width], interpolation=mode)
         else:
-            pixels = torch.from_numpy(np.array(image.resize((width, height), self.resample))).permute(2, 0, 1)
+            resized = image if image.size == (width, height) else image.resize((width, height), self.resample)
+            pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
         if self.crop is not None:
             top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
             pixels = pixels[:, top : top + self.crop[0], left : left + self.crop[1]]

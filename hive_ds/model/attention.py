@@ -30,6 +30,8 @@ class AttentionCall:
         image_ND: (N, D) normed image states of this layer; None at an un-routed layer or when the cache has the keys.
         image_cos_NK, image_sin_NK: rotation of the image keys, fp32 halves (N, K/2); None with ``image_ND``.
         cache: where keys are kept between calls, or None.
+        text_TD, rows_R: where a layer is asked for some tokens only, the normed states of all of them, and which: the
+            layer's own input then holds those (R,) alone.
     """
 
     layout: AttentionLayout
@@ -39,6 +41,8 @@ class AttentionCall:
     image_cos_NK: Tensor | None = None
     image_sin_NK: Tensor | None = None
     cache: HiveCache | None = None
+    text_TD: Tensor | None = None
+    rows_R: Tensor | None = None
 
 
 class HeadRMSNorm(nn.Module):
@@ -105,14 +109,16 @@ class HiveAttention(nn.Module):
 
     # The LLM's decoder layer also passes what its own attention wants (masks, position ids): `unused`.
     def forward(self, hidden_states: Tensor, *, hive: AttentionCall, **unused: object) -> tuple[Tensor, None]:
-        """(1, T, D) packed text -> (1, T, D), and no attention weights."""
-        x_TD = hidden_states[0]
+        """(1, T, D) packed text -> (1, T, D), or (1, R, D) where the call asks for R tokens; no attention weights."""
+        x_TD = hidden_states[0] if hive.text_TD is None else hive.text_TD
         q_THK, k_TGK, v_TGK = (self._heads(proj, x_TD) for proj in (self.q_proj, self.k_proj, self.v_proj))
         image_k, image_v = self._image_keys(hive)
         if hive.cache is None:
             out_THK = self._attend(q_THK, k_TGK, v_TGK, image_k, image_v, hive)
         else:
             out_THK = self._attend_cached(q_THK, k_TGK, v_TGK, image_k, image_v, hive)
+        if hive.rows_R is not None:
+            out_THK = out_THK.index_select(0, hive.rows_R)
         return self.o_proj(out_THK.flatten(1))[None], None
 
     def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:

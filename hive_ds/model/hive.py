@@ -22,6 +22,7 @@ from hive_ds.model.generation import CACHE_NAME, HiveGenerationMixin
 from hive_ds.model.inputs import AttentionContext, BatchContext, PackedText, PromptImages
 from hive_ds.model.language import ask_no_gradient_of_inputs, check_language_model, decoder, sliding_window
 from hive_ds.model.language_loss import LanguageLoss
+from hive_ds.model.last_layer import narrow_on_request
 from hive_ds.model.positions import RotaryFrequencies
 from hive_ds.model.projector import Projector, projector_name
 from hive_ds.model.routes import Routes
@@ -65,6 +66,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         )
         for index, layer in enumerate(layers):
             layer.self_attn = self._build_attention(layer.self_attn, index)
+        narrow_on_request(layers[-1])
         sizes = (config.vision_config.hidden_size, config.text_config.hidden_size)
         self.projectors = nn.ModuleDict({projector_name(*pair): Projector(*sizes) for pair in self.routes.pairs})
         self.language_loss = LanguageLoss(language_model)
@@ -203,11 +205,19 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             prompt_images = self.encode_prompt_images(
                 pixel_values, image_offsets, len(text.lengths), pixel_attention_mask, spatial_shapes
             )
-        hidden_TD = self._decode(text, prompt_images if first_call else None, past_key_values)
-        loss = None if labels is None else self._loss(hidden_TD, text.targets(labels), num_items_in_batch)
-        logits = None
+        images = prompt_images if first_call else None
+        loss = logits = None
         if labels is None or text.mask_BS is not None:
+            hidden_TD = self._decode(text, images, past_key_values)
             logits = self._logits(hidden_TD, text, logits_to_keep)
+        if labels is not None:
+            targets_T = text.targets(labels)
+            rows_R = (targets_T != IGNORE_INDEX).nonzero()[:, 0]
+            packed = text.mask_BS is None
+            hidden_RD = self._decode(text, images, past_key_values, rows_R) if packed else hidden_TD[rows_R]
+            # A finite zero if nothing is supervised.
+            items = max(len(rows_R), 1) if num_items_in_batch is None else num_items_in_batch
+            loss = self.language_loss(hidden_RD, targets_T[rows_R]) / items
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: past_key_values})
 
     def encode_prompt_images(
@@ -237,8 +247,10 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         )
         return PromptImages.build(encoded, image_offsets)
 
-    def _decode(self, text: PackedText, new_images: PromptImages | None, cache: HiveCache | None) -> Tensor:
-        """Final hidden states (T, D) of the new tokens; ``new_images`` are those of a first call."""
+    def _decode(
+        self, text: PackedText, new_images: PromptImages | None, cache: HiveCache | None, rows_R: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states of the new tokens, (T, D) or (R, D); ``new_images`` are those of a first call."""
         trunk = decoder(self.language_model)
         lengths, query_lengths = text.lengths, None
         if cache is not None:
@@ -272,6 +284,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
                 None if image_ND is None else context.image_cos_NK,
                 None if image_ND is None else context.image_sin_NK,
                 cache,
+                rows_R=rows_R if index == len(trunk.layers) - 1 else None,
             )
             output = layer(hidden, hive=call)
             hidden = output[0] if isinstance(output, tuple) else output
@@ -292,13 +305,6 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
                 f"a text of {max(lengths)} tokens is longer than the sliding window of the language model; "
                 f"at most {window} tokens are supported"
             )
-
-    def _loss(self, hidden_TD: Tensor, targets_T: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
-        """Cross-entropy summed over supervised tokens, over ``num_items_in_batch``; a finite zero if there is none."""
-        supervised = targets_T != IGNORE_INDEX
-        total = self.language_loss(hidden_TD[supervised], targets_T[supervised])
-        items = supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return total / items
 
     def _logits(self, hidden_TD: Tensor, text: PackedText, keep: int) -> Tensor:
         if text.mask_BS is None or keep == 0:

@@ -87,7 +87,7 @@ class Engine:
             for name, parameter in group.parameters.items()
         ]
         self._offloads_optimizer = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-        optimizer = adamw(groups, stage, fused=self._offloads_optimizer or device.type == "cuda")
+        optimizer = adamw(groups, stage, fused=True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
         optimizer.state.clear()
@@ -282,9 +282,9 @@ class Engine:
         names = list(dict.fromkeys(group.module_group for group in self.groups))
         squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         for index, gradients in self._local_gradients():
-            slot = names.index(self.groups[index].module_group)
-            for gradient in gradients:
-                squares[slot] += torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+            if gradients:
+                norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+                squares[names.index(self.groups[index].module_group)] += norms.double().square().sum()
         if self.zero_stage:  # each rank holds its part; under ZeRO 0 each holds all
             squares = torch.tensor(sum_over_ranks(squares, self.device))
         return dict(zip(names, squares.sqrt().tolist(), strict=True))

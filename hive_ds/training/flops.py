@@ -168,6 +168,8 @@ class FlopCounter:
         # What enters the first of these layers is plain text, which asks for no gradient.
         enters = layer == self._first_layer and re.search(r"self_attn\.[qkv]_proj\.", name)
         tokens = batch.sequence_tokens if self._in_sequence else batch.text_tokens
+        if not self._in_sequence and layer == self._layers - 1 and re.search(r"o_proj|mlp", name):
+            tokens = batch.supervised_tokens  # see `hive_ds.model.last_layer`
         uses = [(tokens, layer >= self._first_layer and not enters)]
         if self._shared and routes and re.search(r"self_attn\.[kv]_proj\.", name):
             uses.append((routes * batch.patches, True))

@@ -76,20 +76,30 @@ def _join(pieces: list[Tensor], layout: AttentionLayout) -> Tensor:
 
 def _fused(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
     causal = layout.is_causal
-    mask = None if causal else layout.mask
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     grouped = q.shape[1] != k.shape[1]
     if q.device.type == "cpu":
         # The CPU flash kernel reads grouped heads as they are: 1.1 to 1.4 times as fast as repeating them, forward and
         # backward together (fp32 and bf16, groups of 3, 4 and 7, one core).
         q, k, v = (rows_in_memory(x) for x in (q, k, v))
-        return padded_attention(q, k, v, mask, causal, scale, layout.schedule.pairs)[0].transpose(1, 2)
+        added = None if causal else _additive_mask(layout, q.dtype)
+        return padded_attention(q, k, v, added, causal, scale, layout.schedule.pairs)[0].transpose(1, 2)
+    mask = None if causal else layout.mask
     if grouped and mask is not None:
         # With a mask no fused CUDA backend reads grouped heads; spelled out they are spared the unfused one.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         grouped = False
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _additive_mask(layout: AttentionLayout, dtype: torch.dtype) -> Tensor | None:
+    """0 where a query sees a key, else -inf; made once for all layers of a batch."""
+    if layout.mask is not None and dtype not in layout.additive_masks:
+        with torch.inference_mode(False):
+            blank = torch.zeros_like(layout.mask, dtype=dtype)
+            layout.additive_masks[dtype] = blank.masked_fill_(~layout.mask, float("-inf"))
+    return layout.additive_masks.get(dtype)
 
 
 def _explicit(

@@ -246,6 +246,11 @@ class AttentionLayout:
                 return text[:, None]
             return torch.cat([text, self._padded_offsets()[:, None] <= position], dim=2)[:, None]
 
+    @cached_property
+    def additive_masks(self) -> dict[torch.dtype, Tensor]:
+        """`mask` as numbers that are added to scores, where someone has made it."""
+        return {}
+
     def _column(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self.device)[:, None]
 

@@ -21,10 +21,6 @@ def rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-
-
 @torch.library.custom_op("hive_ds::padded_attention", mutates_args=())
 def padded_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, pairs: int
@@ -35,12 +31,13 @@ def padded_attention(
         q: queries, H a multiple of G; the K values of a row lie side by side in memory (`rows_in_memory`).
         k: keys, likewise.
         v: values, likewise.
-        mask: True where a query sees a key, (B, 1, T, S); no row all False. None: everything, or as ``causal`` says.
+        mask: added to the scores, (B, 1, T, S) in q's dtype: 0 where a query sees a key, else -inf; no row all -inf.
+            None: everything, or as ``causal`` says.
         causal: query t sees keys 0 to t.
         scale: factor on the scores.
         pairs: visible (query, key) pairs of one head, for the FLOP count; padding is not visible.
     """
-    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=_additive(mask, q), scale=scale)
+    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return out, lse
 
 
@@ -57,7 +54,7 @@ def _gradient(
     scale: float,
     pairs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=_additive(mask, q), scale=scale)
+    return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
 
 
 @padded_attention.register_fake

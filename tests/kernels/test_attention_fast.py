@@ -253,7 +253,8 @@ def test_counts_visible_pairs_and_no_padding() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_padded_op_as_torch_wants_it(causal: bool) -> None:
     q, k, v = (torch.randn(2, 5, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
-    mask = None if causal else (torch.rand(2, 1, 5, 5) > 0.5) | torch.eye(5, dtype=torch.bool)
+    seen = (torch.rand(2, 1, 5, 5) > 0.5) | torch.eye(5, dtype=torch.bool)
+    mask = None if causal else torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
     torch.library.opcheck(padded_attention, (q, k, v, mask, causal, 0.3, 7))
 
 

@@ -59,6 +59,7 @@ class SampleDataset(StreamingDataset):
         balance: bool = False,
     ) -> None:
         self.world = find_world()
+        self._asked_for: set[int] = set()
         self.global_batch_size = global_batch_size
         self._prepare = prepare
         self.weights = dict(sorted(weights.items()))
@@ -101,6 +102,16 @@ class SampleDataset(StreamingDataset):
         if self._sizes is not None and sample_ids.size:
             sample_ids = balance_order(sample_ids, self._sizes, self.global_batch_size)
         return super()._share_work(sample_ids)
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """See to it that a shard is there, or will be.
+
+        Streaming looks ahead by sample, each time with a lock of all processes and a look at the disk: 5 ms of CPU time
+        for 16 samples. Of a cache that gives nothing up, once a shard is enough.
+        """
+        if blocking or self.cache_limit or shard_id not in self._asked_for:
+            super().prepare_shard(shard_id, blocking)
+            self._asked_for.add(shard_id)
 
     def __getitem__(self, at: Any) -> PreparedSample:
         """Prepare sample ``at``, or the first good one after it; the result lists the bad ones in between."""

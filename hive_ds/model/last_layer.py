@@ -1,0 +1,31 @@
+"""The LLM's last layer computes only what the loss reads.
+
+Behind its attention nothing mixes tokens any more: its output projection and MLP, and then the head, need the tokens
+alone that predict a supervised one. Axes: T text token, R asked-for token, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from hive_ds.model.attention import AttentionCall
+
+
+def narrow_on_request(layer: Any) -> None:
+    """Let a decoder layer, in place, return the tokens ``rows_R`` of its `AttentionCall` alone, (1, R, D)."""
+    layer.forward = partial(_forward, layer, layer.forward)
+
+
+def _forward(
+    layer: Any, forward: Callable[..., Any], hidden_states: Tensor, *, hive: AttentionCall, **others: Any
+) -> Any:
+    # All tokens come in, so that hooks on the layer's input (ZeRO-3 has some) see the whole of its backward pass.
+    if hive.rows_R is None:
+        return forward(hidden_states, hive=hive, **others)
+    text_TD = layer.input_layernorm(hidden_states)[0]
+    return forward(hidden_states[:, hive.rows_R], hive=replace(hive, text_TD=text_TD), **others)
