@@ -3,8 +3,9 @@
     git worktree add --detach /tmp/first 864a518
     python docs/results/cpu_step.py /tmp/first /tmp/cpu-step --out docs/results/cpu_step.json
 
-Both train the same base models on the same scenes with the same batches, each under its own recipe `tiny` and its own
-launcher settings, on 2 ranks; runs alternate, and the fastest run of each counts.
+Both train the same base models on the same scenes with the same batches, each under its own recipe `tiny` (ZeRO-3) and
+its own launcher settings, on 2 ranks; this version once more under ZeRO-0, which splits nothing. Runs alternate, and
+the fastest run of each counts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from hive_ds.versions import made_with
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARM_UP = 24, 8
 """Of each stage in each run; the first ones do not count."""
+FORMS = {"first": (), "now": (), "now under zero0": ("training.ds_config=zero0",)}
+"""What is timed, and the overrides that it alone has; only the first is of the first version."""
 SAME = ("data.text_validation=null", "data.validation=null", "training.checkpoint_interval=0")
 
 
@@ -41,13 +44,16 @@ def importable(tree: Path, folder: Path) -> Path:
     return folder
 
 
-def run_stage(tree: Path, run: Path, base: Quickstart, stage: int, environment: dict[str, str], port: int) -> float:
+def run_stage(
+    form: str, tree: Path, run: Path, base: Quickstart, stage: int, environment: dict[str, str], port: int
+) -> float:
     """Median seconds of a step of a stage."""
     overrides = [
         f"model.vision_encoder={base.vision_encoder}",
         f"model.language_model={base.language_model}",
         f"data.train={base.folders.train}",
         *SAME,
+        *FORMS[form],
         *(f"stages.{one.name}.{key}" for one in HIVE_STAGES for key in (f"steps={STEPS}", "lr=1e-4")),
         *(f"stages.{one.name}.{key}" for one in HIVE_STAGES for key in ("global_batch_size=32", "micro_batch_size=16")),
     ]
@@ -88,24 +94,28 @@ def main() -> None:
         base._base_models()
     threads = max(1, (os.cpu_count() or 1) // 2)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    trees = {"first": options.first.resolve(), "now": ROOT}
-    seconds: dict[str, dict[int, list[float]]] = {name: {stage: [] for stage in options.stages} for name in trees}
+    seconds: dict[str, dict[int, list[float]]] = {name: {stage: [] for stage in options.stages} for name in FORMS}
     for repeat in range(options.repeats):
-        for number, (name, tree) in enumerate(trees.items()):
-            run = options.work.resolve() / f"{name}-{repeat}-{os.getpid()}"
+        for number, name in enumerate(FORMS):
+            tree = options.first.resolve() if name == "first" else ROOT
+            run = options.work.resolve() / f"{name}-{repeat}-{os.getpid()}".replace(" ", "-")
             for stage in options.stages:
-                found = run_stage(tree, run, base, stage, environment, 29700 + 2 * repeat + number)
+                found = run_stage(name, tree, run, base, stage, environment, 29700 + len(FORMS) * repeat + number)
                 seconds[name][stage].append(found)
                 print(f"{name}, stage {stage}: {found:.3f} s a step", flush=True)
     best = {name: {stage: min(times) for stage, times in by_stage.items()} for name, by_stage in seconds.items()}
     record = {
         "what": f"median seconds of a step in each run of {STEPS}, the first {WARM_UP} left out, 2 ranks, batch 32",
         **made_with(),
-        "commits": {name: commit_of(tree) for name, tree in trees.items()},
+        "commits": {"first": commit_of(options.first.resolve()), "now": commit_of(ROOT)},
         "threads_per_rank": threads,
         "seconds": seconds,
         "fastest": best,
-        "times_faster": {stage: best["first"][stage] / best["now"][stage] for stage in options.stages},
+        "times_faster": {
+            name: {stage: best["first"][stage] / best[name][stage] for stage in options.stages}
+            for name in FORMS
+            if name != "first"
+        },
     }
     print(json.dumps(record["times_faster"]))
     if options.out:

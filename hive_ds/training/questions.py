@@ -8,7 +8,6 @@ from math import ceil
 from typing import Any
 
 from hive_ds.config import DataConfig
-from hive_ds.data.mds import read_mds
 from hive_ds.data.schema import Sample
 from hive_ds.errors import HiveError
 from hive_ds.evaluation.generation import answer_samples, truth
@@ -41,6 +40,8 @@ class Questions:
         """
         if data.questions is None:
             return None
+        from hive_ds.data.mds import read_mds  # streaming, which a loop without questions does without
+
         samples = read_mds(data.questions)
         if not samples:
             raise HiveError(f"data.questions {data.questions}: holds no samples")

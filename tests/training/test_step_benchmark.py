@@ -79,3 +79,9 @@ def test_a_way_that_computes_something_else_is_red() -> None:
     row = {"arm": "sa", "label": "SA", "workload": "w", "check": "loss is 3"}
     record = {"stage": 1, "models": "", "precision": "", "matmul_flops_per_second": 1.0, "tiny": True, "skipped": []}
     assert "check failed: loss is 3" in report.table(record | {"rows": [row]})
+
+
+def test_a_timed_step_needs_no_streaming() -> None:
+    """Machines that only time a step have no data, and streaming holds transformers below 5."""
+    code = "import sys; sys.modules['streaming'] = None; import hive_ds.benchmarks.step, hive_ds.training.loop"
+    subprocess.run([sys.executable, "-c", code], check=True)
