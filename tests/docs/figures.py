@@ -215,7 +215,8 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     ),
     Measured(
         "docs/performance.md",
-        r"([\d.]+), ([\d.]+) and ([\d.]+) times as fast; under ZeRO-0 instead of ZeRO-3 ([\d.]+), ([\d.]+) and ([\d.]+)",
+        r"([\d.]+), ([\d.]+) and ([\d.]+) times as fast; under ZeRO-0 instead of ZeRO-3 "
+        r"([\d.]+), ([\d.]+) and ([\d.]+)",
         "docs/results/cpu_step.json",
         tuple(("times_faster", form, stage) for form in ("now", "now under zero0") for stage in "123"),
     ),
