@@ -28,4 +28,4 @@ def _forward(
     if hive.rows_R is None:
         return forward(hidden_states, hive=hive, **others)
     text_TD = layer.input_layernorm(hidden_states)[0]
-    return forward(hidden_states[:, hive.rows_R], hive=replace(hive, text_TD=text_TD), **others)
+    return forward(hidden_states.index_select(1, hive.rows_R), hive=replace(hive, text_TD=text_TD), **others)
