@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from streaming import StreamingDataset
 from tiny_data import flat, make_image_processor, make_samples, make_tokenizer
 
 from hive_ds.config import DataConfig
@@ -61,6 +62,24 @@ def loader(
         seed=seed,
         train=train,
     )
+
+
+def test_looking_ahead_asks_once_for_a_shard(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once for a sample; a sample whose shard is missing asks every time."""
+    asked = []
+    ask = StreamingDataset.prepare_shard
+
+    def prepare_shard(dataset: StreamingDataset, shard: int, blocking: bool = True) -> None:
+        asked.append((shard, blocking))
+        ask(dataset, shard, blocking)
+
+    monkeypatch.setattr(StreamingDataset, "prepare_shard", prepare_shard)
+    batches = loader(folder)
+    assert sum(batch.num_samples for batch in batches) >= NUMBER
+    assert asked.count((0, False)) == len(asked) == 1
+    for _ in range(2):
+        batches.dataset.prepare_shard(0)
+    assert asked.count((0, True)) == 2
 
 
 def test_batches_hold_what_was_written(folder: str) -> None:
