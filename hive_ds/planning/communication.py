@@ -6,7 +6,7 @@ Left out: validation, checkpoints, log lines, and the first steps of a run, in w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -38,7 +38,7 @@ class Layout:
     owned: dict[str, tuple[str, ...]]
     """Parameters that a module reads itself, by module."""
     units: tuple[str, ...]
-    """Modules that ZeRO-3 gathers as one (`hive_ds.training.gather_units.layer_units`)."""
+    """Modules that ZeRO-3 gathers as one (`hive_ds.training.gather_units`), unless the model is one."""
 
     @classmethod
     def of(cls, model: nn.Module, plan: StagePlan) -> Layout:
@@ -190,8 +190,7 @@ class _Scale:
     def scalars(self) -> list[Message]:
         """The loop's totals, loss and agreement to stop; norms of ours and of DeepSpeed's."""
         doubles = [len(Totals().vector()), 1, 2]
-        norms = [FLOAT64 if self.policy.stage == 3 and not self.policy.offloads_optimizer else FLOAT32]
-        norms *= self._optimizer_parts()
+        norms = [] if self.policy.stage == 3 else [FLOAT32] * self._optimizer_parts()
         if self.policy.stage:
             doubles.append(self.layout.module_groups)
         if self.weight_bytes == 2 and self.policy.stage == 0:
@@ -220,7 +219,10 @@ def _gathers(
     layout: Layout, trace: Trace, limits: GatherLimits, second_copy: bool, micro_batches: int
 ) -> list[list[Gather]]:
     """Of the second of two steps: what one leaves, the next finds. They do not depend on the number of ranks."""
+    total = sum(layout.sizes.values())
     units = frozenset(layout.units)
+    if total <= limits.prefetch_bucket:  # one unit, whole from the first gather to the optimizer's step
+        units, limits = frozenset([""]), replace(limits, persistence_threshold=total)
     hooked = [name for name in layout.owned if not any(_is_inside(name, unit) for unit in units)]
     owned = {name: (*layout.owned[name], *trace.foreign.get(name, ())) for name in layout.owned}
     inside = {

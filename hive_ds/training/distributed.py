@@ -112,6 +112,8 @@ def start(world: World, timeout: timedelta | None = None) -> torch.device:
         os.environ[name] = str(value)
     _store.append(_join(world))
     device = _own_device(world)
+    if device.type == "cpu":  # AdamW looks for GPUs in every step, which without this reads the driver's library anew
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Groups that DeepSpeed makes take torch's defaults: 10 minutes under NCCL.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout or TIMEOUT
     dist.init_process_group(

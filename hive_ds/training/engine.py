@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
-from hive_ds.training.gather_units import gather_by_unit, layer_units
+from hive_ds.training.gather_units import gather_by_unit, restore_linear
+from hive_ds.training.grad_norms import grad_norms
 from hive_ds.training.groups import OptimizerGroup, adamw
 from hive_ds.training.piece_files import PieceReader
 from hive_ds.training.pieces import Piece, own_part, own_pieces, own_tensors, publish_weights, start_state
@@ -86,15 +87,18 @@ class Engine:
             for group in groups
             for name, parameter in group.parameters.items()
         ]
-        self._offloads_optimizer = zero.get("offload_optimizer", {}).get("device", "none") != "none"
         optimizer = adamw(groups, stage, fused=True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
         optimizer.state.clear()
         self._adamw = optimizer
         self.model: Any = self._engine.module
+        self._is_one_unit = False
         if self.zero_stage == 3:
-            gather_by_unit(self._optimizer, layer_units(self.model), deepspeed.utils.set_z3_leaf_module)
+            bucket = self._engine.zero_prefetch_bucket_size()
+            self._is_one_unit = gather_by_unit(self._optimizer, self.model, bucket, deepspeed.utils.set_z3_leaf_module)
+            # DeepSpeed would ask all ranks for the norm of each optimizer group.
+            self._optimizer._get_norm_groups = lambda: [self._norm]
         _register_external_parameters(self.model)
 
     @property
@@ -124,6 +128,16 @@ class Engine:
         # output by the accumulation steps in spite of scale_wrt_gas=False.
         self._engine.backward(loss * 1, scale_wrt_gas=False)
 
+    def gather_parts(self) -> None:
+        """Before parts of the model are called by themselves: gather what they do not; every rank calls it.
+
+        Layers and projectors gather their weights when they are called (ZeRO-3), what is one unit only as a whole; it
+        then stays until the next step or `release`.
+        """
+        if self._is_one_unit:
+            weights = list(self.model.parameters())
+            weights[0].all_gather(weights)
+
     def release(self) -> None:
         """Let go of weights that a backward pass outside of `backward` has gathered (ZeRO-3)."""
         if self.zero_stage == 3:
@@ -141,8 +155,9 @@ class Engine:
         """
         self._check_flips()
         self._check_gradients()
-        norms = self._grad_norms()
+        norms = grad_norms(self._optimizer, self.groups, self.zero_stage, self.device)
         total = sum(norm**2 for norm in norms.values()) ** 0.5
+        self._norm = torch.tensor(total, dtype=torch.float64, device=self.device)
         skipped = not total < float("inf")
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
@@ -246,7 +261,7 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks, buffers and, under hpZ, its process group, which a later engine would inherit."""
         self._engine.destroy()
-        nn.functional.linear = torch._C._nn.linear  # ZeRO-3 puts its own there, for all models of the process
+        restore_linear()
         group = deepspeed.utils.groups._get_zero_param_intra_parallel_group()
         if group is not None:
             deepspeed.comm.destroy_process_group(group)
@@ -276,31 +291,6 @@ class Engine:
             raise HiveError(
                 f"step 1 gave no gradient to {len(without)} parameters that should train: {', '.join(without)}"
             )
-
-    def _grad_norms(self) -> dict[str, float]:
-        """Norm of each module group; the same number on every rank, NaN or infinite as soon as one element is."""
-        names = list(dict.fromkeys(group.module_group for group in self.groups))
-        squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        for index, gradients in self._local_gradients():
-            if gradients:
-                norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
-                squares[names.index(self.groups[index].module_group)] += norms.double().square().sum()
-        if self.zero_stage:  # each rank holds its part; under ZeRO 0 each holds all
-            squares = torch.tensor(sum_over_ranks(squares, self.device))
-        return dict(zip(names, squares.sqrt().tolist(), strict=True))
-
-    def _local_gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """(index of an optimizer group, this rank's part of its averaged gradients, or the norms of these parts)."""
-        to_group = getattr(self._optimizer, "sub_group_to_group_id", {})
-        if self.zero_stage == 0:
-            for index, group in enumerate(self.groups):
-                yield index, [p.grad for p in group.parameters.values() if p.grad is not None]
-        elif self._offloads_optimizer:  # the gradients are in CPU memory, their norms still on the device
-            for parameter_id, norm in self._optimizer.norm_for_param_grads.items():
-                yield to_group[self._optimizer.grad_position[parameter_id][0]], [norm.float()]
-        else:
-            for index, gradients in self._optimizer.averaged_gradients.items():
-                yield to_group.get(index, index), [gradient for gradient in gradients if gradient is not None]
 
     def _discard_gradients(self) -> None:
         """Forget this step's gradients. ZeRO 1 to 3 find them not finite themselves, skip and clear their buffers."""

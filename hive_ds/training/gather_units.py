@@ -1,13 +1,14 @@
-"""What ZeRO-3 gathers at a time: an encoder block, an LLM layer, a projector.
+"""What ZeRO-3 gathers at a time: an encoder block, an LLM layer, a projector, or a small model whole.
 
 DeepSpeed would gather the weights of every `nn.Linear` and norm by themselves, with four Python hooks around each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from hive_ds.model.language import decoder
@@ -24,8 +25,14 @@ def layer_units(model: Any) -> list[nn.Module]:
     return [*vision_blocks(model.vision_encoder), *decoder(model.language_model).layers, *projectors]
 
 
-def gather_by_unit(optimizer: Any, units: Sequence[nn.Module], mark: Callable[[nn.Module, bool], None]) -> None:
-    """Put DeepSpeed's ZeRO-3 hooks on ``units`` (its "leaves") in place of the modules inside of them.
+def gather_by_unit(
+    optimizer: Any, model: nn.Module, prefetch_bucket: int, mark: Callable[[nn.Module, bool], None]
+) -> bool:
+    """Put DeepSpeed's ZeRO-3 hooks on units (its "leaves") in place of the modules inside of them.
+
+    Units are layers, or ``model`` itself where one prefetch would bring all of it anyway. A model that is one unit stays
+    whole, once gathered, until the optimizer steps, so DeepSpeed's own linear function, which lets weights go between
+    forward and backward, has nothing left to do and PyTorch's is put back.
 
     They must be marked after DeepSpeed's start (0.19.8): of a leaf that is known then, it reduces the gradients when
     those of the leaf's inputs are there, which is before the first gradient of a leaf whose inputs need none.
@@ -35,14 +42,30 @@ def gather_by_unit(optimizer: Any, units: Sequence[nn.Module], mark: Callable[[n
 
     Args:
         optimizer: DeepSpeed's, of ZeRO-3.
-        units: none inside of another.
+        model: partitioned by it.
+        prefetch_bucket: elements, ``stage3_prefetch_bucket_size``.
         mark: ``deepspeed.utils.set_z3_leaf_module``.
+
+    Returns:
+        Whether the model is one unit.
     """
+    parameters = list(model.parameters())
+    is_one_unit = sum(parameter.ds_numel for parameter in parameters) <= prefetch_bucket
     offload = optimizer.parameter_offload
     offload._remove_module_hooks()
     offload.forward_hooks.clear()
     offload.backward_hooks.clear()
-    for unit in units:
+    for unit in [model] if is_one_unit else layer_units(model):
         mark(unit, True)
     offload.setup_zero_stage3_hooks()
     optimizer.persistent_parameters = []
+    if is_one_unit:
+        for parameter in parameters:
+            parameter.ds_persist = True
+        restore_linear()
+    return is_one_unit
+
+
+def restore_linear() -> None:
+    """Put PyTorch's linear function back, which ZeRO-3 replaces for all models of the process."""
+    nn.functional.linear = torch._C._nn.linear

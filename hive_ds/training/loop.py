@@ -243,6 +243,7 @@ def _validate(job: Job, done: int) -> None:
             job.engine.write_events({f"validation/{name}": loss for name, loss in losses.items()}, done)
     if job.questions is not None:
         here.enter("questions", ())
+        job.engine.gather_parts()
         answers = job.questions.ask(job.engine.model)
         job.metrics.write("answers", done, **answers)
         if job.world.is_main:
