@@ -221,7 +221,8 @@ def _gathers(
     """Of the second of two steps: what one leaves, the next finds. They do not depend on the number of ranks."""
     total = sum(layout.sizes.values())
     units = frozenset(layout.units)
-    if total <= limits.prefetch_bucket:  # one unit, whole from the first gather to the optimizer's step
+    is_one_unit = total <= limits.prefetch_bucket
+    if is_one_unit:
         units, limits = frozenset([""]), replace(limits, persistence_threshold=total)
     hooked = [name for name in layout.owned if not any(_is_inside(name, unit) for unit in units)]
     owned = {name: (*layout.owned[name], *trace.foreign.get(name, ())) for name in layout.owned}
@@ -232,7 +233,9 @@ def _gathers(
         for name in hooked
     }
     events = [event for event in trace.events if event.module in inside]
-    gatherer = Gatherer(layout.sizes, layout.trained, owned, inside, units, events, limits, second_copy=second_copy)
+    gatherer = Gatherer(
+        layout.sizes, layout.trained, owned, inside, units, events, limits, second_copy, keeps_frozen=is_one_unit
+    )
     gatherer.run_step(micro_batches)
     return gatherer.run_step(micro_batches)
 

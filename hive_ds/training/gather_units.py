@@ -30,9 +30,9 @@ def gather_by_unit(
 ) -> bool:
     """Put DeepSpeed's ZeRO-3 hooks on units (its "leaves") in place of the modules inside of them.
 
-    Units are layers, or ``model`` itself where one prefetch would bring all of it anyway. A model that is one unit stays
-    whole, once gathered, until the optimizer steps, so DeepSpeed's own linear function, which lets weights go between
-    forward and backward, has nothing left to do and PyTorch's is put back.
+    Units are layers, or ``model`` itself where one prefetch would bring all of it anyway. A model that is one unit
+    stays whole, once gathered, until the optimizer steps, and its frozen weights longer. So DeepSpeed's own linear
+    function, which lets weights go between forward and backward, has nothing left to do and PyTorch's is put back.
 
     They must be marked after DeepSpeed's start (0.19.8): of a leaf that is known then, it reduces the gradients when
     those of the leaf's inputs are there, which is before the first gradient of a leaf whose inputs need none.
@@ -62,8 +62,23 @@ def gather_by_unit(
     if is_one_unit:
         for parameter in parameters:
             parameter.ds_persist = True
+        trained = _Trained(model)
+        optimizer._partition_all_parameters = lambda: offload.get_param_coordinator().release_and_reset_all(trained)
         restore_linear()
     return is_one_unit
+
+
+class _Trained:
+    """The trained parameters of a module, in the form in which DeepSpeed asks a module for all of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+    def named_parameters(self, recurse: bool) -> list[tuple[str, nn.Parameter]]:
+        return self._named
+
+    def ds_external_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return []
 
 
 def restore_linear() -> None:

@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .layout import AttentionLayout
 from .padded_op import padded_attention, rows_in_memory
+from .rectangle_op import rectangle_attention
 
 IN_PLACE_ELEMENTS = 2**18
 """Elements of the joined keys from which on a step of one token reads cache and image keys where they are.
@@ -29,6 +30,8 @@ def dense_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference_attention`, batched. The layout has at least one query; lse is None unless asked for."""
+    if q.device.type == "cpu" and not (return_lse or layout.decoding or layout.shares_images):
+        return _in_rectangles(q, k, v, image_k, image_v, layout, softmax_scale), None
     queries_BTHK = layout.query_rows.pad(q)
     keys, values = _text_pieces(k, layout), _text_pieces(v, layout)
     if layout.max_seen and image_k is not None and image_v is not None:
@@ -39,6 +42,25 @@ def dense_attention(
         return layout.query_rows.unpad(out).to(q.dtype), layout.query_rows.unpad(lse) if return_lse else None
     out = _fused(queries_BTHK, _join(keys, layout), _join(values, layout), layout, softmax_scale)
     return layout.query_rows.unpad(out), None
+
+
+def _in_rectangles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    layout: AttentionLayout,
+    scale: float,
+) -> Tensor:
+    """Whole texts on a CPU: samples of about one length share a rectangle, and one op computes all of them."""
+    rectangles = layout.rectangles
+    images = (image_k, image_v) if layout.max_seen else (None, None)
+    keys, values = (rectangles.join(x, image) for x, image in zip((k, v), images, strict=True))
+    out, _ = rectangle_attention(
+        rectangles.pad(q), keys, values, rectangles.mask(q.dtype), rectangles.shape, scale, layout.schedule.pairs
+    )
+    return rectangles.unpad(out)
 
 
 def _better_in_place(keys: list[Tensor], layout: AttentionLayout) -> bool:
@@ -94,12 +116,9 @@ def _fused(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, layout: AttentionLayo
 
 
 def _additive_mask(layout: AttentionLayout, dtype: torch.dtype) -> Tensor | None:
-    """0 where a query sees a key, else -inf; made once for all layers of a batch."""
-    if layout.mask is not None and dtype not in layout.additive_masks:
-        with torch.inference_mode(False):
-            blank = torch.zeros_like(layout.mask, dtype=dtype)
-            layout.additive_masks[dtype] = blank.masked_fill_(~layout.mask, float("-inf"))
-    return layout.additive_masks.get(dtype)
+    """0 where a query sees a key, else -inf."""
+    mask = layout.mask
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _explicit(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .padding import Padding, packed_starts, ragged_range
+from .rectangles import Rectangles
 from .schedule import Schedule
 
 NEVER = torch.iinfo(torch.int64).max
@@ -188,6 +189,11 @@ class AttentionLayout:
         return Padding([start for start, _ in spans], [length for _, length in spans], self.device)
 
     @cached_property
+    def rectangles(self) -> Rectangles:
+        """Whole texts laid out for the CPU path."""
+        return Rectangles(self)
+
+    @cached_property
     def schedule(self) -> Schedule:
         """What the Triton kernels read."""
         return Schedule(
@@ -244,12 +250,7 @@ class AttentionLayout:
             text = torch.arange(self.max_text, device=self.device) <= position
             if self.max_seen == 0:
                 return text[:, None]
-            return torch.cat([text, self._padded_offsets()[:, None] <= position], dim=2)[:, None]
-
-    @cached_property
-    def additive_masks(self) -> dict[torch.dtype, Tensor]:
-        """`mask` as numbers that are added to scores, where someone has made it."""
-        return {}
+            return torch.cat([text, self.padded_offsets[:, None] <= position], dim=2)[:, None]
 
     def _column(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self.device)[:, None]
@@ -259,7 +260,8 @@ class AttentionLayout:
             return False
         return all(seen == self.max_seen for seen in self.seen_lengths)
 
-    def _padded_offsets(self) -> Tensor:
+    @cached_property
+    def padded_offsets(self) -> Tensor:
         """Media offset of every seen image key, (B, max_seen), NEVER in the padding."""
         offsets, lengths = [], []
         for row_offsets, row_lengths, text, seen in zip(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def rows_in_memory(x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def padded_attention(
         scale: factor on the scores.
         pairs: visible (query, key) pairs of one head, for the FLOP count; padding is not visible.
     """
-    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    out, lse = flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return out, lse
 
 
@@ -54,20 +54,20 @@ def _gradient(
     scale: float,
     pairs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    return flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
 
 
 @padded_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, pairs: int
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _flash(q, k, v)
+    out, lse = flash(q, k, v)
     return out, lse
 
 
 @_gradient.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Any:
-    return _flash_backward(dout, q, k, v, out, lse, 0.0, False)
+    return flash_backward(dout, q, k, v, out, lse, 0.0, False)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

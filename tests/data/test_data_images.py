@@ -120,18 +120,19 @@ def prepared(name: str, length: int, offsets: list[int], values: list[int]) -> P
 DUMMY = {"pixel_values": torch.zeros(1, 1)}
 
 
-def test_batch_is_packed_with_images_by_sample_offset_and_listing() -> None:
+def test_batch_is_packed_shorter_texts_first_with_images_by_sample_offset_and_listing() -> None:
     samples = [
         prepared("a", 3, [2, 0, 2], [10, 11, 12]),
         prepared("b", 2, [], []),
         PreparedSample(**{**vars(prepared("c", 4, [1], [20])), "bad": (BadSample("x", "why"),)}),
     ]
     batch = collate(samples, DUMMY)
-    assert batch.input_ids.tolist() == [1, 2, 3, 1, 2, 1, 2, 3, 4]
+    assert batch.input_ids.tolist() == [1, 2, 1, 2, 3, 1, 2, 3, 4]
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
-    assert batch.labels.tolist() == [-100, 2, 3, -100, 2, -100, 2, 3, 4]
-    assert batch.text_lengths == [3, 2, 4]
-    assert batch.image_offsets == [[0, 2, 2], [], [1]]
+    assert batch.labels.tolist() == [-100, 2, -100, 2, 3, -100, 2, 3, 4]
+    assert batch.sample_ids == ["b", "a", "c"]
+    assert batch.text_lengths == [2, 3, 4]
+    assert batch.image_offsets == [[], [0, 2, 2], [1]]
     assert batch.images["pixel_values"].flatten().tolist() == [11, 10, 12, 20]
     assert (batch.num_samples, batch.num_images, batch.supervised_tokens, batch.num_cut) == (3, 4, 6, 1)
     assert batch.bad == (BadSample("x", "why"),)
@@ -140,7 +141,7 @@ def test_batch_is_packed_with_images_by_sample_offset_and_listing() -> None:
 def test_batch_without_images_carries_one_black_image_that_no_token_sees() -> None:
     processor = make_image_processor("siglip")
     batch = collate([prepared("a", 3, [], []), prepared("b", 2, [], [])], dummy_images(processor))
-    assert batch.image_offsets == [[3], []]
+    assert batch.image_offsets == [[2], []]
     assert batch.num_images == 0
     black = process_images([Image.new("RGB", (16, 16))], processor)["pixel_values"]
     assert torch.equal(batch.images["pixel_values"], black)

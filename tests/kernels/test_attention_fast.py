@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hive_ds.kernels import AttentionLayout, hierarchical_attention
 from hive_ds.kernels.padded_op import padded_attention
+from hive_ds.kernels.rectangle_op import rectangle_attention
 from hive_ds.kernels.testing import (
     LAYOUTS,
     Inputs,
@@ -256,6 +257,32 @@ def test_padded_op_as_torch_wants_it(causal: bool) -> None:
     seen = (torch.rand(2, 1, 5, 5) > 0.5) | torch.eye(5, dtype=torch.bool)
     mask = None if causal else torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
     torch.library.opcheck(padded_attention, (q, k, v, mask, causal, 0.3, 7))
+
+
+def test_rectangle_op_as_torch_wants_it() -> None:
+    """A rectangle with images, one without and one of no query."""
+    q, k, v = (torch.randn(rows, heads, 16).requires_grad_() for rows, heads in ((13, 4), (19, 2), (19, 2)))
+    seen = (torch.rand(2, 5, 8) > 0.5) | (torch.arange(8) == 0)
+    mask = torch.zeros(80).masked_fill_(~seen.flatten(), float("-inf"))
+    torch.library.opcheck(rectangle_attention, (q, k, v, mask, [2, 5, 8, 4, 0, 0, 1, 3, 3], 0.3, 7))
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "offsets", "rectangles"),
+    [
+        ([70, 70, 9, 130], [[40], [], [30, 20], [8]], [[0], [], [4, 9], [130]], [[0, 1], [2], [3]]),
+        ([3, 4, 90, 91, 92], [[], [5], [64], [64], [64]], [[], [1], [0], [90], [0]], [[0, 1], [2, 3, 4]]),
+        ([100, 0, 0, 100], [[], [7], [], []], [[], [0], [], []], [[0], [1, 2], [3]]),
+        ([64, 64, 64], [[], [], []], [[], [], []], [[0, 1, 2]]),
+    ],
+    ids=["unlike lengths", "sorted", "empty texts", "alike"],
+)
+def test_runs_of_about_one_length_share_a_rectangle(
+    text: list[int], images: list[list[int]], offsets: list[list[int]], rectangles: list[list[int]]
+) -> None:
+    layout = AttentionLayout.build(text, images, offsets)
+    assert [list(run.samples) for run in layout.rectangles.runs] == rectangles
+    compare(random_inputs(layout, heads=4, groups=2, head_dim=16, qk_norm="pre_rope", rotate=True))
 
 
 @pytest.mark.parametrize("gradient", ["expanded", "strided"])

@@ -39,18 +39,25 @@ def trained_losses(
 
 
 def check_losses(ranks: Any) -> dict[str, list[list[float]]]:
-    """Loss and gradient norms of 20 steps, for every split of the batch; on 2 ranks for every ZeRO stage."""
+    """Loss and gradient norms of 20 steps, for every split of the batch; on 2 ranks for every ZeRO stage.
+
+    ZeRO-3 gathers the model by layers and, on 2 ranks, in one piece too.
+    """
     splits, zeros = ([4, 1], (0, 3)) if ranks.world.size == 1 else ([2, 1], (0, 1, 2, 3))
-    return {
+    found = {
         f"{ranks.world.size}x{micro} zero{zero}": trained_losses(ranks, micro, zero)
         for micro in splits
         for zero in zeros
     }
+    if ranks.world.size == 1:
+        return found
+    return found | {f"2x{micro} zero3 whole": trained_losses(ranks, micro, "zero3") for micro in splits}
 
 
 def check_bf16(ranks: Any) -> dict[str, list[list[float]]]:
     """The same in bf16."""
-    return {f"zero{zero}": trained_losses(ranks, 2, zero, "bf16", BF16_STEPS) for zero in (0, 1, 2, 3)}
+    policies = {**{f"zero{zero}": zero for zero in (0, 1, 2, 3)}, "zero3 whole": "zero3"}
+    return {name: trained_losses(ranks, 2, policy, "bf16", BF16_STEPS) for name, policy in policies.items()}
 
 
 def check_batches_without_images(ranks: Any) -> None:
