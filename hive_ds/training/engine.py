@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
-from hive_ds.training.gather_units import gather_by_unit, restore_linear
+from hive_ds.training.gather_units import WholeModel, gather_by_unit, is_small, layer_units, restore_linear
 from hive_ds.training.grad_norms import grad_norms
 from hive_ds.training.groups import OptimizerGroup, adamw
 from hive_ds.training.piece_files import PieceReader
@@ -93,10 +93,12 @@ class Engine:
         optimizer.state.clear()
         self._adamw = optimizer
         self.model: Any = self._engine.module
-        self._is_one_unit = False
+        self._whole: WholeModel | None = None
         if self.zero_stage == 3:
-            bucket = self._engine.zero_prefetch_bucket_size()
-            self._is_one_unit = gather_by_unit(self._optimizer, self.model, bucket, deepspeed.utils.set_z3_leaf_module)
+            small = is_small(self.model, self._engine.zero_prefetch_bucket_size())
+            units = [self.model] if small else layer_units(self.model)
+            gather_by_unit(self._optimizer, units, deepspeed.utils.set_z3_leaf_module)
+            self._whole = WholeModel(self._optimizer, self.model) if small else None
             # DeepSpeed would ask all ranks for the norm of each optimizer group.
             self._optimizer._get_norm_groups = lambda: [self._norm]
         _register_external_parameters(self.model)
@@ -131,12 +133,10 @@ class Engine:
     def gather_parts(self) -> None:
         """Before parts of the model are called by themselves: gather what they do not; every rank calls it.
 
-        Layers and projectors gather their weights when they are called (ZeRO-3), what is one unit only as a whole; it
-        then stays until the next step or `release`.
+        Layers and projectors gather their weights when they are called (ZeRO-3), a small model only as a whole.
         """
-        if self._is_one_unit:
-            weights = list(self.model.parameters())
-            weights[0].all_gather(weights)
+        if self._whole is not None:
+            self._whole.gather()
 
     def release(self) -> None:
         """Let go of weights that a backward pass outside of `backward` has gathered (ZeRO-3)."""
@@ -165,6 +165,8 @@ class Engine:
             self._discard_gradients()
         else:
             self._engine.step()
+            if self._whole is not None:
+                self._whole.renew()
         self.skipped_steps += skipped
         return StepReport(norms, total, skipped)
 
@@ -207,6 +209,7 @@ class Engine:
         Raises:
             HiveError: the checkpoint lacks a part of a parameter.
         """
+        self.release()  # of what is gathered later, every part is new
         start_state(self._optimizer, self._adamw, steps)
         pieces = {piece.name: piece for piece in self.pieces()}
         for piece in pieces.values():

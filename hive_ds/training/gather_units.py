@@ -5,10 +5,11 @@ DeepSpeed would gather the weights of every `nn.Linear` and norm by themselves, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from hive_ds.model.language import decoder
@@ -25,14 +26,8 @@ def layer_units(model: Any) -> list[nn.Module]:
     return [*vision_blocks(model.vision_encoder), *decoder(model.language_model).layers, *projectors]
 
 
-def gather_by_unit(
-    optimizer: Any, model: nn.Module, prefetch_bucket: int, mark: Callable[[nn.Module, bool], None]
-) -> bool:
-    """Put DeepSpeed's ZeRO-3 hooks on units (its "leaves") in place of the modules inside of them.
-
-    Units are layers, or ``model`` itself where one prefetch would bring all of it anyway. A model that is one unit
-    stays whole, once gathered, until the optimizer steps, and its frozen weights longer. So DeepSpeed's own linear
-    function, which lets weights go between forward and backward, has nothing left to do and PyTorch's is put back.
+def gather_by_unit(optimizer: Any, units: Sequence[nn.Module], mark: Callable[[nn.Module, bool], None]) -> None:
+    """Put DeepSpeed's ZeRO-3 hooks on ``units`` (its "leaves") in place of the modules inside of them.
 
     They must be marked after DeepSpeed's start (0.19.8): of a leaf that is known then, it reduces the gradients when
     those of the leaf's inputs are there, which is before the first gradient of a leaf whose inputs need none.
@@ -42,43 +37,63 @@ def gather_by_unit(
 
     Args:
         optimizer: DeepSpeed's, of ZeRO-3.
-        model: partitioned by it.
-        prefetch_bucket: elements, ``stage3_prefetch_bucket_size``.
+        units: none inside of another.
         mark: ``deepspeed.utils.set_z3_leaf_module``.
-
-    Returns:
-        Whether the model is one unit.
     """
-    parameters = list(model.parameters())
-    is_one_unit = sum(parameter.ds_numel for parameter in parameters) <= prefetch_bucket
     offload = optimizer.parameter_offload
     offload._remove_module_hooks()
     offload.forward_hooks.clear()
     offload.backward_hooks.clear()
-    for unit in [model] if is_one_unit else layer_units(model):
+    for unit in units:
         mark(unit, True)
     offload.setup_zero_stage3_hooks()
     optimizer.persistent_parameters = []
-    if is_one_unit:
-        for parameter in parameters:
+
+
+class WholeModel:
+    """A model so small that one prefetch would bring all of it: gathered once, renewed after every step.
+
+    The hooks of ZeRO-3 then find all weights in place. DeepSpeed's own linear function, which lets weights go between
+    forward and backward, has nothing left to do, and PyTorch's is put back.
+
+    Args:
+        optimizer: DeepSpeed's, of ZeRO-3.
+        model: partitioned by it.
+    """
+
+    def __init__(self, optimizer: Any, model: nn.Module) -> None:
+        self._weights: list[Any] = list(model.parameters())
+        self._trained = [parameter for parameter in self._weights if parameter.requires_grad]
+        for parameter in self._weights:
             parameter.ds_persist = True
-        trained = _Trained(model)
-        optimizer._partition_all_parameters = lambda: offload.get_param_coordinator().release_and_reset_all(trained)
+        optimizer._partition_all_parameters = lambda: None
         restore_linear()
-    return is_one_unit
+
+    def gather(self) -> None:
+        """Bring the weights that are not in place: all of them at first and after they were let go."""
+        self._weights[0].all_gather(self._weights)
+
+    def renew(self) -> None:
+        """Bring the trained weights up to date, in place and in one message, behind an optimizer step."""
+        parts = [parameter.ds_tensor for parameter in self._trained]
+        ranks = dist.get_world_size()
+        own = torch.cat([part.to(self._trained[0].device) for part in parts])
+        found = own.new_empty(ranks, len(own))
+        dist.all_gather_into_tensor(found.view(-1), own)
+        places, values = [], []
+        columns = found.split([len(part) for part in parts], dim=1)
+        for parameter, part, column in zip(self._trained, parts, columns, strict=True):
+            whole, size = parameter.data.view(-1), len(part)
+            for rank in range(ranks):
+                place = whole[rank * size : (rank + 1) * size]
+                places.append(place)
+                values.append(column[rank, : len(place)])
+        torch._foreach_copy_(places, values)
 
 
-class _Trained:
-    """The trained parameters of a module, in the form in which DeepSpeed asks a module for all of its own."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-    def named_parameters(self, recurse: bool) -> list[tuple[str, nn.Parameter]]:
-        return self._named
-
-    def ds_external_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return []
+def is_small(model: nn.Module, prefetch_bucket: int) -> bool:
+    """Whether ``stage3_prefetch_bucket_size`` elements hold all of a partitioned model."""
+    return sum(parameter.ds_numel for parameter in model.parameters()) <= prefetch_bucket
 
 
 def restore_linear() -> None:

@@ -106,7 +106,7 @@ def test_validation_is_the_same_pass_every_time(folder: str) -> None:
     first = [batch.sample_ids for batch in passes]
     next(iter(passes))  # a pass that is given up
     assert [batch.sample_ids for batch in passes] == first
-    assert flat(first)[:NUMBER] == [sample.id for sample in make_samples(NUMBER)]
+    assert set(flat(first)) == {sample.id for sample in make_samples(NUMBER)}
 
 
 def test_training_goes_on_where_it_was_left(folder: str) -> None:
