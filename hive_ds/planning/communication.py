@@ -6,7 +6,7 @@ Left out: validation, checkpoints, log lines, and the first steps of a run, in w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -22,7 +22,6 @@ from hive_ds.training.metrics import Totals
 
 FLOAT32, FLOAT64 = 4, 8
 _BUCKET = 500_000_000
-_SUB_GROUP = 1_000_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +68,6 @@ class ZeroPolicy:
 
     stage: int
     reduce_bucket: int
-    sub_group: int
     limits: GatherLimits
     ranks_per_copy: int
     """Ranks that hold one copy of the weights between them (hpZ); 1 without hpZ."""
@@ -85,7 +83,6 @@ class ZeroPolicy:
         return cls(
             stage=zero.get("stage", 0),
             reduce_bucket=int(zero.get("reduce_bucket_size", _BUCKET)),
-            sub_group=int(zero.get("sub_group_size", _SUB_GROUP)),
             limits=GatherLimits(
                 persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 100_000)),
                 prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
@@ -104,7 +101,7 @@ class StepMessages:
     gathers: list[Message]
     """Of weights, in forward and backward (ZeRO-3)."""
     renewals: list[Message]
-    """Of weights that every rank keeps whole, after the optimizer (ZeRO 1 and 2)."""
+    """Of weights that every rank keeps whole, after the optimizer (ZeRO 1 and 2, and ZeRO-3 of a small model)."""
     gradients: list[Message]
     scalars: list[Message]
     """Losses, token counts, norms, agreements: a few numbers each."""
@@ -149,7 +146,7 @@ class _Scale:
 
     def gathers(self, micro_batches: int) -> list[Message]:
         """ZeRO-3's, in forward and backward; one rank by itself gathers nothing."""
-        if self.policy.stage < 3 or self.num_ranks == 1:
+        if self.policy.stage < 3 or self.num_ranks == 1 or self._is_small:
             return []
         second_copy = self.policy.ranks_per_copy > 1
         parts = _gathers(self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT))
@@ -162,8 +159,13 @@ class _Scale:
         return Message(ALL_GATHER, elements * self.weight_bytes, ranks)
 
     def renewals(self) -> list[Message]:
-        """Of each optimizer group, aligned to 2 elements a rank."""
-        if self.policy.stage not in (1, 2) or self.num_ranks == 1:
+        """Of each optimizer group, aligned to 2 elements a rank; under ZeRO-3 of a small model, all at once."""
+        if self.num_ranks == 1:
+            return []
+        if self.policy.stage == 3 and self._is_small:
+            size = sum(self._padded(self.layout.sizes[name]) for name in self.layout.trained)
+            return [self._message(ALL_GATHER, size * self.weight_bytes)]
+        if self.policy.stage not in (1, 2):
             return []
         unit = 2 * self.num_ranks
         sums = (sum(self.layout.sizes[name] for name in group) for group in self.layout.groups)
@@ -188,24 +190,21 @@ class _Scale:
         return [self._message(kind, bucket * self.weight_bytes) for bucket in buckets] * times
 
     def scalars(self) -> list[Message]:
-        """The loop's totals, loss and agreement to stop; norms of ours and of DeepSpeed's."""
-        doubles = [len(Totals().vector()), 1, 2]
-        norms = [] if self.policy.stage == 3 else [FLOAT32] * self._optimizer_parts()
+        """The loop's totals, loss and agreement to stop; norms of ours and, below ZeRO-3, of DeepSpeed's."""
+        doubles, norms = [len(Totals().vector()), 1, 2], []
         if self.policy.stage:
             doubles.append(self.layout.module_groups)
-        if self.weight_bytes == 2 and self.policy.stage == 0:
-            norms = []
-        if self.weight_bytes == 2 and self.policy.stage in (1, 2):
-            norms.append(1)  # one byte: did anything overflow
+        if self.policy.stage in (1, 2):
+            norms = [FLOAT32] * len(self.layout.groups)
+            norms += [1] if self.weight_bytes == 2 else []  # one byte: did anything overflow
+        elif self.policy.stage == 0 and self.weight_bytes == 4:
+            norms = [FLOAT32]
         return [self._message(ALL_REDUCE, size) for size in [*(FLOAT64 * count for count in doubles), *norms]]
 
-    def _optimizer_parts(self) -> int:
-        if self.policy.stage == 0:
-            return 1
-        if self.policy.stage < 3:
-            return len(self.layout.groups)
-        own = ([ceil(self.layout.sizes[name] / self.num_ranks) for name in group] for group in self.layout.groups)
-        return sum(len(_filled(sizes, self.policy.sub_group - 1, past_the_end=True)) for sizes in own)
+    @property
+    def _is_small(self) -> bool:
+        """Whether ZeRO-3 keeps the model whole (`hive_ds.training.gather_units.WholeModel`)."""
+        return sum(self.layout.sizes.values()) <= self.policy.limits.prefetch_bucket
 
     def _padded(self, elements: int) -> int:
         return ceil(elements / self.num_ranks) * self.num_ranks
@@ -219,11 +218,7 @@ def _gathers(
     layout: Layout, trace: Trace, limits: GatherLimits, second_copy: bool, micro_batches: int
 ) -> list[list[Gather]]:
     """Of the second of two steps: what one leaves, the next finds. They do not depend on the number of ranks."""
-    total = sum(layout.sizes.values())
     units = frozenset(layout.units)
-    is_one_unit = total <= limits.prefetch_bucket
-    if is_one_unit:
-        units, limits = frozenset([""]), replace(limits, persistence_threshold=total)
     hooked = [name for name in layout.owned if not any(_is_inside(name, unit) for unit in units)]
     owned = {name: (*layout.owned[name], *trace.foreign.get(name, ())) for name in layout.owned}
     inside = {
@@ -233,9 +228,7 @@ def _gathers(
         for name in hooked
     }
     events = [event for event in trace.events if event.module in inside]
-    gatherer = Gatherer(
-        layout.sizes, layout.trained, owned, inside, units, events, limits, second_copy, keeps_frozen=is_one_unit
-    )
+    gatherer = Gatherer(layout.sizes, layout.trained, owned, inside, units, events, limits, second_copy=second_copy)
     gatherer.run_step(micro_batches)
     return gatherer.run_step(micro_batches)
 

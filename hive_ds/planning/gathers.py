@@ -51,7 +51,6 @@ class Gatherer:
         events: one forward and backward pass.
         limits: of the policy.
         second_copy: hpZ is on.
-        keeps_frozen: frozen weights stay whole when the optimizer steps.
     """
 
     sizes: Mapping[str, int]
@@ -62,7 +61,6 @@ class Gatherer:
     events: Sequence[Event]
     limits: GatherLimits
     second_copy: bool = False
-    keeps_frozen: bool = False
     gathers: list[Gather] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -76,13 +74,13 @@ class Gatherer:
         self._kept: dict[tuple[str, int], set[str]] = {}
 
     def run_step(self, micro_batches: int) -> list[list[Gather]]:
-        """Gathers of each micro-batch of one optimizer step, after which no weight is whole that it changes."""
+        """Gathers of each micro-batch of one optimizer step, after which no weight is whole."""
         starts = []
         self.gathers = []
         for _ in range(micro_batches):
             starts.append(len(self.gathers))
             self._run_micro_batch()
-        for name in self.trained if self.keeps_frozen else self.sizes:
+        for name in self.sizes:
             self._active[name].clear()
             self._give_up(name)
         self._copied -= self.trained
