@@ -78,8 +78,10 @@ class WholeModel:
         parts = [parameter.ds_tensor for parameter in self._trained]
         ranks = dist.get_world_size()
         own = torch.cat([part.to(self._trained[0].device) for part in parts])
-        found = own.new_empty(ranks, len(own))
-        dist.all_gather_into_tensor(found.view(-1), own)
+        found = own[None]
+        if ranks > 1:
+            found = own.new_empty(ranks, len(own))
+            dist.all_gather_into_tensor(found.view(-1), own)
         places, values = [], []
         columns = found.split([len(part) for part in parts], dim=1)
         for parameter, part, column in zip(self._trained, parts, columns, strict=True):
