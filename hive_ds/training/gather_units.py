@@ -93,7 +93,7 @@ class WholeModel:
         torch._foreach_copy_(places, values)
 
 
-def is_small(model: nn.Module, prefetch_bucket: int) -> bool:
+def is_small(model: Any, prefetch_bucket: int) -> bool:
     """Whether ``stage3_prefetch_bucket_size`` elements hold all of a partitioned model."""
     return sum(parameter.ds_numel for parameter in model.parameters()) <= prefetch_bucket
 
