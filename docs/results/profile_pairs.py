@@ -26,7 +26,7 @@ from hive_ds.constants import IGNORE_INDEX
 from hive_ds.cost.model import random_model
 from hive_ds.data.batch import PackedBatch
 from hive_ds.data.loader import build_loader
-from hive_ds.kernels import finish, rectangles
+from hive_ds.kernels import rectangles
 from hive_ds.model import hive
 from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.vision import encode_images, vision_blocks
@@ -135,18 +135,6 @@ def one_rectangle(setting: Setting) -> None:
     _in_forward(setting, rectangles, "PAIRS_OF_A_RUN", 2**60)
 
 
-def rotation_by_autograd(setting: Setting) -> None:
-    """The gradient of the rotary embedding is put together by autograd, operator by operator."""
-
-    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        half = x.shape[-1] // 2
-        cos, sin = cos[:, None, :half], sin[:, None, :half]
-        low, high = x[..., :half], x[..., half:]
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-
-    _in_forward(setting, finish, "_rotate", rotate)
-
-
 def _in_forward(setting: Setting, module: Any, name: str, value: Any) -> None:
     """Put ``value`` in the place of a module's ``name`` while the model of this form runs forward."""
     usual = getattr(module, name)
@@ -162,7 +150,6 @@ CASES = (
     Case("last layer and logits at supervised tokens only", 3, every_logit),
     Case("attention by a fused CPU kernel", 3, before_overrides=("model.attention_backend=reference",)),
     Case("attention: texts of about one length share a rectangle", 3, one_rectangle),
-    Case("the gradient of a rotation is the rotation back", 3, rotation_by_autograd),
     Case("fused AdamW", 3, plain_adamw),
     Case("torch.compile, Inductor", 3, after=lambda setting: compile_blocks(setting.model)),
 )

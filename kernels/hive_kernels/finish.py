@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
@@ -70,23 +68,5 @@ def _rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + cat(-x[K/2:], x[:K/2]) * sin, by halves: the tables hold each frequency twice."""
     half = x_THK.shape[-1] // 2
     cos, sin = (table[:, None, :half].to(x_THK.dtype) for table in (cos, sin))
-    rotated: Tensor = _Rotation.apply(x_THK, cos, sin)
-    return rotated
-
-
-class _Rotation(torch.autograd.Function):
-    """Rotation of (T, H, K) by tables (T, 1, K/2), whose gradient is the rotation back; tables get none."""
-
-    @staticmethod
-    def forward(ctx: Any, x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        low, high = x_THK.chunk(2, dim=-1)
-        return torch.cat(
-            [(low * cos).addcmul_(high, sin, value=-1), (high * cos).addcmul_(low, sin)],
-            dim=-1,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _Rotation.apply(gradient, cos, -sin), None, None
+    low, high = x_THK[..., :half], x_THK[..., half:]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
