@@ -82,14 +82,10 @@ class WholeModel:
         if ranks > 1:
             found = own.new_empty(ranks, len(own))
             dist.all_gather_into_tensor(found.view(-1), own)
-        places, values = [], []
         columns = found.split([len(part) for part in parts], dim=1)
-        for parameter, part, column in zip(self._trained, parts, columns, strict=True):
-            whole, size = parameter.data.view(-1), len(part)
-            for rank in range(ranks):
-                place = whole[rank * size : (rank + 1) * size]
-                places.append(place)
-                values.append(column[rank, : len(place)])
+        places = [parameter.data.view(-1) for parameter in self._trained]
+        # Each column is a parameter, rank after rank, with padding at its end.
+        values = [column.reshape(-1)[: len(place)] for column, place in zip(columns, places, strict=True)]
         torch._foreach_copy_(places, values)
 
 
