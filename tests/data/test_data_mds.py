@@ -106,6 +106,8 @@ def test_validation_is_the_same_pass_every_time(folder: str) -> None:
     first = [batch.sample_ids for batch in passes]
     next(iter(passes))  # a pass that is given up
     assert [batch.sample_ids for batch in passes] == first
+    in_order = flat([sorted(ids) for ids in first[:-1]])  # within a batch, samples stand by length
+    assert in_order == [sample.id for sample in make_samples(NUMBER)][: len(in_order)]
     assert set(flat(first)) == {sample.id for sample in make_samples(NUMBER)}
 
 
