@@ -1,4 +1,4 @@
-"""The batched path: samples padded into one rectangle, whole texts on CPUs into a few; no loop over tokens or samples."""
+"""The batched path: samples in one rectangle, whole texts on CPUs in a few; no loop over tokens or samples."""
 
 from __future__ import annotations
 
