@@ -10,6 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -184,9 +185,13 @@ def _block_mask(encoder: transformers.PreTrainedModel, hidden: Tensor, mask_IP: 
 
 def _call_block(block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
     # transformers 4's CLIP block also requires a causal mask and returns a tuple.
-    arguments = (mask, None) if "causal_attention_mask" in inspect.signature(block.forward).parameters else (mask,)
-    output = block(hidden, *arguments)
+    output = block(hidden, mask, None) if _takes_causal_mask(type(block)) else block(hidden, mask)
     return output[0] if isinstance(output, tuple) else output
+
+
+@cache
+def _takes_causal_mask(block_class: type[nn.Module]) -> bool:
+    return "causal_attention_mask" in inspect.signature(block_class.forward).parameters
 
 
 def patch_tokens(config: transformers.PretrainedConfig, hidden: Tensor, mask_IP: Tensor | None) -> Tensor:

@@ -93,12 +93,13 @@ class Engine:
         optimizer.state.clear()
         self._adamw = optimizer
         self.model: Any = self._engine.module
+        self._parameters = dict(self.model.named_parameters())
         self._whole: WholeModel | None = None
         if self.zero_stage == 3:
-            small = is_small(self.model, self._engine.zero_prefetch_bucket_size())
-            units = [self.model] if small else layer_units(self.model)
-            gather_by_unit(self._optimizer, units, deepspeed.utils.set_z3_leaf_module)
-            self._whole = WholeModel(self._optimizer, self.model) if small else None
+            if is_small(self.model, self._engine.zero_prefetch_bucket_size()):
+                self._whole = WholeModel(self._engine)
+            else:
+                gather_by_unit(self._optimizer, layer_units(self.model), deepspeed.utils.set_z3_leaf_module)
             # DeepSpeed would ask all ranks for the norm of each optimizer group.
             self._optimizer._get_norm_groups = lambda: [self._norm]
         _register_external_parameters(self.model)
@@ -110,6 +111,7 @@ class Engine:
 
     def forward(self, **inputs: Any) -> Any:
         """The model's output for one micro-batch; gradients are recorded unless the model is in evaluation mode."""
+        self.gather_parts()
         if self.model.training:
             return self._engine(**inputs)
         with torch.no_grad():
@@ -231,7 +233,7 @@ class Engine:
 
         Every rank asks for it; made once, for frozen weights stay as they are.
         """
-        frozen = {name: p for name, p in self.model.named_parameters() if not self._trained[name]}
+        frozen = {name: p for name, p in self._parameters.items() if not self._trained[name]}
         own = [torch.linalg.vector_norm(own_part(p), dtype=torch.float64).item() ** 2 for p in frozen.values()]
         total = sum_over_ranks(own, self.device)
         ranks = 1 if self.zero_stage == 3 else self.world.size
@@ -274,7 +276,7 @@ class Engine:
         return deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned))
 
     def _check_flips(self) -> None:
-        flipped = [name for name, p in self.model.named_parameters() if p.requires_grad != self._trained[name]]
+        flipped = [name for name, p in self._parameters.items() if p.requires_grad != self._trained[name]]
         if flipped:
             raise HiveError(
                 f"requires_grad of {', '.join(flipped)} changed after training began, which DeepSpeed ignores; "

