@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -52,6 +53,12 @@ def check_losses(ranks: Any) -> dict[str, list[list[float]]]:
     if ranks.world.size == 1:
         return found
     return found | {f"2x{micro} zero3 whole": trained_losses(ranks, micro, "zero3") for micro in splits}
+
+
+def check_ranks_on_cpus_see_no_gpu(ranks: Any) -> None:
+    """AdamW asks in every step whether there is one, and may have a driver to ask."""
+    assert ranks.device.type == "cpu"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def check_bf16(ranks: Any) -> dict[str, list[list[float]]]:
