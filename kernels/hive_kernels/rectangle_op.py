@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .padded_op import flash, flash_backward
+from .padded_op import count_flops, flash, flash_backward, save
 
 
 @dataclass(frozen=True)
@@ -119,26 +118,12 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, mask)
-
-
 def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     # The log-sum-exps leave this file nowhere: dlse is zero.
     return (*_gradient(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers), None, None, None, None)
 
 
-rectangle_attention.register_autograd(_differentiate, setup_context=_save)
+rectangle_attention.register_autograd(_differentiate, setup_context=save)
 
 
-@register_flop_formula(torch.ops.hive_ds.rectangle_attention)
-def _(q: tuple[int, ...], *rest: Any, **_: Any) -> int:
-    """4 H K pairs: two matrix products, a multiplication and an addition each."""
-    return 4 * q[1] * q[2] * rest[-1]
-
-
-@register_flop_formula(torch.ops.hive_ds.rectangle_attention_backward)
-def _(dout: tuple[int, ...], *rest: Any, **_: Any) -> int:
-    """10 H K pairs: five matrix products."""
-    return 10 * dout[1] * dout[2] * rest[-1]
+count_flops(torch.ops.hive_ds.rectangle_attention, torch.ops.hive_ds.rectangle_attention_backward)
