@@ -20,7 +20,7 @@ import torch
 
 from hive_ds.benchmarks.arms import LABELS, Arm, Setting, arm_names, build_arm, refusal, work_of
 from hive_ds.benchmarks.report import table
-from hive_ds.benchmarks.sizes import PAPER, TINY, Size, caption_lengths, make_batch
+from hive_ds.benchmarks.sizes import CAPTIONS, PAPER, TINY, Size, caption_lengths, make_batch
 from hive_ds.data.batch import PackedBatch
 from hive_ds.training.flops import matmul_rate
 from hive_ds.training.parts import shares_of_step
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "precision": str(setting.dtype).removeprefix("torch."),
         "matmul_flops_per_second": run.rate,
         "versions": {name: _version(name) for name in ("transformers", "deepspeed", "liger-kernel")},
-        "caption_tokens": setting.size.caption_tokens,
+        "captions": CAPTIONS.name,
         "rows": [],
         "skipped": [],
     }

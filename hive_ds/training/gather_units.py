@@ -58,8 +58,8 @@ def _remove_hooks(optimizer: Any) -> None:
 class WholeModel:
     """A model so small that one prefetch would bring all of it: gathered once, renewed after every step.
 
-    What looks for weights that are not there has nothing left to do and is taken off: ZeRO-3's hooks, its dictionaries of
-    parameters, and its linear function, which lets weights go between forward and backward.
+    What looks for weights that are not there has nothing left to do and is taken off: ZeRO-3's hooks, its dictionaries
+    of parameters, and its linear function, which lets weights go between forward and backward.
 
     Args:
         engine: DeepSpeed's, of ZeRO-3.

@@ -85,7 +85,7 @@ padded_attention.register_autograd(_differentiate, setup_context=save)
 
 
 def count_flops(op: Any, gradient: Any) -> None:
-    """Let PyTorch's counter know an op of (..., H, ..., K) queries and its gradient, whose last arguments are the pairs.
+    """Let PyTorch's counter know an op of (., H, ..., K) queries, and its gradient; their last arguments are the pairs.
 
     4 H K pairs forward: two matrix products, a multiplication and an addition each; 10 backward: five products.
     """

@@ -5,11 +5,11 @@ A new figure needs a row here: `Measured` from a result file where there is one,
 
 from __future__ import annotations
 
-import json
-import pathlib
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from reckoned import caption_figures, encoder_share
 
 Path = tuple[Any, ...]
 """Keys and places that lead to a value; a mapping stands for the item of a list that has its values."""
@@ -126,13 +126,6 @@ N, M, R = 1.0, 8.0, 8
 """Billions of parameters of the two columns of ds_configs/README.md, and ranks."""
 
 
-def _encoder_share(stage: int) -> float:
-    """Percent of the FLOPs of a micro-batch of captions that are the encoder's."""
-    rows = json.loads((pathlib.Path(__file__).parents[2] / "docs/results/roofline.json").read_text())["rows"]
-    flops = {row["part"]: row["flops"] for row in rows if (row["stage"], row.get("text_length")) == (stage, 64)}
-    return 100 * flops["encoder"] / sum(flops.values())
-
-
 FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = (
     Measured(
         "README.md",
@@ -225,11 +218,22 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         r"needs (0.098) s of CPU time for stage 3's micro-batch of 16, ZeRO-0\s+(0.107) s; ZeRO-3 needed (0.163) s",
         "The training step",
     ),
+    Reckoned(
+        "docs/performance.md",
+        r"drawn from (\d+) real captions of Florence-2-large \(`<MORE_DETAILED_CAPTION>`; (\d+) to (\d+) tokens with "
+        r"their end, quartiles (\d+), (\d+) and ([\d.]+)\)",
+        caption_figures("Florence-2, more detailed"),
+    ),
+    Reckoned(
+        "docs/performance.md",
+        r"detailed captions have (\d+) tokens in the median, CC3M's alt-texts (\d+)",
+        (caption_figures("Florence-2, detailed")[4], caption_figures("CC3M")[4]),
+    ),
     Reckoned("docs/performance.md", r"Memory takes ([\d.]+) times as long on an H100", (4.8 / 3.35,)),
     Reckoned(
         "docs/performance.md",
         r"(\d+) % of the products of stage 1 and (\d+) % of those of stage 3",
-        (_encoder_share(1), _encoder_share(3)),
+        (encoder_share(1), encoder_share(3)),
     ),
     Cited("docs/evaluation.md", r"95 % interval", "a choice"),
     Cited("docs/probes.md", r"95 % interval", "a choice"),

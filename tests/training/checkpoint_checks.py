@@ -99,23 +99,6 @@ def load(ranks: Any, path: Any, trainee: Any, identity: RunIdentity, warnings: l
     return load_checkpoint(path, trainee.engine, identity, ranks.world, origin=origin, warn=warn)
 
 
-def check_restore_amid_training(ranks: Any) -> None:
-    """An engine that has trained on goes back to a checkpoint, weights that ZeRO-3 had in place included."""
-    config = config_for(2)
-    for zero in (3, "zero3"):
-        trainee = make_trainee(ranks, stage=3, zero=zero, config=config)
-        run_step(ranks, trainee, step_batches(ranks, 0, 2))
-        writer = writer_of(ranks, trainee, ranks.folder / f"amid-{zero}", config)
-        assert save(writer, 1) is None
-        steps = [step_batches(ranks, step, 2) for step in (1, 2)]
-        losses = [run_step(ranks, trainee, batches)[0] for batches in steps]
-        path = newest_checkpoint(ranks.folder / f"amid-{zero}", ranks.world, print)
-        load(ranks, path, trainee, identity_of(trainee, config))
-        # No look at the state before: collecting it lets weights go.
-        assert [run_step(ranks, trainee, batches)[0] for batches in steps] == losses, zero
-        trainee.engine.close()
-
-
 def check_hand_over(ranks: Any) -> None:
     """Rows 2 and 23: a stage starts from exactly the previous one's weights, tied head or not; new ones are copied."""
     for tied in (True, False):

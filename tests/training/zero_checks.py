@@ -7,10 +7,12 @@ import os
 from typing import Any
 
 import torch
+from checkpoint_checks import identity_of, load, save, writer_of
 from engine_checks import trained_losses
 from stage_helpers import FEW, config_for, expect_error, make_trainee, moved, run_step, state_of, step_batches
 
 from hive_ds.cost.memory import model_state_bytes
+from hive_ds.training.checkpoint import newest_checkpoint
 from hive_ds.training.ds_config import read_policy
 
 OFFLOADS = ("zero3_offload_optimizer", "zero3_offload_param")
@@ -129,3 +131,20 @@ def hpz_on_nodes(ranks: Any) -> list[list[float]]:
     assert secondary_shares(trainee) == {2.0}
     trainee.engine.close()
     return trained_losses(ranks, 1, "zero3_hpz")
+
+
+def check_restore_amid_training(ranks: Any) -> None:
+    """An engine that has trained on goes back to a checkpoint, weights that ZeRO-3 had in place included."""
+    config = config_for(2)
+    for zero in (3, "zero3"):
+        trainee = make_trainee(ranks, stage=3, zero=zero, config=config)
+        run_step(ranks, trainee, step_batches(ranks, 0, 2))
+        writer = writer_of(ranks, trainee, ranks.folder / f"amid-{zero}", config)
+        assert save(writer, 1) is None
+        steps = [step_batches(ranks, step, 2) for step in (1, 2)]
+        losses = [run_step(ranks, trainee, batches)[0] for batches in steps]
+        path = newest_checkpoint(ranks.folder / f"amid-{zero}", ranks.world, print)
+        load(ranks, path, trainee, identity_of(trainee, config))
+        # No look at the state before: collecting it lets weights go.
+        assert [run_step(ranks, trainee, batches)[0] for batches in steps] == losses, zero
+        trainee.engine.close()

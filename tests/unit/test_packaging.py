@@ -41,6 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_recipe_and_zero_policy(wheel: Path):
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "hive_ds").rglob("*.py")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "hive_ds/recipes").glob("*.yaml")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "hive_ds/benchmarks").glob("*.json")}
     expected |= {f"hive_ds/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
     benchmarks = ROOT / "hive_ds/evaluation/benchmarks"
     expected |= {str(path.relative_to(ROOT)) for path in (*benchmarks.glob("*/*.yaml"), *benchmarks.glob("*/*.json"))}
