@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -185,13 +185,13 @@ def _block_mask(encoder: transformers.PreTrainedModel, hidden: Tensor, mask_IP: 
 
 def _call_block(block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
     # transformers 4's CLIP block also requires a causal mask and returns a tuple.
-    output = block(hidden, mask, None) if _takes_causal_mask(type(block)) else block(hidden, mask)
+    output = block(hidden, mask, None) if _takes_causal_mask(type(block).forward) else block(hidden, mask)
     return output[0] if isinstance(output, tuple) else output
 
 
 @cache
-def _takes_causal_mask(block_class: type[nn.Module]) -> bool:
-    return "causal_attention_mask" in inspect.signature(block_class.forward).parameters
+def _takes_causal_mask(forward: Callable[..., Any]) -> bool:
+    return "causal_attention_mask" in inspect.signature(forward).parameters
 
 
 def patch_tokens(config: transformers.PretrainedConfig, hidden: Tensor, mask_IP: Tensor | None) -> Tensor:
