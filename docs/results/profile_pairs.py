@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import hive_ds.kernels.finish as finishing
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.cost.model import random_model
 from hive_ds.data.batch import PackedBatch
@@ -135,6 +136,17 @@ def one_rectangle(setting: Setting) -> None:
     _in_forward(setting, rectangles, "PAIRS_OF_A_RUN", 2**60)
 
 
+def rotation_by_halves(setting: Setting) -> None:
+    """Queries and keys are rotated half by half."""
+
+    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        cos, sin = (table[:, None, : x.shape[-1] // 2].to(x.dtype) for table in (cos, sin))
+        low, high = x.chunk(2, dim=-1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+    _in_forward(setting, finishing, "_rotate", rotate)
+
+
 def _in_forward(setting: Setting, module: Any, name: str, value: Any) -> None:
     """Put ``value`` in the place of a module's ``name`` while the model of this form runs forward."""
     usual = getattr(module, name)
@@ -150,6 +162,7 @@ CASES = (
     Case("last layer and logits at supervised tokens only", 3, every_logit),
     Case("attention by a fused CPU kernel", 3, before_overrides=("model.attention_backend=reference",)),
     Case("attention: texts of about one length share a rectangle", 3, one_rectangle),
+    Case("rotation over whole rows", 3, rotation_by_halves),
     Case("fused AdamW", 3, plain_adamw),
     Case("torch.compile, Inductor", 3, after=lambda setting: compile_blocks(setting.model)),
 )

@@ -110,6 +110,7 @@ class Quickstart:
             f"data.validation={self.folders.validation}",
             f"data.text_validation={self.folders.text_validation}",
             f"training.seed={self.seed}",
+            f"data.num_workers={int(_threads() > 1)}",  # a loader process where a rank has a core to spare
             *self.settings.overrides,
         ]
         command = ["--num_accelerators", str(_ranks()), "--module", "hive_ds.train"]
@@ -192,11 +193,15 @@ def _uses_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
+def _threads() -> int:
+    """Cores of a rank."""
+    return max(1, (os.cpu_count() or 1) // _ranks())
+
+
 def _environment() -> dict[str, str]:
     """Of the launcher: programs beside this Python (ninja) are found, and ranks share the cores."""
-    threads = max(1, (os.cpu_count() or 1) // _ranks())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": str(_threads())}
     return environment if _uses_gpu() else {**environment, "DS_ACCELERATOR": "cpu"}
 
 
