@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +76,8 @@ def build_loader(
     folder = folder or (data.train if train else data.validation)
     if not folder:
         raise HiveError("data.validation is not set: expected an MDS folder to validate on")
+    # Texts come one by one: tokenizers' threads would only hand each to one another, for twice the time.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     encoder = SampleEncoder(
         prepare_tokenizer(tokenizer),
         make_preprocessor(image_processor),
