@@ -110,7 +110,7 @@ class HiveAttention(nn.Module):
     # The LLM's decoder layer also passes what its own attention wants (masks, position ids): `unused`.
     def forward(self, hidden_states: Tensor, *, hive: AttentionCall, **unused: object) -> tuple[Tensor, None]:
         """(1, T, D) packed text -> (1, T, D), or (1, R, D) where the call asks for R tokens; no attention weights."""
-        x_TD = hidden_states[0] if hive.text_TD is None else hive.text_TD
+        x_TD = hidden_states.squeeze(0) if hive.text_TD is None else hive.text_TD
         q_THK, k_TGK, v_TGK = (self._heads(proj, x_TD) for proj in (self.q_proj, self.k_proj, self.v_proj))
         image_k, image_v = self._image_keys(hive)
         if hive.cache is None:

@@ -288,7 +288,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             )
             output = layer(hidden, hive=call)
             hidden = output[0] if isinstance(output, tuple) else output
-        return trunk.norm(hidden)[0]
+        return trunk.norm(hidden).squeeze(0)
 
     def _image_states(
         self, index: int, blocks: tuple[int, ...], images: PromptImages, context: AttentionContext

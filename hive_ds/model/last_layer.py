@@ -27,5 +27,5 @@ def _forward(
     # All tokens come in, so that hooks on the layer's input (ZeRO-3 has some) see the whole of its backward pass.
     if hive.rows_R is None:
         return forward(hidden_states, hive=hive, **others)
-    text_TD = layer.input_layernorm(hidden_states)[0]
+    text_TD = layer.input_layernorm(hidden_states).squeeze(0)
     return forward(hidden_states.index_select(1, hive.rows_R), hive=replace(hive, text_TD=text_TD), **others)
