@@ -152,7 +152,9 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _tables(a: KernelArguments) -> Sequence[Tensor]:
-    return [_or(table, a.q) for table in (a.cos, a.sin, a.image_cos, a.image_sin)]
+    """Without images the text's tables stand in for theirs: both branches of a kernel must have them in one dtype."""
+    cos, sin = _or(a.cos, a.q), _or(a.sin, a.q)
+    return [cos, sin, _or(a.image_cos, cos), _or(a.image_sin, sin)]
 
 
 def _or(x: Tensor | None, never_read: Tensor) -> Tensor:
