@@ -89,7 +89,8 @@ def _finished(out: Path, work: Path) -> ConversionSummary | None:
     """The summary of a conversion that was killed after its last step; HiveError where ``out`` holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    if (work / PLAN).is_file() and not (work / "out").exists() and (out / SUMMARY).is_file():
+    # ``work`` may be removed in part already; it goes last, and no conversion makes it where ``out`` holds anything.
+    if work.is_dir() and not (work / "out").exists() and (out / SUMMARY).is_file():
         shutil.rmtree(work)
         return ConversionSummary(**json.loads((out / SUMMARY).read_text()))
     raise HiveError(f"output {out}: exists and is not an empty folder; name a new one or remove it")

@@ -8,8 +8,10 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -87,10 +89,16 @@ def kill_and_go_on(source: LlavaSource, out: Path, options: ConvertOptions, rng:
     for kills in range(1000):
         pid = os.fork()
         if pid == 0:
-            os.setpgid(0, 0)
-            with contextlib.redirect_stderr(io.StringIO()):
-                convert(source, out, options)
-            os._exit(0)
+            code = 1
+            try:
+                os.setpgid(0, 0)
+                with contextlib.redirect_stderr(io.StringIO()):
+                    convert(source, out, options)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:  # this copy of the test must never return to pytest
+                os._exit(code)
         with contextlib.suppress(PermissionError):  # the child has done so itself
             os.setpgid(pid, pid)
         time.sleep(rng.uniform(0, longest))
@@ -98,7 +106,10 @@ def kill_and_go_on(source: LlavaSource, out: Path, options: ConvertOptions, rng:
             os.kill(pid, signal.SIGKILL)
         else:
             os.killpg(pid, signal.SIGKILL)
-        if os.waitpid(pid, 0)[1] == 0:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        finished = (out / "index.json").is_file() and not out.with_name(f".{out.name}.partial").exists()
+        if status == 0 or finished:  # or killed after its last step, before it ended
             return kills
         assert not out.exists() or (out / "index.json").is_file()
     raise AssertionError("never completed")
@@ -123,6 +134,30 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path, kills: in
             convert(source, out, options)
         assert tree(out) == expected
         assert not convert_again.exists()
+
+
+def test_killed_while_it_tidies_up_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill amid the removal of the working folder, whose files go in any order."""
+    source, out, work = make_source(tmp_path), tmp_path / "out", tmp_path / ".out.partial"
+
+    removed = shutil.rmtree
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if folder != work:
+            return removed(folder, ignore_errors)
+        (folder / "plan.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("hive_ds.data.convert.shutil.rmtree", killed)
+        convert(source, out, ConvertOptions(workers=1))
+    before = tree(out)
+    assert work.is_dir()
+    assert convert(source, out, ConvertOptions(workers=1)).samples == 59
+    assert tree(out) == before
+    assert not work.exists()
+    with pytest.raises(HiveError, match="not an empty folder"):
+        convert(source, out, ConvertOptions(workers=1))
 
 
 def test_two_conversions_to_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
