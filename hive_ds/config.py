@@ -76,8 +76,10 @@ class ModelConfig:
     """Image positions: ``2d`` (row, column, time) or ``1d`` (one after another, as the paper's code)."""
     attention_backend: Annotated[str, one_of("auto", "triton", "sdpa", "reference")] = "auto"
     """Attention of routed layers: ``auto`` (``triton`` on a GPU, ``sdpa`` elsewhere) or one by name."""
-    text_attention_backend: Annotated[str, one_of("auto", "triton", "sdpa", "flash_attention_2", "reference")] = "auto"
-    """Attention of un-routed layers: as above, or the package flash-attn."""
+    text_attention_backend: Annotated[str, one_of("auto", "triton", "sdpa", "torch_flash", "flash_attention_2", "reference")] = (
+        "auto"
+    )
+    """Attention of un-routed layers: as above, torch's own flash attention, or the package flash-attn."""
     vision_attention: Annotated[str, one_of("sdpa", "flash_attention_2", "eager")] = "sdpa"
     """Attention of the vision encoder, as transformers names it."""
     language_loss: Annotated[str, one_of("auto", "liger", "plain")] = "auto"

@@ -44,6 +44,8 @@ class PlainStepper:
         self.optimizer = adamw(plan.groups, CONFIG, fused=True)
         self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         self.masters = [weight.detach().float().clone() for weight in self.weights]
+        for master in self.masters:
+            master.grad = torch.empty_like(master)
         copies = iter(self.masters)
         for group in self.optimizer.param_groups:
             group["params"] = [next(copies) for _ in group["params"]]
@@ -54,14 +56,12 @@ class PlainStepper:
         loss = self.loss(batch, self.device) / batch.supervised_tokens
         loss.backward()
         with record_function("part:optimizer"), torch.no_grad():
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                assert weight.grad is not None
-                master.grad = weight.grad.float()
+            torch._foreach_copy_([master.grad for master in self.masters], [weight.grad for weight in self.weights])
+            for weight in self.weights:
                 weight.grad = None
             torch.nn.utils.clip_grad_norm_(self.masters, CONFIG.clip, foreach=True)
             self.optimizer.step()
             torch._foreach_copy_(self.weights, self.masters)
-            self.optimizer.zero_grad()
         return loss.detach()
 
 

@@ -65,14 +65,17 @@ class PackedBatch:
         return int((self.labels != IGNORE_INDEX).sum())
 
     def model_inputs(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the arguments of the model's packed call on ``device``; floating images are cast to ``dtype``."""
+        """Return the arguments of the model's packed call on ``device``; floating images are cast to ``dtype``.
+
+        Labels stay: which tokens carry loss decides shapes, and the host would wait for the device to tell.
+        """
         images = {
             name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
             for name, value in self.images.items()
         }
         return {
             "input_ids": self.input_ids.to(device, non_blocking=True),
-            "labels": self.labels.to(device, non_blocking=True),
+            "labels": self.labels,
             "text_lengths": self.text_lengths,
             "image_offsets": self.image_offsets,
             **images,

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from hive_ds.kernels import AttentionLayout, finish_keys, hierarchical_attention
-from hive_ds.model.flash import FLASH_ATTENTION, flash_attention
+from hive_ds.model.flash import FLASH_BACKENDS, TextBounds, flash_attention
 
 if TYPE_CHECKING:
     from hive_ds.model.cache import HiveCache
 
 
-@dataclass(frozen=True)
+@dataclass
 class AttentionCall:
     """What one forward pass hands a layer's attention, beside the hidden states.
+
+    Not frozen: torch.compile reads every field of what is, down to the lists of the layout, and compiles anew when one
+    changes.
 
     Attributes:
         layout: who sees whom, shared by all layers with the same number of routes.
@@ -30,6 +33,7 @@ class AttentionCall:
         image_ND: (N, D) normed image states of this layer; None at an un-routed layer or when the cache has the keys.
         image_cos_NK, image_sin_NK: rotation of the image keys, fp32 halves (N, K/2); None with ``image_ND``.
         cache: where keys are kept between calls, or None.
+        texts: where the texts are, for an un-routed layer that a library's flash attention serves.
         text_TD, rows_R: where a layer is asked for some tokens only, the normed states of all of them, and which: the
             layer's own input then holds those (R,) alone.
     """
@@ -41,6 +45,7 @@ class AttentionCall:
     image_cos_NK: Tensor | None = None
     image_sin_NK: Tensor | None = None
     cache: HiveCache | None = None
+    texts: TextBounds | None = None
     text_TD: Tensor | None = None
     rows_R: Tensor | None = None
 
@@ -78,8 +83,8 @@ class HiveAttention(nn.Module):
             image_kv: ``"own"`` gives a routed layer image_k_proj and image_v_proj; ``"shared"`` uses k_proj and v_proj.
             qk_norm: norm added at a routed layer whose LLM has none: ``none``, ``pre_rope`` or ``post_rope``.
             eps: epsilon of that norm.
-            backend: backend of `hierarchical_attention`; at an un-routed layer also `FLASH_ATTENTION`, which serves
-                whole texts and leaves steps with a cache to "auto".
+            backend: backend of `hierarchical_attention`; at an un-routed layer also one of `FLASH_BACKENDS`, which serve
+                whole texts and leave steps with a cache to "auto".
         """
         super().__init__()
         self.layer, self.routed = layer, routed
@@ -101,6 +106,11 @@ class HiveAttention(nn.Module):
     def external_parameters(self) -> list[nn.Parameter]:
         """Parameters that `forward` reads without calling the child that holds them (ZeRO-3 must know)."""
         return [] if self.qk_norm == "none" else [self.q_norm.weight, self.k_norm.weight]
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether a library's flash attention serves whole texts."""
+        return self.backend in FLASH_BACKENDS
 
     def copy_image_projections(self) -> None:
         """Set image_k_proj and image_v_proj to k_proj and v_proj, biases included."""
@@ -141,10 +151,10 @@ class HiveAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, hive: AttentionCall
     ) -> Tensor:
         q_weight, k_weight, eps = self._norm()
-        if self.backend == FLASH_ATTENTION:
+        if hive.texts is not None:
             q = finish_keys(q, q_weight, eps, self.qk_norm, hive.cos_TK, hive.sin_TK)
             k = finish_keys(k, k_weight, eps, self.qk_norm, hive.cos_TK, hive.sin_TK)
-            return flash_attention(q, k, v, hive.layout, self.softmax_scale)
+            return flash_attention(self.backend, q, k, v, hive.texts, self.softmax_scale)
         return hierarchical_attention(
             q, k, v, image_k, image_v, hive.layout,
             q_norm_weight=q_weight, k_norm_weight=k_weight, norm_eps=eps, qk_norm=self.qk_norm,
@@ -169,7 +179,7 @@ class HiveAttention(nn.Module):
             q, k_BSGK, v_BSGK, image_k, image_v, hive.layout,
             q_norm_weight=q_weight, norm_eps=eps, qk_norm=self.qk_norm,
             cos=hive.cos_TK, sin=hive.sin_TK, softmax_scale=self.softmax_scale,
-            backend="auto" if self.backend == FLASH_ATTENTION else self.backend,
+            backend="auto" if self.is_flash else self.backend,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from hive_ds.errors import HiveError
 from hive_ds.kernels import Choice, choose_backend, warm_up
 from hive_ds.model.attention import HiveAttention
 from hive_ds.model.cascaded import CascadedForCausalLM
-from hive_ds.model.flash import FLASH_ATTENTION, flash_attention_refusal
+from hive_ds.model.flash import FLASH_BACKENDS, flash_attention_refusal
 from hive_ds.model.hive import HiveForCausalLM
 
 TrainedModel = HiveForCausalLM | CascadedForCausalLM
@@ -94,11 +94,11 @@ def _kinds(model: TrainedModel) -> dict[_Kind, list[int]]:
 
 
 def _choose(kind: _Kind, device: torch.device, dtype: torch.dtype) -> Choice:
-    if kind.backend == FLASH_ATTENTION:
-        refusal = flash_attention_refusal(device, dtype)
+    if kind.backend in FLASH_BACKENDS:
+        refusal = flash_attention_refusal(kind.backend, device, dtype, kind.head_dim)
         if refusal is not None:
-            raise HiveError(f"model.text_attention_backend is {FLASH_ATTENTION!r}, but {refusal}")
-        return Choice(FLASH_ATTENTION, "asked for")
+            raise HiveError(f"model.text_attention_backend is {kind.backend!r}, but {refusal}")
+        return Choice(kind.backend, "asked for")
     try:
         return choose_backend(kind.backend, device=device, dtype=dtype, head_dim=kind.head_dim)
     except ValueError as error:

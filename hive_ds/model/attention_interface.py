@@ -23,11 +23,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hive_ds.errors import HiveError
 from hive_ds.kernels import AttentionLayout, hierarchical_attention
-from hive_ds.model.flash import FLASH_ATTENTION
+from hive_ds.model.flash import FLASH_ATTENTION, TORCH_FLASH, TextBounds, flash_attention
 
 NAME = "hive"
-BACKENDS = ("triton", "sdpa", "reference")
-"""Of `hierarchical_attention`; each is also there by name, as ``hive_sdpa``."""
+BACKENDS = ("triton", "sdpa", "reference", TORCH_FLASH)
+"""Of `hierarchical_attention`, and torch's own for whole texts; each is also there by name, as ``hive_sdpa``."""
 
 _described: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What the host read from a mask, positions or bounds, and their version: all layers are handed the same tensor."""
@@ -123,6 +123,11 @@ def attend(
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scaling: float | None, backend: str) -> Tensor:
+    if backend == TORCH_FLASH:
+        if not layout.decoding:
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            return flash_attention(backend, q, k, v, TextBounds.of(layout), scale)
+        backend = "auto"
     out = hierarchical_attention(q, k, v, None, None, layout, softmax_scale=scaling, backend=backend)
     assert isinstance(out, Tensor)
     return out

@@ -54,14 +54,16 @@ class PackedText:
             mask = attention_mask[:, -input_ids.shape[1] :].to(torch.bool)
         return cls(input_ids[mask], mask.sum(dim=1).tolist(), mask)
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """(T,) token that each position predicts; IGNORE_INDEX where none counts. Never crosses a sample's end."""
+    def supervised(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions that predict a token which counts, and these tokens, (R,) each. None crosses a sample's end."""
         packed = labels if self.mask_BS is None else labels[self.mask_BS]
         targets = torch.full_like(packed, IGNORE_INDEX)
         targets[:-1] = packed[1:]
         ends = torch.tensor(self.lengths).cumsum(0)
         targets[ends[ends > 0].to(targets.device) - 1] = IGNORE_INDEX
-        return targets
+        rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        device = self.input_ids_T.device
+        return rows.to(device, non_blocking=True), targets[rows].to(device, non_blocking=True)
 
     def padded(self, values_T: Tensor) -> Tensor:
         """Values of all tokens (T, ...) back in their slots (B, S, ...), zeros elsewhere; packed text stays packed."""
@@ -206,4 +208,4 @@ def _interleave(grids: Sequence[Sequence[Grid]], count: int, device: torch.devic
     for length in lengths:
         order.extend(torch.arange(start, start + length) + block * total for block in range(count))
         start += length
-    return torch.cat([torch.empty(0, dtype=torch.int64), *order]).to(device)
+    return torch.cat([torch.empty(0, dtype=torch.int64), *order]).to(device, non_blocking=True)

@@ -78,9 +78,8 @@ def build_positions(
             ids[offset:] += step
             advance += step
         text_ids.append(ids if query_lengths is None else ids[length - query_lengths[sample] :])
-    return Positions(
-        torch.from_numpy(np.concatenate(text_ids)).to(device), torch.from_numpy(np.concatenate(image_ids)).to(device)
-    )
+    text, image = (torch.from_numpy(np.concatenate(ids)) for ids in (text_ids, image_ids))
+    return Positions(text.to(device, non_blocking=True), image.to(device, non_blocking=True))
 
 
 @lru_cache(maxsize=4096)
@@ -131,8 +130,9 @@ class RotaryFrequencies:
 
     def tables(self, positions: Positions) -> RotaryTables:
         """Rotary tables of ``positions``, on their device."""
-        inv_freq = self.inv_freq.to(positions.text_T.device)
-        axes = frequency_axes(len(inv_freq)).to(inv_freq.device)
+        device = positions.text_T.device
+        inv_freq = self.inv_freq.to(device, non_blocking=True)
+        axes = frequency_axes(len(inv_freq)).to(device, non_blocking=True)
         text = positions.text_T[:, None].float() * inv_freq
         image = positions.image_N3[:, axes].float() * inv_freq
         return RotaryTables(

@@ -216,7 +216,7 @@ class AttentionLayout:
         """Rows that give every sample image keys of its own, sample by sample, and the layout of these keys."""
         patches = [sum(lengths) for lengths in self.image_lengths]
         with torch.inference_mode(False):
-            rows = ragged_range(self.image_starts, patches).to(self.device)
+            rows = ragged_range(self.image_starts, patches).to(self.device, non_blocking=True)
         return rows, replace(self, image_starts=packed_starts(patches), num_image=sum(patches))
 
     @cached_property

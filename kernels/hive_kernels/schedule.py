@@ -137,7 +137,8 @@ class Schedule:
     def _on_device(self, table: Integers) -> Tensor:
         # A tensor made under inference_mode could not be saved for a backward pass later.
         with torch.inference_mode(False):
-            return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)).to(self._device)
+            small = torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32))
+            return small.to(self._device, non_blocking=True)  # the host need not wait for what the device does
 
 
 def _tiles(lengths: Integers, block: int) -> tuple[Integers, Integers]:
