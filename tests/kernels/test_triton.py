@@ -229,3 +229,38 @@ def test_none_for_images_equals_empty_tensors() -> None:
     tensors = {name: x.float() for name, x in random_inputs(layout, heads=2, groups=1, head_dim=32).tensors.items()}
     expected = triton_attention(**tensors, layout=layout)
     assert torch.equal(triton_attention(*(tensors[name] for name in "qkv"), None, None, layout), expected)
+
+
+class Recording:
+    """A kernel that writes down the dtype of each table that it is launched with."""
+
+    def __init__(self, kernel: Any, seen: dict[str, set[torch.dtype]]) -> None:
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            for name, value in zip(self.kernel.arg_names, arguments, strict=False):
+                if name.endswith(("cos", "sin")) and constants["ROTATE"]:
+                    self.seen.setdefault(name, set()).add(value.dtype)
+            self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+@pytest.mark.skipif(not tiles.INTERPRETED, reason="compiled kernels have no list of their arguments here")
+def test_tables_of_a_rotated_call_have_one_dtype(monkeypatch: pytest.MonkeyPatch, passes: str) -> None:
+    """On a GPU a kernel whose branches load tables of two dtypes does not compile: text in half types, no image."""
+    from hive_ds.kernels import triton_launch
+
+    seen: dict[str, set[torch.dtype]] = {}
+    for name in [name for name in vars(triton_launch) if name.endswith("_kernel") and name != "delta_kernel"]:
+        monkeypatch.setattr(triton_launch, name, Recording(getattr(triton_launch, name), seen))
+    layout = AttentionLayout.build([5, 40], [[], []], [[], []], device=DEVICE)
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=16, rotate=True)
+    q, k, v = (inputs.tensors[name].half().requires_grad_() for name in "qkv")
+    cos, sin = (inputs.tables[name].float() for name in ("cos", "sin"))
+    out = triton_attention(q, k, v, None, None, layout, cos=cos, sin=sin)
+    assert isinstance(out, Tensor)
+    out.sum().backward()
+    assert {"image_cos", "image_sin"} <= seen.keys()
+    assert set.union(*seen.values()) == {torch.float32}
