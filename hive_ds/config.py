@@ -31,6 +31,9 @@ from hive_ds.checks import (
 from hive_ds.errors import HiveError
 from hive_ds.stages import STAGES, STAGES_BY_KIND, VLM_STAGES
 
+TEXT_ATTENTION = ("auto", "triton", "sdpa", "torch_flash", "flash_attention_2", "reference")
+"""Attention of un-routed layers."""
+
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 """The stages that a recipe may describe."""
 
@@ -76,9 +79,7 @@ class ModelConfig:
     """Image positions: ``2d`` (row, column, time) or ``1d`` (one after another, as the paper's code)."""
     attention_backend: Annotated[str, one_of("auto", "triton", "sdpa", "reference")] = "auto"
     """Attention of routed layers: ``auto`` (``triton`` on a GPU, ``sdpa`` elsewhere) or one by name."""
-    text_attention_backend: Annotated[str, one_of("auto", "triton", "sdpa", "torch_flash", "flash_attention_2", "reference")] = (
-        "auto"
-    )
+    text_attention_backend: Annotated[str, one_of(*TEXT_ATTENTION)] = "auto"
     """Attention of un-routed layers: as above, torch's own flash attention, or the package flash-attn."""
     vision_attention: Annotated[str, one_of("sdpa", "flash_attention_2", "eager")] = "sdpa"
     """Attention of the vision encoder, as transformers names it."""

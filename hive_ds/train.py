@@ -20,7 +20,7 @@ from hive_ds.config import Recipe, StageConfig
 from hive_ds.constants import EXIT_STOPPED
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
-from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
+from hive_ds.model.attention_backends import TrainedModel, describe_attention, prefer_flash, warm_up_attention
 from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
@@ -115,9 +115,13 @@ def train(options: argparse.Namespace, world: World) -> bool:
     plan = plan_stage(model, stage, groups_of(model), config)
     model.train()  # once more: what is frozen is known now
     _warn_untrained_blocks(run, model)
-    _prepare_attention(run, model)
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     if recipe.training.compile:
-        _compile(policy, model)
+        _refuse_compiling(policy)
+        prefer_flash(model, device, dtype)
+    _prepare_attention(run, model, dtype)
+    if recipe.training.compile:
+        compile_blocks(model)
     loader, validation = _load_data(run, processor)
     engine = Engine(model, plan.groups, _ds_config(run, policy), config, world=world, device=device)
     if asked.micro_batch_size == "auto":
@@ -286,9 +290,8 @@ def _warn_untrained_blocks(run: Run, model: TrainedModel) -> None:
     run.say(f"warning: no gradient reaches these parts of the vision encoder: {names}")
 
 
-def _prepare_attention(run: Run, model: TrainedModel) -> None:
+def _prepare_attention(run: Run, model: TrainedModel, dtype: torch.dtype) -> None:
     """Say which attention runs where, and compile its kernels before a step waits for them."""
-    dtype = torch.bfloat16 if run.recipe.training.precision == "bf16" else torch.float32
     for line in describe_attention(model, run.device, dtype):
         run.say(line)
     run.say(describe_loss(model.language_loss, run.device))
@@ -297,10 +300,9 @@ def _prepare_attention(run: Run, model: TrainedModel) -> None:
         run.say(f"attention kernels are compiled ({seconds:.0f} s)")
 
 
-def _compile(policy: dict[str, Any], model: TrainedModel) -> None:
+def _refuse_compiling(policy: dict[str, Any]) -> None:
     if policy.get("zero_optimization", {}).get("stage", 0) == 3:
         raise HiveError("training.compile is true, but ZeRO-3 takes weights away between layers; expected ZeRO 0 to 2")
-    compile_blocks(model)
 
 
 def _device_name(device: torch.device) -> str:

@@ -58,8 +58,11 @@ class PaperWay:
         self.layer = _layer
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the LLM layer, and the encoder's blocks in place."""
-        self.layer = torch.compile(_layer, backend=backend)
+        """Compile the LLM layer, and the encoder's blocks in place.
+
+        Lengths are symbolic from the start: one after the other, as constants, they use up torch's compilations.
+        """
+        self.layer = torch.compile(_layer, backend=backend, dynamic=True)
         compile_encoder(self.hive.vision_encoder, backend)
 
     def loss(self, batch: PackedBatch, device: torch.device) -> Tensor:
@@ -185,7 +188,7 @@ class PaddedCascade:
         """Compile every encoder block and LLM layer in place."""
         compile_encoder(self.model.vision_encoder, backend)
         for layer in decoder(self.model.language_model).layers:
-            layer.forward = torch.compile(layer.forward, backend=backend)
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
 
     def loss(self, batch: PackedBatch, device: torch.device) -> Tensor:
         """Summed cross-entropy of a batch, by the loss that our own model has."""

@@ -51,7 +51,7 @@ PAPER = Size(
     text=_published("facebook/MobileLLM-600M"),
     vision_blocks=(2, 5, 8, 11, 14, 17, 20, 23),
     language_layers=(4, 9, 14, 19, 24, 29, 34, 39),
-    captions=(32, 128, 256),
+    captions=(32, 96, 192),
     lengths=((2048, 8), (512, 32), (128, 64), (32, 64)),
     caption_scale=1.0,
 )

@@ -1,6 +1,8 @@
 """Time the training step of a stage: ``python -m hive_ds.benchmarks.step STAGE --out FILE``, for `make gpu-suite`.
 
-Without a GPU the same runs on tiny models, without torch.compile: that shows that it works, and times nothing.
+On a GPU each way of training has a process of its own: they compile side by side and are timed in turn, alone on the
+GPU. Without one all run in this process on tiny models, without torch.compile: that shows that it works, and times
+nothing.
 """
 
 from __future__ import annotations
@@ -8,9 +10,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,13 +27,19 @@ import torch
 from hive_ds.benchmarks.arms import LABELS, Arm, Setting, arm_names, build_arm, refusal, work_of
 from hive_ds.benchmarks.report import table
 from hive_ds.benchmarks.sizes import CAPTIONS, PAPER, TINY, Size, caption_lengths, make_batch
+from hive_ds.benchmarks.turns import turn_on_gpu
 from hive_ds.data.batch import PackedBatch
+from hive_ds.files import write_whole
 from hive_ds.training.flops import matmul_rate
-from hive_ds.training.parts import shares_of_step
+from hive_ds.training.parts import shares_of, trace_of_step
 
 BATCHES = 2
 """Different batches of one workload, taken in turn: their lengths differ."""
 ROUNDS = 3
+PROBES = (2, 3)
+"""Captions of the batches on which an arm is checked and compiled; two numbers, so that neither becomes a constant."""
+GRACE = 10.0
+"""Seconds that the processes of the arms have less, to put their results together."""
 RESERVE = 0.12
 """Share of the time that is left over for an arm that has begun."""
 
@@ -70,7 +82,7 @@ class Run:
     def save(self) -> None:
         """Write the result so far."""
         if self.out:
-            self.out.write_text(json.dumps(self.result) + "\n")
+            write_whole(self.out, json.dumps(self.result) + "\n")
 
 
 def workloads(size: Size, dtype: torch.dtype) -> list[Workload]:
@@ -85,49 +97,63 @@ def workloads(size: Size, dtype: torch.dtype) -> list[Workload]:
     return made
 
 
-def time_arm(run: Run, name: str, loads: list[Workload]) -> None:
+def time_arm(run: Run, name: str, loads: list[Workload], parts: int) -> None:
     """Build one arm, check it, and time it on every workload that there is time and memory for."""
     why = refusal(name)
     if why:
         run.skip(LABELS[name], why)
         return
     start = time.perf_counter()
-    arm = build_arm(name, run.setting, loads[0].batches[0])
+    size, dtype = run.setting.size, run.setting.dtype
+    probes = [make_batch(size, caption_lengths(size, count, seed=9), 9, dtype) for count in PROBES]
+    arm = build_arm(name, run.setting, probes)
     print(f"{arm.label}: check {arm.check} ({time.perf_counter() - start:.0f} s)", flush=True)
     if arm.check != "passed":
         run.add({"arm": name, "label": arm.label, "workload": loads[0].name, "check": arm.check})
         return
-    full = False
-    budget = run.left() * 0.35
-    begun = time.perf_counter()
-    for load in loads:
-        if run.left() < 10 or time.perf_counter() - begun > budget:
-            run.skip(f"{arm.label}, {load.name}", "no time left for it")
-            continue
-        if full and load.is_larger:
-            run.skip(f"{arm.label}, {load.name}", "out of memory at fewer samples")
-            continue
-        try:
-            row = measure(run, arm, load)
-        except torch.OutOfMemoryError:
-            full = True
-            run.skip(f"{arm.label}, {load.name}", "out of memory")
-            _free(run.setting.device)
-            continue
-        run.add(row)
-        print(
-            f"  {load.name}: {row['seconds'] * 1e3:.4g} ms a step, {row['images_per_second']:.4g} images/s", flush=True
-        )
-    if hasattr(arm.stepper, "close"):
-        arm.stepper.close()
+    _free(run.setting.device)
+    with turn_on_gpu(run.setting.device):
+        run.rate = run.rate or matmul_rate(run.setting.device, dtype)
+        run.result["matmul_flops_per_second"] = run.rate
+        rows = [_time_workload(run, arm, load, traced=number < parts) for number, load in enumerate(loads)]
+        arm.close()
+        _free(run.setting.device)
+    for parse in filter(None, rows):  # much Python, for which nobody must wait for the GPU
+        parse()
+        run.save()
 
 
-def measure(run: Run, arm: Arm, load: Workload) -> dict[str, Any]:
-    """One row: seconds of a step and what follows from them."""
+def _time_workload(run: Run, arm: Arm, load: Workload, *, traced: bool) -> Callable[[], None] | None:
+    """Add a row, or say why not; what fills in where the row's time goes."""
+    if run.left() < 10:
+        run.skip(f"{arm.label}, {load.name}", "no time left for it")
+        return None
+    if arm.full and load.is_larger:
+        run.skip(f"{arm.label}, {load.name}", "out of memory at fewer samples")
+        return None
+    try:
+        row, parse = measure(run, arm, load, traced=traced)
+    except torch.OutOfMemoryError:
+        arm.full = True
+        run.skip(f"{arm.label}, {load.name}", "out of memory")
+        _free(run.setting.device)
+        return None
+    run.add(row)
+    print(
+        f"  {arm.label}, {load.name}: {row['seconds'] * 1e3:.4g} ms a step ({row['host_seconds'] * 1e3:.4g} ms of the "
+        f"host), {row['images_per_second']:.4g} images/s",
+        flush=True,
+    )
+    return parse
+
+
+def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[str, Any], Callable[[], None] | None]:
+    """One row: seconds of a step and what follows from them; what fills in its parts, if they are traced."""
     device = run.setting.device
     cuda = device.type == "cuda"
-    for batch in load.batches:  # compiles what is compiled
-        arm.stepper.step(batch)
+    stepper = arm.stepper
+    for batch in load.batches:  # compiles what is not compiled yet
+        stepper.step(batch)
     _wait(device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -135,18 +161,22 @@ def measure(run: Run, arm: Arm, load: Workload) -> dict[str, Any]:
     for _ in range(ROUNDS if cuda else 1):
         start = time.perf_counter()
         for batch in load.batches:
-            arm.stepper.step(batch)
+            stepper.step(batch)
         _wait(device)
         times.append((time.perf_counter() - start) / len(load.batches))
     seconds = statistics.median(times)
+    start = time.perf_counter()
+    stepper.step(load.batches[0])
+    host = time.perf_counter() - start
+    _wait(device)
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    shares = shares_of_step(arm.model, lambda: arm.stepper.step(load.batches[0]), device)
+    trace = trace_of_step(arm.model, lambda: stepper.step(load.batches[0]), device) if traced else None
     vision = run.setting.size.vision
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     count = sum(batch.num_images for batch in load.batches) / len(load.batches)
     tokens = sum(len(batch.input_ids) for batch in load.batches) / len(load.batches)
     flops = sum(arm.flops.count(work_of(batch, patches)) for batch in load.batches) / len(load.batches)
-    return {
+    row: dict[str, Any] = {
         "arm": arm.name,
         "label": arm.label,
         "workload": load.name,
@@ -154,13 +184,17 @@ def measure(run: Run, arm: Arm, load: Workload) -> dict[str, Any]:
         "micro_batch": count,
         "seconds": seconds,
         "spread": (max(times) - min(times)) / seconds,
+        "host_seconds": host,
         "images_per_second": count / seconds,
         "text_tokens_per_second": tokens / seconds,
         "flops": flops,
         "mfu": flops / seconds / run.rate,
         "peak_bytes": peak,
-        "shares": shares,
+        "shares": {},
     }
+    if trace is None:
+        return row, None
+    return row, lambda: row["shares"].update(shares_of(list(trace.events()), cuda=cuda))
 
 
 def _wait(device: torch.device) -> None:
@@ -181,45 +215,100 @@ def _version(package: str) -> str | None:
         return None
 
 
+def time_side_by_side(run: Run, names: Sequence[str], options: argparse.Namespace) -> None:
+    """A process for each arm; their results are put together as far as they come."""
+    folder = Path(tempfile.mkdtemp(prefix="hive-ds-step-"))
+    threads = str(max(1, (os.cpu_count() or 1) // len(names)))
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": "4", **os.environ}
+    same = ["--seconds", str(max(1.0, run.left() - GRACE)), "--parts", str(options.parts)]
+    same += ["--loads", options.loads] if options.loads else []
+    command = [sys.executable, "-m", "hive_ds.benchmarks.step", str(options.stage), *same]
+    children = {
+        name: subprocess.Popen([*command, "--arms", name, "--out", str(folder / f"{name}.json")], env=environment)
+        for name in names
+    }
+    while run.left() > 0 and any(child.poll() is None for child in children.values()):
+        time.sleep(1)
+        _put_together(run, folder, children)
+    for child in children.values():
+        child.kill()
+        child.wait()
+    _put_together(run, folder, children)
+
+
+def _put_together(run: Run, folder: Path, children: dict[str, subprocess.Popen[bytes]]) -> None:
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    for name, child in children.items():
+        path = folder / f"{name}.json"
+        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "skipped": []}
+        rows += found["rows"]
+        skipped += found["skipped"]
+        if child.returncode is not None and not found["rows"] and not found["skipped"]:
+            skipped.append({"what": LABELS[name], "why": f"its process ended with {child.returncode} before a row"})
+        run.rate = found.get("matmul_flops_per_second") or run.rate
+    run.result |= {"rows": rows, "skipped": skipped, "matmul_flops_per_second": run.rate}
+    run.save()
+
+
+def time_here(run: Run, names: Sequence[str], options: argparse.Namespace) -> None:
+    """One arm after the other in this process."""
+    loads = workloads(run.setting.size, run.setting.dtype)
+    if options.loads:
+        by_name = {load.name: load for load in loads}
+        loads = [by_name[name] for name in options.loads.split(",")]
+    whole = run.left()
+    for index, name in enumerate(names):
+        if run.left() < whole * RESERVE:
+            for late in names[index:]:
+                run.skip(LABELS[late], "no time left for it")
+            break
+        try:
+            time_arm(run, name, loads, options.parts)
+        except Exception as error:  # one way's failure is a red row, not the end of the others
+            failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            print(f"{LABELS[name]}: {failure}", flush=True)
+            run.add({"arm": name, "label": LABELS[name], "workload": "all that is left", "check": failure})
+        _free(run.setting.device)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time a stage; 0 if every arm that ran passed its check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stage", type=int, choices=(1, 2, 3))
     parser.add_argument("--out", type=Path, help="JSON file, written after every row")
     parser.add_argument("--seconds", type=float, default=470.0, help="time for all of it")
+    parser.add_argument("--arms", help=f"only these, with commas between: {', '.join(LABELS)}")
+    parser.add_argument("--loads", help="only these workloads, with commas between, in this order")
+    parser.add_argument("--parts", type=int, default=99, help="workloads of an arm whose time is told apart by part")
     options = parser.parse_args(arguments)
     deadline = time.perf_counter() + options.seconds
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     setting = Setting(PAPER if cuda else TINY, options.stage, device, compiled=cuda)
-    run = Run(setting, matmul_rate(device, setting.dtype), deadline, options.out)
+    names = options.arms.split(",") if options.arms else arm_names(setting)
+    unknown = [name for name in names if name not in LABELS]
+    if unknown:
+        parser.error(f"--arms names {unknown[0]!r}; expected some of {', '.join(LABELS)}")
+    run = Run(setting, 0.0, deadline, options.out)
     run.result = {
         "stage": options.stage,
         "tiny": not cuda,
         "models": setting.size.name,
         "precision": str(setting.dtype).removeprefix("torch."),
-        "matmul_flops_per_second": run.rate,
+        "matmul_flops_per_second": 0.0,
         "versions": {name: _version(name) for name in ("transformers", "deepspeed", "liger-kernel")},
         "captions": CAPTIONS.name,
         "rows": [],
         "skipped": [],
     }
-    loads = workloads(setting.size, setting.dtype)
-    names = arm_names(setting)
-    for index, name in enumerate(names):
-        if run.left() < options.seconds * RESERVE:
-            for late in names[index:]:
-                run.skip(LABELS[late], "no time left for it")
-            break
-        try:
-            time_arm(run, name, loads)
-        except Exception as error:  # one way's failure is a red row, not the end of the others
-            failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            print(f"{LABELS[name]}: {failure}", flush=True)
-            run.add({"arm": name, "label": LABELS[name], "workload": "all that is left", "check": failure})
-        _free(device)
+    if cuda and len(names) > 1:
+        time_side_by_side(run, names, options)
+    else:
+        time_here(run, names, options)
     run.save()
-    print(table(run.result))
+    if not (cuda and len(names) == 1):
+        print(table(run.result))
     return 0 if all(row["check"] == "passed" for row in run.result["rows"]) else 1
 
 

@@ -83,8 +83,8 @@ class HiveAttention(nn.Module):
             image_kv: ``"own"`` gives a routed layer image_k_proj and image_v_proj; ``"shared"`` uses k_proj and v_proj.
             qk_norm: norm added at a routed layer whose LLM has none: ``none``, ``pre_rope`` or ``post_rope``.
             eps: epsilon of that norm.
-            backend: backend of `hierarchical_attention`; at an un-routed layer also one of `FLASH_BACKENDS`, which serve
-                whole texts and leave steps with a cache to "auto".
+            backend: backend of `hierarchical_attention`; at an un-routed layer also one of `FLASH_BACKENDS`, which
+                serve whole texts and leave steps with a cache to "auto".
         """
         super().__init__()
         self.layer, self.routed = layer, routed

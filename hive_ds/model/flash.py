@@ -5,10 +5,10 @@ Two names: the package flash-attn, and the same algorithm inside torch (2.11 and
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -16,11 +16,19 @@ from torch import Tensor
 
 from hive_ds.kernels import AttentionLayout
 
+_varlen_attn: Any = None
+with contextlib.suppress(ImportError):  # torch before 2.10 has none
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+
 FLASH_ATTENTION = "flash_attention_2"
 TORCH_FLASH = "torch_flash"
 FLASH_BACKENDS = (FLASH_ATTENTION, TORCH_FLASH)
 MIN_CAPABILITY = (8, 0)
 """Oldest GPUs that either runs on."""
+# Read here and not at the call, which torch.compile traces.
+_OPTIONS = () if _varlen_attn is None else tuple(inspect.signature(_varlen_attn).parameters)
+_GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _OPTIONS else {}
+"""From torch 2.12 on fewer key than query heads must be asked for."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +84,15 @@ def flash_attention(name: str, q: Tensor, k: Tensor, v: Tensor, texts: TextBound
         from flash_attn import flash_attn_varlen_func
 
         return cast(Tensor, flash_attn_varlen_func(q, k, v, *where, softmax_scale=softmax_scale, causal=True))
-    from torch.nn.attention.varlen import varlen_attn
-
     causal = (-1, 0)  # a window of all tokens before, and none after
-    out = varlen_attn(q, k, v, *where, scale=softmax_scale, window_size=causal, **_grouped_heads())
-    return cast(Tensor, out)
+    return cast(Tensor, _varlen_attn(q, k, v, *where, scale=softmax_scale, window_size=causal, **_GROUPED_HEADS))
 
 
-@lru_cache
 def _missing(name: str) -> str | None:
     if name == FLASH_ATTENTION:
         if importlib.util.find_spec("flash_attn") is None:
             return "flash-attn is not installed; expected the package flash-attn, which builds from source, or 'auto'"
         return None
-    if "window_size" not in _varlen_options():
+    if "window_size" not in _OPTIONS:
         return f"torch {torch.__version__} has no attention of variable length with a window; expected torch 2.11"
     return None
-
-
-@lru_cache
-def _varlen_options() -> tuple[str, ...]:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return ()
-    from torch.nn.attention.varlen import varlen_attn
-
-    return tuple(inspect.signature(varlen_attn).parameters)
-
-
-@lru_cache
-def _grouped_heads() -> dict[str, Any]:
-    """From torch 2.12 on fewer key than query heads must be asked for."""
-    return {"enable_gqa": True} if "enable_gqa" in _varlen_options() else {}

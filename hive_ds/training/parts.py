@@ -61,22 +61,21 @@ def _embeddings(encoder: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     return ((name, module) for name, module in encoder.named_modules() if name.endswith("embeddings"))
 
 
-def shares_of_step(model: Any, run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Share of each of `PARTS` in the time of ``run``: of all GPU kernels, or of all operators on a CPU.
-
-    A gradient counts to the part whose forward pass it belongs to.
-    """
-    cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+def trace_of_step(model: Any, run: Callable[[], object], device: torch.device) -> profile:
+    """A trace of ``run``, marked so that `shares_of` finds the parts in its events."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with Marked(model), profile(activities=activities) as trace:
         run()
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize()
-    return shares_of(list(trace.events()), cuda=cuda)
+    return trace
 
 
 def shares_of(events: list[Any], *, cuda: bool) -> dict[str, float]:
-    """Share of each of `PARTS` in the events of a trace, as `shares_of_step` has it."""
+    """Share of each of `PARTS` in the time of a trace's events: of all GPU kernels, or of all operators on a CPU.
+
+    A gradient counts to the part whose forward pass it belongs to.
+    """
     seconds = dict.fromkeys(PARTS, 0.0)
     owners = _forward_parts(events)
     for event in events:

@@ -55,10 +55,11 @@ def device() -> Record:
 
 
 def commit() -> Record:
-    """The commit and whether tracked files differ from it; where there is no git, what HIVE_COMMIT says."""
-    head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    """The commit and whether tracked files differ from it; of a copy without its git, what HIVE_COMMIT says."""
+    named = os.environ.get("HIVE_COMMIT")
+    head = "" if named else _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     if not head:
-        return {"commit": os.environ.get("HIVE_COMMIT", "unknown"), "dirty": None}
+        return {"commit": named or "unknown", "dirty": None}
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return {"commit": head, "dirty": bool(changed)}
 

@@ -148,9 +148,10 @@ def test_killed_while_it_tidies_up_is_done(tmp_path: Path, monkeypatch: pytest.M
         (folder / "plan.json").unlink()
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("hive_ds.data.convert.shutil.rmtree", killed)
-        convert(source, out, ConvertOptions(workers=1))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, ConvertOptions(workers=1))
     before = tree(out)
     assert work.is_dir()
     assert convert(source, out, ConvertOptions(workers=1)).samples == 59

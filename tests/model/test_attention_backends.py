@@ -11,20 +11,25 @@ import pytest
 import torch
 from tiny_models import tiny_hive
 from torch import Tensor
+from varlen_on_cpu import serve_on_cpu
 
 from hive_ds.errors import HiveError
 from hive_ds.kernels import tiles
 from hive_ds.model import flash
 from hive_ds.model.attention import HiveAttention
-from hive_ds.model.attention_backends import describe_attention, set_vision_attention, warm_up_attention
+from hive_ds.model.attention_backends import (
+    describe_attention,
+    prefer_flash,
+    set_vision_attention,
+    warm_up_attention,
+)
 
 CPU = torch.device("cpu")
 
 
 def set_backends(model: Any, routed: str, un_routed: str) -> None:
-    for module in model.modules():
-        if isinstance(module, HiveAttention):
-            module.backend = routed if module.routed else un_routed
+    for module in hive_attention(model):
+        module.backend = routed if module.routed else un_routed
 
 
 def batch() -> dict[str, Any]:
@@ -103,6 +108,36 @@ def test_flash_attention_is_called_as_documented(monkeypatch: pytest.MonkeyPatch
     model = tiny_hive(family).train()
     compare(model, "auto", "flash_attention_2")
     model.eval().generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_torchs_flash_attention_sees_what_ours_sees(family: str) -> None:
+    serve_on_cpu()
+    model = tiny_hive(family).train()
+    compare(model, "auto", "torch_flash")
+    model.eval().generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+
+
+def test_torchs_flash_attention_is_preferred_where_it_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled models on a GPU: un-routed layers, and those alone that nobody chose a backend for."""
+    model = tiny_hive()
+    prefer_flash(model, CPU, torch.bfloat16)
+    assert {module.backend for module in hive_attention(model)} == {"auto"}
+    set_backends(model, "auto", "torch_flash")
+    with pytest.raises(HiveError, match=r"^model\.text_attention_backend is 'torch_flash', but the device is cpu"):
+        describe_attention(model, CPU, torch.bfloat16)
+    set_backends(model, "auto", "auto")
+    first = next(module for module in hive_attention(model) if not module.routed)
+    first.backend = "sdpa"
+    monkeypatch.setattr("hive_ds.model.attention_backends.flash_attention_refusal", lambda *_: None)
+    prefer_flash(model, CPU, torch.bfloat16)
+    assert first.backend == "sdpa"
+    for module in hive_attention(model):
+        assert module.backend == ("auto" if module.routed else "sdpa" if module is first else "torch_flash")
+
+
+def hive_attention(model: Any) -> list[HiveAttention]:
+    return [module for module in model.modules() if isinstance(module, HiveAttention)]
 
 
 def test_without_flash_attention_everything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
 from torch._dynamo.utils import counters
+from varlen_on_cpu import serve_on_cpu
 
 from hive_ds.benchmarks.padded_ways import PaddedCascade, PaperWay
 from hive_ds.data.batch import PackedBatch
 from hive_ds.model.attention import AttentionCall
 from hive_ds.model.compiling import compile_blocks
-from hive_ds.model.flash import TextBounds
 
 BACKENDS = (
     "aot_eager",  # what is compiled when does not depend on the backend, and this one needs no C++ compiler
@@ -43,40 +43,18 @@ def loss_of(way: Any, one: PackedBatch) -> torch.Tensor:
     return way(**one.model_inputs("cpu", torch.float32), num_items_in_batch=1).loss
 
 
-@torch.library.custom_op("hive_ds_tests::varlen", mutates_args=())
-def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:
-    """A library's flash attention, opaque to the compiler as it is: mean of the values so far."""
-    assert longest == int(bounds.diff().max())
-    pieces = [part.cumsum(0) / torch.arange(1, len(part) + 1)[:, None, None] for part in v.split(bounds.diff().tolist())]
-    return torch.cat(pieces).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-
-
-@varlen.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:
-    return torch.empty_like(q)
-
-
-def stand_in(
-    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, texts: TextBounds, scale: float
-) -> torch.Tensor:
-    """Gradients reach all that flash attention's would reach."""
-    with torch.no_grad():
-        values = varlen(q, k, v, texts.bounds, texts.longest)
-    return values + (q.sum() + k.sum() + v.sum()) * 1e-3
-
-
 LONG = (pytest.param(kind, marks=pytest.mark.long) for kind in ("cascaded", "paper", "padded cascade"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["hive", "flash", *LONG])
-def test_new_lengths_compile_nothing(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_lengths_compile_nothing(kind: str, backend: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     make = tiny_cascaded if "cascade" in kind else tiny_hive
     model = make().train()
     if kind == "flash":
-        monkeypatch.setattr("hive_ds.model.attention.flash_attention", stand_in)
+        serve_on_cpu()
         for layer in model.language_model.model.layers:
             layer.self_attn.backend = layer.self_attn.backend if layer.self_attn.routed else "torch_flash"
     way = {"paper": PaperWay, "padded cascade": PaddedCascade}.get(kind, lambda one: one)(model)
