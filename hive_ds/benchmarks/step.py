@@ -31,7 +31,7 @@ from hive_ds.benchmarks.turns import turn_on_gpu
 from hive_ds.data.batch import PackedBatch
 from hive_ds.files import write_whole
 from hive_ds.training.flops import matmul_rate
-from hive_ds.training.parts import shares_of, trace_of_step
+from hive_ds.training.parts import shares_of, slowest_kernels, trace_of_step
 
 BATCHES = 2
 """Different batches of one workload, taken in turn: their lengths differ."""
@@ -194,7 +194,14 @@ def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[s
     }
     if trace is None:
         return row, None
-    return row, lambda: row["shares"].update(shares_of(list(trace.events()), cuda=cuda))
+
+    def parse() -> None:
+        events = list(trace.events())
+        row["shares"] = shares_of(events, cuda=cuda)
+        if cuda:
+            row["kernels"] = slowest_kernels(events)
+
+    return row, parse
 
 
 def _wait(device: torch.device) -> None:

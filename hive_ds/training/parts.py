@@ -86,6 +86,19 @@ def shares_of(events: list[Any], *, cuda: bool) -> dict[str, float]:
     return {name: round(value / total, 4) for name, value in seconds.items()} if total else {}
 
 
+def slowest_kernels(events: list[Any], count: int = 20) -> dict[str, Any]:
+    """Milliseconds of all GPU kernels of a trace (``all``), and of those that took most: (name, ms, launches)."""
+    sums: dict[str, list[float]] = {}
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            entry = sums.setdefault(event.name, [0.0, 0])
+            entry[0] += event.time_range.elapsed_us() / 1e3
+            entry[1] += 1
+    order = sorted(sums, key=lambda name: -sums[name][0])
+    named = [(name[:100], round(sums[name][0], 3), sums[name][1]) for name in order[:count]]
+    return {"all": round(sum(ms for ms, _ in sums.values()), 3), "most": named}
+
+
 def own_time(event: Any, *, cuda: bool) -> float:
     """Microseconds of an operator without those inside it: of its GPU kernels, or of the thread that called it."""
     if cuda:
