@@ -20,7 +20,7 @@ from hive_ds.config import Recipe, StageConfig
 from hive_ds.constants import EXIT_STOPPED
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
-from hive_ds.model.attention_backends import TrainedModel, describe_attention, prefer_flash, warm_up_attention
+from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
 from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
@@ -118,10 +118,9 @@ def train(options: argparse.Namespace, world: World) -> bool:
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     if recipe.training.compile:
         _refuse_compiling(policy)
-        prefer_flash(model, device, dtype)
     _prepare_attention(run, model, dtype)
     if recipe.training.compile:
-        compile_blocks(model)
+        compile_blocks(model, device, dtype)
     loader, validation = _load_data(run, processor)
     engine = Engine(model, plan.groups, _ds_config(run, policy), config, world=world, device=device)
     if asked.micro_batch_size == "auto":

@@ -21,8 +21,8 @@ from hive_ds.benchmarks.trainer import (
     packed_loss,
 )
 from hive_ds.data.batch import PackedBatch
-from hive_ds.model.attention_backends import prefer_flash
 from hive_ds.model.compiling import compile_blocks
+from hive_ds.model.flash import TORCH_FLASH
 from hive_ds.model.language import decoder
 from hive_ds.stages import Stage, stage_by_number
 from hive_ds.training.flops import BatchSize, FlopCounter
@@ -79,8 +79,8 @@ class Setting:
 
 LABELS = {
     "ours": "ours, packed",
-    "ours compiled": "ours, packed, torch.compile, torch's flash attention where no image is seen",
-    "ours triton": "ours, packed, torch.compile, our kernel in every layer",
+    "ours compiled": "ours, packed, torch.compile",
+    "ours flash": "ours, packed, torch.compile, torch's flash attention where no image is seen",
     "paper": "the paper's way: padded, dense mask, scattered keys, SDPA, torch.compile",
     "sa": "SA: patches in the sequence, padded, causal SDPA, torch.compile",
     "sa packed": "SA in our code: packed, our kernel, torch.compile",
@@ -90,8 +90,8 @@ LABELS = {
 
 def arm_names(setting: Setting) -> list[str]:
     """In the order in which they are timed, the most telling first."""
-    names = ("ours compiled", "paper", "sa", "ours zero3", "ours triton", "ours", "sa packed")
-    return [name for name in names if setting.compiled or name not in ("ours compiled", "ours triton")]
+    names = ("ours compiled", "paper", "sa", "ours zero3", "ours flash", "ours", "sa packed")
+    return [name for name in names if setting.compiled or name not in ("ours compiled", "ours flash")]
 
 
 def refusal(name: str) -> str | None:
@@ -135,13 +135,11 @@ def _loss_of(name: str, model: Any, setting: Setting) -> Loss:
     elif name == "sa":
         way = PaddedCascade(model)
     else:
-        if name == "ours triton":
+        if name == "ours flash":
             for layer in decoder(model.language_model).layers:
-                layer.self_attn.backend = "triton"
-        elif name == "ours compiled":
-            prefer_flash(model, setting.device, setting.dtype)
-        if setting.compiled and name in ("ours compiled", "ours triton", "sa packed"):
-            compile_blocks(model)
+                layer.self_attn.backend = "auto" if layer.self_attn.routed else TORCH_FLASH
+        if setting.compiled and name in ("ours compiled", "ours flash", "sa packed"):
+            compile_blocks(model, setting.device, setting.dtype)
         return packed_loss(model)
     if setting.compiled:
         # The peers' padded shapes coincide now and then, and each coincidence is compiled: none must give up for that.

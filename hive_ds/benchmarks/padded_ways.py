@@ -60,9 +60,9 @@ class PaperWay:
     def compile(self, backend: str = "inductor") -> None:
         """Compile the LLM layer, and the encoder's blocks in place.
 
-        Lengths are symbolic from the start: one after the other, as constants, they use up torch's compilations.
+        Lengths become symbolic when they change. From the start (``dynamic=True``) is an assertion inside torch 2.11.
         """
-        self.layer = torch.compile(_layer, backend=backend, dynamic=True)
+        self.layer = torch.compile(_layer, backend=backend)
         compile_encoder(self.hive.vision_encoder, backend)
 
     def loss(self, batch: PackedBatch, device: torch.device) -> Tensor:

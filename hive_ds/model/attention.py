@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hive_ds.kernels import AttentionLayout, finish_keys, hierarchical_attention
+from hive_ds.kernels import (
+    AttentionLayout,
+    KernelTables,
+    finish_keys,
+    hierarchical_attention,
+    prepare_layout,
+    prepared_attention,
+)
 from hive_ds.model.flash import FLASH_BACKENDS, TextBounds, flash_attention
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ class AttentionCall:
         image_cos_NK, image_sin_NK: rotation of the image keys, fp32 halves (N, K/2); None with ``image_ND``.
         cache: where keys are kept between calls, or None.
         texts: where the texts are, for an un-routed layer that a library's flash attention serves.
+        tables: what the kernels read of the layout, for a layer that is compiled.
         text_TD, rows_R: where a layer is asked for some tokens only, the normed states of all of them, and which: the
             layer's own input then holds those (R,) alone.
     """
@@ -46,6 +54,7 @@ class AttentionCall:
     image_sin_NK: Tensor | None = None
     cache: HiveCache | None = None
     texts: TextBounds | None = None
+    tables: KernelTables | None = None
     text_TD: Tensor | None = None
     rows_R: Tensor | None = None
 
@@ -62,8 +71,8 @@ class HeadRMSNorm(nn.Module):
 class HiveAttention(nn.Module):
     """Attention of one LLM layer, built around the layer's own projections."""
 
-    q_proj: nn.Module
-    k_proj: nn.Module
+    q_proj: Any
+    k_proj: Any
     v_proj: nn.Module
     o_proj: nn.Module
     q_norm: Any
@@ -91,6 +100,8 @@ class HiveAttention(nn.Module):
         self.head_dim: int = attention.head_dim
         self.softmax_scale: float = attention.scaling
         self.backend = backend
+        self.prepared = False
+        """Whether the kernels' tables are made outside, once a batch: see `hive_ds.model.compiling`."""
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
         self.qk_norm = "none"
@@ -111,6 +122,16 @@ class HiveAttention(nn.Module):
     def is_flash(self) -> bool:
         """Whether a library's flash attention serves whole texts."""
         return self.backend in FLASH_BACKENDS
+
+    def made_ahead(self, layout: AttentionLayout, dtype: torch.dtype) -> dict[str, Any]:
+        """Fields of the calls of all layers like this one on a batch of whole texts."""
+        if self.is_flash:
+            return {"texts": TextBounds.of(layout)}
+        if not self.prepared:
+            return {}
+        heads, groups = (proj.out_features // self.head_dim for proj in (self.q_proj, self.k_proj))
+        tables = prepare_layout(layout, heads=heads, groups=groups, head_dim=self.head_dim, dtype=dtype)
+        return {"tables": tables}
 
     def copy_image_projections(self) -> None:
         """Set image_k_proj and image_v_proj to k_proj and v_proj, biases included."""
@@ -155,12 +176,14 @@ class HiveAttention(nn.Module):
             q = finish_keys(q, q_weight, eps, self.qk_norm, hive.cos_TK, hive.sin_TK)
             k = finish_keys(k, k_weight, eps, self.qk_norm, hive.cos_TK, hive.sin_TK)
             return flash_attention(self.backend, q, k, v, hive.texts, self.softmax_scale)
-        return hierarchical_attention(
-            q, k, v, image_k, image_v, hive.layout,
+        options: dict[str, Any] = dict(
             q_norm_weight=q_weight, k_norm_weight=k_weight, norm_eps=eps, qk_norm=self.qk_norm,
             cos=hive.cos_TK, sin=hive.sin_TK, image_cos=hive.image_cos_NK, image_sin=hive.image_sin_NK,
-            softmax_scale=self.softmax_scale, backend=self.backend,
+            softmax_scale=self.softmax_scale,
         )  # fmt: skip
+        if hive.tables is not None:
+            return prepared_attention(q, k, v, image_k, image_v, hive.tables, **options)
+        return hierarchical_attention(q, k, v, image_k, image_v, hive.layout, backend=self.backend, **options)
 
     def _attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, hive: AttentionCall

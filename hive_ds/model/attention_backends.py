@@ -10,7 +10,7 @@ from hive_ds.errors import HiveError
 from hive_ds.kernels import Choice, choose_backend, warm_up
 from hive_ds.model.attention import HiveAttention
 from hive_ds.model.cascaded import CascadedForCausalLM
-from hive_ds.model.flash import FLASH_BACKENDS, TORCH_FLASH, flash_attention_refusal
+from hive_ds.model.flash import FLASH_BACKENDS, flash_attention_refusal
 from hive_ds.model.hive import HiveForCausalLM
 
 TrainedModel = HiveForCausalLM | CascadedForCausalLM
@@ -26,18 +26,6 @@ def set_vision_attention(model: TrainedModel, name: str) -> None:
         model.vision_encoder.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
         raise HiveError(f"model.vision_attention is {name!r}, which does not work here: {error}") from error
-
-
-def prefer_flash(model: TrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Let ``auto`` at un-routed layers be torch's flash attention, where it can serve.
-
-    For a model that is compiled: only then is the rotation, which our own kernel does by itself, fused with the rest.
-    """
-    for module in model.modules():
-        if not isinstance(module, HiveAttention) or module.routed or module.backend != "auto":
-            continue
-        if flash_attention_refusal(TORCH_FLASH, device, dtype, module.head_dim) is None:
-            module.backend = TORCH_FLASH
 
 
 def describe_attention(model: TrainedModel, device: torch.device, dtype: torch.dtype) -> list[str]:

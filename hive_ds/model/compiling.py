@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from hive_ds.kernels import choose_backend
 from hive_ds.model.attention import HiveAttention
+from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.language import decoder
 from hive_ds.model.vision import vision_blocks
 
 
-def compile_blocks(model: Any, backend: str = "inductor") -> None:
-    """Compile every encoder block, projector and LLM layer of a model in place; all of a kind share what is compiled.
+def compile_blocks(model: Any, device: torch.device, dtype: torch.dtype, backend: str = "inductor") -> None:
+    """Compile every encoder block, projector and run of LLM layers in place; all of a kind share what is compiled.
 
-    Our own attention stays outside: it is a kernel already, and its layout is another one in every batch. The flash
-    attention of a library is inside, and the rotation before it compiled with it. The number of text tokens is symbolic
-    from the start; that of images becomes so when it changes.
+    Attention through our kernels or a library's is part of it: one operator, whose tables are made outside once a
+    batch. Any other attention stays outside, for its layout is another one in every batch. The number of text tokens is
+    symbolic from the start; that of images becomes so when it changes.
+
+    Args:
+        model: a HIVE or a cascaded model.
+        device: where it will train.
+        dtype: in which its attention will compute.
+        backend: of torch.compile.
     """
     compile_encoder(model.vision_encoder, backend)
+    compiled = partial(torch.compile, backend=backend, dynamic=True)
     layers = decoder(model.language_model).layers
-    hive = hasattr(model, "routes")
-    # What image features pass before they are keys: the norm of their layer after their projector.
-    parts = [*model.projectors.values()] if hive else [model.projector]
-    parts += [layers[index].input_layernorm for index in model.routes.blocks_by_layer] if hive else []
     for layer in layers:
         attention = layer.self_attn
-        if not (isinstance(attention, HiveAttention) and attention.is_flash):
+        if isinstance(attention, HiveAttention) and not attention.is_flash:
+            attention.prepared = _is_triton(attention, device, dtype)
+        if not _is_inside(attention):
             attention.forward = torch.compiler.disable(attention.forward)
-    for part in [*parts, *layers]:
-        part.forward = torch.compile(part.forward, backend=backend, dynamic=True)
+    if isinstance(model, HiveForCausalLM):
+        model.image_states = compiled(model.image_states)
+    else:
+        model.projector.forward = compiled(model.projector.forward)
+    in_runs = isinstance(model, HiveForCausalLM) and all(_is_inside(layer.self_attn) for layer in layers)
+    if in_runs and not any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        model.run_layers = compiled(model.run_layers)
+        return
+    for layer in layers:  # what is computed again in backward is a layer
+        layer.forward = compiled(layer.forward)
+
+
+def _is_inside(attention: nn.Module) -> bool:
+    return isinstance(attention, HiveAttention) and (attention.is_flash or attention.prepared)
+
+
+def _is_triton(attention: HiveAttention, device: torch.device, dtype: torch.dtype) -> bool:
+    chosen = choose_backend(attention.backend, device=device, dtype=dtype, head_dim=attention.head_dim)
+    return chosen.backend == "triton"
 
 
 def compile_encoder(encoder: nn.Module, backend: str = "inductor") -> None:

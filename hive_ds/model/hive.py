@@ -17,7 +17,6 @@ from hive_ds.errors import HiveError
 from hive_ds.model.attention import AttentionCall, HiveAttention
 from hive_ds.model.cache import HiveCache
 from hive_ds.model.configuration import HiveConfig
-from hive_ds.model.flash import TextBounds
 from hive_ds.model.generation import CACHE_NAME, HiveGenerationMixin
 from hive_ds.model.inputs import AttentionContext, BatchContext, PackedText, PromptImages
 from hive_ds.model.language import ask_no_gradient_of_inputs, check_language_model, decoder, sliding_window
@@ -26,6 +25,7 @@ from hive_ds.model.last_layer import narrow_on_request
 from hive_ds.model.positions import RotaryFrequencies
 from hive_ds.model.projector import Projector, projector_name
 from hive_ds.model.routes import Routes
+from hive_ds.model.runs import image_states, run_layers, split_runs
 from hive_ds.model.vision import encode_images, rest_if_frozen, tower_key_mapping, vision_blocks, vision_class
 
 
@@ -67,6 +67,8 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         for index, layer in enumerate(layers):
             layer.self_attn = self._build_attention(layer.self_attn, index)
         narrow_on_request(layers[-1])
+        self._runs = split_runs(len(layers), self.routes.blocks_by_layer)
+        self.run_layers, self.image_states = run_layers, image_states
         sizes = (config.vision_config.hidden_size, config.text_config.hidden_size)
         self.projectors = nn.ModuleDict({projector_name(*pair): Projector(*sizes) for pair in self.routes.pairs})
         self.language_loss = LanguageLoss(language_model)
@@ -269,35 +271,30 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             query_lengths=query_lengths,
             device=text.input_ids_T.device,
         )
-        flash = cache is None and any(layer.self_attn.is_flash for layer in trunk.layers)
-        texts = TextBounds.of(batch.by_blocks[0].layout) if flash else None
         hidden = trunk.embed_tokens(text.input_ids_T)[None]
-        for index, layer in enumerate(trunk.layers):
-            blocks = routed.get(index, ())
-            context = batch.by_blocks[len(blocks)]
-            image_ND = self._image_states(index, blocks, images, context) if blocks and new_images else None
-            call = AttentionCall(
-                context.layout,
-                batch.cos_TK,
-                batch.sin_TK,
-                image_ND,
-                None if image_ND is None else context.image_cos_NK,
-                None if image_ND is None else context.image_sin_NK,
-                cache,
-                texts if layer.self_attn.is_flash else None,
-                rows_R=rows_R if index == len(trunk.layers) - 1 else None,
-            )
-            output = layer(hidden, hive=call)
-            hidden = output[0] if isinstance(output, tuple) else output
+        run_of = self.run_layers if cache is None else run_layers  # steps with a cache are not compiled
+        ahead: dict[tuple[int, str], dict[str, Any]] = {}
+        for run in self._runs:
+            calls = []
+            for index in run:
+                blocks, attention = routed.get(index, ()), trunk.layers[index].self_attn
+                context, kind = batch.by_blocks[len(blocks)], (len(blocks), attention.backend)
+                if cache is None and kind not in ahead:
+                    ahead[kind] = attention.made_ahead(context.layout, hidden.dtype)
+                made = ahead.get(kind, {}) | {"rows_R": rows_R if index == len(trunk.layers) - 1 else None}
+                if blocks and new_images:
+                    made["image_ND"] = self._image_states(index, blocks, images, context)
+                    made |= {"image_cos_NK": context.image_cos_NK, "image_sin_NK": context.image_sin_NK}
+                calls.append(AttentionCall(context.layout, batch.cos_TK, batch.sin_TK, cache=cache, **made))
+            hidden = run_of([trunk.layers[index] for index in run], hidden, calls)
         return trunk.norm(hidden).squeeze(0)
 
     def _image_states(
         self, index: int, blocks: tuple[int, ...], images: PromptImages, context: AttentionContext
     ) -> Tensor:
-        """Projected and normed features (N, D) that the layer makes image keys of."""
-        projected = [self.projectors[projector_name(block, index)](images.features[block]) for block in blocks]
-        image_ND = projected[0] if context.interleave is None else torch.cat(projected)[context.interleave]
-        return decoder(self.language_model).layers[index].input_layernorm(image_ND)
+        projectors = [self.projectors[projector_name(block, index)] for block in blocks]
+        norm = decoder(self.language_model).layers[index].input_layernorm
+        return self.image_states(projectors, norm, [images.features[block] for block in blocks], context.interleave)
 
     def _check_window(self, lengths: Sequence[int]) -> None:
         window = sliding_window(self.config.text_config)

@@ -13,8 +13,10 @@ from hive_ds.model.language import decoder
 from hive_ds.model.vision import vision_blocks
 
 PARTS = ("encoder", "projectors", "LLM", "attention of the LLM", "optimizer", "data", "communication", "other")
-ATTENTION = ("hive_ds::", "scaled_dot_product", "flash_attn")
+ATTENTION = ("hive_ds::", "scaled_dot_product", "flash_attn", "flash_attention", "varlen_attn")
 """In names of operators that attend."""
+PIECES = {"image_states": "projectors", "run_layers": "LLM"}
+"""What a HIVE model calls its projectors and its layers by, and the part."""
 COMMUNICATION = ("nccl", "gloo", "c10d::")
 """In names of operators that send."""
 
@@ -24,13 +26,14 @@ class Marked:
 
     def __init__(self, model: Any) -> None:
         modules = [("encoder", module) for module in (model.vision_encoder, *vision_blocks(model.vision_encoder))]
-        projectors = model.projectors.values() if hasattr(model, "routes") else [model.projector]
-        modules += [("projectors", module) for module in projectors]
         trunk = decoder(model.language_model)
-        modules += [("LLM", module) for module in (trunk.embed_tokens, *trunk.layers, trunk.norm)]
+        modules += [("LLM", module) for module in (trunk.embed_tokens, trunk.norm)]
+        if not hasattr(model, "routes"):
+            modules += [("projectors", model.projector), *(("LLM", layer) for layer in trunk.layers)]
         modules += [("LLM", model.language_model.lm_head), ("LLM", model.language_loss)]
         modules += [("encoder", module) for name, module in _embeddings(model.vision_encoder)]
         self._modules: list[tuple[str, nn.Module]] = modules
+        self._model = model
 
     def __enter__(self) -> None:
         open_marks: list[Any] = []
@@ -46,6 +49,10 @@ class Marked:
         def leave(*_: Any) -> None:
             open_marks.pop().__exit__(None, None, None)
 
+        # HIVE's layers and projectors run in pieces that may be compiled: a hook inside of one would compile it anew.
+        self._pieces = {name: getattr(self._model, name) for name in PIECES if hasattr(self._model, name)}
+        for name, piece in self._pieces.items():
+            setattr(self._model, name, _marked_piece(PIECES[name], piece))
         self._handles = []
         for name, module in self._modules:
             self._handles.append(module.register_forward_pre_hook(enter(name)))
@@ -53,8 +60,18 @@ class Marked:
             self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def __exit__(self, *_: object) -> None:
+        for name, piece in self._pieces.items():
+            setattr(self._model, name, piece)
         for handle in self._handles:
             handle.remove()
+
+
+def _marked_piece(part: str, piece: Callable[..., Any]) -> Callable[..., Any]:
+    def marked(*arguments: Any) -> Any:
+        with record_function(f"part:{part}"):
+            return piece(*arguments)
+
+    return marked
 
 
 def _embeddings(encoder: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -129,12 +146,15 @@ def _marked(event: Any) -> str | None:
 
 
 def _part(event: Any, owners: dict[int, str]) -> str:
-    part = _marked(event)
+    part, attends = _marked(event), False
     one = event
     while part is None and one is not None:
+        attends = attends or any(name in one.name for name in ATTENTION)
         if any(name in one.name for name in COMMUNICATION):
             part = "communication"
         elif one.name.startswith("autograd::engine::evaluate_function") or "Backward" in one.name:
             part = owners.get(one.sequence_nr)
         one = one.cpu_parent
+    if part == "LLM" and attends:  # inside the gradient of a compiled piece
+        return "attention of the LLM"
     return part if part in PARTS else "other"

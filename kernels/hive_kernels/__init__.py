@@ -2,7 +2,7 @@
 
 from .backends import Choice, choose_backend
 from .finish import finish_keys
-from .fused import prepare_layout
+from .fused import KernelTables, prepare_layout, prepared_attention
 from .layout import AttentionLayout
 from .op import hierarchical_attention
 from .warmup import warm_up
@@ -10,9 +10,11 @@ from .warmup import warm_up
 __all__ = [
     "AttentionLayout",
     "Choice",
+    "KernelTables",
     "choose_backend",
     "finish_keys",
     "hierarchical_attention",
     "prepare_layout",
+    "prepared_attention",
     "warm_up",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,22 @@ def _with_work(arguments: KernelArguments, layout: AttentionLayout) -> KernelArg
     )
 
 
-def prepare_layout(layout: AttentionLayout, *, heads: int, groups: int, head_dim: int, dtype: torch.dtype) -> None:
+class KernelTables(NamedTuple):
+    """What the kernels read of a layout: tensors on its device, and two counts."""
+
+    samples: Tensor
+    seen: Tensor
+    first_token: Tensor
+    row_work: Tensor
+    backward_work: Tensor
+    key_work: Tensor
+    max_rows: int
+    pairs: int
+
+
+def prepare_layout(
+    layout: AttentionLayout, *, heads: int, groups: int, head_dim: int, dtype: torch.dtype
+) -> KernelTables:
     """Build, once a batch, what calls with this layout read: before a region that is compiled or captured in a graph.
 
     Eager calls build it by themselves the first time. torch.compile cannot trace it, and a CUDA graph cannot hold the
@@ -94,8 +111,50 @@ def prepare_layout(layout: AttentionLayout, *, heads: int, groups: int, head_dim
         groups: key/value heads (G).
         head_dim: K.
         dtype: of q.
+
+    Returns:
+        For `prepared_attention`.
     """
     layout.max_seen, layout.num_queries, layout.num_text, layout.max_text  # noqa: B018 (kept by the layout)
     layout = layout.unshared[1] if layout.shares_images and not layout.decoding else layout
     q, k = (torch.empty(0, count, head_dim, dtype=dtype, device=layout.device) for count in (heads, groups))
-    _arguments((q, k, k, k, k, *[None] * 6), layout, 1.0, 0.0, "none")
+    made = _arguments((q, k, k, k, k, *[None] * 6), layout, 1.0, 0.0, "none")
+    if not layout.decoding:  # those of long texts as well: what is there now and then would be compiled for both
+        key_work = layout.schedule.key_work(made.tile("keys").keys)
+        made = made._replace(first_token=layout.schedule.first_token, key_work=key_work)
+    return KernelTables(*(getattr(made, name) for name in KernelTables._fields))
+
+
+def prepared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    tables: KernelTables,
+    softmax_scale: float,
+    *,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    norm_eps: float,
+    qk_norm: str,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    image_cos: Tensor | None,
+    image_sin: Tensor | None,
+) -> Tensor:
+    """`hierarchical_attention` by the Triton kernels, whole texts, unchecked: what a compiled region calls.
+
+    Nothing here depends on the lists of a layout, so that new lengths compile nothing. Arguments are those of
+    `hierarchical_attention`, rotation as halves (rows, K/2) in fp32; no samples share images.
+
+    Args:
+        tables: of `prepare_layout`, in whose numbers of heads, head dim and dtype q and k are.
+    """
+    if image_k is None or image_v is None:
+        image_k = image_v = k.new_empty(0, *k.shape[-2:])
+    out, _ = attention_op(
+        q, k, v, image_k, image_v, q_norm_weight, k_norm_weight, cos, sin, image_cos, image_sin, *tables[:6],
+        softmax_scale, norm_eps, qk_norm, False, tables.max_rows, tables.pairs,
+    )  # fmt: skip
+    return out

@@ -57,7 +57,7 @@ _HOPPER = {
         128: Tile(0, 32, 8, 1),
         256: Tile(0, 16, 8, 1),
     },
-    "keys": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    "keys": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
     "queries": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
 }
 # With 4 warps a thread has 512 registers; the one-pass backward spills all the same.

@@ -13,6 +13,7 @@ from varlen_on_cpu import serve_on_cpu
 
 from hive_ds.benchmarks.padded_ways import PaddedCascade, PaperWay
 from hive_ds.data.batch import PackedBatch
+from hive_ds.kernels import tiles
 from hive_ds.model.attention import AttentionCall
 from hive_ds.model.compiling import compile_blocks
 
@@ -47,25 +48,29 @@ LONG = (pytest.param(kind, marks=pytest.mark.long) for kind in ("cascaded", "pap
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["hive", "flash", *LONG])
+@pytest.mark.parametrize("kind", ["hive", "triton", "flash", *LONG])
 def test_new_lengths_compile_nothing(kind: str, backend: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     make = tiny_cascaded if "cascade" in kind else tiny_hive
     model = make().train()
-    if kind == "flash":
-        serve_on_cpu()
-        for layer in model.language_model.model.layers:
-            layer.self_attn.backend = layer.self_attn.backend if layer.self_attn.routed else "torch_flash"
+    if kind == "triton" and not tiles.INTERPRETED:
+        pytest.skip("needs the Triton interpreter: TRITON_INTERPRET=1")
+    serve_on_cpu()
+    for layer in model.language_model.model.layers if kind in ("triton", "flash") else ():
+        layer.self_attn.backend = "triton" if kind == "triton" else "auto" if layer.self_attn.routed else "torch_flash"
     way = {"paper": PaperWay, "padded cascade": PaddedCascade}.get(kind, lambda one: one)(model)
+    first, later = ([5, 9], [7, 4, 11]), ([8, 8, 1], [4] * 7, [2, 9, 5, 3, 6], [11, 3])
+    if kind == "triton":  # interpreted
+        first, later = ([2, 4], [3, 2, 5]), ([5, 2, 2, 2],)
     new = batch([3, 6, 2, 7])  # the same multiple of 16 slots: another one is another mask to the paper's way
     expected = loss_of(way, new)
     wanted = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     if way is model:
-        compile_blocks(model, backend)
+        compile_blocks(model, torch.device("cpu"), torch.float32, backend)
     else:
         way.compile(backend)
-    for lengths in ([5, 9], [7, 4, 11]) * 2:
+    for lengths in first:
         loss_of(way, batch(lengths)).backward()
     before = counters["stats"]["unique_graphs"]
     assert 0 < before <= 16
@@ -73,7 +78,7 @@ def test_new_lengths_compile_nothing(kind: str, backend: str) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = loss_of(way, new)
         gradients = torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-        for lengths in ([8, 8, 1], [4] * 7, [2, 9, 5, 3, 6], [11, 3]):
+        for lengths in later:
             loss_of(way, batch(lengths)).backward()
     assert counters["stats"]["unique_graphs"] == before
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -26,7 +26,7 @@ def trained(ranks: Any, zero: int, precision: str, *, compiled: bool) -> tuple[l
     stage = stage_by_number(3)
     model = make_model(stage)
     if compiled:
-        compile_blocks(model)
+        compile_blocks(model, torch.device("cpu"), torch.float32)
     trainee = make_trainee(ranks, stage=stage, zero=zero, precision=precision, model=model, config=config_for(2))
     rows, graphs = [], []
     for step, images in enumerate(IMAGES):
