@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .layout import AttentionLayout
 from .padded_op import padded_attention, rows_in_memory
-from .rectangle_op import rectangle_attention
+from .rectangle_op import attend
 
 IN_PLACE_ELEMENTS = 2**18
 """Elements of the joined keys from which on a step of one token reads cache and image keys where they are.
@@ -57,7 +57,7 @@ def _in_rectangles(
     rectangles = layout.rectangles
     images = (image_k, image_v) if layout.max_seen else (None, None)
     keys, values = (rectangles.join(x, image) for x, image in zip((k, v), images, strict=True))
-    out, _ = rectangle_attention(
+    out, _ = attend(
         rectangles.pad(q), keys, values, rectangles.mask(q.dtype), rectangles.shape, scale, layout.schedule.pairs
     )
     return rectangles.unpad(out)

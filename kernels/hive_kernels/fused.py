@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .arguments import KernelArguments
 from .layout import AttentionLayout
-from .registered import attention_op
+from .registered import attend
 
 
 def fused_attention(
@@ -46,7 +46,7 @@ def fused_attention(
         (q, k, v, image_k, image_v, q_norm_weight, k_norm_weight, cos, sin, image_cos, image_sin),
         layout, softmax_scale, norm_eps, qk_norm,
     )  # fmt: skip
-    out, lse = attention_op(*arguments)
+    out, lse = attend(*arguments)
     return out, lse
 
 
@@ -153,7 +153,7 @@ def prepared_attention(
     """
     if image_k is None or image_v is None:
         image_k = image_v = k.new_empty(0, *k.shape[-2:])
-    out, _ = attention_op(
+    out, _ = attend(
         q, k, v, image_k, image_v, q_norm_weight, k_norm_weight, cos, sin, image_cos, image_sin, *tables[:6],
         softmax_scale, norm_eps, qk_norm, False, tables.max_rows, tables.pairs,
     )  # fmt: skip

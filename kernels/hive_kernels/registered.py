@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import KernelArguments
+from .eager import differentiable
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor image_k, Tensor image_v, Tensor? q_weight, Tensor? k_weight, "
@@ -76,6 +77,8 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None,
 
 
 attention_op.register_autograd(_differentiate, setup_context=_save)
+attend = differentiable(attention_op, _save, _differentiate)
+"""The op, as calls outside of torch.library's own machinery take it."""
 
 
 @register_flop_formula(torch.ops.hive_ds.hierarchical_attention)

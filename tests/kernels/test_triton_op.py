@@ -87,7 +87,7 @@ def recorded_calls(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> list[tupl
 
         return call
 
-    monkeypatch.setattr(fused, "attention_op", recorder(registered.attention_op))
+    monkeypatch.setattr(fused, "attend", recorder(registered.attention_op))
     monkeypatch.setattr(registered, "gradient_op", recorder(registered.gradient_op))
     evaluate(inputs, triton_attention, dtype=torch.float32)
     (op, given), backward = calls
