@@ -10,11 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +22,8 @@ import torch
 
 from hive_ds.benchmarks.arms import LABELS, Arm, Setting, arm_names, build_arm, refusal, work_of
 from hive_ds.benchmarks.report import table
+from hive_ds.benchmarks.side_by_side import time_side_by_side, turn_on_gpu
 from hive_ds.benchmarks.sizes import CAPTIONS, PAPER, TINY, Size, caption_lengths, make_batch
-from hive_ds.benchmarks.turns import turn_on_gpu
 from hive_ds.data.batch import PackedBatch
 from hive_ds.files import write_whole
 from hive_ds.training.flops import matmul_rate
@@ -38,8 +34,6 @@ BATCHES = 2
 ROUNDS = 3
 PROBES = (2, 3)
 """Captions of the batches on which an arm is checked and compiled; two numbers, so that neither becomes a constant."""
-GRACE = 10.0
-"""Seconds that the processes of the arms have less, to put their results together."""
 RESERVE = 0.12
 """Share of the time that is left over for an arm that has begun."""
 
@@ -112,6 +106,8 @@ def time_arm(run: Run, name: str, loads: list[Workload], parts: int) -> None:
         run.add({"arm": name, "label": arm.label, "workload": loads[0].name, "check": arm.check})
         return
     _free(run.setting.device)
+    run.result["ready"] = True
+    run.save()
     with turn_on_gpu(run.setting.device):
         run.rate = run.rate or matmul_rate(run.setting.device, dtype)
         run.result["matmul_flops_per_second"] = run.rate
@@ -222,42 +218,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def time_side_by_side(run: Run, names: Sequence[str], options: argparse.Namespace) -> None:
-    """A process for each arm; their results are put together as far as they come."""
-    folder = Path(tempfile.mkdtemp(prefix="hive-ds-step-"))
-    threads = str(max(1, (os.cpu_count() or 1) // len(names)))
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": "4", **os.environ}
-    same = ["--seconds", str(max(1.0, run.left() - GRACE)), "--parts", str(options.parts)]
-    same += ["--loads", options.loads] if options.loads else []
-    command = [sys.executable, "-m", "hive_ds.benchmarks.step", str(options.stage), *same]
-    children = {
-        name: subprocess.Popen([*command, "--arms", name, "--out", str(folder / f"{name}.json")], env=environment)
-        for name in names
-    }
-    while run.left() > 0 and any(child.poll() is None for child in children.values()):
-        time.sleep(1)
-        _put_together(run, folder, children)
-    for child in children.values():
-        child.kill()
-        child.wait()
-    _put_together(run, folder, children)
-
-
-def _put_together(run: Run, folder: Path, children: dict[str, subprocess.Popen[bytes]]) -> None:
-    rows: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-    for name, child in children.items():
-        path = folder / f"{name}.json"
-        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "skipped": []}
-        rows += found["rows"]
-        skipped += found["skipped"]
-        if child.returncode is not None and not found["rows"] and not found["skipped"]:
-            skipped.append({"what": LABELS[name], "why": f"its process ended with {child.returncode} before a row"})
-        run.rate = found.get("matmul_flops_per_second") or run.rate
-    run.result |= {"rows": rows, "skipped": skipped, "matmul_flops_per_second": run.rate}
-    run.save()
-
-
 def time_here(run: Run, names: Sequence[str], options: argparse.Namespace) -> None:
     """One arm after the other in this process."""
     loads = workloads(run.setting.size, run.setting.dtype)
@@ -306,11 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "matmul_flops_per_second": 0.0,
         "versions": {name: _version(name) for name in ("transformers", "deepspeed", "liger-kernel")},
         "captions": CAPTIONS.name,
+        "ready": False,
         "rows": [],
         "skipped": [],
     }
     if cuda and len(names) > 1:
-        time_side_by_side(run, names, options)
+        same = ["--parts", str(options.parts), *(["--loads", options.loads] if options.loads else [])]
+        time_side_by_side(run, names, [str(options.stage), *same])
     else:
         time_here(run, names, options)
     run.save()

@@ -6,17 +6,23 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from hive_ds.benchmarks import report
-from hive_ds.benchmarks.arms import LABELS, compared
+from hive_ds.benchmarks.arms import LABELS, Setting, compared
+from hive_ds.benchmarks.side_by_side import time_side_by_side
+from hive_ds.benchmarks.sizes import TINY
+from hive_ds.benchmarks.step import Run
 from hive_ds.errors import HiveError
 from hive_ds.train import _refuse_compiling
 from hive_ds.training.ds_config import read_policy
+from hive_ds.training.parts import slowest_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +53,38 @@ def test_the_other_stages(tmp_path: Path) -> None:
     assert [run.wait() for run in runs] == [0, 0]
     for out in outs.values():
         check_result(json.loads(out.read_text()))
+
+
+@pytest.mark.parametrize(("stage", "label"), [("2", None), ("9", "its process ended with 2 before a row")])
+def test_side_by_side(tmp_path: Path, stage: str, label: str | None) -> None:
+    """What the ways say in processes of their own is put together; one that dies is named."""
+    setting = Setting(TINY, 2, torch.device("cpu"), compiled=False)
+    run = Run(setting, 0.0, time.perf_counter() + 120, tmp_path / "all.json")
+    run.result = {"rows": [], "skipped": []}
+    time_side_by_side(run, ["ours", "paper"], [stage, "--loads", "captions x 2", "--parts", "1"])
+    found = json.loads((tmp_path / "all.json").read_text())
+    if label:
+        assert [one["why"] for one in found["skipped"]] == [label, label]
+        return
+    assert found["skipped"] == []
+    assert [(row["arm"], row["workload"], row["check"]) for row in found["rows"]] == [
+        ("ours", "captions x 2", "passed"),
+        ("paper", "captions x 2", "passed"),
+    ]
+    assert all(sum(row["shares"].values()) == pytest.approx(1, abs=1e-2) for row in found["rows"])
+    assert found["matmul_flops_per_second"] > 0
+
+
+def test_slowest_kernels() -> None:
+    def event(name: str, microseconds: float, kind: Any, **more: Any) -> Any:
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(elapsed_us=lambda: microseconds), device_type=kind, **more
+        )
+
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [event("a", 5.0, gpu), event("b", 9.0, gpu), event("a", 7.0, gpu), event("a", 70.0, cpu)]
+    events.append(event("part:LLM", 90.0, gpu, is_user_annotation=True))
+    assert slowest_kernels(events, count=1) == {"all": 0.021, "most": [("a", 0.012, 2)]}
 
 
 def check_result(record: dict[str, Any]) -> None:
