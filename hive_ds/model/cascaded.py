@@ -171,8 +171,7 @@ class CascadedForCausalLM(nn.Module):
         if labels is None:
             logits = self._logits(places, states_SD, places.text_T)
             return CausalLMOutputWithPast(logits=text.padded(logits))
-        labels = labels.to(input_ids.device, non_blocking=True)
-        labels_T = labels if text.mask_BS is None else labels[text.mask_BS]
+        labels_T = text.packed(labels).to(input_ids.device, non_blocking=True)
         # The first token of a sequence has none before it.
         counted = (labels_T != IGNORE_INDEX) & (places.positions_S[places.text_T] > 0)
         total = self._loss(places, states_SD, places.text_T[counted] - 1, labels_T[counted])

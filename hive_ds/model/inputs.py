@@ -56,7 +56,7 @@ class PackedText:
 
     def supervised(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Positions that predict a token which counts, and these tokens, (R,) each. None crosses a sample's end."""
-        packed = labels if self.mask_BS is None else labels[self.mask_BS]
+        packed = self.packed(labels)
         targets = torch.full_like(packed, IGNORE_INDEX)
         targets[:-1] = packed[1:]
         ends = torch.tensor(self.lengths).cumsum(0)
@@ -64,6 +64,10 @@ class PackedText:
         rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
         device = self.input_ids_T.device
         return rows.to(device, non_blocking=True), targets[rows].to(device, non_blocking=True)
+
+    def packed(self, values: Tensor) -> Tensor:
+        """Values shaped as the caller's batch, end to end (T,), on their device."""
+        return values if self.mask_BS is None else values[self.mask_BS.to(values.device)]
 
     def padded(self, values_T: Tensor) -> Tensor:
         """Values of all tokens (T, ...) back in their slots (B, S, ...), zeros elsewhere; packed text stays packed."""

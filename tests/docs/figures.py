@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from gpu_figures import gpu_figures
 from reckoned import caption_figures, encoder_share
 
 Path = tuple[Any, ...]
@@ -229,6 +230,9 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         r"detailed captions have (\d+) tokens in the median, CC3M's alt-texts (\d+)",
         (caption_figures("Florence-2, detailed")[4], caption_figures("CC3M")[4]),
     ),
+    *(Reckoned(*row) for row in gpu_figures()),
+    Cited("docs/performance.md", r"The paper's 3.4 times and 41 % of the memory", "arXiv 2604.00086"),
+    Logged("docs/performance.md", r"stage 3 fell from (69) to (39) ms", "what the host does for a step"),
     Logged("docs/performance.md", r"the loader, (12) ms for 16 samples", "the last tenth of the quickstart"),
     Reckoned("docs/performance.md", r"Memory takes ([\d.]+) times as long on an H100", (4.8 / 3.35,)),
     Reckoned(

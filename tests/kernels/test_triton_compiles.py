@@ -20,6 +20,7 @@ STACK = {
     ("sm_80", "queries", 64): 32,
     ("sm_80", "queries", 128): 152,
     ("sm_90", "backward short", 64): 696,
+    ("sm_90", "keys", 64): 96,
     ("sm_90", "keys", 128): 216,
 }
 """Bytes of spilled registers a thread that are known; none elsewhere. Seen with triton 3.9."""

@@ -19,7 +19,6 @@ from hive_ds.model import flash
 from hive_ds.model.attention import HiveAttention
 from hive_ds.model.attention_backends import (
     describe_attention,
-    prefer_flash,
     set_vision_attention,
     warm_up_attention,
 )
@@ -118,22 +117,11 @@ def test_torchs_flash_attention_sees_what_ours_sees(family: str) -> None:
     model.eval().generate(torch.tensor([[5, 6]]), max_new_tokens=2)
 
 
-def test_torchs_flash_attention_is_preferred_where_it_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled models on a GPU: un-routed layers, and those alone that nobody chose a backend for."""
+def test_torchs_flash_attention_needs_a_gpu() -> None:
     model = tiny_hive()
-    prefer_flash(model, CPU, torch.bfloat16)
-    assert {module.backend for module in hive_attention(model)} == {"auto"}
     set_backends(model, "auto", "torch_flash")
     with pytest.raises(HiveError, match=r"^model\.text_attention_backend is 'torch_flash', but the device is cpu"):
         describe_attention(model, CPU, torch.bfloat16)
-    set_backends(model, "auto", "auto")
-    first = next(module for module in hive_attention(model) if not module.routed)
-    first.backend = "sdpa"
-    monkeypatch.setattr("hive_ds.model.attention_backends.flash_attention_refusal", lambda *_: None)
-    prefer_flash(model, CPU, torch.bfloat16)
-    assert first.backend == "sdpa"
-    for module in hive_attention(model):
-        assert module.backend == ("auto" if module.routed else "sdpa" if module is first else "torch_flash")
 
 
 def hive_attention(model: Any) -> list[HiveAttention]:
