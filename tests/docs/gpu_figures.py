@@ -48,10 +48,17 @@ def of_allowed(stage: int, workload: str) -> float:
 
 def gpu_figures() -> list[Row]:
     """All of them; ``#`` in a text is a figure."""
-    return [
-        (page, re.escape(text).replace(r"\#", r"([\d.]+)").replace("ANY", ".*"), values)
-        for page, text, values in _figures()
+    found = [*_goals(), *_limits()]
+    found += [
+        (STEP, f"| {stage}, {load} | # | # | # % | # | # | # % | # | # | # |", beside_sa(stage, load))
+        for stage in (3, 1)
+        for load in (CAPTIONS, FEW, LONG, MIDDLE, SHORT)
     ]
+    return [(page, _pattern(text), values) for page, text, values in found]
+
+
+def _pattern(text: str) -> str:
+    return re.escape(text).replace(r"\#", r"([\d.]+)").replace("ANY", ".*")
 
 
 def _goals() -> list[Row]:
