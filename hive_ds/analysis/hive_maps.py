@@ -25,9 +25,11 @@ def hive_layer_maps(
     model: HiveForCausalLM, input_ids: Tensor, offsets: Sequence[int], pixels: Mapping[str, Tensor], head: int | None
 ) -> list[LayerMaps]:
     """Maps of one text; arguments as in `hive_ds.analysis.attention_maps.token_attention_maps`."""
-    images = model.encode_prompt_images(image_offsets=[offsets], prompts=1, **pixels)
-    with _capture(model) as captured:
-        model(input_ids, prompt_images=images, logits_to_keep=1)
+    # What is compiled would be compiled anew, for one text: without gradients, and for hooks inside of it.
+    with torch.compiler.set_stance("force_eager"):
+        images = model.encode_prompt_images(image_offsets=[offsets], prompts=1, **pixels)
+        with _capture(model) as captured:
+            model(input_ids, prompt_images=images, logits_to_keep=1)
     return [_layer_maps(one, model.routes.blocks_by_layer[one.attention.layer], images, head) for one in captured]
 
 

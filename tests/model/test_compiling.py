@@ -11,11 +11,13 @@ from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
 from torch._dynamo.utils import counters
 from varlen_on_cpu import serve_on_cpu
 
+from hive_ds.analysis.attention_maps import token_attention_maps
 from hive_ds.benchmarks.padded_ways import PaddedCascade, PaperWay
 from hive_ds.data.batch import PackedBatch
 from hive_ds.kernels import tiles
 from hive_ds.model.attention import AttentionCall
 from hive_ds.model.compiling import compile_blocks
+from hive_ds.training.parts import shares_of, trace_of_step
 
 BACKENDS = (
     "aot_eager",  # what is compiled when does not depend on the backend, and this one needs no C++ compiler
@@ -83,6 +85,26 @@ def test_new_lengths_compile_nothing(kind: str, backend: str) -> None:
     assert counters["stats"]["unique_graphs"] == before
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_looking_inside_compiles_nothing() -> None:
+    """Attention maps and the parts of a step's time hook into modules that are compiled."""
+    torch._dynamo.reset()
+    model = tiny_hive().train()
+    one, ids, images = batch([5, 9]), random_tokens(6), {"pixel_values": random_images(1)}
+    expected = token_attention_maps(model, ids[None], [2], images)
+    compile_blocks(model, torch.device("cpu"), torch.float32, "aot_eager")
+    for _ in range(2):
+        loss_of(model, one).backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = token_attention_maps(model, ids[None], [2], images)
+        trace = trace_of_step(model, lambda: loss_of(model, one).backward(), torch.device("cpu"))
+        loss_of(model, one).backward()
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.text_TT, other.text_TT)
+        torch.testing.assert_close(layer.images, other.images)
+    shares = shares_of(list(trace.events()), cuda=False)
+    assert min(shares[part] for part in ("encoder", "projectors", "LLM", "attention of the LLM")) > 0
 
 
 def test_what_a_layer_is_handed_is_not_read_by_the_compiler() -> None:
