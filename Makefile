@@ -55,12 +55,13 @@ test-cluster: $(VENV)/.installed ## Run all tests on a Slurm cluster in namespac
 	$(RUN) pytest -rs -m cluster --durations=10 tests/cluster
 
 # Needs no environment of ours: on a machine with a GPU and no network, its own Python with torch and triton will do.
-# SHAPES=a,b times these alone (kernels/benchmarks/shapes.py lists them).
+# SHAPES=a,b times these alone (kernels/benchmarks/shapes.py lists them), STEP='--arms paper,sa' is handed to a stage's
+# command, and SECONDS=170 is time for all of it.
 PART ?= checks
 SUITE_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
 gpu-suite: ## Check (PART=checks) or time (PART=bench) the kernels, or time a step (PART=stage1|2|3), on a GPU; tiny without one
-	@SHAPES="$(SHAPES)" PYTHONPATH=kernels $(SUITE_PYTHON) -m benchmarks.suite $(PART)
+	@SHAPES="$(SHAPES)" STEP='$(STEP)' HIVE_SUITE_SECONDS="$(SECONDS)" PYTHONPATH=kernels $(SUITE_PYTHON) -m benchmarks.suite $(PART)
 
 docs: $(VENV)/.installed ## Write the reference and the pictures of docs/ again, from the code
 	PYTHONPATH=docs $(RUN) hive_docs

@@ -81,7 +81,8 @@ class PaperWay:
             if index in routed:
                 (block,) = routed[index]
                 projector = self.hive.projectors[projector_name(block, index)]
-                image_BPD = projector(encoded.by_block[block]).unflatten(0, (len(lengths), -1))
+                with record_function("part:projectors"):
+                    image_BPD = projector(encoded.by_block[block]).unflatten(0, (len(lengths), -1))
             with record_function("part:LLM"):
                 hidden = self.layer(layer, hidden, image_BPD, shared)
         logits_BSV = self.hive.language_model.lm_head(trunk.norm(hidden)).float()

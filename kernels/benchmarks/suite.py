@@ -8,8 +8,10 @@ the rows of its engine DeepSpeed. Without a GPU all runs on tiny shapes, our ker
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +27,7 @@ import torch
 
 from . import records
 
-SECONDS = 500.0
+SECONDS = float(os.environ.get("HIVE_SUITE_SECONDS") or 500)
 """For all steps of a part together."""
 RESERVE = 90.0
 """Of these, left to end the shape that is being timed: compiling its peers takes a minute."""
@@ -95,7 +97,8 @@ def child_environment(tree: Path, part: str) -> dict[str, str]:
     environment["PYTHONSAFEPATH"] = "1"  # the clone's hive_ds/ has no kernels/: the current folder must not be searched
     if environment.get("OUT"):
         environment["OUT"] = str(Path(environment["OUT"]).absolute())
-    environment["HIVE_SUITE_COMMAND"] = f"make gpu-suite PART={part}"
+    chosen = "".join(f" {name}={shlex.quote(os.environ[name])}" for name in ("SHAPES", "STEP") if os.environ.get(name))
+    environment["HIVE_SUITE_COMMAND"] = f"make gpu-suite PART={part}{chosen}"
     if os.environ.get("SHAPES"):
         environment["HIVE_BENCH_SHAPES"] = os.environ["SHAPES"]
     environment["HIVE_BENCH_SECONDS"] = str(SECONDS - RESERVE)
@@ -116,8 +119,12 @@ def checks(xml: Path) -> list[Step]:
     root = records.ROOT
     small = [sys.executable, "-m", "benchmarks.small"]
     steps = [
-        pytest_step("gpu tests", 270, xml / "gpu.xml", "-m", "gpu and not long", str(root / "tests" / "kernels")),
-        pytest_step("agreement", 150, xml / "agreement.xml", "-k", "agrees", str(root / "kernels" / "benchmarks")),
+        pytest_step(
+            "gpu tests", 270, xml / "gpu.xml", "-m", "gpu and not long", str(root / "tests" / "kernels"), *_many()
+        ),
+        pytest_step(
+            "agreement", 150, xml / "agreement.xml", "-k", "agrees", str(root / "kernels" / "benchmarks"), *_many()
+        ),
         Step("small shapes", small, 60),
     ]
     for tool in ("memcheck", "racecheck"):
@@ -125,6 +132,13 @@ def checks(xml: Path) -> list[Step]:
         # Without the allocator's cache each tensor is an allocation, and a read beyond it is seen.
         steps.append(Step(tool, command, 120, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     return steps
+
+
+def _many() -> list[str]:
+    """Nearly all of a check on a GPU is compilation, on the CPU: side by side, where pytest-xdist is there."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(12, os.cpu_count() or 1))]
 
 
 def bench(xml: Path) -> list[Step]:
@@ -135,7 +149,8 @@ def bench(xml: Path) -> list[Step]:
 def training(part: str, out: Path) -> list[Step]:
     """The training step of a stage, which looks at the clock itself."""
     command = [sys.executable, "-m", "hive_ds.benchmarks.step", part.removeprefix("stage"), "--out", str(out)]
-    return [Step("training step", [*command, "--seconds", str(SECONDS - GRACE)], SECONDS)]
+    chosen = shlex.split(os.environ.get("STEP", ""))
+    return [Step("training step", [*command, "--seconds", str(SECONDS - GRACE), *chosen], SECONDS)]
 
 
 def write_training(part: str, out: Path, command: str) -> None:

@@ -97,7 +97,7 @@ def check_result(record: dict[str, Any]) -> None:
     assert timed == {(arm, load) for arm in ways for load in ("captions x 2", "32 tokens x 2")}
     for row in record["rows"]:
         assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-2)
-        assert row["shares"]["encoder"] > 0 < row["shares"]["optimizer"]
+        assert min(row["shares"][part] for part in ("encoder", "projectors", "LLM", "optimizer")) > 0
     text = report.table(record)
     assert all(LABELS[arm] in text for arm in ways)
     assert "counted FLOPs allow" in text
