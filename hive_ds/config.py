@@ -217,7 +217,7 @@ class TrainingConfig:
     hang_timeout: Annotated[float, NOT_NEGATIVE] = 1800
     """Seconds without progress after which every rank writes where it is and the run ends; 0 switches that off."""
     compile: bool = False
-    """Whether encoder blocks, projectors and LLM layers run through torch.compile; not under ZeRO-3."""
+    """Whether encoder blocks, projectors and LLM layers run through torch.compile."""
     tensorboard: bool = False
     """Write TensorBoard's files to ``RUN/stageN/tensorboard`` too."""
     wandb: bool = False

@@ -116,11 +116,9 @@ def train(options: argparse.Namespace, world: World) -> bool:
     model.train()  # once more: what is frozen is known now
     _warn_untrained_blocks(run, model)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    if recipe.training.compile:
-        _refuse_compiling(policy)
     _prepare_attention(run, model, dtype)
     if recipe.training.compile:
-        compile_blocks(model, device, dtype)
+        compile_blocks(model, device, dtype, apart=policy.get("zero_optimization", {}).get("stage", 0) == 3)
     loader, validation = _load_data(run, processor)
     engine = Engine(model, plan.groups, _ds_config(run, policy), config, world=world, device=device)
     if asked.micro_batch_size == "auto":
@@ -297,11 +295,6 @@ def _prepare_attention(run: Run, model: TrainedModel, dtype: torch.dtype) -> Non
     seconds = warm_up_attention(model, run.device, dtype)
     if seconds:
         run.say(f"attention kernels are compiled ({seconds:.0f} s)")
-
-
-def _refuse_compiling(policy: dict[str, Any]) -> None:
-    if policy.get("zero_optimization", {}).get("stage", 0) == 3:
-        raise HiveError("training.compile is true, but ZeRO-3 takes weights away between layers; expected ZeRO 0 to 2")
 
 
 def _device_name(device: torch.device) -> str:

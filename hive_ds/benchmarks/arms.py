@@ -84,7 +84,7 @@ LABELS = {
     "paper": "the paper's way: padded, dense mask, scattered keys, SDPA, torch.compile",
     "sa": "SA: patches in the sequence, padded, causal SDPA, torch.compile",
     "sa packed": "SA in our code: packed, our kernel, torch.compile",
-    "ours zero3": "ours, packed, DeepSpeed ZeRO-3 engine, 1 rank",
+    "ours zero3": "ours, packed, torch.compile, DeepSpeed ZeRO-3 engine, 1 rank",
 }
 
 
@@ -115,6 +115,8 @@ def build_arm(name: str, setting: Setting, probes: Sequence[PackedBatch]) -> Arm
     own = packed_loss(model)
     references = [loss_and_norm(own, plan, probe, setting.device) for probe in probes]
     if name == "ours zero3":
+        if setting.compiled:
+            compile_blocks(model, setting.device, setting.dtype, apart=True)
         precision = "bf16" if setting.dtype == torch.bfloat16 else "fp32"
         stepper = EngineStepper(model, plan, POLICY, precision)
         (_, norm), *_ = references

@@ -15,7 +15,9 @@ from hive_ds.model.language import decoder
 from hive_ds.model.vision import vision_blocks
 
 
-def compile_blocks(model: Any, device: torch.device, dtype: torch.dtype, backend: str = "inductor") -> None:
+def compile_blocks(
+    model: Any, device: torch.device, dtype: torch.dtype, backend: str = "inductor", *, apart: bool = False
+) -> None:
     """Compile every encoder block, projector and run of LLM layers in place; all of a kind share what is compiled.
 
     Attention through our kernels or a library's is part of it: one operator, whose tables are made outside once a
@@ -27,6 +29,8 @@ def compile_blocks(model: Any, device: torch.device, dtype: torch.dtype, backend
         device: where it will train.
         dtype: in which its attention will compute.
         backend: of torch.compile.
+        apart: whether weights come layer by layer (ZeRO-3): a layer or projector is then a piece of its own, and what
+            brings its weights stays outside.
     """
     compile_encoder(model.vision_encoder, backend)
     compiled = partial(torch.compile, backend=backend, dynamic=True)
@@ -37,15 +41,17 @@ def compile_blocks(model: Any, device: torch.device, dtype: torch.dtype, backend
             attention.prepared = _is_triton(attention, device, dtype)
         if not _is_inside(attention):
             attention.forward = torch.compiler.disable(attention.forward)
-    if isinstance(model, HiveForCausalLM):
+    if isinstance(model, HiveForCausalLM) and not apart:
         model.image_states = compiled(model.image_states)
     else:
-        model.projector.forward = compiled(model.projector.forward)
-    in_runs = isinstance(model, HiveForCausalLM) and all(_is_inside(layer.self_attn) for layer in layers)
-    if in_runs and not any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        for projector in [*model.projectors.values()] if isinstance(model, HiveForCausalLM) else [model.projector]:
+            projector.forward = compiled(projector.forward)
+    recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)  # by layers, in backward
+    inside = all(_is_inside(layer.self_attn) for layer in layers)
+    if isinstance(model, HiveForCausalLM) and inside and not apart and not recomputed:
         model.run_layers = compiled(model.run_layers)
         return
-    for layer in layers:  # what is computed again in backward is a layer
+    for layer in layers:
         layer.forward = compiled(layer.forward)
 
 

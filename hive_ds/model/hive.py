@@ -5,6 +5,7 @@ Source: arXiv 2604.00086. Axes: B row, S slot of a padded row, T text token, N i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -272,7 +273,6 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             device=text.input_ids_T.device,
         )
         hidden = trunk.embed_tokens(text.input_ids_T)[None]
-        run_of = self.run_layers if cache is None else run_layers  # steps with a cache are not compiled
         ahead: dict[tuple[int, str], dict[str, Any]] = {}
         for run in self._runs:
             calls = []
@@ -286,7 +286,8 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
                     made["image_ND"] = self._image_states(index, blocks, images, context)
                     made |= {"image_cos_NK": context.image_cos_NK, "image_sin_NK": context.image_sin_NK}
                 calls.append(AttentionCall(context.layout, batch.cos_TK, batch.sin_TK, cache=cache, **made))
-            hidden = run_of([trunk.layers[index] for index in run], hidden, calls)
+            with contextlib.nullcontext() if cache is None else torch.compiler.set_stance("force_eager"):
+                hidden = self.run_layers([trunk.layers[index] for index in run], hidden, calls)
         return trunk.norm(hidden).squeeze(0)
 
     def _image_states(

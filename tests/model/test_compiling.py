@@ -107,6 +107,20 @@ def test_looking_inside_compiles_nothing() -> None:
     assert min(shares[part] for part in ("encoder", "projectors", "LLM", "attention of the LLM")) > 0
 
 
+def test_answers_are_not_compiled() -> None:
+    """A step with a cache is another shape every time."""
+    torch._dynamo.reset()
+    model = tiny_hive().eval()
+    prompt = {"input_ids": random_tokens(4)[None], "image_offsets": [[1]], "pixel_values": random_images(1)}
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True}
+    expected = model.generate(**prompt, **options)
+    compile_blocks(model, torch.device("cpu"), torch.float32, "aot_eager")
+    model.generate(**prompt, **{**options, "max_new_tokens": 1})  # the encoder, without gradients
+    before = counters["stats"]["unique_graphs"]
+    assert torch.equal(model.generate(**prompt, **options), expected)
+    assert counters["stats"]["unique_graphs"] == before
+
+
 def test_what_a_layer_is_handed_is_not_read_by_the_compiler() -> None:
     """torch 2.11 guards every field of a frozen dataclass, lists inside it too: a layer then gave up compiling."""
     assert not AttentionCall.__dataclass_params__.frozen  # type: ignore[attr-defined]

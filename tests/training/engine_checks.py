@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from compile_checks import expect_same
 from stage_helpers import (
     COMBINATIONS,
     config_for,
@@ -65,6 +66,11 @@ def check_bf16(ranks: Any) -> dict[str, list[list[float]]]:
     """The same in bf16."""
     policies = {**{f"zero{zero}": zero for zero in (0, 1, 2, 3)}, "zero3 whole": "zero3"}
     return {name: trained_losses(ranks, 2, policy, "bf16", BF16_STEPS) for name, policy in policies.items()}
+
+
+def check_compiled_layers_under_zero3(ranks: Any) -> None:
+    """Layer by layer, as a large model is gathered. By Inductor, and the other stages: `compile_checks` (long)."""
+    expect_same(ranks, (3,), "fp32", backend="aot_eager", rtol=1e-5, atol=1e-5)
 
 
 def check_batches_without_images(ranks: Any) -> None:

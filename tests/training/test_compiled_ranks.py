@@ -1,4 +1,4 @@
-"""`training.compile` with Inductor under ZeRO 0 to 2: the same losses, and no compilation for new lengths."""
+"""`training.compile` with Inductor under every ZeRO stage: the same losses, and no compilation for new lengths."""
 
 from __future__ import annotations
 

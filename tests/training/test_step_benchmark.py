@@ -19,9 +19,6 @@ from hive_ds.benchmarks.arms import LABELS, Setting, compared
 from hive_ds.benchmarks.side_by_side import time_side_by_side
 from hive_ds.benchmarks.sizes import TINY
 from hive_ds.benchmarks.step import Run
-from hive_ds.errors import HiveError
-from hive_ds.train import _refuse_compiling
-from hive_ds.training.ds_config import read_policy
 from hive_ds.training.parts import slowest_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,11 +98,6 @@ def check_result(record: dict[str, Any]) -> None:
     text = report.table(record)
     assert all(LABELS[arm] in text for arm in ways)
     assert "counted FLOPs allow" in text
-
-
-def test_compiling_under_zero3_is_refused() -> None:
-    with pytest.raises(HiveError, match=r"training\.compile is true, but ZeRO-3 .* expected ZeRO 0 to 2"):
-        _refuse_compiling(read_policy("zero3"))
 
 
 def test_a_way_that_computes_something_else_is_red() -> None:
