@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,15 +64,19 @@ class PackedBatch:
         """Tokens that carry loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    def pin_memory(self) -> PackedBatch:
+        """The batch with what goes to a GPU in memory that can be copied while the host goes on; for a DataLoader."""
+        images = {name: value.pin_memory() for name, value in self.images.items()}
+        return replace(self, input_ids=self.input_ids.pin_memory(), images=images)
+
     def model_inputs(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
         """Return the arguments of the model's packed call on ``device``; floating images are cast to ``dtype``.
 
         Labels stay: which tokens carry loss decides shapes, and the host would wait for the device to tell.
         """
-        images = {
-            name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-            for name, value in self.images.items()
-        }
+        images = {name: value.to(device, non_blocking=True) for name, value in self.images.items()}
+        # There, not on the way: with both at once torch casts on the CPU, while the host waits.
+        images = {name: value.to(dtype) if value.is_floating_point() else value for name, value in images.items()}
         return {
             "input_ids": self.input_ids.to(device, non_blocking=True),
             "labels": self.labels,

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from streaming import StreamingDataLoader
 
 from hive_ds.data.batch import PackedBatch, PreparedSample
@@ -45,6 +46,7 @@ class SampleLoader(StreamingDataLoader):
             num_workers=num_workers,
             collate_fn=collate_fn,
             worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
         )
         self._samples = dataset
         self._endless = endless
