@@ -118,7 +118,7 @@ def _limits() -> list[Row]:
         (STEP, "measured in the same run, # and # TFLOP/s", tuple(rates)),
         (
             STEP,
-            "and more: # % in stage 1 on captions, # % in stage 3",
+            "the memory in stage 1 on captions (# %) and not in stage 3 (# %)",
             (100 * best_one["peak_bytes"] / sa_one["peak_bytes"], 100 * best["peak_bytes"] / sa["peak_bytes"]),
         ),
         (STEP, "take # of # ms in stage 3, # of # ms in stage 1", tuple(took)),
