@@ -12,6 +12,7 @@ from hive_ds.kernels import choose_backend
 from hive_ds.model.attention import HiveAttention
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.language import decoder
+from hive_ds.model.runs import split_runs
 from hive_ds.model.vision import vision_blocks
 
 
@@ -49,6 +50,7 @@ def compile_blocks(
     recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)  # by layers, in backward
     inside = all(_is_inside(layer.self_attn) for layer in layers)
     if isinstance(model, HiveForCausalLM) and inside and not apart and not recomputed:
+        model.runs = split_runs(len(layers), model.routes.blocks_by_layer)
         model.run_layers = compiled(model.run_layers)
         return
     for layer in layers:

@@ -68,7 +68,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         for index, layer in enumerate(layers):
             layer.self_attn = self._build_attention(layer.self_attn, index)
         narrow_on_request(layers[-1])
-        self._runs = split_runs(len(layers), self.routes.blocks_by_layer)
+        self.runs = split_runs(len(layers), range(len(layers)))  # layer by layer, until they are compiled
         self.run_layers, self.image_states = run_layers, image_states
         sizes = (config.vision_config.hidden_size, config.text_config.hidden_size)
         self.projectors = nn.ModuleDict({projector_name(*pair): Projector(*sizes) for pair in self.routes.pairs})
@@ -274,7 +274,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         )
         hidden = trunk.embed_tokens(text.input_ids_T)[None]
         ahead: dict[tuple[int, str], dict[str, Any]] = {}
-        for run in self._runs:
+        for run in self.runs:
             calls = []
             for index in run:
                 blocks, attention = routed.get(index, ()), trunk.layers[index].self_attn
