@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 import traceback
 from datetime import timedelta
 from typing import NoReturn
@@ -76,10 +77,15 @@ def _claim_report() -> bool:
 
 
 def _main_reports(world: World) -> bool:
-    """Whether rank 0 reports the error of this rank: without a process group all ranks have read the same input."""
+    """Whether rank 0 reports the error of this rank.
+
+    Before the ranks have met, all read the same input: rank 0 says what is wrong and ends, and the launcher then ends
+    this rank. Were it the first to end, a busy rank 0 would be ended before it said a word.
+    """
     store = current_store()
     if store is None:
-        return True
+        time.sleep(_REPORT_WAIT.total_seconds())
+        return False
     try:
         store.wait([_REPORTED], _REPORT_WAIT)
     except dist.DistStoreError:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from watchdog_ranks import FAULTS, TIMEOUT
 
+from hive_ds.errors import HiveError
+from hive_ds.training import faults
 from hive_ds.training.distributed import World, current_store, start, stop
 from hive_ds.training.hang_report import Dump, free_folder, read_dumps, verdict, write_dump
 from hive_ds.training.place import Place, here, waits_for_others
@@ -222,3 +224,16 @@ def test_switched_off_and_stopped(tmp_path: Path) -> None:
         time.sleep(0.1)
     on.stop()
     time.sleep(0.5)  # nothing moves, and nobody watches
+
+
+def test_before_ranks_have_met_rank_0_speaks_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first rank that ends takes the others along: rank 1 gives rank 0 the time to say what is wrong."""
+    waited: list[float] = []
+    monkeypatch.setattr("hive_ds.training.faults.time.sleep", waited.append)
+    faults.report_error(HiveError("wrong"), World(), debug=False)
+    assert (capsys.readouterr().err, waited) == ("error: wrong\n", [])
+    # Still there after that: rank 0 had not read what this one has.
+    faults.report_error(HiveError("wrong"), World(rank=1, size=2), debug=False)
+    assert (capsys.readouterr().err, waited) == ("error (rank 1): wrong\n", [10.0])
