@@ -51,7 +51,7 @@ def launch_checks(names: list[str], num_ranks: int, folder: Path) -> dict[str, V
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
     command += [__file__, str(folder), *names]
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "TMPDIR": tempfile.mkdtemp(dir=folder)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
     verdicts: dict[str, Verdict] = {}
     broken = None
     for name in names:
