@@ -189,6 +189,11 @@ def _count_tests(step: Step) -> None:
         step.verdict, step.detail = "failed", "every test was skipped on a machine with a GPU"
 
 
+def _of_any_machine(word: str, xml: Path) -> str:
+    """A word of a command without this machine's folders."""
+    return word.replace(str(xml.parent), "").replace(str(records.ROOT), ".").replace(sys.executable, "python")
+
+
 def _sanitizer() -> str:
     known = "/usr/local/cuda/bin/compute-sanitizer"
     return shutil.which("compute-sanitizer") or (known if Path(known).exists() else "compute-sanitizer")
@@ -221,7 +226,7 @@ def main() -> int:
         record = records.describe("checks") | {"green": green, "tiny": not torch.cuda.is_available()}
         record["command"] = environment["HIVE_SUITE_COMMAND"]
         for step in steps:
-            step.command = [Path(step.command[0]).name, *step.command[1:]]
+            step.command = [Path(step.command[0]).name, *(_of_any_machine(word, xml) for word in step.command[1:])]
         record["steps"] = [asdict(step) for step in steps]
         print(f"result file: {records.write(record)}")
     return 0 if green else 1

@@ -143,6 +143,8 @@ def test_the_suite_runs_without_a_gpu(part: str, tmp_path: Path) -> None:
     assert record["command"] == f"make gpu-suite PART={part} SHAPES=a-decode"
     assert f"result file: {path}" in done.stdout
     if part == "checks":
+        assert str(ROOT) not in path.read_text()
+        assert sys.executable not in path.read_text()
         verdicts = {step["name"]: step["verdict"] for step in record["steps"]}
         assert verdicts.pop("memcheck") == verdicts.pop("racecheck") == "not run"
         assert set(verdicts.values()) == {"passed"}
