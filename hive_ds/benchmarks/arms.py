@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -119,16 +119,20 @@ def build_arm(name: str, setting: Setting, probes: Sequence[PackedBatch]) -> Arm
             compile_blocks(model, setting.device, setting.dtype, apart=True)
         precision = "bf16" if setting.dtype == torch.bfloat16 else "fp32"
         stepper = EngineStepper(model, plan, POLICY, precision)
-        (_, norm), *_ = references
-        verdict = compared((float(stepper.step(probes[0])), norm), references[0], setting.dtype)
-        return Arm(name, LABELS[name], model, lambda: stepper, counter, verdict)
-    loss = _loss_of(name, model, setting)
-    verdicts = [
-        compared(loss_and_norm(loss, plan, probe, setting.device), reference, setting.dtype)
-        for probe, reference in zip(probes, references, strict=True)
-    ]
+        # Each of these is a step, too small a one to be seen in the next loss.
+        found = [stepper.step_and_norm(probe) for probe in probes]
+        make_stepper: Callable[[], Stepper] = partial(_itself, stepper)
+    else:
+        loss = _loss_of(name, model, setting)
+        found = [loss_and_norm(loss, plan, probe, setting.device) for probe in probes]
+        make_stepper = partial(PlainStepper, plan, loss, setting.device)
+    verdicts = [compared(*pair, setting.dtype) for pair in zip(found, references, strict=True)]
     verdict = next((verdict for verdict in verdicts if verdict != "passed"), "passed")
-    return Arm(name, LABELS[name], model, lambda: PlainStepper(plan, loss, setting.device), counter, verdict)
+    return Arm(name, LABELS[name], model, make_stepper, counter, verdict)
+
+
+def _itself(stepper: Stepper) -> Stepper:
+    return stepper
 
 
 def _loss_of(name: str, model: Any, setting: Setting) -> Loss:

@@ -21,6 +21,8 @@ from hive_ds.benchmarks.arms import LABELS
 if TYPE_CHECKING:
     from hive_ds.benchmarks.step import Run
 
+RED = 1
+"""Exit status of a process whose rows say what failed."""
 GRACE = 10.0
 """Seconds that the processes have less, to put their results together."""
 TIMED = 0.4
@@ -47,7 +49,11 @@ def time_side_by_side(run: Run, names: Sequence[str], arguments: Sequence[str]) 
         names: of the arms.
         arguments: of all processes.
     """
-    folder = Path(tempfile.mkdtemp(prefix="hive-ds-step-"))
+    with tempfile.TemporaryDirectory(prefix="hive-ds-step-") as folder:
+        _time_in(Path(folder), run, names, arguments)
+
+
+def _time_in(folder: Path, run: Run, names: Sequence[str], arguments: Sequence[str]) -> None:
     threads = str(max(1, (os.cpu_count() or 1) // len(names)))
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": "4", **os.environ}
     command = [sys.executable, "-m", "hive_ds.benchmarks.step", *arguments]
@@ -63,15 +69,25 @@ def time_side_by_side(run: Run, names: Sequence[str], arguments: Sequence[str]) 
     while run.left() > 0 and any(child.poll() is None for child in children.values()):
         time.sleep(1)
         _put_together(run, folder, children)
+    late = [name for name, child in children.items() if child.poll() is None]
     for child in children.values():
         child.kill()
         child.wait()
     _put_together(run, folder, children)
+    for name in late:
+        run.skip(f"{LABELS[name]}, what is left of it", "no time left for it")
+    for name, child in children.items():
+        if name not in late and child.returncode not in (0, RED):
+            run.add({**_nothing(name), "check": f"its process ended with {child.returncode}"})
 
 
 def _all_ready(folder: Path, children: dict[str, subprocess.Popen[bytes]]) -> bool:
     """Whether every process waits for its turn, or has ended."""
     return all(child.poll() is not None or _read(folder, name)["ready"] for name, child in children.items())
+
+
+def _nothing(name: str) -> dict[str, Any]:
+    return {"arm": name, "label": LABELS[name], "workload": "all that is left"}
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
@@ -82,12 +98,10 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
 def _put_together(run: Run, folder: Path, children: dict[str, subprocess.Popen[bytes]]) -> None:
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    for name, child in children.items():
+    for name in children:
         found = _read(folder, name)
         rows += found["rows"]
         skipped += found["skipped"]
-        if child.returncode is not None and not found["rows"] and not found["skipped"]:
-            skipped.append({"what": LABELS[name], "why": f"its process ended with {child.returncode} before a row"})
         run.rate = found.get("matmul_flops_per_second") or run.rate
     run.result |= {"rows": rows, "skipped": skipped, "matmul_flops_per_second": run.rate}
     run.save()

@@ -12,7 +12,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,15 +79,20 @@ class Run:
             write_whole(self.out, json.dumps(self.result) + "\n")
 
 
+def load_names(size: Size) -> list[str]:
+    """Of `workloads`."""
+    texts = [f"{length} tokens x {count}" for length, count in size.lengths]
+    return [*(f"captions x {count}" for count in size.captions), *texts]
+
+
 def workloads(size: Size, dtype: torch.dtype) -> list[Workload]:
     """Captions in micro-batches small to large, then texts of one length each."""
+    captions = [[caption_lengths(size, count, seed) for seed in range(BATCHES)] for count in size.captions]
+    texts = [[[length] * count] * BATCHES for length, count in size.lengths]
     made = []
-    for index, count in enumerate(size.captions):
-        batches = [make_batch(size, caption_lengths(size, count, seed), seed, dtype) for seed in range(BATCHES)]
-        made.append(Workload(f"captions x {count}", batches, is_larger=index > 0))
-    for length, count in size.lengths:
-        batches = [make_batch(size, [length] * count, seed, dtype) for seed in range(BATCHES)]
-        made.append(Workload(f"{length} tokens x {count}", batches, is_larger=False))
+    for index, (name, lengths) in enumerate(zip(load_names(size), captions + texts, strict=True)):
+        batches = [make_batch(size, one, seed, dtype) for seed, one in enumerate(lengths)]
+        made.append(Workload(name, batches, is_larger=0 < index < len(captions)))
     return made
 
 
@@ -223,7 +228,7 @@ def time_here(run: Run, names: Sequence[str], options: argparse.Namespace) -> No
     loads = workloads(run.setting.size, run.setting.dtype)
     if options.loads:
         by_name = {load.name: load for load in loads}
-        loads = [by_name[name] for name in options.loads.split(",")]
+        loads = [by_name[name] for name in _chosen(options.loads, by_name, "--loads")]
     whole = run.left()
     for index, name in enumerate(names):
         if run.left() < whole * RESERVE:
@@ -237,6 +242,16 @@ def time_here(run: Run, names: Sequence[str], options: argparse.Namespace) -> No
             print(f"{LABELS[name]}: {failure}", flush=True)
             run.add({"arm": name, "label": LABELS[name], "workload": "all that is left", "check": failure})
         _free(run.setting.device)
+
+
+def _chosen(listed: str, known: Iterable[str], option: str) -> list[str]:
+    """The names in a list with commas; ValueError for one that is not known."""
+    names = [name for name in listed.split(",") if name]
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} names {name!r}; expected some of {', '.join(known)}")
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,10 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     setting = Setting(PAPER if cuda else TINY, options.stage, device, compiled=cuda)
-    names = options.arms.split(",") if options.arms else arm_names(setting)
-    unknown = [name for name in names if name not in LABELS]
-    if unknown:
-        parser.error(f"--arms names {unknown[0]!r}; expected some of {', '.join(LABELS)}")
+    try:
+        names = _chosen(options.arms, LABELS, "--arms") if options.arms else arm_names(setting)
+        _chosen(options.loads or "", load_names(setting.size), "--loads")
+    except ValueError as error:
+        parser.error(str(error))
     run = Run(setting, 0.0, deadline, options.out)
     run.result = {
         "stage": options.stage,

@@ -106,12 +106,16 @@ class EngineStepper:
 
     def step(self, batch: PackedBatch) -> float:
         """One optimizer step; the mean loss."""
+        return self.step_and_norm(batch)[0]
+
+    def step_and_norm(self, batch: PackedBatch) -> tuple[float, float]:
+        """One optimizer step; the mean loss, and the norm of all gradients before clipping."""
         from hive_ds.training.loop import run_micro_batches
 
         loss = run_micro_batches(self.engine, [batch], batch.supervised_tokens)
         with record_function("part:optimizer"):
-            self.engine.step(1.0)
-        return loss
+            report = self.engine.step(1.0)
+        return loss, report.grad_norm
 
     def close(self) -> None:
         """Leave the process group."""

@@ -121,8 +121,8 @@ def _limits() -> list[Row]:
             "the memory in stage 1 on captions (# %) and not in stage 3 (# %)",
             (100 * best_one["peak_bytes"] / sa_one["peak_bytes"], 100 * best["peak_bytes"] / sa["peak_bytes"]),
         ),
-        (STEP, "take # of # ms in stage 3, # of # ms in stage 1", tuple(took)),
-        (STEP, "needed to issue it (# of # ms, # of # ms)", tuple(issued)),
+        (STEP, "its kernels take # of # ms in stage 3, # of # ms in stage 1", tuple(took)),
+        (STEP, "waited at the loss (# of # ms, # of # ms)", tuple(issued)),
         (
             STEP,
             "Of the # ms the encoder has # %, the LLM # %, attention of the LLM # % in our kernel ANY, projectors # %, "

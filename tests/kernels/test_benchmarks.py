@@ -15,13 +15,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
 
-from benchmarks import measuring, peers, render, suite  # noqa: E402
+from benchmarks import measuring, peers, render, suite, tuning  # noqa: E402
 from benchmarks.case import Arguments, Case  # noqa: E402
 from benchmarks.checking import Check  # noqa: E402
 from benchmarks.joining import Gather, pieces, visible_pairs  # noqa: E402
 from benchmarks.shapes import SHAPES, tiny  # noqa: E402
 
-from hive_ds.kernels import AttentionLayout  # noqa: E402
+from hive_ds.kernels import AttentionLayout, tiles  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -153,3 +153,17 @@ def test_the_suite_runs_without_a_gpu(part: str, tmp_path: Path) -> None:
     assert render.table(record) in done.stdout
     render.picture(record, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not tiles.INTERPRETED, reason="needs the Triton interpreter: TRITON_INTERPRET=1")
+def test_tuning_tells_rounding_from_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another tile passes; what computes something else does not. Candidates are of kernels that there are."""
+    assert set(tuning.CANDIDATES) <= set(tiles.KINDS)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tuning, "PATCHES", 20)
+    inputs = tuning.inputs_of([20, 9], torch.device("cpu"))
+    base = tuning.computed(inputs)
+    monkeypatch.setitem(tiles.TABLE["interpreter"]["keys"], tuning.HEAD_DIM, tiles.Tile(16, 32, 1, 1))
+    assert tuning.worst_difference(tuning.computed(inputs), base) < 1e-2
+    with pytest.raises(ValueError, match=r"differs by 0\.5 of the largest number"):
+        tuning.worst_difference(base, base | {"out": base["out"] * 2})

@@ -247,7 +247,7 @@ class Recording:
         return launch
 
 
-@pytest.mark.skipif(not tiles.INTERPRETED, reason="compiled kernels have no list of their arguments here")
+@pytest.mark.skipif(not tiles.INTERPRETED, reason="needs the Triton interpreter: TRITON_INTERPRET=1")
 def test_tables_of_a_rotated_call_have_one_dtype(monkeypatch: pytest.MonkeyPatch, passes: str) -> None:
     """On a GPU a kernel whose branches load tables of two dtypes does not compile: text in half types, no image."""
     from hive_ds.kernels import triton_launch

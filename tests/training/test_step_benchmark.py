@@ -18,7 +18,7 @@ from hive_ds.benchmarks import report
 from hive_ds.benchmarks.arms import LABELS, Setting, compared
 from hive_ds.benchmarks.side_by_side import time_side_by_side
 from hive_ds.benchmarks.sizes import TINY
-from hive_ds.benchmarks.step import Run
+from hive_ds.benchmarks.step import Run, main
 from hive_ds.training.parts import slowest_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def test_the_other_stages(tmp_path: Path) -> None:
         check_result(json.loads(out.read_text()))
 
 
-@pytest.mark.parametrize(("stage", "label"), [("2", None), ("9", "its process ended with 2 before a row")])
+@pytest.mark.parametrize(("stage", "label"), [("2", None), ("9", "its process ended with 2")])
 def test_side_by_side(tmp_path: Path, stage: str, label: str | None) -> None:
     """What the ways say in processes of their own is put together; one that dies is named."""
     setting = Setting(TINY, 2, torch.device("cpu"), compiled=False)
@@ -61,7 +61,7 @@ def test_side_by_side(tmp_path: Path, stage: str, label: str | None) -> None:
     time_side_by_side(run, ["ours", "paper"], [stage, "--loads", "captions x 2", "--parts", "1"])
     found = json.loads((tmp_path / "all.json").read_text())
     if label:
-        assert [one["why"] for one in found["skipped"]] == [label, label]
+        assert [row["check"] for row in found["rows"]] == [label, label]
         return
     assert found["skipped"] == []
     assert [(row["arm"], row["workload"], row["check"]) for row in found["rows"]] == [
@@ -70,6 +70,13 @@ def test_side_by_side(tmp_path: Path, stage: str, label: str | None) -> None:
     ]
     assert all(sum(row["shares"].values()) == pytest.approx(1, abs=1e-2) for row in found["rows"])
     assert found["matmul_flops_per_second"] > 0
+
+
+def test_unknown_names_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, known in (("--arms", "ours, ours compiled"), ("--loads", "captions x 2, 32 tokens x 2")):
+        with pytest.raises(SystemExit):
+            main(["1", option, "no such"])
+        assert f"{option} names 'no such'; expected some of {known}" in capsys.readouterr().err
 
 
 def test_slowest_kernels() -> None:
