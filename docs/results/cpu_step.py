@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,15 +46,15 @@ def importable(tree: Path, folder: Path) -> Path:
 
 
 def run_stage(
-    form: str, tree: Path, run: Path, base: Quickstart, stage: int, environment: dict[str, str], port: int
+    extra: Sequence[str], tree: Path, run: Path, base: Quickstart, stage: int, environment: dict[str, str], port: int
 ) -> float:
-    """Median seconds of a step of a stage."""
+    """Median seconds of a step of a stage, under ``extra`` overrides."""
     overrides = [
         f"model.vision_encoder={base.vision_encoder}",
         f"model.language_model={base.language_model}",
         f"data.train={base.folders.train}",
         *SAME,
-        *FORMS[form],
+        *extra,
         *(f"stages.{one.name}.{key}" for one in HIVE_STAGES for key in (f"steps={STEPS}", "lr=1e-4")),
         *(f"stages.{one.name}.{key}" for one in HIVE_STAGES for key in ("global_batch_size=32", "micro_batch_size=16")),
     ]
@@ -79,6 +80,21 @@ def commit_of(tree: Path) -> str:
     return head + ("+changes" if changed else "")
 
 
+def base_of(work: Path) -> Quickstart:
+    """Data and base models in ``work``, made if they are not there."""
+    base = Quickstart(work.resolve() / "base", 0, replace(SMOKE, scenes=2048, held_out=24, text=64))
+    if not base.vision_encoder.is_dir():
+        base._scenes()
+        base._base_models()
+    return base
+
+
+def threads_and_environment() -> tuple[int, dict[str, str]]:
+    """Threads of each of two ranks on this machine's CPUs, and the variables of their launch."""
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    return threads, {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+
+
 def main() -> None:
     """Make what both need, run them in turn, and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -88,19 +104,17 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    base = Quickstart(options.work.resolve() / "base", 0, replace(SMOKE, scenes=2048, held_out=24, text=64))
-    if not base.vision_encoder.is_dir():
-        base._scenes()
-        base._base_models()
-    threads = max(1, (os.cpu_count() or 1) // 2)
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    base = base_of(options.work)
+    threads, environment = threads_and_environment()
     seconds: dict[str, dict[int, list[float]]] = {name: {stage: [] for stage in options.stages} for name in FORMS}
     for repeat in range(options.repeats):
         for number, name in enumerate(FORMS):
             tree = options.first.resolve() if name == "first" else ROOT
             run = options.work.resolve() / f"{name}-{repeat}-{os.getpid()}".replace(" ", "-")
             for stage in options.stages:
-                found = run_stage(name, tree, run, base, stage, environment, 29700 + len(FORMS) * repeat + number)
+                found = run_stage(
+                    FORMS[name], tree, run, base, stage, environment, 29700 + len(FORMS) * repeat + number
+                )
                 seconds[name][stage].append(found)
                 print(f"{name}, stage {stage}: {found:.3f} s a step", flush=True)
     best = {name: {stage: min(times) for stage, times in by_stage.items()} for name, by_stage in seconds.items()}

@@ -23,3 +23,14 @@ def test_weights_come_before_they_are_needed(tmp_path: Path) -> None:
             assert share > 0.99, case
         else:
             assert 0.5 < share < 0.9, case
+
+
+@pytest.mark.long
+def test_gathers_asked_for_early_are_not_waited_for(tmp_path: Path) -> None:
+    name = "ahead_checks.check_waits"
+    found = passed(launch_checks([name], 2, tmp_path)[name])
+    hidden = []
+    for case, times in found.items():
+        hidden.append(1 - times["waited"] / times["on the link"])
+        print(f"{case}: {times}, {hidden[-1]:.0%} hidden")
+    assert hidden[0] < 0.1 < 0.6 < hidden[-1]
