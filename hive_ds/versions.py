@@ -34,11 +34,12 @@ def made_with() -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """Cores that this process may use, and GPUs, in words."""
+    """Cores that this process may use, the vector instructions that torch uses on them, and GPUs, in words."""
     import torch
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{len(os.sched_getaffinity(0))} CPU cores, {', '.join(names) or 'no GPU'}"
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{cores}, {', '.join(names) or 'no GPU'}"
 
 
 def _version(library: str) -> str | None:

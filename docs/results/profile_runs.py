@@ -47,7 +47,7 @@ def shares(run: Path) -> dict[str, float]:
     for line in summary.read_text().splitlines():
         cells = [cell.strip() for cell in line.split("│")]
         if len(cells) > 2 and cells[1] in KINDS:
-            found[cells[1]] = float(cells[2].removesuffix(" %")) / 100
+            found[cells[1]] = round(float(cells[2].removesuffix(" %")) / 100, 3)
     return found
 
 
