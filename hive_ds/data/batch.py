@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -122,8 +123,8 @@ def collate(samples: Sequence[PreparedSample], dummy: Mapping[str, Tensor]) -> P
         images.append(dict(dummy))
         offsets[0] = [lengths[0]]
     return PackedBatch(
-        input_ids=torch.tensor([token for sample in samples for token in sample.text.input_ids]),
-        labels=torch.tensor([label for sample in samples for label in sample.text.labels]),
+        input_ids=torch.tensor(list(chain.from_iterable(sample.text.input_ids for sample in samples))),
+        labels=torch.tensor(list(chain.from_iterable(sample.text.labels for sample in samples))),
         text_lengths=lengths,
         image_offsets=offsets,
         images={name: torch.cat([part[name] for part in images]) for name in images[0]},

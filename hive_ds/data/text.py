@@ -7,10 +7,11 @@ character spans of what the assistant says, never from tokenising a part again.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
-import numpy as np
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
@@ -28,12 +29,14 @@ class EncodedText:
     """Tokens of one text without its placeholders.
 
     ``image_offsets[i]`` is the media offset of the i-th placeholder. ``extents[t]`` are the first and one past the
-    last character of token t in the text; byte-level tokenizers may leave spaces out, so a space's may be empty.
+    last character of token t behind the ``front`` characters of placeholders that the text begins with; byte-level
+    tokenizers may leave spaces out, so a space's may be empty.
     """
 
     input_ids: list[int]
     image_offsets: list[int]
     extents: list[Span]
+    front: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,21 +90,23 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, image_position
     body = text
     while body.startswith(IMAGE_TOKEN):
         body = body[len(IMAGE_TOKEN) :]
-    front, shift = (len(text) - len(body)) // len(IMAGE_TOKEN), len(text) - len(body)
-    encoding = tokenizer(body, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoding["input_ids"]
-    spans: list[Span] = encoding["offset_mapping"]
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    front = len(text) - len(body)
+    # Without transformers around it, which takes as long again; its last call may have left these switched on.
+    tokens = tokenizer.backend_tokenizer
+    tokens.no_truncation()
+    tokens.no_padding()
+    encoding = tokens.encode(body, add_special_tokens=False)
+    ids: list[int] = encoding.ids
+    spans: list[Span] = encoding.offsets
     if not ids or not _opens_with_special(body, ids[0], tokenizer):
         ids, spans = [start_token_id(tokenizer), *ids], [(0, 0), *spans]
-    encoded = EncodedText([], [0 if image_position == "first" else 1] * front, [])
-    for token, (start, end) in zip(ids, spans, strict=True):
-        if token == image_id:
-            encoded.image_offsets.append(len(encoded.input_ids))
-        else:
-            encoded.input_ids.append(token)
-            encoded.extents.append((start + shift, end + shift))
-    return encoded
+    offsets = [0 if image_position == "first" else 1] * (front // len(IMAGE_TOKEN))
+    image_id, place = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), 0
+    for _ in range(ids.count(image_id)):
+        place = ids.index(image_id, place)
+        offsets.append(place)
+        del ids[place], spans[place]
+    return EncodedText(ids, offsets, spans, front)
 
 
 def _opens_with_special(text: str, first_id: int, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -131,7 +136,7 @@ def encode_sample(
     lost = [offset for offset in offsets if offset >= len(input_ids)]
     if lost:
         raise HiveError(f"sample {sample.id!r}: image at token {lost[0]}, but only {len(input_ids)} tokens are kept")
-    if all(label == IGNORE_INDEX for label in labels):
+    if labels.count(IGNORE_INDEX) == len(labels):
         raise HiveError(f"sample {sample.id!r}: no answer within the first {max_length} tokens")
     return EncodedSample(input_ids, labels, offsets, cut)
 
@@ -170,18 +175,17 @@ def _encode_chat(
     rendered = render_chat(sample.turns, tokenizer, for_answer=False)
     spans = answer_spans(sample.turns, rendered, tokenizer)
     text = encode_text(rendered, tokenizer, image_position=image_position)
-    inside = _are_inside(text.extents, spans)
-    labels = [token if said else IGNORE_INDEX for token, said in zip(text.input_ids, inside, strict=True)]
+    labels = [IGNORE_INDEX] * len(text.input_ids)
+    for start, end in spans:
+        if start < end:
+            said = _tokens_within(text.extents, start - text.front, end - text.front)
+            labels[said] = text.input_ids[said]
     return text.input_ids, labels, text.image_offsets
 
 
-def _are_inside(extents: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens hold a character of ``spans`` (in order, apart); one with an empty extent counts if it lies within.
+def _tokens_within(extents: Sequence[Span], start: int, end: int) -> slice:
+    """The tokens that hold one of the characters ``start`` to ``end`` - 1; of an empty extent, those that lie within.
 
-    At most one span can be a token's first: the first that ends after the token starts.
+    Extents stand in order.
     """
-    starts, ends = np.array([span for span in spans if span[0] < span[1]], dtype=np.int64).reshape(-1, 2).T
-    first, last = np.array(extents, dtype=np.int64).reshape(-1, 2).T
-    beyond = np.iinfo(np.int64).max
-    said: list[bool] = (np.append(starts, beyond)[np.searchsorted(ends, first, side="right")] < last).tolist()
-    return said
+    return slice(bisect_right(extents, start, key=itemgetter(1)), bisect_left(extents, end, key=itemgetter(0)))

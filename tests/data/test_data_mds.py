@@ -64,8 +64,11 @@ def loader(
     )
 
 
-def test_looking_ahead_asks_once_for_a_shard(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not once for a sample; a sample whose shard is missing asks every time."""
+@pytest.mark.parametrize(("place", "times"), [("file://", 1), ("", 0)], ids=["remote", "local"])
+def test_looking_ahead_asks_once_for_a_shard(
+    place: str, times: int, folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And not once for a sample, and not at all of a local folder; a sample whose shard is missing asks every time."""
     asked = []
     ask = StreamingDataset.prepare_shard
 
@@ -74,9 +77,9 @@ def test_looking_ahead_asks_once_for_a_shard(folder: str, monkeypatch: pytest.Mo
         ask(dataset, shard, blocking)
 
     monkeypatch.setattr(StreamingDataset, "prepare_shard", prepare_shard)
-    batches = loader(folder)
+    batches = loader(place + folder, cache=str(tmp_path))
     assert sum(batch.num_samples for batch in batches) >= NUMBER
-    assert asked.count((0, False)) == len(asked) == 1
+    assert asked.count((0, False)) == len(asked) == times
     for _ in range(2):
         batches.dataset.prepare_shard(0)
     assert asked.count((0, True)) == 2

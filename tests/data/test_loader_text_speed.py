@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from hive_ds.data import chat
 from hive_ds.data.chat import answer_spans, render_chat
 from hive_ds.data.schema import Turn
-from hive_ds.data.text import _are_inside, prepare_tokenizer
+from hive_ds.data.text import _tokens_within, encode_text, prepare_tokenizer
 from hive_ds.errors import HiveError
 
 CONTENTS = st.lists(
@@ -76,9 +76,32 @@ def test_another_template_is_learned_anew() -> None:
 @settings(max_examples=200, deadline=None)
 @given(cuts=st.lists(st.integers(0, 30), max_size=8).map(sorted), points=st.lists(st.tuples(*[st.integers(0, 30)] * 2)))
 def test_tokens_inside_answers(cuts: list[int], points: list[tuple[int, int]]) -> None:
-    spans = list(zip(cuts[::2], cuts[1::2], strict=False))
-    extents = [(min(pair), max(pair)) for pair in points]
-    expected = [
-        any(a < start < b if start == end else max(start, a) < min(end, b) for a, b in spans) for start, end in extents
-    ]
-    assert _are_inside(extents, spans) == expected
+    spans = [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False) if a < b]
+    extents = list(zip(sorted(map(min, points)), sorted(map(max, points)), strict=True))
+    expected = {
+        token
+        for token, (start, end) in enumerate(extents)
+        if any(a < start < b if start == end else max(start, a) < min(end, b) for a, b in spans)
+    }
+    numbers = list(range(len(extents)))
+    assert {token for span in spans for token in numbers[_tokens_within(extents, *span)]} == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(kind=st.sampled_from(TOKENIZERS), contents=st.lists(CONTENTS, max_size=4))
+def test_extents_stand_in_order(kind: str, contents: list[str]) -> None:
+    """Which tokens an answer has is found by bisection."""
+    extents = encode_text("<image>".join(contents), tokenizer(kind)).extents
+    assert [start for start, _ in extents] == sorted(start for start, _ in extents)
+    assert [end for _, end in extents] == sorted(end for _, end in extents)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_used_before_neither_cuts_nor_pads(kind: str) -> None:
+    tok, text = prepare_tokenizer(make_tokenizer(kind)), "what colour is the circle?"
+    alone = encode_text(text, tok)
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token
+    tok(["red", text], truncation=True, max_length=3, padding="max_length")
+    assert encode_text(text, tok) == alone
+    assert encode_text(text, tok).input_ids[-3:] == tok(text, add_special_tokens=False).input_ids[-3:]
