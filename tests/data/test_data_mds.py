@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,9 +81,9 @@ def test_looking_ahead_asks_once_for_a_shard(
     batches = loader(place + folder, cache=str(tmp_path))
     assert sum(batch.num_samples for batch in batches) >= NUMBER
     assert asked.count((0, False)) == len(asked) == times
-    for _ in range(2):
+    for _ in range(2 * times):
         batches.dataset.prepare_shard(0)
-    assert asked.count((0, True)) == 2
+    assert asked.count((0, True)) == 2 * times
 
 
 def test_batches_hold_what_was_written(folder: str) -> None:
@@ -200,6 +201,17 @@ def test_folder_without_samples_is_one_clear_error(tmp_path: Path, make: object,
     make(tmp_path / "data")  # type: ignore[operator]
     with pytest.raises(HiveError, match=rf"data folder {tmp_path}/data: .*{message}"):
         loader(str(tmp_path / "data"))
+
+
+def test_a_missing_shard_is_named(folder: str, tmp_path: Path) -> None:
+    """Before the first sample, and by the first sample that needs it."""
+    copy = tmp_path / "data"
+    shutil.copytree(folder, copy)
+    batches = loader(str(copy))
+    (copy / "shard.00000.mds").unlink()
+    for use in (lambda: next(iter(batches)), lambda: loader(str(copy))):
+        with pytest.raises(HiveError, match=f"data folder {copy}: index.json lists shard.00000.mds, which is missing"):
+            use()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from streaming import StreamingDataset
+from streaming.base.dataset import _ShardState
 from streaming.base.distributed import barrier
 from streaming.base.shared import SharedMemory
 
@@ -29,6 +30,10 @@ SHUFFLE_BLOCK = 1 << 18
 """Samples within which py1e spreads a shard; streaming's default depends on the number of canonical nodes."""
 MAX_REPLACEMENTS = 100
 """Bad samples in a row before a loader gives up: a shard is broken, not a sample."""
+
+
+class MissingShardError(HiveError):
+    """A shard of a local folder is not there: no other sample makes up for its own."""
 
 
 class SampleDataset(StreamingDataset):
@@ -84,6 +89,9 @@ class SampleDataset(StreamingDataset):
         self.length = self.epoch_size // self.world.size
         compressed = any(shard.compression for shard in self.shards)
         self._all_is_here = not compressed and all(stream.remote is None for stream in self.streams)
+        if self._all_is_here:
+            for shard in np.flatnonzero(self._shard_states.numpy() == _ShardState.REMOTE):
+                raise self._missing(shard)
         self._sizes = self._read_sizes() if balance else None
         if self._unique_rank_world.is_local_leader:
             weakref.finalize(self, release_caches, os.getpid(), self._shm_prefix_int).atexit = False
@@ -99,6 +107,11 @@ class SampleDataset(StreamingDataset):
         tables = zip(self.streams, self.samples_per_stream.tolist(), strict=True)
         return np.concatenate([read_sizes(stream.local, samples) for stream, samples in tables])
 
+    def _missing(self, shard_id: int) -> MissingShardError:
+        shard: Any = self.shards[shard_id]
+        name = shard.raw_data.basename
+        return MissingShardError(f"data folder {shard.dirname}: index.json lists {name}, which is missing")
+
     def _share_work(self, sample_ids: Order) -> tuple[SharedMemory, SharedMemory | None]:
         """Let streaming hand out the order of the rest of an epoch, balanced if asked for."""
         if self._sizes is not None and sample_ids.size:
@@ -111,6 +124,8 @@ class SampleDataset(StreamingDataset):
         Streaming looks ahead by sample, each time with a lock of all processes and a look at the disk: 5 ms of CPU time
         for 16 samples. Of a cache that gives nothing up, once a shard is enough.
         """
+        if self._all_is_here:  # asked by a sample that did not find it
+            raise self._missing(shard_id)
         if blocking or self.cache_limit or shard_id not in self._asked_for:
             super().prepare_shard(shard_id, blocking)
             self._asked_for.add(shard_id)
@@ -144,6 +159,8 @@ class SampleDataset(StreamingDataset):
                 sample = from_columns(self.get_item(index))
                 name = sample.id
                 return replace(self._prepare(sample), bad=tuple(bad))
+            except MissingShardError:
+                raise
             except (HiveError, ValueError) as error:
                 bad.append(BadSample(name, str(error)))
         raise HiveError(f"{len(bad)} samples in a row cannot be used; the last, {bad[-1].id}: {bad[-1].reason}")
