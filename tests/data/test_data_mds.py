@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -201,17 +200,6 @@ def test_folder_without_samples_is_one_clear_error(tmp_path: Path, make: object,
     make(tmp_path / "data")  # type: ignore[operator]
     with pytest.raises(HiveError, match=rf"data folder {tmp_path}/data: .*{message}"):
         loader(str(tmp_path / "data"))
-
-
-def test_a_missing_shard_is_named(folder: str, tmp_path: Path) -> None:
-    """Before the first sample, and by the first sample that needs it."""
-    copy = tmp_path / "data"
-    shutil.copytree(folder, copy)
-    batches = loader(str(copy))
-    (copy / "shard.00000.mds").unlink()
-    for use in (lambda: next(iter(batches)), lambda: loader(str(copy))):
-        with pytest.raises(HiveError, match=f"data folder {copy}: index.json lists shard.00000.mds, which is missing"):
-            use()
 
 
 @pytest.mark.parametrize(

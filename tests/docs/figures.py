@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from cpu_figures import CPU_FIGURES
 from gpu_figures import gpu_figures
 from reckoned import caption_figures, encoder_share
 
@@ -200,26 +201,7 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
             r"waiting for data below 1 %",
         )
     ),
-    Measured(
-        "docs/performance.md",
-        r"([\d.]+) s before and ([\d.]+) s now in stage 1, ([\d.]+) s and ([\d.]+) s in stage 2, "
-        r"([\d.]+) s and ([\d.]+) s",
-        "docs/results/cpu_step.json",
-        tuple(("fastest", version, stage) for stage in "123" for version in ("first", "now")),
-    ),
-    Measured(
-        "docs/performance.md",
-        r"([\d.]+), ([\d.]+) and ([\d.]+) times as fast; under ZeRO-0 instead of ZeRO-3 "
-        r"([\d.]+), ([\d.]+) and ([\d.]+)",
-        "docs/results/cpu_step.json",
-        tuple(("times_faster", form, stage) for form in ("now", "now under zero0") for stage in "123"),
-    ),
-    Measured(
-        "docs/performance.md",
-        r"With AVX-512: ([\d.]+), ([\d.]+) and ([\d.]+) times",
-        "docs/results/cpu_step_avx512.json",
-        tuple(("times_faster", "now", stage) for stage in "123"),
-    ),
+    *(Measured(*row) for row in CPU_FIGURES),
     Logged("docs/performance.md", r"between (1.87) and (2.10) times on the first", "what prefetching hides"),
     Logged(
         "docs/performance.md",
@@ -244,13 +226,6 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         "docs/performance.md",
         r"(10) ms a gather, a step waits for (253) of (260) ms with nothing asked for ahead, and for (32) of (130) ms",
         "what prefetching hides",
-    ),
-    Measured(
-        "docs/performance.md",
-        r"quickstart's stage 3 from (\d+) to (\d+) ms",
-        "docs/results/profile_runs.json",
-        (("rows", 0, "before", "seconds"), ("rows", 0, "after", "seconds")),
-        1e3,
     ),
     Reckoned("docs/performance.md", r"Memory takes ([\d.]+) times as long on an H100", (4.8 / 3.35,)),
     Reckoned(
