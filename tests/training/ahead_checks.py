@@ -93,7 +93,7 @@ def make_large(ranks: Any, bucket: int, recompute: bool) -> Trainee:
 LINK = 0.01
 """Seconds that the emulated link takes for each gather."""
 TOKENS, TEXTS = 256, 8
-"""Of a rank's batch: a layer then takes about as long forward as the link, and twice that backward."""
+"""Of a rank's batch: layers then take longer than the link."""
 
 
 class SlowLink:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from hive_ds.benchmarks.arms import Setting, build_arm
 from hive_ds.benchmarks.sizes import TINY, make_batch
@@ -23,6 +24,7 @@ LENGTHS = ((4, 9, 6), (11, 3), (5, 5, 5), (32, 32), (2, 8, 7, 12))
 def _compiled_anew() -> Iterator[None]:
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.config.recompile_limit = limit
 
@@ -35,6 +37,7 @@ def test_compiled_by_inductor(way: str, stage: int) -> None:
     probes = [make_batch(TINY, [5, 9, 4][:count], 9, setting.dtype) for count in PROBES]
     arm = build_arm(way, setting, probes)
     assert arm.check == "passed"
+    assert counters["stats"]["unique_graphs"] > 0
     plain = build_arm("sa packed" if "sa" in way else "ours", replace(setting, compiled=False), probes)
     try:
         for seed, lengths in enumerate(LENGTHS):

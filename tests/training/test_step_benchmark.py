@@ -72,6 +72,15 @@ def test_side_by_side(tmp_path: Path, stage: str, label: str | None) -> None:
     assert found["matmul_flops_per_second"] > 0
 
 
+def test_a_way_that_ends_without_a_row_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where its exit status is that of a way whose row says what failed."""
+    run = Run(Setting(TINY, 2, torch.device("cpu"), compiled=False), 0.0, time.perf_counter() + 60, tmp_path / "a.json")
+    run.result = {"rows": [], "skipped": []}
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    time_side_by_side(run, ["paper"], ["2"])
+    assert [row["check"] for row in run.result["rows"]] == ["its process ended with 1"]
+
+
 def test_unknown_names_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     for option, known in (("--arms", "ours, ours compiled"), ("--loads", "captions x 2, 32 tokens x 2")):
         with pytest.raises(SystemExit):
