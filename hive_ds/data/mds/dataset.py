@@ -64,7 +64,7 @@ class SampleDataset(StreamingDataset):
         balance: bool = False,
     ) -> None:
         self.world = find_world()
-        self._asked_for: set[int] = set()
+        self._asked_for: dict[int, object] = {}
         self.global_batch_size = global_batch_size
         self._prepare = prepare
         self.weights = dict(sorted(weights.items()))
@@ -126,9 +126,10 @@ class SampleDataset(StreamingDataset):
         """
         if self._all_is_here:  # asked by a sample that did not find it
             raise self._missing(shard_id)
-        if blocking or self.cache_limit or shard_id not in self._asked_for:
+        this_call = object()
+        is_first = self._asked_for.setdefault(shard_id, this_call) is this_call  # one step: two threads ask at once
+        if blocking or self.cache_limit or is_first:
             super().prepare_shard(shard_id, blocking)
-            self._asked_for.add(shard_id)
 
     def _prepare_thread(self, it: Any) -> None:
         """Bring shards ahead of need; of local folders there are none to bring.
