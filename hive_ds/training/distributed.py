@@ -8,9 +8,11 @@ launcher does not set.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import socket
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +96,9 @@ def uses_gpu() -> bool:
 def start(world: World, timeout: timedelta | None = None) -> torch.device:
     """Join the process group (gloo on CPUs, nccl on GPUs) and return this rank's device.
 
+    What is imported by then is left out of garbage collections from here on: DeepSpeed runs whole ones whenever weights
+    are gathered to be saved, and a collection of one rank is a wait of all.
+
     Args:
         world: this process among all.
         timeout: how long a collective may wait; TIMEOUT if None.
@@ -110,6 +115,9 @@ def start(world: World, timeout: timedelta | None = None) -> torch.device:
         ("LOCAL_WORLD_SIZE", world.local_size),
     ):
         os.environ[name] = str(value)
+    gc.freeze()
+    # DeepSpeed calls what torch 2.14 deprecates, and torch 2.9 knows nothing newer.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     _store.append(_join(world))
     device = _own_device(world)
     if device.type == "cpu":  # AdamW looks for GPUs in every step, which without this reads the driver's library anew

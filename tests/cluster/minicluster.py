@@ -142,7 +142,7 @@ class MiniCluster:
     def down(self) -> None:
         """Kill everything in it, and wait until it is gone."""
         os.kill(self.outer, signal.SIGKILL)
-        wait_for(lambda: not Path(f"/proc/{self.outer}/cgroup").exists() or _is_zombie(self.outer), 10, "the end")
+        wait_for(lambda: _has_ended(self.outer), 10, "the end")
 
     def command(self, *command: str, node: str | None = None) -> list[str]:
         """The command line that runs ``command`` on ``node``, or on the login host, in the current folder."""
@@ -242,8 +242,13 @@ def _child(pid: int) -> int | None:
     return int(children[0]) if children else None
 
 
-def _is_zombie(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+def _has_ended(pid: int) -> bool:
+    """Whether this process is gone, or a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it goes between opening and reading
+        return True
+    return stat.rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def python_folders() -> tuple[Path, ...]:

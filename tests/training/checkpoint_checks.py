@@ -1,4 +1,4 @@
-"""Checks of checkpoints, hand-over and the loop; `test_engine` runs them on 2 ranks."""
+"""Checks of checkpoints, hand-over and the loop; `test_loop_on_ranks` runs them on 2 ranks."""
 
 from __future__ import annotations
 

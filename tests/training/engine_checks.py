@@ -1,4 +1,4 @@
-"""Checks of the engine, the loop's step, checkpoints and hand-over; `test_engine` runs them on 1 and 2 ranks."""
+"""Checks of the engine and the loop's step; `test_engine` runs them on 1 and 2 ranks."""
 
 from __future__ import annotations
 

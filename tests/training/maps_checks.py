@@ -1,4 +1,4 @@
-"""Checks of gradient norms and maps during training; `test_engine` runs them on 2 ranks."""
+"""Checks of gradient norms and maps during training; `test_loop_on_ranks` runs them on 2 ranks."""
 
 from __future__ import annotations
 

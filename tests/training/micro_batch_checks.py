@@ -1,4 +1,4 @@
-"""Checks of the micro-batch finder on ranks; `test_engine` runs them."""
+"""Checks of the micro-batch finder on ranks; `test_loop_on_ranks` runs them."""
 
 from __future__ import annotations
 

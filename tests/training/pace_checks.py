@@ -1,4 +1,4 @@
-"""Checks of how ranks are compared; `test_engine` runs them on 2 ranks."""
+"""Checks of how ranks are compared; `test_loop_on_ranks` runs them on 2 ranks."""
 
 from __future__ import annotations
 

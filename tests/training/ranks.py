@@ -91,14 +91,14 @@ def _main(folder: str, names: list[str]) -> None:
     from hive_ds.training import distributed
     from hive_ds.training.distributed import all_values, read_world, start, stop
 
+    checks = [getattr(importlib.import_module(module), check) for module, check in (name.split(".") for name in names)]
     distributed.TIMEOUT = timedelta(seconds=60)  # ranks out of step end the launch, not the tests' patience
     world = read_world(os.environ)
     ranks = Ranks(world, start(world), Path(folder))
-    for name in names:
+    for name, check in zip(names, checks, strict=True):
         error, value = None, None
         try:
-            module, check = name.split(".")
-            value = getattr(importlib.import_module(module), check)(ranks)
+            value = check(ranks)
         except Exception:
             error = f"rank {world.rank}: {traceback.format_exc()}"
         report = json.dumps({"error": error, "value": value})

@@ -1,6 +1,6 @@
 """Checks of how checkpoints are written: in the background, on full disks, by attempts that have been replaced.
 
-`test_engine` runs them on 2 ranks.
+`test_loop_on_ranks` runs them on 2 ranks.
 """
 
 from __future__ import annotations
