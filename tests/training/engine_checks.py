@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -60,6 +61,11 @@ def check_ranks_on_cpus_see_no_gpu(ranks: Any) -> None:
     """AdamW asks in every step whether there is one, and may have a driver to ask."""
     assert ranks.device.type == "cpu"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def check_imports_are_left_out_of_collections(ranks: Any) -> None:
+    """Torch, transformers and DeepSpeed make half a million objects; DeepSpeed collects several times."""
+    assert gc.get_freeze_count() > 10**5
 
 
 def check_bf16(ranks: Any) -> dict[str, list[list[float]]]:
