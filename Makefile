@@ -38,13 +38,13 @@ $(VENV_TF5)/.installed: $(VENV)/.installed
 	$(RUN_TF5) pip install "transformers>=5,<6"
 	@touch $@
 
-quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and show what it learned (10 minutes on 2 cores)
+quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and show what it learned (3 to 7 minutes on 2 cores)
 	$(VENV)/bin/hive-ds quickstart
 
 compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 seeds each, and judge their encoders alike (35 minutes on 2 cores)
 	$(VENV)/bin/hive-ds compare
 
-test: $(VENV)/.installed ## Run the tests (16.7 minutes on 2 cores)
+test: $(VENV)/.installed ## Run the tests (17 to 32 minutes on 2 cores)
 	$(RUN) pytest -rs --durations=10 -n 2 --dist loadfile
 
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and models, kernels, text, export, probes, cost on transformers 5
