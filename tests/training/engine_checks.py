@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from compile_checks import expect_same
 from stage_helpers import (
     COMBINATIONS,
@@ -66,6 +68,13 @@ def check_ranks_on_cpus_see_no_gpu(ranks: Any) -> None:
 def check_imports_are_left_out_of_collections(ranks: Any) -> None:
     """Torch, transformers and DeepSpeed make half a million objects; DeepSpeed collects several times."""
     assert gc.get_freeze_count() > 10**5
+
+
+def check_deprecated_calls_of_others_are_not_shown(ranks: Any) -> None:
+    """DeepSpeed's, whose warnings would cut into the progress bar."""
+    with warnings.catch_warnings(record=True) as shown:
+        dist.all_gather_into_tensor(torch.empty(ranks.world.size), torch.zeros(1))
+    assert not shown, [str(one.message) for one in shown]
 
 
 def check_bf16(ranks: Any) -> dict[str, list[list[float]]]:
