@@ -6,6 +6,7 @@ Lengths choose between short and long text and are no key otherwise: new lengths
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -95,4 +96,9 @@ def architecture_of(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+    return "sm_90" if _is_hopper(device) else "sm_80"
+
+
+@cache  # torch takes 10 us to say it
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -4,42 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
+from . import triton_backward, triton_forward, triton_short
 from .arguments import KernelArguments
+from .launching import Launcher, Settings
 from .tiles import INTERPRETED, Tile
-from .triton_backward import (
-    delta_kernel,
-    hierarchical_attention_key_gradient_kernel,
-    hierarchical_attention_query_gradient_kernel,
-)
 from .triton_common import LOG2E
-from .triton_forward import finish_kernel, hierarchical_attention_forward_kernel
-from .triton_short import hierarchical_attention_short_gradient_kernel
 
+FINISHED_ROWS, DELTA_ROWS = 32, 64
+"""Rows of a program of the two kernels that go over rows one by one."""
 NORMS = {"none": 0, "pre_rope": 1, "post_rope": 2}
+
+forward_kernel = Launcher(triton_forward.hierarchical_attention_forward_kernel)
+finish_kernel = Launcher(triton_forward.finish_kernel)
+delta_kernel = Launcher(triton_backward.delta_kernel)
+key_gradient_kernel = Launcher(triton_backward.hierarchical_attention_key_gradient_kernel)
+query_gradient_kernel = Launcher(triton_backward.hierarchical_attention_query_gradient_kernel)
+short_gradient_kernel = Launcher(triton_short.hierarchical_attention_short_gradient_kernel)
 
 
 def forward(a: KernelArguments) -> tuple[Tensor, Tensor]:
     """Attention output and lse."""
     q, k, v, image_k, image_v = (_rows_in_one_piece(x) for x in (a.q, a.k, a.v, a.image_k, a.image_v))
-    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
-    if not a.fused and not a.decoding:
-        k, image_k = _finished(a, k, a.cos, a.sin), _finished(a, image_k, a.image_cos, a.image_sin)
-    cache = k.ndim == 4
-    work = a.row_work
-    if len(work):
-        with _device_of(q):
-            hierarchical_attention_forward_kernel[(len(work) * a.groups,)](
-                q, k, v, image_k, image_v, out, lse, *_tables(a), _or(a.q_weight, q), _or(a.k_weight, q),
-                work, a.samples, a.seen, a.scale * LOG2E.value, a.eps,
-                k.stride(0) if cache else 0, v.stride(0) if cache else 0,
-                *_strides(q, k, v, image_k, image_v), **_shape(a), **_blocks(a.forward_tile),
-                FINISH_KEYS=a.fused, CACHE=cache,
-            )  # fmt: skip
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    work, cache = a.row_work, k.ndim == 4
+    with _device_of(q):
+        if not a.fused and not a.decoding:
+            k, image_k = _finished(a, k, a.cos, a.sin), _finished(a, image_k, a.image_cos, a.image_sin)
+        if len(work):
+            weights = _or(a.q_weight, q), _or(a.k_weight, q)
+            forward_kernel(
+                len(work) * a.groups,
+                (q, k, v, image_k, image_v, out, lse, *_tables(a), *weights, work, a.samples, a.seen),
+                (
+                    *(a.scale * LOG2E.value, a.eps, k.stride(0) if cache else 0, v.stride(0) if cache else 0),
+                    *_strides(q, k, v, image_k, image_v),
+                ),
+                _settings(*_shape(a), a.forward_tile, (a.fused, cache)),
+            )
     return out, lse
 
 
@@ -47,12 +54,12 @@ def backward(a: KernelArguments, out: Tensor, lse: Tensor, dout: Tensor, dlse: T
     """Gradients of q, k, v, image_k, image_v and the two norm weights, these in fp32 and empty without norm."""
     dout, dlse = dout.contiguous(), dlse.contiguous()
     inputs = [_rows_in_one_piece(x) for x in (a.q, a.k, a.v, a.image_k, a.image_v)]
-    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    gradients = [x.new_empty(x.shape) for x in inputs]
     passes = _short_pass if a.one_pass else _two_passes
     with _device_of(a.q):
-        q_partials, k_partials = passes(a, inputs, out, lse, dout, dlse, gradients)
+        partials = passes(a, inputs, out, lse, dout, dlse, gradients)
     # One row a program, added up in the order of the rows: the same in every run.
-    return [*gradients, q_partials.sum(0), k_partials.sum(0)]
+    return [*gradients, *(x if a.qk_norm == "none" else x.sum(0) for x in partials)]
 
 
 def _short_pass(
@@ -64,17 +71,21 @@ def _short_pass(
     dlse: Tensor,
     gradients: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    q, k, v, image_k, image_v = inputs
-    work = a.backward_work
+    q, work = a.q, a.backward_work
     q_partials, k_partials = (_partials(a, len(work)) for _ in "qk")
     tile = a.tile("backward short")
     tile = tile._replace(rows=min(tile.rows, max(64, triton.next_power_of_2(a.max_rows))))
     if len(work):
-        hierarchical_attention_short_gradient_kernel[(len(work) * a.groups,)](
-            q, k, v, image_k, image_v, out, dout, lse, dlse, *gradients, q_partials, k_partials, *_tables(a),
-            _or(a.q_weight, q), _or(a.k_weight, q), work, a.samples, a.seen, a.scale * LOG2E.value, a.eps,
-            *_strides(*inputs), **_shape(a), **_blocks(tile),
-        )  # fmt: skip
+        weights = _or(a.q_weight, q), _or(a.k_weight, q)
+        short_gradient_kernel(
+            len(work) * a.groups,
+            (
+                *(*inputs, out, dout, lse, dlse, *gradients, q_partials, k_partials, *_tables(a), *weights),
+                *(work, a.samples, a.seen),
+            ),
+            (a.scale * LOG2E.value, a.eps, *_strides(*inputs)),
+            _settings(*_shape(a), tile),
+        )
     return q_partials, k_partials
 
 
@@ -91,27 +102,34 @@ def _two_passes(
     dq, dk, dv, dimage_k, dimage_v = gradients
     cos, sin, image_cos, image_sin = _tables(a)
     q_partials, k_partials = _partials(a, len(a.backward_work)), _partials(a, len(a.key_work))
-    common = (a.scale * LOG2E.value, a.eps)
+    common, shape = (a.scale * LOG2E.value, a.eps), _shape(a)
     delta = torch.empty_like(lse)
     if lse.numel():
-        rows = 64
-        delta_kernel[(triton.cdiv(lse.numel(), rows),)](
-            out, dout, dlse, delta, lse.numel(), HEAD_DIM=q.shape[-1], BLOCK_K=_block_k(q.shape[-1]), BLOCK_M=rows
-        )
+        programs = -(-lse.numel() // DELTA_ROWS)
+        delta_kernel(programs, (out, dout, dlse, delta), (lse.numel(),), _delta_settings(q.shape[-1]))
     if len(a.key_work):
-        hierarchical_attention_key_gradient_kernel[(len(a.key_work) * a.groups,)](
-            _finished(a, q, a.cos, a.sin, of_queries=True).contiguous(), k, v, image_k, image_v, dout, lse, delta,
-            dk, dv, dimage_k, dimage_v, k_partials, cos, sin, image_cos, image_sin, _or(a.k_weight, q),
-            a.key_work, a.samples, a.seen, a.first_token, *common, *_strides(k, v, image_k, image_v),
-            **_shape(a), **_blocks(a.tile("keys")),
-        )  # fmt: skip
+        finished_q = _finished(a, q, a.cos, a.sin, of_queries=True).contiguous()
+        key_gradient_kernel(
+            len(a.key_work) * a.groups,
+            (
+                *(finished_q, k, v, image_k, image_v, dout, lse, delta, dk, dv, dimage_k, dimage_v, k_partials),
+                *(cos, sin, image_cos, image_sin, _or(a.k_weight, q), a.key_work, a.samples, a.seen, a.first_token),
+            ),
+            (*common, *_strides(k, v, image_k, image_v)),
+            _settings(*shape, a.tile("keys")),
+        )
     if len(a.backward_work):
-        hierarchical_attention_query_gradient_kernel[(len(a.backward_work) * a.groups,)](
-            q, _finished(a, k, a.cos, a.sin).contiguous(), v,
-            _finished(a, image_k, a.image_cos, a.image_sin).contiguous(), image_v, dout, lse, delta, dq, q_partials,
-            cos, sin, _or(a.q_weight, q), a.backward_work, a.samples, a.seen, *common, *_strides(q, v, image_v),
-            **_shape(a), **_blocks(a.tile("queries")),
-        )  # fmt: skip
+        finished_k = _finished(a, k, a.cos, a.sin).contiguous()
+        finished_image_k = _finished(a, image_k, a.image_cos, a.image_sin).contiguous()
+        query_gradient_kernel(
+            len(a.backward_work) * a.groups,
+            (
+                *(q, finished_k, v, finished_image_k, image_v, dout, lse, delta, dq, q_partials, cos, sin),
+                *(_or(a.q_weight, q), a.backward_work, a.samples, a.seen),
+            ),
+            (*common, *_strides(q, v, image_v)),
+            _settings(*shape, a.tile("queries")),
+        )
     return q_partials, k_partials
 
 
@@ -121,16 +139,15 @@ def _finished(
     """x normed and rotated, or x itself if there is nothing to do."""
     if (a.qk_norm == "none" and cos is None) or x.numel() == 0:
         return x
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    count, rows = x.shape[0] * x.shape[1], 32
-    half = x.shape[-1] // 2
+    y = x.new_empty(x.shape)
+    tokens, heads, head_dim = x.shape
     weight = a.q_weight if of_queries else a.k_weight
-    with _device_of(x):
-        finish_kernel[(triton.cdiv(count, rows),)](
-            x, y, _or(cos, x), _or(sin, x), _or(weight, x), count, a.eps, *_strides(x),
-            HEADS=x.shape[1], HALF=half, BLOCK_H=_block_h(half), BLOCK_M=rows,
-            NORM=NORMS[a.qk_norm], ROTATE=cos is not None,
-        )  # fmt: skip
+    finish_kernel(
+        -(-tokens * heads // FINISHED_ROWS),
+        (x, y, _or(cos, x), _or(sin, x), _or(weight, x)),
+        (tokens * heads, a.eps, *_strides(x)),
+        _finish_settings(heads, head_dim, a.qk_norm, cos is not None),
+    )
     return y
 
 
@@ -145,9 +162,9 @@ def _strides(*tensors: Tensor) -> list[int]:
     """
     strides = []
     for x in tensors:
-        heads, head_dim = x.shape[-2:]
-        head = x.stride(-2) if heads > 1 else head_dim
-        strides += [x.stride(-3) if x.shape[-3] > 1 else heads * head_dim, head]
+        *_, tokens, heads, head_dim = x.shape
+        *_, token, head, _ = x.stride()
+        strides += [token if tokens > 1 else heads * head_dim, head if heads > 1 else head_dim]
     return strides
 
 
@@ -162,31 +179,47 @@ def _or(x: Tensor | None, never_read: Tensor) -> Tensor:
 
 
 def _partials(a: KernelArguments, pieces: int) -> Tensor:
-    """Shares of a norm weight's gradient, one row a program; without norm no column."""
-    columns = 0 if a.qk_norm == "none" else a.q.shape[-1]
-    return torch.empty(pieces * a.groups, columns, dtype=torch.float32, device=a.q.device)
+    """Shares of a norm weight's gradient, one row a program; without norm nothing."""
+    shape = (0,) if a.qk_norm == "none" else (pieces * a.groups, a.q.shape[-1])
+    return a.q.new_empty(shape, dtype=torch.float32)
 
 
-def _shape(a: KernelArguments) -> dict[str, int | bool]:
-    head_dim = a.q.shape[-1]
-    return {
-        "HEADS": a.q.shape[1],
-        "GROUPS": a.groups,
-        "HALF": head_dim // 2,
-        "BLOCK_H": _block_h(head_dim // 2),
-        "BLOCK_K": _block_k(head_dim),
-        "NORM": NORMS[a.qk_norm],
-        "ROTATE": a.cos is not None,
-    }
+def _shape(a: KernelArguments) -> tuple[int, int, int, str, bool]:
+    _, heads, head_dim = a.q.shape
+    return heads, a.groups, head_dim, a.qk_norm, a.cos is not None
 
 
-def _blocks(tile: Tile) -> dict[str, int]:
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    return blocks if INTERPRETED else {**blocks, "num_warps": tile.warps, "num_stages": tile.stages}
+@cache
+def _settings(
+    heads: int,
+    groups: int,
+    head_dim: int,
+    qk_norm: str,
+    rotate: bool,
+    tile: Tile,
+    forward: tuple[bool, bool] | None = None,
+) -> Settings:
+    """Of an attention kernel; ``forward``: whether it finishes keys, and whether they are a cache."""
+    values = {"HEADS": heads, "GROUPS": groups, **_halves(head_dim), "BLOCK_K": _block_k(head_dim)}
+    values |= {"NORM": NORMS[qk_norm], "ROTATE": rotate, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    if forward is not None:
+        values["FINISH_KEYS"], values["CACHE"] = forward
+    options = {} if INTERPRETED else {"num_warps": tile.warps, "num_stages": tile.stages}
+    return Settings(**values, **options)
 
 
-def _block_h(half: int) -> int:
-    return max(16, triton.next_power_of_2(half))
+@cache
+def _finish_settings(heads: int, head_dim: int, qk_norm: str, rotate: bool) -> Settings:
+    return Settings(HEADS=heads, **_halves(head_dim), BLOCK_M=FINISHED_ROWS, NORM=NORMS[qk_norm], ROTATE=rotate)
+
+
+@cache
+def _delta_settings(head_dim: int) -> Settings:
+    return Settings(HEAD_DIM=head_dim, BLOCK_K=_block_k(head_dim), BLOCK_M=DELTA_ROWS)
+
+
+def _halves(head_dim: int) -> dict[str, int]:
+    return {"HALF": head_dim // 2, "BLOCK_H": max(16, triton.next_power_of_2(head_dim // 2))}
 
 
 def _block_k(head_dim: int) -> int:
@@ -194,4 +227,5 @@ def _block_k(head_dim: int) -> int:
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()

@@ -251,10 +251,12 @@ class Recording:
 def test_tables_of_a_rotated_call_have_one_dtype(monkeypatch: pytest.MonkeyPatch, passes: str) -> None:
     """On a GPU a kernel whose branches load tables of two dtypes does not compile: text in half types, no image."""
     from hive_ds.kernels import triton_launch
+    from hive_ds.kernels.launching import Launcher
 
     seen: dict[str, set[torch.dtype]] = {}
-    for name in [name for name in vars(triton_launch) if name.endswith("_kernel") and name != "delta_kernel"]:
-        monkeypatch.setattr(triton_launch, name, Recording(getattr(triton_launch, name), seen))
+    for name, launcher in vars(triton_launch).items():
+        if isinstance(launcher, Launcher) and name != "delta_kernel":
+            monkeypatch.setattr(launcher, "kernel", Recording(launcher.kernel, seen))
     layout = AttentionLayout.build([5, 40], [[], []], [[], []], device=DEVICE)
     inputs = random_inputs(layout, heads=2, groups=1, head_dim=16, rotate=True)
     q, k, v = (inputs.tensors[name].half().requires_grad_() for name in "qkv")

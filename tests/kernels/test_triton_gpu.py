@@ -131,8 +131,9 @@ def test_torch_compile() -> None:
 def test_new_lengths_compile_nothing() -> None:
     """After the warm-up no batch of the model's shape adds a binary to any kernel."""
     from hive_ds.kernels import triton_launch
+    from hive_ds.kernels.launching import Launcher
 
-    kernels = [kernel for name, kernel in vars(triton_launch).items() if name.endswith("_kernel")]
+    kernels = [launcher.kernel for launcher in vars(triton_launch).values() if isinstance(launcher, Launcher)]
 
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

@@ -95,6 +95,16 @@ def recorded_calls(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> list[tupl
     return [(op, leaves), backward]
 
 
+def test_second_derivatives_are_refused() -> None:
+    layout = AttentionLayout.build([3], [[]], [[]], device=DEVICE)
+    q = torch.randn(3, 1, 32, device=DEVICE, requires_grad=True)
+    out = triton_attention(q, q, q, None, None, layout)
+    assert isinstance(out, Tensor)
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_counts_its_operations() -> None:
     """4 H K for each visible pair forward, 10 H K backward."""
     layout = AttentionLayout.build([3, 2], [[4], [5]], [[1], [2]], device=DEVICE)

@@ -49,6 +49,7 @@ def test_importing_kernels_sets_the_cache(tmp_path: Path) -> None:
 def test_warm_up_reaches_every_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both forward kernels' forms, the one-pass and the two-pass backward kernels, and a decoding step."""
     from hive_ds.kernels import tiles, triton_launch
+    from hive_ds.kernels.launching import Launcher
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     # Few rows, so that the interpreter is done in seconds.
@@ -57,9 +58,9 @@ def test_warm_up_reaches_every_kernel(tmp_path: Path, monkeypatch: pytest.Monkey
     short = tiles.TABLE[tiles.architecture_of(torch.device(device()))]["backward short"]
     monkeypatch.setitem(short, 32, short[32]._replace(rows=4))
     launched = set()
-    kernels = [name for name in vars(triton_launch) if name.endswith("_kernel")]
-    for name in kernels:
-        kernel = getattr(triton_launch, name)
+    launchers = {name: x for name, x in vars(triton_launch).items() if isinstance(x, Launcher)}
+    assert len(launchers) == 6
+    for name, launcher in launchers.items():
 
         class Recorder:
             def __init__(self, name: str, kernel: object) -> None:
@@ -69,12 +70,13 @@ def test_warm_up_reaches_every_kernel(tmp_path: Path, monkeypatch: pytest.Monkey
                 launched.add(self.name)
                 return self.kernel[grid]  # type: ignore[index]
 
-        monkeypatch.setattr(triton_launch, name, Recorder(name, kernel))
+        monkeypatch.setattr(launcher, "kernel", Recorder(name, launcher.kernel))
+        monkeypatch.setattr(launcher, "_compiled", {})
     options = {"heads": 2, "groups": 1, "head_dim": 32, "dtype": torch.float32, "device": device()}
     if not tiles.INTERPRETED:
         options["dtype"] = torch.bfloat16  # fp32 has no one-pass kernel on a GPU
     assert warm_up(**options, qk_norm="pre_rope", decoding=True) > 0  # type: ignore[arg-type]
-    assert launched == set(kernels)
+    assert launched == launchers.keys()
     assert (tmp_path / "warm-up.lock").exists()
 
 
