@@ -35,6 +35,7 @@ from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micr
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error
 from hive_ds.training.flops import FlopCounter, matmul_rate
+from hive_ds.training.gather_units import gathers_by_layer
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
@@ -118,7 +119,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     _prepare_attention(run, model, dtype)
     if recipe.training.compile:
-        compile_blocks(model, device, dtype, apart=policy.get("zero_optimization", {}).get("stage", 0) == 3)
+        compile_blocks(model, device, dtype, apart=gathers_by_layer(model, policy))
     loader, validation = _load_data(run, processor)
     engine = Engine(model, plan.groups, _ds_config(run, policy), config, world=world, device=device)
     if asked.micro_batch_size == "auto":

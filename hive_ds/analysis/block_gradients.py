@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.positions import Grid
-from hive_ds.model.vision import patch_grids, patch_tokens, tokens_before_patches, vision_blocks
+from hive_ds.model.vision import (
+    patch_grids,
+    patch_tokens,
+    run_blocks,
+    running_blocks,
+    tokens_before_patches,
+    vision_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,8 @@ def _hooked_blocks(model: TrainedModel, see: Any) -> Iterator[None]:
         see(block, output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as stack:
+        # One after the other: a hook inside of a run that is compiled would compile it anew.
+        stack.enter_context(running_blocks(model.vision_encoder, run_blocks))
         for number, block in enumerate(vision_blocks(model.vision_encoder), start=1):
             stack.callback(block.register_forward_hook(partial(hook, number)).remove)
         yield

@@ -25,7 +25,9 @@ from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.flash import TORCH_FLASH
 from hive_ds.model.language import decoder
 from hive_ds.stages import Stage, stage_by_number
+from hive_ds.training.ds_config import read_policy
 from hive_ds.training.flops import BatchSize, FlopCounter
+from hive_ds.training.gather_units import gathers_by_layer
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 
 POLICY = "zero3"
@@ -116,7 +118,8 @@ def build_arm(name: str, setting: Setting, probes: Sequence[PackedBatch]) -> Arm
     references = [loss_and_norm(own, plan, probe, setting.device) for probe in probes]
     if name == "ours zero3":
         if setting.compiled:
-            compile_blocks(model, setting.device, setting.dtype, apart=True)
+            apart = gathers_by_layer(model, read_policy(POLICY))
+            compile_blocks(model, setting.device, setting.dtype, apart=apart)
         precision = "bf16" if setting.dtype == torch.bfloat16 else "fp32"
         stepper = EngineStepper(model, plan, POLICY, precision)
         # Each of these is a step, too small a one to be seen in the next loss.

@@ -195,7 +195,7 @@ class PaddedCascade:
         """Summed cross-entropy of a batch, by the loss that our own model has."""
         with record_function("part:data"):
             pixels = batch.images["pixel_values"].to(device, non_blocking=True)
-            ids, labels = (x.to(device, non_blocking=True) for x in (batch.input_ids, batch.labels))
+            ids = batch.input_ids.to(device, non_blocking=True)
         block = self.model.last_vision_block
         encoded = encode_images(self.model.vision_encoder, (block,), pixels)
         image = self.model.projector(encoded.by_block[block])
@@ -211,4 +211,5 @@ class PaddedCascade:
         hidden = trunk(inputs_embeds=states_BWD.unflatten(0, mask_BW.shape), use_cache=False).last_hidden_state
         counted = (batch.labels != IGNORE_INDEX) & (places.positions_S[places.text_T] > 0)
         before = rows[(places.text_T[counted] - 1).to(device)]
-        return self.model.language_loss(hidden.flatten(0, 1)[before], labels[counted.to(device)])
+        targets = batch.labels[counted].to(device)  # chosen here: on a GPU the host would wait for how many there are
+        return self.model.language_loss(hidden.flatten(0, 1)[before], targets)

@@ -113,11 +113,13 @@ def time_arm(run: Run, name: str, loads: list[Workload], parts: int) -> None:
     _free(run.setting.device)
     run.result["ready"] = True
     run.save()
+    gc.freeze()  # as a run does: what is there already is not looked through again
     with turn_on_gpu(run.setting.device):
         run.rate = run.rate or matmul_rate(run.setting.device, dtype)
         run.result["matmul_flops_per_second"] = run.rate
         rows = [_time_workload(run, arm, load, traced=number < parts) for number, load in enumerate(loads)]
         arm.close()
+        gc.unfreeze()
         _free(run.setting.device)
     for parse in filter(None, rows):  # much Python, for which nobody must wait for the GPU
         parse()

@@ -13,7 +13,7 @@ from hive_ds.model.attention import HiveAttention
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.language import decoder
 from hive_ds.model.runs import split_runs
-from hive_ds.model.vision import vision_blocks
+from hive_ds.model.vision import run_blocks, vision_blocks
 
 
 def compile_blocks(
@@ -33,7 +33,8 @@ def compile_blocks(
         apart: whether weights come layer by layer (ZeRO-3): a layer or projector is then a piece of its own, and what
             brings its weights stays outside.
     """
-    compile_encoder(model.vision_encoder, backend)
+    torch._dynamo.config.specialize_float = True  # scales and epsilons: else a tensor each, made at every call
+    compile_encoder(model.vision_encoder, backend, apart=apart)
     compiled = partial(torch.compile, backend=backend, dynamic=True)
     layers = decoder(model.language_model).layers
     for layer in layers:
@@ -66,7 +67,10 @@ def _is_triton(attention: HiveAttention, device: torch.device, dtype: torch.dtyp
     return chosen.backend == "triton"
 
 
-def compile_encoder(encoder: nn.Module, backend: str = "inductor") -> None:
-    """Compile every block of a vision encoder in place."""
-    for block in vision_blocks(encoder):
+def compile_encoder(encoder: nn.Module, backend: str = "inductor", *, apart: bool = False) -> None:
+    """Compile the blocks of a vision encoder in place: runs of them, and each by itself for who looks between them."""
+    blocks = vision_blocks(encoder)
+    if not apart and not any(getattr(block, "gradient_checkpointing", False) for block in blocks):
+        encoder.run_blocks = torch.compile(run_blocks, backend=backend)  # type: ignore[assignment]
+    for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend)

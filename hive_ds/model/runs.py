@@ -18,7 +18,7 @@ MOST_LAYERS = 5
 
 
 def split_runs(num_layers: int, routed: Container[int]) -> list[range]:
-    """All layers in order; a run ends with a routed layer, or is full."""
+    """All layers in order; a run ends with a routed one, or is full."""
     runs, first = [], 0
     for index in range(num_layers):
         if index in routed or index + 1 - first == MOST_LAYERS or index + 1 == num_layers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hive_ds.errors import HiveError
 from hive_ds.model.positions import Grid
+from hive_ds.model.runs import split_runs
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,44 @@ def encode_images(
     with contextlib.nullcontext() if records else torch.no_grad():
         hidden = _embed(encoder, pixel_values, spatial_shapes)
         grids = patch_grids(encoder.config, pixel_values, spatial_shapes)
-        mask = _block_mask(encoder, hidden, pixel_attention_mask)
+        stack = vision_blocks(encoder)
+        # transformers 4's CLIP block also requires a causal mask.
+        masks = (
+            _block_mask(encoder, hidden, pixel_attention_mask),
+            *[None] * _takes_causal_mask(type(stack[0]).forward),
+        )
         by_block = {}
-        for number, block in enumerate(vision_blocks(encoder)[: max(blocks)], start=1):
-            hidden = _call_block(block, hidden, mask)
-            if number in blocks:
-                by_block[number] = patch_tokens(encoder.config, hidden, pixel_attention_mask)
+        for run in split_runs(max(blocks), [number - 1 for number in blocks]):
+            hidden = block_runner(encoder)([stack[index] for index in run], hidden, masks)
+            if run.stop in blocks:
+                by_block[run.stop] = patch_tokens(encoder.config, hidden, pixel_attention_mask)
     return VisionFeatures(by_block, grids)
+
+
+def run_blocks(blocks: Sequence[nn.Module], hidden: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+    """Hidden states (I, P, D) through some blocks of an encoder, one after the other."""
+    for block in blocks:
+        output = block(hidden, *masks)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def block_runner(encoder: nn.Module) -> Callable[..., Tensor]:
+    """What runs an encoder's blocks: `run_blocks`, unless another one is set, such as one that is compiled."""
+    return getattr(encoder, "run_blocks", run_blocks)
+
+
+@contextlib.contextmanager
+def running_blocks(encoder: nn.Module, runner: Callable[..., Tensor]) -> Iterator[None]:
+    """Let ``runner`` run an encoder's blocks inside."""
+    before = vars(encoder).get("run_blocks")
+    encoder.run_blocks = runner  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del encoder.run_blocks
+        if before is not None:
+            encoder.run_blocks = before
 
 
 def rest_if_frozen(encoder: nn.Module) -> None:
@@ -181,12 +213,6 @@ def _block_mask(encoder: transformers.PreTrainedModel, hidden: Tensor, mask_IP: 
         return mask_IP
     blocked = torch.zeros_like(mask_IP, dtype=hidden.dtype).masked_fill(mask_IP == 0, torch.finfo(hidden.dtype).min)
     return blocked[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
-
-
-def _call_block(block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    # transformers 4's CLIP block also requires a causal mask and returns a tuple.
-    output = block(hidden, mask, None) if _takes_causal_mask(type(block).forward) else block(hidden, mask)
-    return output[0] if isinstance(output, tuple) else output
 
 
 @cache

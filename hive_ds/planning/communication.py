@@ -16,7 +16,7 @@ from torch import nn
 from hive_ds.planning.gathers import DIFFERENT, Gather, Gatherer, GatherLimits
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message
 from hive_ds.planning.trace import FETCH, Trace, parameters_read
-from hive_ds.training.gather_units import layer_units
+from hive_ds.training.gather_units import layer_units, whole_limit
 from hive_ds.training.groups import StagePlan
 from hive_ds.training.metrics import Totals
 
@@ -69,6 +69,7 @@ class ZeroPolicy:
     stage: int
     reduce_bucket: int
     limits: GatherLimits
+    whole_limit: int
     ranks_per_copy: int
     """Ranks that hold one copy of the weights between them (hpZ); 1 without hpZ."""
     offloads_optimizer: bool
@@ -89,6 +90,7 @@ class ZeroPolicy:
                 reuse_distance=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
                 live_parameters=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
             ),
+            whole_limit=whole_limit(policy),
             ranks_per_copy=copy,
             offloads_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         )
@@ -101,7 +103,7 @@ class StepMessages:
     gathers: list[Message]
     """Of weights, in forward and backward (ZeRO-3)."""
     renewals: list[Message]
-    """Of weights that every rank keeps whole, after the optimizer (ZeRO 1 and 2, and ZeRO-3 of a small model)."""
+    """Of weights that every rank keeps whole, after the optimizer (ZeRO 1 and 2, and ZeRO-3 of a model kept whole)."""
     gradients: list[Message]
     scalars: list[Message]
     """Losses, token counts, norms, agreements: a few numbers each."""
@@ -146,7 +148,7 @@ class _Scale:
 
     def gathers(self, micro_batches: int) -> list[Message]:
         """ZeRO-3's, in forward and backward; one rank by itself gathers nothing."""
-        if self.policy.stage < 3 or self.num_ranks == 1 or self._is_small:
+        if self.policy.stage < 3 or self.num_ranks == 1 or self._is_whole:
             return []
         second_copy = self.policy.ranks_per_copy > 1
         parts = _gathers(self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT))
@@ -159,10 +161,10 @@ class _Scale:
         return Message(ALL_GATHER, elements * self.weight_bytes, ranks)
 
     def renewals(self) -> list[Message]:
-        """Of each optimizer group, aligned to 2 elements a rank; under ZeRO-3 of a small model, all at once."""
+        """Of each optimizer group, aligned to 2 elements a rank; under ZeRO-3 of a model kept whole, all at once."""
         if self.num_ranks == 1:
             return []
-        if self.policy.stage == 3 and self._is_small:
+        if self.policy.stage == 3 and self._is_whole:
             size = sum(self._padded(self.layout.sizes[name]) for name in self.layout.trained)
             return [self._message(ALL_GATHER, size * self.weight_bytes)]
         if self.policy.stage not in (1, 2):
@@ -202,9 +204,9 @@ class _Scale:
         return [self._message(ALL_REDUCE, size) for size in [*(FLOAT64 * count for count in doubles), *norms]]
 
     @property
-    def _is_small(self) -> bool:
+    def _is_whole(self) -> bool:
         """Whether ZeRO-3 keeps the model whole (`hive_ds.training.gather_units.WholeModel`)."""
-        return sum(self.layout.sizes.values()) <= self.policy.limits.prefetch_bucket
+        return sum(self.layout.sizes.values()) <= self.policy.whole_limit
 
     def _padded(self, elements: int) -> int:
         return ceil(elements / self.num_ranks) * self.num_ranks

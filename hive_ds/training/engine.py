@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
-from hive_ds.training.gather_units import WholeModel, gather_by_unit, is_small, layer_units, restore_linear
+from hive_ds.training.gather_units import WholeModel, gather_by_unit, gathers_by_layer, layer_units, restore_linear
 from hive_ds.training.grad_norms import grad_norms
 from hive_ds.training.groups import OptimizerGroup, adamw
 from hive_ds.training.piece_files import PieceReader
@@ -87,6 +87,7 @@ class Engine:
             for group in groups
             for name, parameter in group.parameters.items()
         ]
+        by_layer = gathers_by_layer(model, ds_config)
         optimizer = adamw(groups, stage, fused=True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
@@ -96,10 +97,10 @@ class Engine:
         self._parameters = dict(self.model.named_parameters())
         self._whole: WholeModel | None = None
         if self.zero_stage == 3:
-            if is_small(self.model, self._engine.zero_prefetch_bucket_size()):
-                self._whole = WholeModel(self._engine)
-            else:
+            if by_layer:
                 gather_by_unit(self._optimizer, layer_units(self.model), deepspeed.utils.set_z3_leaf_module)
+            else:
+                self._whole = WholeModel(self._engine)
             # DeepSpeed would ask all ranks for the norm of each optimizer group.
             self._optimizer._get_norm_groups = lambda: [self._norm]
         _register_external_parameters(self.model)
@@ -135,7 +136,7 @@ class Engine:
     def gather_parts(self) -> None:
         """Before parts of the model are called by themselves: gather what they do not; every rank calls it.
 
-        Layers and projectors gather their weights when they are called (ZeRO-3), a small model only as a whole.
+        Layers and projectors gather their weights when they are called (ZeRO-3), one that is kept whole all at once.
         """
         if self._whole is not None:
             self._whole.gather()

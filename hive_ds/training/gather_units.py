@@ -1,16 +1,16 @@
-"""What ZeRO-3 gathers at a time: an encoder block, an LLM layer, a projector, or a small model whole.
+"""What ZeRO-3 gathers at a time: an encoder block, an LLM layer, a projector, or all of a model that is not large.
 
 DeepSpeed would gather the weights of every `nn.Linear` and norm by themselves, with four Python hooks around each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from hive_ds.model.language import decoder
 from hive_ds.model.vision import vision_blocks
@@ -44,6 +44,7 @@ def gather_by_unit(optimizer: Any, units: Sequence[nn.Module], mark: Callable[[n
     for unit in units:
         mark(unit, True)
     optimizer.parameter_offload.setup_zero_stage3_hooks()
+    _use_plain_linear_in_graphs()
 
 
 def _remove_hooks(optimizer: Any) -> None:
@@ -56,7 +57,7 @@ def _remove_hooks(optimizer: Any) -> None:
 
 
 class WholeModel:
-    """A model so small that one prefetch would bring all of it: gathered once, renewed after every step.
+    """A model that ZeRO-3 would hardly let go of within a step: gathered once, renewed after every step.
 
     What looks for weights that are not there has nothing left to do and is taken off: ZeRO-3's hooks, its dictionaries
     of parameters, and its linear function, which lets weights go between forward and backward.
@@ -101,9 +102,35 @@ class WholeModel:
         torch._foreach_copy_(places, values)
 
 
-def is_small(model: Any, prefetch_bucket: int) -> bool:
-    """Whether ``stage3_prefetch_bucket_size`` elements hold all of a partitioned model."""
-    return sum(parameter.ds_numel for parameter in model.parameters()) <= prefetch_bucket
+def whole_limit(policy: Mapping[str, Any]) -> int:
+    """Elements of the largest model that ZeRO-3 keeps whole (`WholeModel`).
+
+    As many as DeepSpeed would let be gathered at a time and wait for their next use.
+    """
+    zero = policy.get("zero_optimization", {})
+    keys = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    return min(int(zero.get(key, 1_000_000_000)) for key in keys)
+
+
+def gathers_by_layer(model: nn.Module, policy: Mapping[str, Any]) -> bool:
+    """Whether weights come and go with the layers of a model that is not partitioned yet."""
+    stage = policy.get("zero_optimization", {}).get("stage", 0)
+    return stage == 3 and sum(parameter.numel() for parameter in model.parameters()) > whole_limit(policy)
+
+
+def _use_plain_linear_in_graphs() -> None:
+    """Let what torch.compile traces have PyTorch's linear function, until `restore_linear`.
+
+    The backward pass of ZeRO-3's asks a weight for its number, which becomes a constant of the graph: each layer would
+    be compiled by itself, and after the eighth torch gives up. A compiled piece saves weights as they are, so that they
+    can go all the same (`tests/training/compile_checks.py`).
+    """
+    of_zero3 = nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (torch._C._nn.linear if torch.compiler.is_compiling() else of_zero3)(x, weight, bias)
+
+    nn.functional.linear = linear  # type: ignore[assignment]
 
 
 def restore_linear() -> None:

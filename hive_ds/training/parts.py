@@ -10,7 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hive_ds.model.language import decoder
-from hive_ds.model.vision import vision_blocks
+from hive_ds.model.vision import block_runner, running_blocks
 
 PARTS = ("encoder", "projectors", "LLM", "attention of the LLM", "optimizer", "data", "communication", "other")
 ATTENTION = ("hive_ds::", "scaled_dot_product", "flash_attn", "flash_attention", "varlen_attn")
@@ -25,9 +25,8 @@ class Marked:
     """Marks in the trace around the modules of a model, while it is entered."""
 
     def __init__(self, model: Any) -> None:
-        modules = [("encoder", module) for module in (model.vision_encoder, *vision_blocks(model.vision_encoder))]
         trunk = decoder(model.language_model)
-        modules += [("LLM", module) for module in (trunk.embed_tokens, trunk.norm)]
+        modules = [("encoder", model.vision_encoder), *(("LLM", module) for module in (trunk.embed_tokens, trunk.norm))]
         if not hasattr(model, "routes"):
             modules += [("projectors", model.projector), *(("LLM", layer) for layer in trunk.layers)]
         modules += [("LLM", model.language_model.lm_head), ("LLM", model.language_loss)]
@@ -49,10 +48,13 @@ class Marked:
         def leave(*_: Any) -> None:
             open_marks.pop().__exit__(None, None, None)
 
-        # HIVE's layers and projectors run in pieces that may be compiled: a hook inside of one would compile it anew.
+        # All these run in pieces that may be compiled: a hook inside of one would compile it anew.
         self._pieces = {name: getattr(self._model, name) for name in PIECES if hasattr(self._model, name)}
         for name, piece in self._pieces.items():
             setattr(self._model, name, _marked_piece(PIECES[name], piece))
+        encoder = self._model.vision_encoder
+        self._encoder = running_blocks(encoder, _marked_piece("encoder", block_runner(encoder)))
+        self._encoder.__enter__()
         self._handles = []
         for name, module in self._modules:
             self._handles.append(module.register_forward_pre_hook(enter(name)))
@@ -60,6 +62,7 @@ class Marked:
             self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def __exit__(self, *_: object) -> None:
+        self._encoder.__exit__(None, None, None)
         for name, piece in self._pieces.items():
             setattr(self._model, name, piece)
         for handle in self._handles:

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from varlen_on_cpu import serve_on_cpu
 
 from hive_ds.analysis.attention_maps import token_attention_maps
+from hive_ds.analysis.block_gradients import watched_gradients
 from hive_ds.benchmarks.padded_ways import PaddedCascade, PaperWay
 from hive_ds.data.batch import PackedBatch
 from hive_ds.kernels import tiles
@@ -88,18 +89,24 @@ def test_new_lengths_compile_nothing(kind: str, backend: str) -> None:
 
 
 def test_looking_inside_compiles_nothing() -> None:
-    """Attention maps and the parts of a step's time hook into modules that are compiled."""
+    """Attention maps, gradients of blocks and the parts of a step's time hook into modules that are compiled."""
     torch._dynamo.reset()
     model = tiny_hive().train()
     one, ids, images = batch([5, 9]), random_tokens(6), {"pixel_values": random_images(1)}
     expected = token_attention_maps(model, ids[None], [2], images)
+    with watched_gradients(model) as wanted:
+        loss_of(model, one).backward()
+    assert len(wanted) > 1
     compile_blocks(model, torch.device("cpu"), torch.float32, "aot_eager")
     for _ in range(2):
         loss_of(model, one).backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = token_attention_maps(model, ids[None], [2], images)
+        with watched_gradients(model) as squares:
+            loss_of(model, one).backward()
         trace = trace_of_step(model, lambda: loss_of(model, one).backward(), torch.device("cpu"))
         loss_of(model, one).backward()
+    torch.testing.assert_close(squares, wanted)
     for layer, other in zip(found.layers, expected.layers, strict=True):
         torch.testing.assert_close(layer.text_TT, other.text_TT)
         torch.testing.assert_close(layer.images, other.images)

@@ -50,7 +50,7 @@ def drawn_model(kind: str, stage: Stage, vocabulary: int) -> Any:
 def parts_policy(ranks: Any) -> str:
     """Path of zero3 where every weight is in parts between its uses: zero3 keeps small ones, here all, whole."""
     policy = read_policy("zero3")
-    policy["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": FEW}
+    policy["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": FEW}
     path = ranks.folder / f"parts.{ranks.world.rank}.json"
     path.write_text(json.dumps(policy))
     return str(path)

@@ -29,7 +29,8 @@ COMBINATIONS = (
 )
 """ZeRO stages or policies, and precisions: every code path of DeepSpeed once."""
 FEW = 5000
-"""Elements that ZeRO-3 may gather ahead of need, where the tiny model stands for a large one: part of a layer."""
+"""Elements that ZeRO-3 may gather ahead of need or keep for later, where the tiny model stands for a large one: part of
+a layer."""
 CONFIG = StageConfig(lr=2e-3, global_batch_size=GLOBAL_BATCH, micro_batch_size=1, weight_decay=0.1, clip=1.0)
 
 Drawn = tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]
@@ -84,7 +85,7 @@ def make_trainee(
     plan = plan_stage(model, stage, groups_of(model), config)
     policy = read_policy(zero if isinstance(zero, str) else f"zero{zero}")
     if zero == 3:
-        policy["zero_optimization"]["stage3_prefetch_bucket_size"] = FEW
+        policy["zero_optimization"] |= {"stage3_prefetch_bucket_size": FEW, "stage3_max_reuse_distance": FEW}
     ds_config = build_ds_config(
         policy,
         config,
