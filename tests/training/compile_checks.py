@@ -15,7 +15,7 @@ IMAGES = ((2, 1, 1, 2), (1, 0, 0, 1), (1, 1, 2, 0), (3, 1, 1, 3), (0, 1, 1, 1), 
 """Of each step. The first steps have 3, 1 and 2 images on each rank: one alone is a graph of its own to torch.compile.
 Texts have other lengths in every step."""
 MOST_GRAPHS = 15
-"""Of all kinds of pieces. Two are the encoder's, runs of one and of two blocks, each for 3, for 1 and for any images."""
+"""Of all kinds of pieces. Two are the encoder's, runs of one and of two blocks, each for 3, for 1, for any images."""
 WARM = 3
 """Steps after which nothing may be compiled any more."""
 
