@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -44,8 +44,8 @@ class Arm:
     flops: FlopCounter
     check: str
     """"passed", or what is wrong: then it is not timed."""
-    full: bool = False
-    """Whether some workload did not fit into memory."""
+    full: set[str] = field(default_factory=set)
+    """Kinds of texts of which a batch did not fit into memory."""
 
     @cached_property
     def stepper(self) -> Stepper:

@@ -35,8 +35,8 @@ class Size:
     language_layers: tuple[int, ...]
     captions: tuple[int, ...]
     """Micro-batches of captioned images, small to large; each way of training goes as far as memory lets it."""
-    lengths: tuple[tuple[int, int], ...]
-    """(text length, micro-batch) of the sweep, the most telling first."""
+    lengths: tuple[tuple[int, tuple[int, ...]], ...]
+    """(text length, micro-batches small to large) of the sweep, the most telling length first."""
     caption_scale: float
     """Tokens of a caption, beside those of a real one."""
 
@@ -52,7 +52,7 @@ PAPER = Size(
     vision_blocks=(2, 5, 8, 11, 14, 17, 20, 23),
     language_layers=(4, 9, 14, 19, 24, 29, 34, 39),
     captions=(32, 96, 192),
-    lengths=((2048, 8), (512, 32), (128, 64), (32, 64)),
+    lengths=((2048, (8, 24)), (512, (32, 96)), (128, (64, 192)), (32, (64, 256))),
     caption_scale=1.0,
 )
 TINY = Size(
@@ -78,7 +78,7 @@ TINY = Size(
     vision_blocks=(1, 2),
     language_layers=(0, 2),
     captions=(2,),
-    lengths=((32, 2),),
+    lengths=((32, (2,)),),
     caption_scale=0.05,
 )
 

@@ -42,10 +42,14 @@ RESERVE = 0.12
 class Workload:
     """What one row trains on."""
 
-    name: str
+    texts: str
+    """"captions", or the length of all; a way is timed on larger and larger batches of these, until one does not fit."""
     batches: list[PackedBatch]
-    is_larger: bool
-    """Whether it needs more memory than the one before."""
+
+    @property
+    def name(self) -> str:
+        """As `load_names` has it."""
+        return f"{self.texts} x {self.batches[0].num_images}"
 
 
 @dataclass
@@ -80,19 +84,20 @@ class Run:
 
 
 def load_names(size: Size) -> list[str]:
-    """Of `workloads`."""
-    texts = [f"{length} tokens x {count}" for length, count in size.lengths]
+    """Of what can be timed: captions, then texts of one length each; micro-batches small to large."""
+    texts = [f"{length} tokens x {count}" for length, counts in size.lengths for count in counts]
     return [*(f"captions x {count}" for count in size.captions), *texts]
 
 
-def workloads(size: Size, dtype: torch.dtype) -> list[Workload]:
-    """Captions in micro-batches small to large, then texts of one length each."""
-    captions = [[caption_lengths(size, count, seed) for seed in range(BATCHES)] for count in size.captions]
-    texts = [[[length] * count] * BATCHES for length, count in size.lengths]
+def workloads(size: Size, dtype: torch.dtype, names: Iterable[str]) -> list[Workload]:
+    """Those of `load_names` that are named, in that order."""
     made = []
-    for index, (name, lengths) in enumerate(zip(load_names(size), captions + texts, strict=True)):
-        batches = [make_batch(size, one, seed, dtype) for seed, one in enumerate(lengths)]
-        made.append(Workload(name, batches, is_larger=0 < index < len(captions)))
+    for texts, _, count in (name.rpartition(" x ") for name in names):
+        if texts == "captions":
+            lengths = [caption_lengths(size, int(count), seed) for seed in range(BATCHES)]
+        else:
+            lengths = [[int(texts.partition(" ")[0])] * int(count)] * BATCHES
+        made.append(Workload(texts, [make_batch(size, one, seed, dtype) for seed, one in enumerate(lengths)]))
     return made
 
 
@@ -131,13 +136,13 @@ def _time_workload(run: Run, arm: Arm, load: Workload, *, traced: bool) -> Calla
     if run.left() < 10:
         run.skip(f"{arm.label}, {load.name}", "no time left for it")
         return None
-    if arm.full and load.is_larger:
+    if load.texts in arm.full:
         run.skip(f"{arm.label}, {load.name}", "out of memory at fewer samples")
         return None
     try:
         row, parse = measure(run, arm, load, traced=traced)
     except torch.OutOfMemoryError:
-        arm.full = True
+        arm.full.add(load.texts)
         run.skip(f"{arm.label}, {load.name}", "out of memory")
         _free(run.setting.device)
         return None
@@ -227,10 +232,9 @@ def _version(package: str) -> str | None:
 
 def time_here(run: Run, names: Sequence[str], options: argparse.Namespace) -> None:
     """One arm after the other in this process."""
-    loads = workloads(run.setting.size, run.setting.dtype)
-    if options.loads:
-        by_name = {load.name: load for load in loads}
-        loads = [by_name[name] for name in _chosen(options.loads, by_name, "--loads")]
+    size = run.setting.size
+    chosen = _chosen(options.loads or "", load_names(size), "--loads") or load_names(size)
+    loads = workloads(size, run.setting.dtype, chosen)
     whole = run.left()
     for index, name in enumerate(names):
         if run.left() < whole * RESERVE:

@@ -118,11 +118,15 @@ def evaluate(
     tables = {name: table.to(wide) for name, table in inputs.tables.items()}
     result = attend(**leaves, **tables, layout=inputs.layout, qk_norm=inputs.qk_norm, return_lse=return_lse, **options)
     outputs = dict(zip(("out", "lse"), result if isinstance(result, tuple) else (result,), strict=False))
-    generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in outputs.values()]
-    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), cotangents)
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), cotangents(outputs, seed))
     found = {name: x.detach() for name, x in outputs.items()}
     return found | {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
+def cotangents(outputs: Results, seed: int = 1) -> list[Tensor]:
+    """Random ones, exact in every dtype: what `evaluate` goes backward from."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in outputs.values()]
 
 
 def plain_attention(

@@ -90,15 +90,11 @@ def choose_tile(architecture: str, head_dim: int, kind: str, dtype: torch.dtype)
     return TABLE[architecture][kind][width]
 
 
+@cache  # asked for at every launch, where torch takes 10 us to say it
 def architecture_of(device: torch.device) -> str:
     """Name of the row of `TABLE` that serves a device; a CPU is the interpreter's."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    return "sm_90" if _is_hopper(device) else "sm_80"
-
-
-@cache  # torch takes 10 us to say it
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"

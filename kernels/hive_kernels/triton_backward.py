@@ -26,19 +26,6 @@ from .triton_common import (
 )
 
 
-@triton.jit(do_not_specialize=["count"])
-def delta_kernel(out, dout, dlse, delta, count, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of each of ``count`` rows: the sum of out * dout, minus the gradient of lse."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = row < count
-    columns = tl.arange(0, BLOCK_K)
-    offsets = row[:, None] * HEAD_DIM + columns[None, :]
-    out_tile = load_rows(out + offsets, row_ok, columns, HEAD_DIM, True).to(tl.float32)
-    dout_tile = load_rows(dout + offsets, row_ok, columns, HEAD_DIM, True).to(tl.float32)
-    own = tl.load(dlse + row, mask=row_ok, other=0.0)
-    tl.store(delta + row, tl.sum(out_tile * dout_tile, 1) - own, mask=row_ok)
-
-
 @triton.jit
 def visit_rows(
     dk_low, dk_high, dv, k_low, k_high, values, key, q, dout, lse, delta, seen, is_image, first, last, rows, scale,

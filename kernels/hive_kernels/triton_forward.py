@@ -1,4 +1,4 @@
-"""Forward kernels: attention over text and image keys in one softmax, and norm and rotation on their own.
+"""The forward kernel: attention over text and image keys in one softmax.
 
 A row of a tile is one query head of one token: row r of a sample and group is token r // P, head r % P of the group's
 P. A K/V tile is thus read once for all heads of its group.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import LN2, dot, load_finished, load_rows, load_weight, read_sample, store_halves, store_rows
+from .triton_common import LN2, dot, load_finished, load_rows, load_weight, read_sample, store_rows
 
 
 @triton.jit
@@ -128,22 +128,3 @@ def hierarchical_attention_forward_kernel(
     out += first_query * (HEADS * 2 * HALF)
     store_rows(out, place * (2 * HALF), row_ok, acc / total[:, None], 2 * HALF)
     tl.store(lse + first_query * HEADS + place, (highest + tl.log2(total)) * LN2, mask=row_ok)
-
-
-@triton.jit(do_not_specialize=["count"])
-def finish_kernel(
-    x, y, cos, sin, weight, count, eps, stride_t, stride_h,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
-    NORM: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """Norm and rotate ``count`` rows (token, head) of x into y, which is contiguous."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = row < count
-    token = row // HEADS
-    head = row % HEADS
-    w_low, w_high = load_weight(weight, HALF, BLOCK_H, NORM)
-    low, high = load_finished(
-        x, token * stride_t + head * stride_h, cos, sin, token, row_ok, w_low, w_high, eps,
-        HALF, BLOCK_H, NORM, ROTATE, True,
-    )  # fmt: skip
-    store_halves(y, row * (2 * HALF), row_ok, low, high, HALF)

@@ -10,19 +10,18 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_backward, triton_forward, triton_short
+from . import triton_backward, triton_finish, triton_forward, triton_short
 from .arguments import KernelArguments
 from .launching import Launcher, Settings
 from .tiles import INTERPRETED, Tile
 from .triton_common import LOG2E
 
-FINISHED_ROWS, DELTA_ROWS = 32, 64
-"""Rows of a program of the two kernels that go over rows one by one."""
+FINISHED_ROWS = 32
+"""Rows of a program of the kernel that goes over rows one by one."""
 NORMS = {"none": 0, "pre_rope": 1, "post_rope": 2}
 
 forward_kernel = Launcher(triton_forward.hierarchical_attention_forward_kernel)
-finish_kernel = Launcher(triton_forward.finish_kernel)
-delta_kernel = Launcher(triton_backward.delta_kernel)
+finish_kernel = Launcher(triton_finish.finish_kernel)
 key_gradient_kernel = Launcher(triton_backward.hierarchical_attention_key_gradient_kernel)
 query_gradient_kernel = Launcher(triton_backward.hierarchical_attention_query_gradient_kernel)
 short_gradient_kernel = Launcher(triton_short.hierarchical_attention_short_gradient_kernel)
@@ -35,7 +34,7 @@ def forward(a: KernelArguments) -> tuple[Tensor, Tensor]:
     work, cache = a.row_work, k.ndim == 4
     with _device_of(q):
         if not a.fused and not a.decoding:
-            k, image_k = _finished(a, k, a.cos, a.sin), _finished(a, image_k, a.image_cos, a.image_sin)
+            _, k, image_k = _finished(a, q, k, image_k)
         if len(work):
             weights = _or(a.q_weight, q), _or(a.k_weight, q)
             forward_kernel(
@@ -104,11 +103,8 @@ def _two_passes(
     q_partials, k_partials = _partials(a, len(a.backward_work)), _partials(a, len(a.key_work))
     common, shape = (a.scale * LOG2E.value, a.eps), _shape(a)
     delta = torch.empty_like(lse)
-    if lse.numel():
-        programs = -(-lse.numel() // DELTA_ROWS)
-        delta_kernel(programs, (out, dout, dlse, delta), (lse.numel(),), _delta_settings(q.shape[-1]))
+    finished_q, finished_k, finished_image_k = _finished(a, q, k, image_k, (out, dout, dlse, delta))
     if len(a.key_work):
-        finished_q = _finished(a, q, a.cos, a.sin, of_queries=True).contiguous()
         key_gradient_kernel(
             len(a.key_work) * a.groups,
             (
@@ -119,8 +115,6 @@ def _two_passes(
             _settings(*shape, a.tile("keys")),
         )
     if len(a.backward_work):
-        finished_k = _finished(a, k, a.cos, a.sin).contiguous()
-        finished_image_k = _finished(a, image_k, a.image_cos, a.image_sin).contiguous()
         query_gradient_kernel(
             len(a.backward_work) * a.groups,
             (
@@ -134,21 +128,36 @@ def _two_passes(
 
 
 def _finished(
-    a: KernelArguments, x: Tensor, cos: Tensor | None, sin: Tensor | None, *, of_queries: bool = False
-) -> Tensor:
-    """x normed and rotated, or x itself if there is nothing to do."""
-    if (a.qk_norm == "none" and cos is None) or x.numel() == 0:
-        return x
-    y = x.new_empty(x.shape)
-    tokens, heads, head_dim = x.shape
-    weight = a.q_weight if of_queries else a.k_weight
-    finish_kernel(
-        -(-tokens * heads // FINISHED_ROWS),
-        (x, y, _or(cos, x), _or(sin, x), _or(weight, x)),
-        (tokens * heads, a.eps, *_strides(x)),
-        _finish_settings(heads, head_dim, a.qk_norm, cos is not None),
+    a: KernelArguments, q: Tensor, k: Tensor, image_k: Tensor, backward: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, text keys and image keys, keys normed and rotated where there is such a thing to do.
+
+    ``backward`` is out, dout, dlse and delta of a backward pass, which fills in delta and has queries finished too.
+    """
+    settings = _finish_settings(*_shape(a), bool(backward))
+    finishes = settings.values["NORM"] != 0 or settings.values["ROTATE"]
+    rows = [x.shape[0] * x.shape[1] for x in (q, k, image_k)]
+    programs = [-(-count // FINISHED_ROWS) for count in rows]
+    if not backward:
+        programs[0] = 0
+    if not finishes:
+        programs[1:] = [0, 0]
+    # What is not finished is read as it is, by kernels that take it for contiguous in a backward pass.
+    q_out, k_out, image_out = (
+        x.new_empty(x.shape) if finishes and count else (x.contiguous() if backward else x)
+        for x, count in zip((q, k, image_k), programs, strict=True)
     )
-    return y
+    if sum(programs):
+        finish_kernel(
+            sum(programs),
+            (
+                *(q, k, image_k, q_out, k_out, image_out, *(backward or (q, q, a.samples, a.samples)), *_tables(a)),
+                *(_or(a.q_weight, q), _or(a.k_weight, q)),
+            ),
+            (*rows, a.eps, *_strides(q, k, image_k)),
+            settings,
+        )
+    return q_out, k_out, image_out
 
 
 def _rows_in_one_piece(x: Tensor) -> Tensor:
@@ -209,13 +218,9 @@ def _settings(
 
 
 @cache
-def _finish_settings(heads: int, head_dim: int, qk_norm: str, rotate: bool) -> Settings:
-    return Settings(HEADS=heads, **_halves(head_dim), BLOCK_M=FINISHED_ROWS, NORM=NORMS[qk_norm], ROTATE=rotate)
-
-
-@cache
-def _delta_settings(head_dim: int) -> Settings:
-    return Settings(HEAD_DIM=head_dim, BLOCK_K=_block_k(head_dim), BLOCK_M=DELTA_ROWS)
+def _finish_settings(heads: int, groups: int, head_dim: int, qk_norm: str, rotate: bool, backward: bool) -> Settings:
+    shape = {"HEADS": heads, "GROUPS": groups, **_halves(head_dim), "BLOCK_M": FINISHED_ROWS}
+    return Settings(**shape, NORM=NORMS[qk_norm], ROTATE=rotate, BACKWARD=backward)
 
 
 def _halves(head_dim: int) -> dict[str, int]:

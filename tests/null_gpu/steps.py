@@ -32,6 +32,7 @@ def main() -> None:
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.Tensor.erfinv_ = lambda self: self  # type: ignore[method-assign]
+    torch.nn.Parameter.__repr__ = object.__repr__  # type: ignore[method-assign]  # DeepSpeed logs weights, which are noise
     arms.compared = lambda *_: "passed"  # there is nothing to compare
     device = torch.device("cuda")
     made = arms.build_arm(way, arms.Setting(size, stage, device, compiled=True), [batch(size, n, 9) for n in PROBES])

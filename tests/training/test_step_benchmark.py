@@ -125,6 +125,31 @@ def test_a_way_that_computes_something_else_is_red() -> None:
     assert "check failed: loss is 3" in report.table(record | {"rows": [row]})
 
 
+def test_every_way_is_judged_at_its_best_batch() -> None:
+    def row(arm: str, texts: str, count: int, images: float, flops: float) -> dict[str, Any]:
+        return {
+            **{"arm": arm, "label": LABELS[arm], "workload": f"{texts} x {count}", "check": "passed", "spread": 0.0},
+            **{"micro_batch": count, "seconds": count / images, "images_per_second": images, "flops": flops * count},
+            **{"text_tokens_per_second": 1.0, "mfu": 0.4, "peak_bytes": 1, "shares": {}},
+        }
+
+    rows = [
+        row("ours", "captions", 32, 100.0, 2.0),
+        row("ours", "captions", 96, 240.0, 2.0),
+        row("sa", "captions", 32, 80.0, 4.0),
+        row("sa", "captions", 96, 75.0, 4.0),
+        {"arm": "paper", "label": "", "workload": "all that is left", "check": "its process ended with 1"},
+        row("ours", "32 tokens", 64, 50.0, 1.0),
+    ]
+    record = {"stage": 1, "models": "", "precision": "", "matmul_flops_per_second": 1.0, "tiny": True, "skipped": []}
+    lines = report.table(record | {"rows": rows}).partition("### At the best batch of each")[2].splitlines()
+    assert [line for line in lines if line.startswith("| captions")] == [
+        "| captions | ours, packed | 96 | 240 | 1.00 | 1.00 | 1.00 |",
+        "| captions | SA: patches in the sequence, padded, causal SDPA, torch.compile | 32 | 80 | 3.00 | 2.00 | 1.50 |",
+    ]
+    assert not any("32 tokens" in line for line in lines)
+
+
 def test_a_timed_step_needs_no_streaming() -> None:
     """Machines that only time a step have no data, and streaming holds transformers below 5."""
     code = "import sys; sys.modules['streaming'] = None; import hive_ds.benchmarks.step, hive_ds.training.loop"
