@@ -43,7 +43,7 @@ class Workload:
     """What one row trains on."""
 
     texts: str
-    """"captions", or the length of all; a way is timed on larger and larger batches of these, until one does not fit."""
+    """"captions", or the length of all; a way is timed on larger and larger batches, until one does not fit."""
     batches: list[PackedBatch]
 
     @property
