@@ -103,7 +103,7 @@ def encode_images(
 ) -> VisionFeatures:
     """Run the encoder up to the last of ``blocks`` and return their features.
 
-    Gradients are recorded only if some encoder parameter trains, or the pixels ask for a gradient.
+    Of a frozen encoder PyTorch records nothing, unless the pixels ask for a gradient.
 
     Args:
         encoder: a vision tower of one of `FAMILIES`.
@@ -115,21 +115,19 @@ def encode_images(
     Raises:
         HiveError: the images do not fit the encoder.
     """
-    records = pixel_values.requires_grad or any(parameter.requires_grad for parameter in encoder.parameters())
-    with contextlib.nullcontext() if records else torch.no_grad():
-        hidden = _embed(encoder, pixel_values, spatial_shapes)
-        grids = patch_grids(encoder.config, pixel_values, spatial_shapes)
-        stack = vision_blocks(encoder)
-        # transformers 4's CLIP block also requires a causal mask.
-        masks = (
-            _block_mask(encoder, hidden, pixel_attention_mask),
-            *[None] * _takes_causal_mask(type(stack[0]).forward),
-        )
-        by_block = {}
-        for run in split_runs(max(blocks), [number - 1 for number in blocks]):
-            hidden = block_runner(encoder)([stack[index] for index in run], hidden, masks)
-            if run.stop in blocks:
-                by_block[run.stop] = patch_tokens(encoder.config, hidden, pixel_attention_mask)
+    hidden = _embed(encoder, pixel_values, spatial_shapes)
+    grids = patch_grids(encoder.config, pixel_values, spatial_shapes)
+    stack = vision_blocks(encoder)
+    # transformers 4's CLIP block also requires a causal mask.
+    masks = (
+        _block_mask(encoder, hidden, pixel_attention_mask),
+        *[None] * _takes_causal_mask(type(stack[0]).forward),
+    )
+    by_block = {}
+    for run in split_runs(max(blocks), [number - 1 for number in blocks]):
+        hidden = block_runner(encoder)([stack[index] for index in run], hidden, masks)
+        if run.stop in blocks:
+            by_block[run.stop] = patch_tokens(encoder.config, hidden, pixel_attention_mask)
     return VisionFeatures(by_block, grids)
 
 
