@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import modeling_layers
 
 from hive_ds.kernels import choose_backend
 from hive_ds.model.attention import HiveAttention
@@ -55,7 +58,7 @@ def compile_blocks(
         model.run_layers = compiled(model.run_layers)
         return
     for layer in layers:
-        layer.forward = compiled(layer.forward)
+        layer.forward = compiled(_own_forward(layer))
 
 
 def _is_inside(attention: nn.Module) -> bool:
@@ -73,4 +76,18 @@ def compile_encoder(encoder: nn.Module, backend: str = "inductor", *, apart: boo
     if not apart and not any(getattr(block, "gradient_checkpointing", False) for block in blocks):
         encoder.run_blocks = torch.compile(run_blocks, backend=backend)  # type: ignore[assignment]
     for block in blocks:
-        block.forward = torch.compile(block.forward, backend=backend)
+        block.forward = torch.compile(_own_forward(block), backend=backend)
+
+
+def _own_forward(layer: nn.Module) -> Callable[..., Any]:
+    """What a layer computes, without the wrapper that transformers 5.24 puts around it for gradient checkpointing.
+
+    It is one function for all kinds of layers, and torch.compile counts what it compiled by functions: encoder and LLM
+    would share the eight times after which it gives up.
+    """
+    forward = layer.forward
+    function = getattr(forward, "__func__", None)
+    is_wrapped = getattr(function, "__globals__", None) is vars(modeling_layers)
+    if not is_wrapped or getattr(layer, "gradient_checkpointing", False):
+        return forward
+    return MethodType(function.__wrapped__, layer)  # type: ignore[union-attr]
