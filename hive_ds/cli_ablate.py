@@ -50,7 +50,7 @@ def _add_run(ablate: Any) -> None:
         "--after",
         metavar="COMMAND",
         help="run after the stages of a run, with {run} for its folder, such as "
-        "'hive-ds eval {run} --data bench --out {run}/eval'",
+        "'hive-ds eval {run} --tasks mme,gqa --data bench --out {run}/eval'",
     )
 
 

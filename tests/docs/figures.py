@@ -287,6 +287,11 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     ),
     _memory(r"CPU (2\.\d) GB \| CPU (22) GB", 22 * N / R, 22 * M / R),
     _memory(r"5e8 elements: (\d) GB in bf16", 5e8 * 2 / 1e9),
+    _memory(r"such a model whole \(below\): (\d) GB more", 2 * N),
+    _memory(r"8 ranks: (\d+) GB a node", 4 * 15.5 * R),
+    Chosen(
+        "docs/cluster.md", r"the disk of `--folder` \(20 GB free\)", "hive_ds/launch/hosts.py", "DISK = 20 * GIGABYTE"
+    ),
     Cited(
         "ds_configs/README.md",
         r"1\.4 ns a parameter and thread, against 6\.2",

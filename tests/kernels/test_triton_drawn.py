@@ -32,21 +32,27 @@ class PooledErrors:
 
     One layout of a few numbers can be hit almost exactly by luck, by plain code as well: then a multiple of its error
     bounds nothing. A single layout may be off by one rounding step of its largest number more, and gradients by what
-    comes from the stored output's rounding; over all layouts the root mean square of the error may be twice that of
-    plain code.
+    comes from the stored output's rounding and by a relative error of eps * abs(lse) in fp32: as in every flash
+    attention, the backward pass computes weights as exp(score - lse), and the relative error of an exponential is the
+    absolute one of its argument. Plain code subtracts the largest score instead, so a weight near one is nearly exact.
+    Over all layouts the root mean square of the error may be twice that of plain code, without any of these.
     """
 
     def __init__(self) -> None:
         self.squares: dict[tuple[torch.dtype, str], list[float]] = {}
 
     def add(self, found: Results, plain: Results, exact: Results, rounded: Results, dtype: torch.dtype) -> None:
+        weight_error = torch.finfo(torch.float32).eps * max(exact["lse"].abs().flatten().tolist(), default=0.0)
         for name, expected in exact.items():
             if not expected.numel():
                 continue
             error, plain_error = found[name].double() - expected, plain[name].double() - expected
             allowance = ATOL[dtype] + torch.finfo(dtype).eps * expected.abs().max()
-            allowance += rounded[name].abs().max() if name in rounded else 0
-            factor = 3 if name.startswith("grad") else 2
+            factor = 2
+            if name.startswith("grad"):
+                factor = 3
+                allowance += rounded[name].abs().max() if name in rounded else 0
+                allowance += weight_error * expected.abs().max()
             assert error.abs().max() <= factor * plain_error.abs().max() + allowance, name
             sums = self.squares.setdefault((dtype, name), [0.0, 0.0])
             sums[0] += error.square().sum().item()
