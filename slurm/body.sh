@@ -140,7 +140,8 @@ conclude() { # ends the script
 }
 
 count_failure() { # ends the script where this was one too many without a new checkpoint
-    cat "$folder/latest" >>"$folder/attempts/failures" 2>/dev/null || echo none >>"$folder/attempts/failures"
+    # `latest` has no end of line; a line a failure is what is counted.
+    printf '%s\n' "$(cat "$folder/latest" 2>/dev/null || echo none)" >>"$folder/attempts/failures"
     if [ "$(tail -n "$HIVE_MAX_FAILURES" "$folder/attempts/failures" | uniq -c | awk 'END { print $1 }')" \
         -ge "$HIVE_MAX_FAILURES" ]; then
         : >"$folder/attempts/failures" # whoever submits it again has mended something

@@ -72,6 +72,8 @@ class Supervisor:
                 say(f"the try ended with exit code {code} before the stage was done")
                 if number < self._restarts:
                     self._sleep()
+                    if self._end_at is not None:
+                        return self._stopped()
         say(f"no restart is left (--restarts {self._restarts}); run the same command to go on")
         return 1
 
@@ -115,8 +117,7 @@ class Supervisor:
             say(f"exit code {code}: wrong input, which another try would not mend")
             return 2
         if self._end_at is not None or code == EXIT_STOPPED or self._stop_file.exists():
-            say("stopped; run the same command to go on")
-            return EXIT_STOPPED
+            return self._stopped()
         latest = self._folder / "latest"
         self._newest_at_failures.append(latest.read_text() if latest.is_file() else "none")
         last = self._newest_at_failures[-self._failures :]
@@ -124,6 +125,11 @@ class Supervisor:
             say(f"failed {self._failures} times without a new checkpoint: giving up")
             return 1
         return None
+
+    def _stopped(self) -> int:
+        self._say_news()
+        say("stopped; run the same command to go on")
+        return EXIT_STOPPED
 
     def _sleep(self) -> None:
         end = time.monotonic() + self._pause

@@ -59,12 +59,23 @@ class RunIdentity:
 
 
 def newest_checkpoint(folder: Path, world: World, warn: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint of a stage, equal on all ranks; ``warn`` hears of each that was passed over."""
+    """The newest complete checkpoint of a stage, equal on all ranks; ``warn`` hears of each that was passed over.
+
+    Raises:
+        HiveError: there are checkpoints, and none is complete. Files that cannot be read now may be again later.
+    """
+    faults = []
     for candidate in from_main(step_folders(folder)):
         fault = fault_of(candidate, world)
         if fault is None:
             return Path(candidate)
         warn(f"checkpoint {candidate} is not complete and is passed over: {fault}")
+        faults.append(f"{candidate.name}: {fault}")
+    if faults:
+        raise HiveError(
+            f"{folder / 'checkpoints'}: no checkpoint is complete ({'; '.join(faults)}); copy one back, or remove "
+            "these folders to begin the stage again at step 0"
+        )
     return None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ MANIFEST = "manifest.json"
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Checkpoints of a stage's folder, newest first."""
-    return sorted((folder / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+    """Checkpoints of a stage's folder, newest first; what has any other name (step-000100.bak) is none."""
+    named = (path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch("step-[0-9]+", path.name))
+    return sorted(named, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -57,10 +60,19 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_old(folder: Path, keep: int, keep_every: int) -> None:
-    """Remove checkpoints past the newest ``keep``, but those at multiples of ``keep_every`` steps."""
-    for old in step_folders(folder)[keep:]:
-        if not keep_every or step_of(old) % keep_every:
+def remove_old(folder: Path, saved: int, keep: int, keep_every: int) -> None:
+    """Remove checkpoints older than the newest ``keep``, but those at multiples of ``keep_every`` steps.
+
+    Two kinds do not count among the ``keep``: those of steps past ``saved``, the one just written (a resume has passed
+    them over, and the run comes to these steps again), and those that are not whole by names and sizes.
+    """
+    found = step_folders(folder)
+    counted = (one for one in found if step_of(one) <= saved and not faults_of(one, hashes=False))
+    kept = list(islice(counted, keep))
+    if len(kept) < keep:
+        return
+    for old in found:
+        if step_of(old) < step_of(kept[-1]) and (not keep_every or step_of(old) % keep_every):
             remove(old)
 
 

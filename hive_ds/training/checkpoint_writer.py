@@ -213,7 +213,7 @@ class CheckpointWriter:
         self._attempt.check()
         publish(save.aside, final, files)
         write_whole(self.folder / "latest", final.name)
-        remove_old(self.folder, self._training.keep_checkpoints, self._training.keep_every)
+        remove_old(self.folder, save.step, self._training.keep_checkpoints, self._training.keep_every)
 
     def _final(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step-{step:06d}"

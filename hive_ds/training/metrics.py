@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from hive_ds.files import write_whole
 from hive_ds.training.distributed import World
 
 TRAIN_KEYS = {
@@ -54,21 +56,33 @@ class MetricsLog:
         path: of the file.
         world: this process among all.
         first_step: steps done before this process; lines after it are an earlier attempt's and are dropped.
+
+    Raises:
+        OSError: lines could not be dropped; the file is what it was.
     """
 
     def __init__(self, path: Path, world: World, first_step: int) -> None:
         self._path = path if world.is_main else None
+        self._failed = False
+        """Whether the last line is missing, or there in part."""
         if self._path and self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
-            kept = [line for line in lines if first_step or _step_of(line) < 0]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+            _drop_lines(self._path, first_step)
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Append one line."""
-        if self._path:
-            line = json.dumps(_finite({"event": event, "step": step, "time": time.time(), **values}))
+        """Append one line; a full disk costs it, not the training."""
+        if self._path is None:
+            return
+        line = json.dumps(_finite({"event": event, "step": step, "time": time.time(), **values}))
+        try:
             with self._path.open("a") as file:
-                file.write(f"{line}\n")
+                file.write("\n" * self._failed + f"{line}\n")
+        except OSError as error:
+            if not self._failed:
+                lost = f"{self._path} cannot be written ({error}); its lines are lost until it can be"
+                tqdm.write(f"warning: step {step}: {lost}, training goes on")
+            self._failed = True
+        else:
+            self._failed = False
 
 
 @dataclass
@@ -159,8 +173,21 @@ def _peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _drop_lines(path: Path, first_step: int) -> None:
+    """Drop the lines of later steps, and those that a kill or a full disk cut short; of a run that starts anew, all."""
+    text = path.read_text()
+    lines = [line for line in text.splitlines() if _step_of(line) <= (first_step or -1)]
+    kept = "".join(f"{line}\n" for line in lines)
+    if kept == text:
+        return
+    try:
+        write_whole(path, kept)
+    except OSError as error:
+        raise OSError(f"{path}: lines of an earlier attempt cannot be dropped ({error}); it is unchanged") from error
+
+
 def _step_of(line: str) -> float:
-    """Step of a line; infinite for a line that a kill cut short."""
+    """Step of a line; infinite for a line that was cut short."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):

@@ -1,7 +1,7 @@
 """A trainer of no weight, for tests of the scripts around it; it keeps the real one's contract of files and exit codes.
 
 `stand_in_package` puts it where ``hive_ds.train`` is looked for. HIVE_STAND_IN says what it does: a number of seconds
-to train for, ``exit N``, or ``hang``.
+to train for, ``exit N``, ``stuck N`` (the same, with a new checkpoint in the first two attempts alone), or ``hang``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ def main(arguments: list[str]) -> int:
     logs = Path(os.environ["HIVE_LOGS"])
     (logs / f"rank-{place['RANK']}.json").write_text(json.dumps(place))
     behaviour = os.environ["HIVE_STAND_IN"]
-    if behaviour.startswith("exit"):
+    if behaviour.startswith("stuck"):
+        restarts = int(os.environ["HIVE_ATTEMPT"].rpartition(".")[2])
+        aside = folder / f".latest-{place['RANK']}"  # of any rank: the first that ends has written it
+        aside.write_text(f"step-{min(restarts, 1):06d}")  # no end of line, as the trainer writes it
+        aside.replace(folder / "latest")
+    if behaviour.startswith(("exit", "stuck")):
         return int(behaviour.split()[1])
     if behaviour == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

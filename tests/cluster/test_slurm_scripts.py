@@ -68,6 +68,12 @@ def test_every_way_to_end(gpu_site: SlurmSite, site_folder: Path) -> None:
     assert (gpu_site.field(failing, "ExitCode"), gpu_site.field(failing, "Restarts")) == ("1:0", "1")
     assert "failed 2 times without a new checkpoint: giving up" in gpu_site.log(failing)
 
+    gpu_site.edit("export HIVE_STAND_IN='stuck 87' HIVE_MAX_FAILURES=2 HIVE_MAX_RESTARTS=3")
+    stuck = gpu_site.submit(1, site_folder / "stuck", recipe="tiny")
+    assert gpu_site.wait(stuck) == "FAILED", gpu_site.log(stuck)
+    assert (gpu_site.field(stuck, "ExitCode"), gpu_site.field(stuck, "Restarts")) == ("1:0", "2")
+    assert "failed 2 times without a new checkpoint: giving up" in gpu_site.log(stuck)
+
 
 def test_trainer_that_does_not_answer_is_ended(gpu_site: SlurmSite, site_folder: Path) -> None:
     gpu_site.edit("export HIVE_STAND_IN=hang HIVE_STOP_PATIENCE=1")

@@ -216,29 +216,35 @@ def check_what_universal_checkpoints_lose(ranks: Any) -> None:
 
 
 def check_incomplete_checkpoints(ranks: Any) -> None:
-    """Resume takes the newest complete checkpoint, says which it passed over, and reads none of another model."""
+    """Resume takes the newest complete checkpoint, says which it passed over, and reads none of another model.
+
+    The next one that is saved then stays, though those passed over are of later steps.
+    """
     folder = ranks.folder / "incomplete"
     trainee = make_trainee(ranks, config=config_for(2))
     identity = identity_of(trainee, config_for(2))
-    writer = writer_of(ranks, trainee, folder, config_for(2), keep_every=2)
-    for step in range(1, 7):
+    writer = writer_of(ranks, trainee, folder, config_for(2), keep_every=20)
+    for step in range(10, 70, 10):
         assert save(writer, step) is None
-    assert (folder / "latest").read_text() == "step-000006"
-    steps = [folder / "checkpoints" / f"step-{step:06d}" for step in range(7)]
+    assert (folder / "latest").read_text() == "step-000060"
+    steps = {step: folder / "checkpoints" / f"step-{step:06d}" for step in (20, 40, 45, 50, 60)}
     if ranks.world.is_main:
-        assert sorted((folder / "checkpoints").iterdir()) == [steps[2], steps[4], steps[5], steps[6]]
-        with (steps[6] / "rank-00001.pt").open("ab") as file:
+        assert sorted((folder / "checkpoints").iterdir()) == [steps[20], steps[40], steps[50], steps[60]]
+        with (steps[60] / "rank-00001.pt").open("ab") as file:
             file.write(b"x")
-        pieces = steps[5] / "pieces-00000.safetensors"
+        pieces = steps[50] / "pieces-00000.safetensors"
         data = pieces.read_bytes()
         pieces.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     barrier()
     warnings: list[str] = []
     found = newest_checkpoint(folder, ranks.world, warnings.append)
-    assert found == steps[4]
+    assert found == steps[40]
     assert len(warnings) == 2
-    assert "step-000006 is not complete and is passed over: rank-00001.pt has" in warnings[0]
-    assert "step-000005 is not complete and is passed over: pieces-00000.safetensors has been changed" in warnings[1]
+    assert "step-000060 is not complete and is passed over: rank-00001.pt has" in warnings[0]
+    assert "step-000050 is not complete and is passed over: pieces-00000.safetensors has been changed" in warnings[1]
+    assert save(writer, 45) is None
+    assert newest_checkpoint(folder, ranks.world, warnings.append) == steps[45]
+    assert (folder / "latest").read_text() == "step-000045"
     other = make_trainee(ranks, stage=1, config=config_for(2))
     message = expect_error(lambda: load(ranks, found, other, identity_of(other, config_for(2))))
     assert "written with stage modality_adaptation, this run has connector_pretraining" in message, message

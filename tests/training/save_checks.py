@@ -6,55 +6,51 @@
 from __future__ import annotations
 
 import re
-import resource
-import signal
 import time
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from checkpoint_checks import held_back, save, signed, writer_of
+from full_disk import full_disk
 from stage_helpers import config_for, expect_error, make_trainee
 
 from hive_ds.config import TrainingConfig
+from hive_ds.events import read_events
 from hive_ds.training.attempt import Agreement, Attempt
 from hive_ds.training.checkpoint_files import check_space
+from hive_ds.training.checkpoint_writer import SaveReport
 from hive_ds.training.distributed import barrier
 from hive_ds.training.loop import _report_save
 from hive_ds.training.metrics import MetricsLog
 
 
 def check_full_disk(ranks: Any) -> None:
-    """A checkpoint that cannot be written on one rank is said on all, and those before stay as they were."""
+    """A checkpoint that cannot be written on one rank is said on all, and those before stay as they were.
+
+    On a full disk of rank 0 no metrics can be written either.
+    """
     folder = ranks.folder / "full"
     trainee = make_trainee(ranks, config=config_for(2))
     writer = writer_of(ranks, trainee, folder, config_for(2))
     assert save(writer, 1) is None
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    metrics = MetricsLog(ranks.folder / "full.jsonl", ranks.world, 0)
+    metrics.write("start", 0, fills="x" * 1950)
     barrier()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    if ranks.world.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    writer.begin(2, {})
-    report = writer.wait()
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-    assert "File too large" in str(report.failed), report
-    barrier()
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    barrier()  # below, rank 0 writes metrics
-    for stop, last in ((False, False), (True, False), (False, True)):
-        job: Any = SimpleNamespace(
-            metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
-            training=TrainingConfig(stop_on_failed_save=stop),
-            world=ranks.world,
-        )
-        if stop or last:
-            message = expect_error(lambda job=job, last=last: _report_save(job, report, last=last))
-            assert re.fullmatch(r"step 2: no checkpoint could .*File too large.*; earlier ones are untouched", message)
-        else:
-            _report_save(job, report)
+    for full in (1, 0):
+        with full_disk(2000) if ranks.world.rank == full else nullcontext():
+            writer.begin(2, {})
+            report = writer.wait()
+            assert "File too large" in str(report.failed), report
+            barrier()
+            assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+            expect_reports(ranks, metrics, report)
+    if ranks.world.is_main:
+        events = read_events(ranks.folder / "full.jsonl")
+        assert [event["event"] for event in events] == ["start", *["checkpoint"] * 3]
     with pytest.raises(OSError, match=r"GB left, and a checkpoint takes 1000000000\.00 GB"):
         check_space(folder, 10**18)
     trainee.engine.close()
@@ -113,6 +109,18 @@ def check_background_save(ranks: Any) -> None:
         assert "attempt new took over from this one, first; nothing was written" in expect_error(writer.wait)
     assert [path.name for path in (folder / "checkpoints").glob("[!.]*")] == ["step-000001"]
     trainee.engine.close()
+
+
+def expect_reports(ranks: Any, metrics: MetricsLog, report: SaveReport) -> None:
+    """That a save failed ends the run where it was the last or the recipe says so, and nothing else does."""
+    for stop, last in ((False, False), (True, False), (False, True)):
+        training = TrainingConfig(stop_on_failed_save=stop)
+        job: Any = SimpleNamespace(metrics=metrics, training=training, world=ranks.world)
+        if stop or last:
+            message = expect_error(partial(_report_save, job, report, last=last))
+            assert re.fullmatch(r"step 2: no checkpoint could .*File too large.*; earlier ones are untouched", message)
+        else:
+            _report_save(job, report)
 
 
 def agree(ranks: Any, attempt: Attempt) -> Agreement:

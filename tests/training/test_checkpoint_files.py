@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 from write_points import stub_writer
 
 from hive_ds.cli import main
-from hive_ds.training.checkpoint_files import faults_of, step_folders
+from hive_ds.errors import HiveError
+from hive_ds.training.checkpoint import newest_checkpoint
+from hive_ds.training.checkpoint_files import aside_of, faults_of, publish, remove_old, step_folders
 from hive_ds.training.distributed import World, start, stop
 
 HERE = Path(__file__).parent
@@ -54,6 +57,45 @@ def test_sigkill_at_every_write_point(tmp_path: Path) -> None:
     assert seen == {((2, 1), "2"), ((3, 2, 1), "2"), ((3, 2, 1), "3"), ((3, 2), "3")}
 
 
+@pytest.mark.parametrize(
+    ("saved", "keep", "damaged", "left"),
+    [
+        (300, 2, (), (150, 250, 300)),
+        (300, 2, (250,), (150, 200, 250, 300)),
+        (300, 3, (100, 200), (150, 200, 250, 300)),
+        (300, 3, (50, 100, 150, 250), (50, 100, 150, 200, 250, 300)),
+        (250, 1, (300,), (150, 250, 300)),
+        (150, 2, (200, 250, 300), (100, 150, 200, 250, 300)),
+        (150, 2, (), (100, 150, 200, 250, 300)),
+    ],
+)
+def test_damaged_checkpoints_push_no_whole_one_out(
+    saved: int, keep: int, damaged: tuple[int, ...], left: tuple[int, ...], tmp_path: Path
+) -> None:
+    """There are steps 50, 100, ... 300, of which 150 and 300 are for good; ``saved`` has just been written."""
+    folders = {step: tmp_path / "checkpoints" / f"step-{step:06d}" for step in range(50, 301, 50)}
+    for step, folder in folders.items():
+        aside = aside_of(folder)
+        aside.mkdir(parents=True)
+        (aside / "pieces").write_text("1" if step in damaged else "12")
+        publish(aside, folder, {"pieces": {"bytes": 2, "sha256": "not read"}})
+    (tmp_path / "checkpoints" / "step-000050.bak").mkdir()  # a person's own
+    remove_old(tmp_path, saved, keep, keep_every=150)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == sorted(["step-000050.bak", *(folders[step].name for step in left)])
+
+
+def test_damaged_checkpoints_alone_end_the_run(stage: Path) -> None:
+    """They may be readable again later; a stage that began at step 0 would lose its metrics, and train anew."""
+    folders = step_folders(stage)
+    for folder in folders:
+        (folder / "rank-00000.pt").unlink()
+    faults = "; ".join(f"{folder.name}: rank-00000.pt is missing" for folder in folders)
+    wanted = f"{stage}/checkpoints: no checkpoint is complete ({faults}); copy one back, or remove these folders"
+    with pytest.raises(HiveError, match=re.escape(wanted)):
+        newest_checkpoint(stage, World(), print)
+
+
 def test_list_and_verify(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = stage.parent
     assert main(["checkpoint", "verify", str(run)]) == 0
@@ -66,6 +108,7 @@ def test_list_and_verify(stage: Path, capsys: pytest.CaptureFixture[str]) -> Non
     faults = ["pieces-00000.safetensors has been changed (another SHA-256)", "rank-00000.pt is missing"]
     assert capsys.readouterr().out.splitlines() == [f"{newest}: {fault}" for fault in faults]
     (stage / "checkpoints" / "step-000300").mkdir()
+    (stage / "checkpoints" / "step-000100.bak").mkdir()
     assert main(["checkpoint", "list", str(run)]) == 0
     title, empty, broken, whole = capsys.readouterr().out.splitlines()
     assert title == str(stage)

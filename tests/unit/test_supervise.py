@@ -18,7 +18,7 @@ echo $HIVE_ATTEMPT >> tries
 set -- {tries}
 shift $(( $(wc -l < tries) - 1 ))
 case $1 in
-saves*) echo step-$(wc -l < tries) > latest; exit ${{1#saves}} ;;
+saves*) printf step-$(wc -l < tries) > latest; exit ${{1#saves}} ;;
 done*) touch DONE; exit ${{1#done}} ;;
 stop) touch STOP; exit 1 ;;
 orphan) setsid sleep 1000 & echo $! > orphan; exit 1 ;;
@@ -105,6 +105,21 @@ def test_signals_ask_for_a_stop(signals: list[str], answers: bool, code: int) ->
     assert process.returncode == code
     assert f"{signals[0]}: asking the trainer to save and stop" in output
     assert attempt_processes(Path("started").read_text().strip()) == []
+
+
+def test_signal_during_the_pause_starts_no_other_try() -> None:
+    main = "import sys; from hive_ds.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", main, "supervise", "--folder", ".", "--pause", "60"]
+    trainer = ["sh", "-c", "echo >> tries; exit 1"]
+    with subprocess.Popen([*command, "--", *trainer], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = iter(process.stdout.readline, "")
+        assert any("the try ended with exit code 1" in line for line in said)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 85
+    assert "stopped; run the same command to go on" in output
+    assert Path("tries").read_text() == "\n"
 
 
 def wait_for(name: str) -> None:

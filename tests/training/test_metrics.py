@@ -1,0 +1,67 @@
+"""``metrics.jsonl`` on full disks and after kills: no line is lost that was there, and none is glued to another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from full_disk import full_disk
+
+from hive_ds.events import read_events
+from hive_ds.training.distributed import World
+from hive_ds.training.metrics import MetricsLog
+
+
+def test_a_full_disk_costs_lines_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, World(), 0)
+    log.write("start", 0)
+    for step in (1, 4):
+        with full_disk(path.stat().st_size + 10):
+            log.write("train", step)
+            log.write("train", step + 1)
+        log.write("train", step + 2)
+    assert [event["step"] for event in read_events(path)] == [0, 3, 6]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[:2] for line in said] == [["warning", "step 1"], ["warning", "step 4"]]
+    assert f"{path} cannot be written ([Errno 27] File too large); its lines are lost" in said[0]
+    assert [event["step"] for event in dropped(path, 3)] == [0, 3]
+
+
+def dropped(path: Path, first_step: int) -> list[dict[str, object]]:
+    """Every line that a run which resumes from ``first_step`` leaves."""
+    MetricsLog(path, World(), first_step)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def earlier_attempt(path: Path, steps: int, end: str) -> str:
+    path.write_text("".join(f'{{"event": "train", "step": {step}}}\n' for step in range(steps)) + end)
+    return path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("first_step", "end", "left"),
+    [
+        (0, "", []),
+        (2, "", [0, 1, 2]),
+        (9, '{"event": "tr', [0, 1, 2, 3]),
+        (9, '{"event": "train", "step": 4}', [0, 1, 2, 3, 4]),
+    ],
+)
+def test_a_resume_drops_later_lines_and_a_half_one(first_step: int, end: str, left: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    earlier_attempt(path, 4, end)
+    assert [event["step"] for event in dropped(path, first_step)] == left
+    MetricsLog(path, World(), 9).write("train", 10)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*left, 10]
+
+
+def test_a_full_disk_at_a_resume_costs_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    before = earlier_attempt(path, 20, "")
+    with full_disk(100):
+        MetricsLog(path, World(), 19)  # nothing to drop, nothing to write
+        with pytest.raises(OSError, match=r"metrics\.jsonl: lines of an earlier attempt .*File too large.*unchanged"):
+            MetricsLog(path, World(), 10)
+    assert path.read_text() == before
