@@ -21,6 +21,7 @@ from hive_ds.checks import (
     POSITIVE,
     RISING,
     SHARE,
+    Check,
     at_least,
     every,
     every_value,
@@ -36,6 +37,12 @@ TEXT_ATTENTION = ("auto", "triton", "sdpa", "torch_flash", "flash_attention_2", 
 
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 """The stages that a recipe may describe."""
+
+GROUPS = tuple(dict.fromkeys(name for stages in STAGES_BY_KIND.values() for stage in stages for name in stage.trains))
+"""Parameter groups that some stage of some kind of model trains."""
+
+SEED = Check("from 0 to 2**63 - 1", lambda value: 0 <= value < 1 << 63)
+"""What torch and numpy both take."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +120,11 @@ class DataConfig:
 
     train: Annotated[str | dict[str, float], FOLDERS]
     """Folder (or remote URL) of MDS shards, or a mapping from several to their weights (shares of all samples)."""
-    validation: str | None = None
+    validation: Annotated[str | None, NOT_EMPTY] = None
     """MDS folder of held-out samples for the validation loss."""
-    text_validation: str | None = None
+    text_validation: Annotated[str | None, NOT_EMPTY] = None
     """MDS folder of text-only samples: does the LLM forget?"""
-    questions: str | None = None
+    questions: Annotated[str | None, NOT_EMPTY] = None
     """Local MDS folder of questions about images, each with its answer, that the model answers at every validation; the
     share of exact answers is logged."""
     template: Annotated[str, one_of("plain", "chat")] = "plain"
@@ -130,7 +137,7 @@ class DataConfig:
     """Text tokens of one sample at most; longer samples are cut at the end and counted."""
     shuffle: bool = True
     """Another order of the samples in every epoch; false: that of the folders."""
-    cache: str | None = None
+    cache: Annotated[str | None, NOT_EMPTY] = None
     """Local folder that remote shards are copied to, each remote folder's to one of its own; unused for local data."""
     cache_limit: Annotated[str | None, BYTES] = None
     """Size of the cache, such as ``100gb``, above which shards read longest ago are removed; for remote data only."""
@@ -158,7 +165,9 @@ class StageConfig:
     """Times that the data are gone through; fractions are allowed."""
     steps: Annotated[int | None, at_least(1)] = None
     """Optimizer steps; overrides ``epochs``."""
-    group_lr: Annotated[dict[str, float], every_value(NOT_NEGATIVE)] = field(default_factory=dict)
+    group_lr: Annotated[dict[str, float], replace(every_value(NOT_NEGATIVE), choices=GROUPS)] = field(
+        default_factory=dict
+    )
     """Peak learning rate by group name (`hive_ds.stages`); 0 freezes the group."""
     vision_layer_decay: Annotated[float, FACTOR] = 1.0
     """Factor on the learning rate from one encoder block to the one below it; 1 switches it off."""
@@ -188,7 +197,7 @@ class StageConfig:
 class TrainingConfig:
     """What all stages of a run share."""
 
-    seed: Annotated[int, NOT_NEGATIVE] = 0
+    seed: Annotated[int, SEED] = 0
     """Of fresh weights, the order of the data and everything else that is drawn."""
     precision: Annotated[str, one_of("bf16", "fp32")] = "bf16"
     """``bf16`` or ``fp32``."""
@@ -241,6 +250,14 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        for stage in STAGES_BY_KIND[self.model.kind]:
+            rates = self.stages[stage.name].group_lr if stage.name in self.stages else {}
+            for group, rate in rates.items():
+                if rate and group not in stage.trains:
+                    raise HiveError(
+                        f"stages.{stage.name}.group_lr has {group} = {rate}, but that stage trains "
+                        f"{', '.join(stage.trains)} alone"
+                    )
         judged = [stage.name for stage in VLM_STAGES if stage.name in self.stages]
         if not judged:
             return

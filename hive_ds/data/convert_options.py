@@ -77,13 +77,17 @@ def read_captions(path: str | Path) -> dict[str, str]:
     """Captions by sample id of a JSONL of {"id", "caption"}; HiveError names a line that is no such thing."""
     captions: dict[str, str] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with Path(path).open(encoding="utf-8") as file:
+            lines = list(file)  # not splitlines(), which cuts at U+2028 and others that JSON may hold
     except (OSError, UnicodeDecodeError) as error:
         raise HiveError(f"captions {path}: cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            captions[str(row["id"])] = str(row["caption"])
+            id, caption = row["id"], row["caption"]
+            if not isinstance(id, (str, int)) or not isinstance(caption, str):
+                raise TypeError(f"id {id!r} and caption {caption!r} are not both text")
+            captions[str(id)] = caption
         except (ValueError, KeyError, TypeError) as error:
             raise HiveError(f"captions {path}, line {number}: expected {{'id', 'caption'}} ({error!r})") from error
     return captions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,11 @@ from hive_ds.files import write_whole
 
 REASON_LENGTH = 300
 """Characters of a reject's reason that are kept: a library's message may quote the whole file."""
+
+MACHINE_ERRORS = (
+    errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT,
+)  # fmt: skip
+"""Of reading: the disk, the network or the machine is at fault, not the file, which another try may read."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,10 @@ class PartReport:
 
 
 def convert_part(job: PartJob, number: int) -> PartReport:
-    """Convert part ``number``: its shards appear whole, and its record after them."""
+    """Convert part ``number``: its shards appear whole, and its record after them.
+
+    HiveError where the machine fails (`MACHINE_ERRORS`): that is no reject, which no later start would try again.
+    """
     from hive_ds.data.mds.parts import PartWriter
     from hive_ds.data.mds.sizes import sample_size
 
@@ -86,7 +95,13 @@ def convert_part(job: PartJob, number: int) -> PartReport:
                 found = _read(job, index)
                 sample = replace(found, images=tuple(_stored(storer, at, x) for at, x in enumerate(found.images)))
             except Exception as error:  # a library's own error on a bad file must not lose the samples beside it
-                rejects.append({"index": index, "id": _name(job.source, index), "reason": _reason(error)})
+                name = _name(job.source, index)
+                if _is_of_machine(error):
+                    raise HiveError(
+                        f"sample {name}: {_reason(error)}. That is a fault of the disk or the machine; what is done "
+                        "stays: run the same command to go on"
+                    ) from error
+                rejects.append({"index": index, "id": name, "reason": _reason(error)})
                 continue
             writer.write(sample)
             sizes.append(sample_size(sample))
@@ -123,6 +138,15 @@ def _recaptioned(sample: Sample, captions: Mapping[str, str]) -> Sample:
         raise HiveError("the file of captions has none for it")
     marks = IMAGE_TOKEN * len(sample.images)
     return replace(sample, turns=(Turn("user", marks), Turn("assistant", caption)))
+
+
+def _is_of_machine(error: BaseException | None) -> bool:
+    """Whether ``error`` is one of `MACHINE_ERRORS`, or was raised from one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _reason(error: Exception) -> str:

@@ -18,6 +18,10 @@ MIN_SIDE = 4
 """Pixels. Smaller images carry nothing, and sides of 1 or 3 make image processors mistake a side for the channels."""
 MAX_PIXELS = 89_478_485
 """Decompression bombs start here: Pillow's own limit (`Image.MAX_IMAGE_PIXELS`), at which it only warns."""
+MAX_SIDE = 16_384
+"""Pixels. Padded to a square, such an image takes 1 GB of memory. WebP files go just as far."""
+MAX_RATIO = 100
+"""Longer side to shorter. Where the shorter one is resized, a longer strip becomes many times the usual pixels."""
 
 
 class ImageProcessor(Protocol):
@@ -72,14 +76,27 @@ def _check_size(image: Image.Image) -> None:
         raise HiveError(f"image of {width} x {height} pixels: expected at least {MIN_SIDE} a side")
     if width * height > MAX_PIXELS:
         raise HiveError(f"image of {width} x {height} pixels: expected at most {MAX_PIXELS} in all")
+    if max(width, height) > MAX_SIDE:
+        raise HiveError(f"image of {width} x {height} pixels: expected at most {MAX_SIDE} a side")
+    ratio = max(width, height) / min(width, height)
+    if ratio > MAX_RATIO:
+        raise HiveError(
+            f"image of {width} x {height} pixels: one side is {ratio:.4g} times the other, "
+            f"expected at most {MAX_RATIO} times"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return ``image`` upright and in RGB: transparency over white, 16-bit grey scaled to 8 bits."""
+    """Return ``image`` upright and in RGB: transparency over white, 16-bit grey scaled to 8 bits.
+
+    HiveError for grey levels that 16 bits do not hold, and for floats.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # I;16; or I, of 32 bits, in which Pillow reads some files of 16
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise HiveError(f"image of grey levels {grey.min()} to {grey.max()}: expected 0 to 65535")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise HiveError("image of 32-bit floats: its range is unknown, expected integers")
     if image.has_transparency_data:

@@ -108,13 +108,17 @@ class RecaptionSummary:
     out: Path
     written: int = 0
     done_before: int = 0
+    repeated: int = 0
     without_image: int = 0
     unreadable: int = 0
 
     def __str__(self) -> str:
         counts = f"{self.written} captions written, {self.done_before} were there, {self.without_image} without image"
         unreadable = f", {self.unreadable} unreadable (see: hive-ds data verify)" if self.unreadable else ""
-        return f"{self.out}: {counts}{unreadable}; use them with: hive-ds data convert ... --captions {self.out}"
+        repeated = f", {self.repeated} with the id of an earlier sample and its caption" if self.repeated else ""
+        return (
+            f"{self.out}: {counts}{unreadable}{repeated}; use them with: hive-ds data convert ... --captions {self.out}"
+        )
 
 
 @dataclass(frozen=True)
@@ -157,17 +161,22 @@ def recaption(
 
 
 def _undone(shards: Any, done: set[str], summary: RecaptionSummary, bar: Any) -> Iterator[_Pictures]:
+    seen: set[str] = set()
     for index in range(len(shards)):
         bar.update()
         try:
             sample = shards.get(index)
             if not sample.images:
                 summary.without_image += 1
+            elif sample.id in seen:
+                summary.repeated += 1
             elif sample.id in done:
+                seen.add(sample.id)
                 summary.done_before += 1
             else:
-                done.add(sample.id)
-                yield _Pictures(sample.id, [decode_image(image) for image in sample.images])
+                pictures = _Pictures(sample.id, [decode_image(image) for image in sample.images])
+                seen.add(sample.id)
+                yield pictures
         except HiveError:
             summary.unreadable += 1
 

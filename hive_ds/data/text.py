@@ -121,7 +121,8 @@ def encode_sample(
     """Tokenise ``sample`` for training; ``template`` and ``image_position`` as in `DataConfig`.
 
     A text longer than ``max_length`` tokens loses its end. HiveError, naming the sample, where that loses an image
-    or all of the answer, where the sample does not fit the template, or where the template cannot be followed.
+    or all of the answer, where the sample does not fit the template, or where the template cannot be followed or
+    does not write every image once.
     """
     try:
         if template == "plain":
@@ -175,6 +176,11 @@ def _encode_chat(
     rendered = render_chat(sample.turns, tokenizer, for_answer=False)
     spans = answer_spans(sample.turns, rendered, tokenizer)
     text = encode_text(rendered, tokenizer, image_position=image_position)
+    if len(text.image_offsets) != len(sample.images):
+        raise HiveError(
+            f"chat template of {tokenizer_name(tokenizer)} writes {len(text.image_offsets)} {IMAGE_TOKEN} for "
+            f"{len(sample.images)} images; expected one each: a template that writes every turn once and unchanged"
+        )
     labels = [IGNORE_INDEX] * len(text.input_ids)
     for start, end in spans:
         if start < end:

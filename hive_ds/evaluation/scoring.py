@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ARTICLES = ("a", "an", "the")
+_MARK = f"[{re.escape(string.punctuation)}]"
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_PUNCTUATION = re.compile(rf"(?!(?<=\d){_MARK}(?=\d)|(?<!\w)-(?=\.?\d)|(?<!\w)\.(?=\d)){_MARK}")
+"""Every mark but those between two digits, and a minus sign or a decimal point that a number starts with."""
 Z_95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
 
@@ -37,9 +42,12 @@ class Share:
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without punctuation, articles and surplus spaces."""
-    bare = answer.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(word for word in bare.split() if word not in ARTICLES)
+    """Lower case, without punctuation, articles and surplus spaces.
+
+    Marks that belong to a number stay, but for the comma of thousands; so do articles where there is no other word.
+    """
+    words = _PUNCTUATION.sub("", _THOUSANDS.sub("", answer.lower())).split()
+    return " ".join([word for word in words if word not in ARTICLES] or words)
 
 
 def exact_match(answer: str, truth: str) -> bool:

@@ -116,6 +116,9 @@ def read_policy(name_or_path: str) -> dict[str, Any]:
         raise HiveError(f"ds_config {path}: not readable as JSON ({error})") from error
     if not isinstance(policy, dict):
         raise HiveError(f"ds_config {path}: expected a JSON object, found {type(policy).__name__}")
+    for key in ("zero_optimization", "data_types"):
+        if not isinstance(policy.get(key, {}), dict):
+            raise HiveError(f"ds_config {path}: {key} is {policy[key]!r}; expected a JSON object")
     for key, owner in _OWNERS.items():
         if key in policy:
             raise HiveError(f"ds_config {path} sets {key}, which belongs to {owner}; remove it from the file")
@@ -125,7 +128,7 @@ def read_policy(name_or_path: str) -> dict[str, Any]:
 
 def _check_zero(path: Path, zero: dict[str, Any], data_types: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise HiveError(f"ds_config {path}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
     if stage < 2 and data_types.get("grad_accum_dtype"):
         raise HiveError(f"ds_config {path}: data_types.grad_accum_dtype needs ZeRO 2 or 3, but the stage is {stage}")

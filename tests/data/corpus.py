@@ -38,13 +38,13 @@ def _exif(orientation: int) -> Image.Exif:
     return exif
 
 
-def _bomb() -> bytes:
-    """A PNG that says it is 60,000 pixels a side."""
+def _announced(width: int, height: int) -> bytes:
+    """A PNG that says it has so many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
@@ -94,13 +94,16 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "zeros.jpg": (bytes(4000), "no known image format"),
     "packed.jpg": (gzip.compress(JPEG, mtime=0), "no known image format"),
     "text.png": (b"see https://example.com/a.png", "no known image format"),
-    "bomb.png": (_bomb(), "decompression bomb"),
+    "bomb.png": (_announced(60_000, 60_000), "decompression bomb"),
+    "strip.png": (_announced(8_000, 40), "8000 x 40 pixels: one side is 200 times the other"),
+    "long.png": (_announced(60_000, 1_000), "60000 x 1000 pixels: expected at most 16384 a side"),
     "dot.png": (encoded(photo(1, 1), "png"), "1 x 1 pixels"),
     "line.png": (encoded(photo(300, 2), "png"), "300 x 2 pixels"),
     "floats.tif": (encoded(Image.fromarray(np.ones((20, 20), np.float32)), "tiff"), "32-bit floats"),
 }
 
 _SHOWN = talk("<image>", "x")
+_BRIEF = {"from": "system", "value": "Be brief."}
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "missing": ({"image": "none.png", "conversations": _SHOWN}, "none.png: No such file"),
     "outside": ({"image": "../data.json", "conversations": _SHOWN}, "lies outside"),
@@ -118,6 +121,14 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "silent": ({"conversations": talk("Hello?")}, "nothing to learn"),
     "blank": ({"conversations": talk("Hello?", "  \n")}, "nothing to learn"),
     "nothing": ({"conversations": []}, "no list of conversations"),
+    "late system": (
+        {"conversations": [*talk("Hello?"), _BRIEF, {"from": "gpt", "value": "Yes."}]},
+        "system message 'Be brief.' has no user's turn after it",
+    ),
+    "last system": (
+        {"conversations": [*talk("Hello?", "Yes."), _BRIEF]},
+        "system message 'Be brief.' has no user's turn after it",
+    ),
     "string": ({"conversations": "[{"}, "not JSON"),
     "half": ({"conversations": talk("\ud83d", "x")}, "surrogate"),
     "shows": ({"image": "plain.jpg", "conversations": talk("Draw it.", "<image>")}, "only users show images"),

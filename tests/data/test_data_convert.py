@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from PIL import Image
 from hive_ds.cli import main
 from hive_ds.data.convert import convert
 from hive_ds.data.convert_images import ImageOptions
-from hive_ds.data.convert_options import ConvertOptions
+from hive_ds.data.convert_options import ConvertOptions, read_captions
 from hive_ds.data.sources.llava import LlavaSource
 from hive_ds.errors import HiveError
 
@@ -219,6 +220,47 @@ def test_captions_from_a_file_replace_the_texts(tmp_path: Path) -> None:
     captions.write_text('{"id": "1"}\n')
     with pytest.raises(HiveError, match=r"captions.jsonl, line 1: expected \{'id', 'caption'\} \(KeyError"):
         convert(source, tmp_path / "out2", replace(ANY_REJECTS, captions=captions))
+
+
+def test_captions_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    """JSON may hold the other ends of lines that Unicode knows."""
+    said = {"1": "one\u2028two\u0085three\x1cfour", "2": "five"}
+    rows = [json.dumps({"id": id, "caption": text}, ensure_ascii=False) for id, text in said.items()]
+    path = tmp_path / "captions.jsonl"
+    path.write_bytes("\r\n".join(rows).replace("\x1c", "\\u001c").encode())
+    assert read_captions(path) == said
+
+
+@pytest.mark.parametrize("row", ['"caption": null', '"caption": ["a"]', '"caption": 3', '"id": null, "caption": "a"'])
+def test_caption_that_is_no_text_is_named(row: str, tmp_path: Path) -> None:
+    path = tmp_path / "captions.jsonl"
+    path.write_text('{"id": "1", "caption": "a"}\n{"id": "2", ' + row + "}\n")
+    with pytest.raises(HiveError, match=r"captions.jsonl, line 2: expected \{'id', 'caption'\}.*text"):
+        read_captions(path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fault_of_the_machine_is_no_reject(
+    workers: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops the conversion, which then goes on."""
+    source, options = make_source(tmp_path), ConvertOptions(workers=workers, part_size=8)
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "30.jpg":
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(HiveError, match=rf"sample 30: .*{os.strerror(number)}.*run the same command to go on"):
+            convert(source, tmp_path / "out", options)
+    assert (tmp_path / ".out.partial" / "records" / "part-00000.json").is_file()
+    assert convert(source, tmp_path / "out", options).samples == 59
+    convert(source, tmp_path / "straight", options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "straight")
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
-def bomb() -> bytes:
-    """A PNG that announces 10000 x 9000 pixels in a few bytes."""
-    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 10_000, 9_000, 8, 0, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"]
+def announced(width: int, height: int) -> bytes:
+    """A PNG that announces so many pixels in a few bytes."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"]
     packed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
@@ -42,10 +42,17 @@ def test_exif_turns_the_image_upright() -> None:
     assert np.array_equal(np.asarray(turned)[..., 0], np.rot90(np.asarray(ARROW), -1))
 
 
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
-    grey = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    decoded = np.asarray(decode_image(encode(Image.fromarray(grey), "PNG")))
+@pytest.mark.parametrize("largest", [65535, 300, 200])
+@pytest.mark.parametrize(("kind", "dtype"), [("PNG", np.uint16), ("TIFF", np.int32)], ids=["I;16", "I"])
+def test_sixteen_bits_are_scaled_by_one_rule(kind: str, dtype: type, largest: int) -> None:
+    """Whatever the brightest pixel of the picture is."""
+    grey = np.linspace(0, largest, 64).astype(dtype).reshape(8, 8)
+    decoded = np.asarray(decode_image(encode(Image.fromarray(grey), kind)))
     assert np.array_equal(decoded, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_longest_strip_is_read() -> None:
+    assert decode_image(encode(Image.new("L", (400, 4)), "PNG")).size == (400, 4)
 
 
 def test_transparent_pixels_become_white() -> None:
@@ -75,10 +82,14 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         (b"not an image", "cannot be read"),
         (encode(photo(), "JPEG")[:-200], "cannot be read"),
         (png(size=(1, 1)), "1 x 1 pixels"),
-        (bomb(), "10000 x 9000 pixels"),
+        (announced(10_000, 9_000), "10000 x 9000 pixels"),
+        (announced(8_000, 40), "8000 x 40 pixels: one side is 200 times the other, expected at most 100 times"),
+        (announced(4, 2_000_000), "4 x 2000000 pixels: expected at most 16384 a side"),
+        (announced(60_000, 1_000), "60000 x 1000 pixels: expected at most 16384 a side"),
         (encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "floats"),
+        (encode(Image.fromarray(np.full((8, 8), 70_000, np.int32)), "TIFF"), "levels 70000 to 70000: expected 0 to"),
     ],
-    ids=["empty", "text", "truncated", "1x1", "bomb", "floats"],
+    ids=["empty", "text", "truncated", "1x1", "bomb", "strip", "long strip", "long side", "floats", "32 bits"],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_file_is_one_clear_error(data: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

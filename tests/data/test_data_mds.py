@@ -146,26 +146,16 @@ def test_position_of_another_run_is_refused(folder: str, change: str) -> None:
         one.load_state_dict({**state, change: state[change] + 1})
 
 
-def test_bad_samples_are_replaced_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_samples_are_replaced_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """However many of one rank's first samples they are: who knows those of all ranks says whether to go on."""
     write_mds(make_samples(NUMBER, bad=(5, 6)), tmp_path / "bad")
-    mended = loader(str(tmp_path / "bad"), max_bad_share=0.05)
-    seen = flat(batch.sample_ids for batch in mended)
-    clean = flat(batch.sample_ids for batch in loader(str(tmp_path / "bad"), max_bad_share=1.0))
-    assert seen == clean
+    batches = list(loader(str(tmp_path / "bad"), max_bad_share=0.01))
+    seen = flat(batch.sample_ids for batch in batches)
     assert len(seen) == 24
     assert {"s005", "s006"}.isdisjoint(seen)
     assert seen.count("s007") >= 3
-    assert mended.num_bad >= 3
+    assert {bad.id for batch in batches for bad in batch.bad} == {"s005", "s006"}
     assert any("s006 replaced: image of 12 bytes cannot be read" in record.message for record in caplog.records)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_samples_end_the_run_in_one_line(tmp_path: Path, workers: int) -> None:
-    write_mds(make_samples(NUMBER, bad=(5,)), tmp_path / "bad")
-    message = r"^1 bad samples among 8 on this rank.*max_bad_share = 0\.0.*s005: image"
-    with pytest.raises(HiveError, match=message) as caught:
-        list(loader(str(tmp_path / "bad"), num_workers=workers))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -174,16 +164,6 @@ def test_nothing_but_bad_samples_ends_the_run_in_one_line(tmp_path: Path, worker
     with pytest.raises(HiveError, match=r"^3 samples in a row cannot be used; the last, s00") as caught:
         list(loader(str(tmp_path / "bad"), num_workers=workers, max_bad_share=1.0))
     assert "\n" not in str(caught.value)
-
-
-def test_flipped_bytes_in_a_shard_are_bad_samples(tmp_path: Path) -> None:
-    write_mds(make_samples(NUMBER), tmp_path / "flipped")
-    shard = tmp_path / "flipped" / "shard.00000.mds"
-    data = shard.read_bytes()
-    shard.write_bytes(data.replace(b"s010", b"s\xff10", 1))
-    mended = loader(str(tmp_path / "flipped"), max_bad_share=1.0)
-    assert len(flat(batch.sample_ids for batch in mended)) == 24
-    assert mended.num_bad >= 1
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from corpus import encoded, photo, talk
 
 from hive_ds.data.schema import Sample, Turn
 from hive_ds.data.sources import Columns, SourceOptions, open_source
+from hive_ds.data.sources.base import conversation
 from hive_ds.errors import HiveError
 
 FILES = {f"{n}.jpg": encoded(photo(seed=n), "jpeg") for n in range(4)}
@@ -177,6 +178,18 @@ def test_conversations_with_several_images_and_without_any(tmp_path: Path) -> No
     assert two.turns[0] == Turn("user", "Be brief.\n<image>\nWhat?<image>\n")
     assert (none.images, none.turns) == ((), (Turn("user", "Hi"), Turn("assistant", "Hello")))
     assert (one.images, one.turns[0].content) == ((files[2],), "<image>\nWhat?")
+
+
+def test_a_system_message_waits_for_the_users_next_turn() -> None:
+    """And is no part of an answer, which would be trained on."""
+    late = {"from": "system", "value": "Be brief."}
+    first, answer, *rest = talk("Hi", "Hello", "And?", "Yes")
+    assert conversation([first, late, answer, *rest]) == [
+        Turn("user", "Hi"),
+        Turn("assistant", "Hello"),
+        Turn("user", "Be brief.\nAnd?"),
+        Turn("assistant", "Yes"),
+    ]
 
 
 def test_class_folders_are_captions(tmp_path: Path) -> None:

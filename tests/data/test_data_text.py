@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import TOKENIZERS, make_tokenizer
+from tiny_data import CHATML, TOKENIZERS, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hive_ds.constants import IGNORE_INDEX
@@ -170,6 +170,22 @@ def test_what_cannot_be_encoded_is_named(kind: str, template: str, turns: tuple[
     images = (b"1",) * sum(turn.content.count("<image>") for turn in turns)
     with pytest.raises(HiveError, match=f"'odd'.*{message}"):
         encode_sample(Sample("odd", turns, images), tokenizer(kind), template=template, **KEEP_ALL)
+
+
+@pytest.mark.parametrize(
+    ("content", "placeholders"),
+    [
+        ("{{ m['content'] | replace('<image>', '') }}", 0),
+        ("{{ m['content'] | striptags }}", 0),
+        ("{{ m['content'] }}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}", 4),
+    ],
+)
+def test_template_that_loses_or_repeats_images_is_refused(content: str, placeholders: int) -> None:
+    tok = prepare_tokenizer(make_tokenizer("chatml"))
+    tok.chat_template = CHATML.replace("{{ m['content'] }}", content)
+    message = f"'talk': chat template of .* writes {placeholders} <image> for 2 images; expected one each"
+    with pytest.raises(HiveError, match=message):
+        encode_sample(conversation(), tok, template="chat", **KEEP_ALL)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,21 @@ def test_captions_are_the_models_own(
     assert not any(mark in caption for caption in captions for mark in ("ASSISTANT", "[CLS]", "<|"))
     said = capsys.readouterr().out
     assert f"{len(found)} captions written, 0 were there, 2 without image, 1 unreadable" in said
+
+
+def test_samples_of_one_id_are_counted(
+    captioners: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [sample for sample in make_samples(13) if sample.images][:4]
+    write_mds([replace(sample, id=f"s{number % 3}") for number, sample in enumerate(samples)], tmp_path / "data")
+    said = []
+    for _ in range(2):
+        assert run(tmp_path / "data", tmp_path / "out.jsonl", captioners["blip"]) == 0
+        said.append(capsys.readouterr().out)
+    repeated = ", 1 with the id of an earlier sample and its caption"
+    assert "3 captions written, 0 were there" in said[0]
+    assert "0 captions written, 3 were there" in said[1]
+    assert all(repeated in text for text in said)
 
 
 def test_restart_does_what_is_missing(captioners: dict[str, str], tmp_path: Path) -> None:

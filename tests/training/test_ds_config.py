@@ -65,6 +65,9 @@ def test_value_that_the_recipe_owns_is_named(tmp_path: Path, key: str, value: ob
         ("{", "not readable as JSON"),
         ("[]", "expected a JSON object"),
         ('{"zero_optimization": {"stage": 4}}', "is 4;"),
+        ('{"zero_optimization": {"stage": true}}', "stage is True; expected 0, 1, 2 or 3"),
+        ('{"zero_optimization": true}', "zero_optimization is True; expected a JSON object"),
+        ('{"data_types": "fp32"}', "data_types is 'fp32'; expected a JSON object"),
         (
             '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
             "offload_optimizer needs ZeRO 3",

@@ -47,13 +47,14 @@ def test_a_word_beside_numbers_is_kept(tmp_path: Path):
 @given(
     text=printable,
     lr=numbers,
-    group_lr=st.dictionaries(printable, numbers, max_size=3),
+    folders=st.dictionaries(printable, numbers, min_size=1, max_size=3),
     steps=st.none() | st.integers(1),
 )
-def test_dump_keeps_any_value(tmp_path_factory, text: str, lr: float, group_lr: dict[str, float], steps: int | None):
+def test_dump_keeps_any_value(tmp_path_factory, text: str, lr: float, folders: dict[str, float], steps: int | None):
     recipe = load_recipe("tiny")
-    stage = replace(recipe.stages["vision_finetuning"], lr=lr, group_lr=group_lr, steps=steps)
-    changed = replace(recipe, name=text, data=replace(recipe.data, cache=text), stages={"vision_finetuning": stage})
+    stage = replace(recipe.stages["vision_finetuning"], lr=lr, steps=steps)
+    data = replace(recipe.data, cache=text, train=folders)
+    changed = replace(recipe, name=text, data=data, stages={"vision_finetuning": stage})
     path = tmp_path_factory.mktemp("dump") / "dumped.yaml"
     path.write_text(dump_recipe(changed), encoding="utf-8")
     assert load_recipe(path) == changed

@@ -14,7 +14,6 @@ KINDS = {
     "sample": "samples that cannot be read, or make no sense",
     "image": "images that cannot be decoded",
     "id": "odd ids (spaces at an end, or characters that cannot be printed)",
-    "duplicate": "ids that an earlier sample has",
     "sizes": "rows of sizes.npy that are not the sample's",
 }
 """Kinds of finding, in the order of the report, and what each means."""

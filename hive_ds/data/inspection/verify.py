@@ -151,7 +151,7 @@ def _check_samples(shards: ShardFolder, report: VerifyReport, workers: int) -> N
             bar.update(shard.samples)
     if unhashed:
         report.warnings.append(f"{unhashed} shard files have no sha256 in index.json, so flipped bytes may go unseen")
-    _find_duplicates(shards, numbers[:read], hashes[:read], report.findings)
+    _warn_of_repeats(shards, numbers[:read], hashes[:read], report.warnings)
 
 
 def _add_tokens(counts: TokenCounts, more: TokenCounts) -> None:
@@ -163,14 +163,20 @@ def _add_tokens(counts: TokenCounts, more: TokenCounts) -> None:
         counts.refuse(kind, count, example)
 
 
-def _find_duplicates(shards: ShardFolder, numbers: np.ndarray, hashes: np.ndarray, findings: Findings) -> None:
-    """Add every sample whose id an earlier one has; ids are read again only for those that are named."""
+def _warn_of_repeats(shards: ShardFolder, numbers: np.ndarray, hashes: np.ndarray, warnings: list[str]) -> None:
+    """Count samples whose id an earlier one has.
+
+    No fault: training goes by number. LLaVA's own files give one id to all conversations about a picture.
+    """
     order = np.argsort(hashes, kind="stable")  # stable: equal ids stay in the order of their samples
     ordered = hashes[order]
     repeats = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
     firsts = np.searchsorted(ordered, ordered[repeats])
-    pairs = sorted(zip(numbers[order[repeats]].tolist(), numbers[order[firsts]].tolist(), strict=True))
-    for place, (number, first) in enumerate(pairs):
-        name = repr(shards.columns(number)["id"]) if place < NAMED else ""
-        reason = f"number {number} has the id of number {first} in {shards.shard_of(first).name}"
-        findings.add("duplicate", Finding(name, shards.shard_of(number).name, reason))
+    if not len(repeats):
+        return
+    number, first = min(zip(numbers[order[repeats]].tolist(), numbers[order[firsts]].tolist(), strict=True))
+    warnings.append(
+        f"{len(repeats)} samples have the id of an earlier one; the first is number {number}, "
+        f"{shards.columns(number)['id']!r}, as number {first}. Messages cannot tell them apart, and hive-ds data "
+        "recaption gives them one caption"
+    )

@@ -18,10 +18,11 @@ from streaming.base.shared import SharedMemory
 from hive_ds.data.batch import BadSample, PreparedSample
 from hive_ds.data.environment import find_world
 from hive_ds.data.mds.balance import Order, balance_order
+from hive_ds.data.mds.reading import sample_from
 from hive_ds.data.mds.shared_memory import own_prefix, release_caches
 from hive_ds.data.mds.sizes import SIZES, Sizes, read_sizes
 from hive_ds.data.mds.streams import make_streams, share_out
-from hive_ds.data.schema import Sample, from_columns
+from hive_ds.data.schema import Sample
 from hive_ds.errors import HiveError
 
 CANONICAL_NODES = 1
@@ -157,12 +158,12 @@ class SampleDataset(StreamingDataset):
             index = (int(at) + step) % self.num_samples
             name = f"number {index}"
             try:
-                sample = from_columns(self.get_item(index))
+                sample = sample_from(self.get_item(index), index)
                 name = sample.id
                 return replace(self._prepare(sample), bad=tuple(bad))
             except MissingShardError:
                 raise
-            except (HiveError, ValueError) as error:
+            except (HiveError, ValueError, IndexError) as error:  # IndexError: of a shard whose places are damaged
                 bad.append(BadSample(name, str(error)))
         raise HiveError(f"{len(bad)} samples in a row cannot be used; the last, {bad[-1].id}: {bad[-1].reason}")
 

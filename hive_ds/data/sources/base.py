@@ -99,7 +99,7 @@ def _caption(value: Any, column: str | None) -> str:
 def conversation(messages: Any) -> list[Turn]:
     """Turns of LLaVA's ``[{"from", "value"}, ...]`` or the chat format ``[{"role", "content"}, ...]``.
 
-    What a system message says is put before the next user's words.
+    What a system message says is put before the next user's words; HiveError where no user speaks after it.
     """
     if isinstance(messages, (str, bytes)):
         try:
@@ -114,9 +114,13 @@ def conversation(messages: Any) -> list[Turn]:
         speaker, text = _message(index, message)
         if speaker == "system":
             system += f"{text}\n"
-        else:
-            turns.append(Turn(SPEAKERS[speaker], system + text))
+        elif SPEAKERS[speaker] == "user":
+            turns.append(Turn("user", system + text))
             system = ""
+        else:
+            turns.append(Turn("assistant", text))
+    if system.strip():
+        raise HiveError(f"system message {system.strip()[:80]!r} has no user's turn after it")
     return turns
 
 
