@@ -34,7 +34,9 @@ def add_eval_command(commands: Any) -> None:
         "--batch-size", type=int, default=16, metavar="B", help="questions together (default: %(default)s)"
     )
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: this rank's GPU, or the CPU)")
-    parser.add_argument("--dtype", default="float32", help="of the weights; give bfloat16 on a GPU (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the weights; give bfloat16 on a GPU (default: %(default)s)"
+    )
     parser.add_argument(
         "--encoder", type=Path, metavar="FOLDER", help="an exported encoder: stop unless the checkpoint holds this one"
     )

@@ -29,7 +29,7 @@ def cascaded_layer_maps(
     length = input_ids.shape[1]
     grids = encode_images(model.vision_encoder, model.feature_blocks, **pixels).grids
     patches = [rows * columns for rows, columns in grids]
-    places = Interleaving.build([length], [patches], [offsets], keep_last=False, device=input_ids.device)
+    places = Interleaving.build([length], [patches], [offsets], keep_last=False)
     with _attentions(model.language_model) as found:
         model(input_ids, image_offsets=[offsets], **pixels)
     maps = []

@@ -44,6 +44,8 @@ class Arm:
     flops: FlopCounter
     check: str
     """"passed", or what is wrong: then it is not timed."""
+    stays: bool = False
+    """Whether its memory is an engine's, which cannot leave the GPU while others are timed."""
     full: set[str] = field(default_factory=set)
     """Kinds of texts of which a batch did not fit into memory."""
 
@@ -51,6 +53,16 @@ class Arm:
     def stepper(self) -> Stepper:
         """Made when it is needed: it holds an optimizer's states."""
         return self.make_stepper()
+
+    def move(self, device: torch.device | str) -> None:
+        """Take the model there, if it can move: away from the GPU while others are timed, and back."""
+        if not self.stays:
+            self.model.to(device)
+
+    def forget(self) -> None:
+        """Drop what a step has left behind that ran out of memory."""
+        if "stepper" in self.__dict__:
+            self.stepper.forget()
 
     def close(self) -> None:
         """Let go of the stepper's memory."""
@@ -106,6 +118,8 @@ def build_arm(name: str, setting: Setting, probes: Sequence[PackedBatch]) -> Arm
 
     It is checked on each of ``probes``, small batches of different numbers of images; they compile what is compiled.
     """
+    if setting.compiled:  # scales and epsilons as numbers, for all ways: else a tensor each, made at every call
+        torch._dynamo.config.specialize_float = True
     cascaded = name.startswith("sa")
     stage = setting.described("cascaded" if cascaded else "hive")
     if cascaded:
@@ -131,7 +145,7 @@ def build_arm(name: str, setting: Setting, probes: Sequence[PackedBatch]) -> Arm
         make_stepper = partial(PlainStepper, plan, loss, setting.device)
     verdicts = [compared(*pair, setting.dtype) for pair in zip(found, references, strict=True)]
     verdict = next((verdict for verdict in verdicts if verdict != "passed"), "passed")
-    return Arm(name, LABELS[name], model, make_stepper, counter, verdict)
+    return Arm(name, LABELS[name], model, make_stepper, counter, verdict, stays=name == "ours zero3")
 
 
 def _itself(stepper: Stepper) -> Stepper:

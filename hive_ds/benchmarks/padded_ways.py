@@ -16,13 +16,13 @@ from torch.profiler import record_function
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.batch import PackedBatch
-from hive_ds.kernels import finish_keys
+from hive_ds.kernels import finish_keys, to_device
 from hive_ds.model.cascaded import CascadedForCausalLM
 from hive_ds.model.compiling import compile_encoder
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.interleaving import Interleaving
 from hive_ds.model.language import decoder
-from hive_ds.model.positions import Grid, Positions, build_positions
+from hive_ds.model.positions import Grid, build_positions
 from hive_ds.model.projector import projector_name
 from hive_ds.model.vision import encode_images
 
@@ -58,19 +58,21 @@ class PaperWay:
         self.layer = _layer
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the LLM layer, and the encoder's blocks in place.
+        """Compile the LLM layer, the projectors in place, and the encoder's blocks.
 
         Lengths become symbolic when they change. From the start (``dynamic=True``) is an assertion inside torch 2.11.
         """
         self.layer = torch.compile(_layer, backend=backend)
         compile_encoder(self.hive.vision_encoder, backend)
+        for projector in self.hive.projectors.values():
+            projector.forward = torch.compile(projector.forward, backend=backend)  # type: ignore[method-assign]
 
     def loss(self, batch: PackedBatch, device: torch.device) -> Tensor:
         """Summed cross-entropy of a batch."""
         ids_BS, labels_BS, lengths = padded(batch)
         with record_function("part:data"):
-            ids_BS, labels_BS = (x.to(device, non_blocking=True) for x in (ids_BS, labels_BS))
-            pixels = batch.images["pixel_values"].to(device, non_blocking=True)
+            ids_BS, labels_BS = (to_device(x, device) for x in (ids_BS, labels_BS))
+            pixels = batch.model_inputs(device, self.hive.language_model.dtype)["pixel_values"]
         encoded = encode_images(self.hive.vision_encoder, self.hive.routes.blocks, pixels)
         trunk, routed = decoder(self.hive.language_model), self.hive.routes.blocks_by_layer
         hidden = trunk.embed_tokens(ids_BS)
@@ -94,13 +96,13 @@ class PaperWay:
     ) -> Shared:
         count, patches = len(lengths), grid[0] * grid[1]
         listed = [[offset] for offset in offsets]
-        text = build_positions([slots] * count, [[grid]] * count, listed, rope=self.hive.config.rope, device=device)
-        tables = self.hive.frequencies.tables(Positions(text.text_T, text.image_N3))
+        positions = build_positions([slots] * count, [[grid]] * count, listed, rope=self.hive.config.rope)
+        tables = self.hive.frequencies.tables(positions, device)
         at_S, at_P = torch.arange(slots, device=device), torch.arange(patches, device=device)
-        first_B1 = torch.tensor(offsets, device=device)[:, None]
+        first_B1, length_B1 = (to_device(torch.tensor(x)[:, None], device) for x in (offsets, lengths))
         text_slots = torch.where(at_S < first_B1, at_S, at_S + patches)
         image_slots = first_B1 + at_P
-        real_BS = at_S < torch.tensor(lengths, device=device)[:, None]
+        real_BS = at_S < length_B1
         seen_BSS = (at_S[:, None] >= at_S) & real_BS[:, None, :]
         seen_BSW = torch.zeros(count, slots, slots + patches, dtype=torch.bool, device=device)
         seen_BSW.scatter_(2, text_slots[:, None, :].expand_as(seen_BSS), seen_BSS)
@@ -186,30 +188,31 @@ class PaddedCascade:
         self.model = model
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile every encoder block and LLM layer in place."""
+        """Compile every encoder block, the projector and every LLM layer in place."""
         compile_encoder(self.model.vision_encoder, backend)
+        self.model.projector.forward = torch.compile(self.model.projector.forward, backend=backend)  # type: ignore[method-assign]
         for layer in decoder(self.model.language_model).layers:
             layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
 
     def loss(self, batch: PackedBatch, device: torch.device) -> Tensor:
         """Summed cross-entropy of a batch, by the loss that our own model has."""
         with record_function("part:data"):
-            pixels = batch.images["pixel_values"].to(device, non_blocking=True)
-            ids = batch.input_ids.to(device, non_blocking=True)
+            inputs = batch.model_inputs(device, self.model.language_model.dtype)
         block = self.model.last_vision_block
-        encoded = encode_images(self.model.vision_encoder, (block,), pixels)
+        encoded = encode_images(self.model.vision_encoder, (block,), inputs["pixel_values"])
         image = self.model.projector(encoded.by_block[block])
         patches = [[rows * columns] for rows, columns in encoded.grids]
-        places = Interleaving.build(
-            batch.text_lengths, patches, batch.image_offsets, keep_last=False, device=torch.device("cpu")
-        )
+        places = Interleaving.build(batch.text_lengths, patches, batch.image_offsets, keep_last=False)
         trunk = decoder(self.model.language_model)
-        states = torch.cat([trunk.embed_tokens(ids), image]).index_select(0, places.source_S.to(device))
         mask_BW = torch.arange(max(places.lengths)) < torch.tensor(places.lengths)[:, None]
-        rows = mask_BW.flatten().nonzero()[:, 0].to(device)
+        rows = mask_BW.flatten().nonzero()[:, 0]
+        # Chosen here: on a GPU the host would wait for how many there are.
+        counted = (batch.labels != IGNORE_INDEX) & (places.positions_S[places.text_T] > 0)
+        before = rows[places.text_T[counted] - 1]
+        source, rows, before, targets = (
+            to_device(x, device) for x in (places.source_S, rows, before, batch.labels[counted])
+        )
+        states = torch.cat([trunk.embed_tokens(inputs["input_ids"]), image]).index_select(0, source)
         states_BWD = states.new_zeros(mask_BW.numel(), states.shape[1]).index_copy(0, rows, states)
         hidden = trunk(inputs_embeds=states_BWD.unflatten(0, mask_BW.shape), use_cache=False).last_hidden_state
-        counted = (batch.labels != IGNORE_INDEX) & (places.positions_S[places.text_T] > 0)
-        before = rows[(places.text_T[counted] - 1).to(device)]
-        targets = batch.labels[counted].to(device)  # chosen here: on a GPU the host would wait for how many there are
         return self.model.language_loss(hidden.flatten(0, 1)[before], targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, SiglipVisionConfig
 
 from hive_ds.constants import IGNORE_INDEX
@@ -128,23 +130,31 @@ def caption_lengths(size: Size, count: int, seed: int) -> list[int]:
     return (1 + drawn * size.caption_scale).round().int().tolist()
 
 
-def make_batch(size: Size, lengths: Sequence[int], seed: int, dtype: torch.dtype) -> PackedBatch:
-    """One image before each text; all tokens but each text's first carry loss."""
+@cache
+def noise(count: int, side: int) -> Tensor:
+    """Images (count, 3, side, side) in fp32, as preprocessing makes them; in pinned memory if there is a GPU."""
+    made = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return made.pin_memory() if torch.cuda.is_available() else made
+
+
+def make_batch(size: Size, lengths: Sequence[int], seed: int) -> PackedBatch:
+    """One image before each text; all tokens but each text's first carry loss. As a loader hands it over.
+
+    Batches share their images: what is in a picture takes no time, and hundreds of them much memory.
+    """
     generator = torch.Generator().manual_seed(seed)
-    side = size.vision["image_size"]
     ids = torch.randint(3, size.text["vocab_size"], (sum(lengths),), generator=generator)
     labels = ids.clone()
     starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
     labels[starts] = IGNORE_INDEX
-    pixels = torch.randn(len(lengths), 3, side, side, generator=generator).to(dtype)
-    if torch.cuda.is_available():  # as a loader would hand it over
-        pixels = pixels.pin_memory()
-    return PackedBatch(
+    images = noise(2 ** math.ceil(math.log2(len(lengths))), size.vision["image_size"])[: len(lengths)]
+    batch = PackedBatch(
         input_ids=ids,
         labels=labels,
         text_lengths=list(lengths),
         image_offsets=[[0] for _ in lengths],
-        images={"pixel_values": pixels},
+        images={"pixel_values": images},
         sample_ids=[str(index) for index in range(len(lengths))],
         num_images=len(lengths),
     )
+    return batch.pin_memory() if torch.cuda.is_available() else batch

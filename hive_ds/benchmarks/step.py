@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from hive_ds.benchmarks.arms import LABELS, Arm, Setting, arm_names, build_arm, refusal, work_of
+from hive_ds.benchmarks.gpu import free, held_by_others, wait
 from hive_ds.benchmarks.report import table
 from hive_ds.benchmarks.side_by_side import time_side_by_side, turn_on_gpu
 from hive_ds.benchmarks.sizes import CAPTIONS, PAPER, TINY, Size, caption_lengths, make_batch
@@ -89,7 +90,7 @@ def load_names(size: Size) -> list[str]:
     return [*(f"captions x {count}" for count in size.captions), *texts]
 
 
-def workloads(size: Size, dtype: torch.dtype, names: Iterable[str]) -> list[Workload]:
+def workloads(size: Size, names: Iterable[str]) -> list[Workload]:
     """Those of `load_names` that are named, in that order."""
     made = []
     for texts, _, count in (name.rpartition(" x ") for name in names):
@@ -97,7 +98,7 @@ def workloads(size: Size, dtype: torch.dtype, names: Iterable[str]) -> list[Work
             lengths = [caption_lengths(size, int(count), seed) for seed in range(BATCHES)]
         else:
             lengths = [[int(texts.partition(" ")[0])] * int(count)] * BATCHES
-        made.append(Workload(texts, [make_batch(size, one, seed, dtype) for seed, one in enumerate(lengths)]))
+        made.append(Workload(texts, [make_batch(size, one, seed) for seed, one in enumerate(lengths)]))
     return made
 
 
@@ -108,27 +109,33 @@ def time_arm(run: Run, name: str, loads: list[Workload], parts: int) -> None:
         run.skip(LABELS[name], why)
         return
     start = time.perf_counter()
-    size, dtype = run.setting.size, run.setting.dtype
-    probes = [make_batch(size, caption_lengths(size, count, seed=9), 9, dtype) for count in PROBES]
+    size = run.setting.size
+    probes = [make_batch(size, caption_lengths(size, count, seed=9), 9) for count in PROBES]
     arm = build_arm(name, run.setting, probes)
     print(f"{arm.label}: check {arm.check} ({time.perf_counter() - start:.0f} s)", flush=True)
     if arm.check != "passed":
         run.add({"arm": name, "label": arm.label, "workload": loads[0].name, "check": arm.check})
         return
-    _free(run.setting.device)
+    arm.move("cpu")
+    free(run.setting.device)
     run.result["ready"] = True
     run.save()
     gc.freeze()  # as a run does: what is there already is not looked through again
-    with turn_on_gpu(run.setting.device):
-        run.rate = run.rate or matmul_rate(run.setting.device, dtype)
-        run.result["matmul_flops_per_second"] = run.rate
-        rows = [_time_workload(run, arm, load, traced=number < parts) for number, load in enumerate(loads)]
-        arm.close()
-        gc.unfreeze()
-        _free(run.setting.device)
-    for parse in filter(None, rows):  # much Python, for which nobody must wait for the GPU
-        parse()
-        run.save()
+    parsers: list[Callable[[], None] | None] = []
+    try:
+        with turn_on_gpu(run.setting.device):
+            run.rate = run.rate or matmul_rate(run.setting.device, run.setting.dtype)
+            run.result["matmul_flops_per_second"] = run.rate
+            arm.move(run.setting.device)
+            for number, load in enumerate(loads):
+                parsers.append(_time_workload(run, arm, load, traced=number < parts))
+            arm.close()
+            gc.unfreeze()
+            free(run.setting.device)
+    finally:
+        for parse in filter(None, parsers):  # much Python, for which nobody must wait for the GPU
+            parse()
+            run.save()
 
 
 def _time_workload(run: Run, arm: Arm, load: Workload, *, traced: bool) -> Callable[[], None] | None:
@@ -143,8 +150,10 @@ def _time_workload(run: Run, arm: Arm, load: Workload, *, traced: bool) -> Calla
         row, parse = measure(run, arm, load, traced=traced)
     except torch.OutOfMemoryError:
         arm.full.add(load.texts)
-        run.skip(f"{arm.label}, {load.name}", "out of memory")
-        _free(run.setting.device)
+        others = held_by_others(run.setting.device) / 2**30
+        run.skip(f"{arm.label}, {load.name}", f"out of memory; others held {others:.1f} GiB")
+        arm.forget()
+        free(run.setting.device)
         return None
     run.add(row)
     print(
@@ -162,7 +171,7 @@ def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[s
     stepper = arm.stepper
     for batch in load.batches:  # compiles what is not compiled yet
         stepper.step(batch)
-    _wait(device)
+    wait(device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = []
@@ -170,13 +179,13 @@ def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[s
         start = time.perf_counter()
         for batch in load.batches:
             stepper.step(batch)
-        _wait(device)
+        wait(device)
         times.append((time.perf_counter() - start) / len(load.batches))
     seconds = statistics.median(times)
     start = time.perf_counter()
     stepper.step(load.batches[0])
     host = time.perf_counter() - start
-    _wait(device)
+    wait(device)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     trace = trace_of_step(arm.model, lambda: stepper.step(load.batches[0]), device) if traced else None
     vision = run.setting.size.vision
@@ -198,6 +207,7 @@ def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[s
         "flops": flops,
         "mfu": flops / seconds / run.rate,
         "peak_bytes": peak,
+        "others_bytes": held_by_others(device) if cuda else None,
         "shares": {},
     }
     if trace is None:
@@ -212,17 +222,6 @@ def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[s
     return row, parse
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -234,7 +233,7 @@ def time_here(run: Run, names: Sequence[str], options: argparse.Namespace) -> No
     """One arm after the other in this process."""
     size = run.setting.size
     chosen = _chosen(options.loads or "", load_names(size), "--loads") or load_names(size)
-    loads = workloads(size, run.setting.dtype, chosen)
+    loads = workloads(size, chosen)
     whole = run.left()
     for index, name in enumerate(names):
         if run.left() < whole * RESERVE:
@@ -247,7 +246,7 @@ def time_here(run: Run, names: Sequence[str], options: argparse.Namespace) -> No
             failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             print(f"{LABELS[name]}: {failure}", flush=True)
             run.add({"arm": name, "label": LABELS[name], "workload": "all that is left", "check": failure})
-        _free(run.setting.device)
+        free(run.setting.device)
 
 
 def _chosen(listed: str, known: Iterable[str], option: str) -> list[str]:

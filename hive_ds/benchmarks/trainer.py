@@ -29,6 +29,9 @@ class Stepper(Protocol):
     def step(self, batch: PackedBatch) -> float | Tensor:
         """One optimizer step; the mean loss."""
 
+    def forget(self) -> None:
+        """Drop what a step has left behind that ran out of memory."""
+
 
 class PlainStepper:
     """Forward, backward, clipping and AdamW on fp32 copies of what trains, as ZeRO keeps them.
@@ -63,6 +66,11 @@ class PlainStepper:
             self.optimizer.step()
             torch._foreach_copy_(self.weights, self.masters)
         return loss.detach()
+
+    def forget(self) -> None:
+        """Drop the gradients of a step that ran out of memory."""
+        for weight in self.weights:
+            weight.grad = None
 
 
 def packed_loss(model: Any) -> Loss:
@@ -116,6 +124,16 @@ class EngineStepper:
         with record_function("part:optimizer"):
             report = self.engine.step(1.0)
         return loss, report.grad_norm
+
+    def forget(self) -> None:
+        """Drop the gradients of a step that ran out of memory, which DeepSpeed still has in its buckets."""
+        optimizer = self.engine._optimizer
+        for bucket in optimizer.ipg_buckets.values():
+            bucket.clear_params()
+        for parameter in self.engine.model.parameters():
+            parameter.grad = None
+        optimizer.exit_backward()
+        optimizer.clear_backward_seen_flag()
 
     def close(self) -> None:
         """Leave the process group."""

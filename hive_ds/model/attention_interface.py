@@ -73,11 +73,10 @@ def key_mask(
         raise HiveError(f"attention {NAME!r} is causal, and this model shows some tokens later ones; use 'sdpa'")
     if kv_offset:
         raise HiveError(f"attention {NAME!r} got a cache that dropped its first {kv_offset} keys; expected all of them")
-    if attention_mask is None:
-        held = torch.ones(batch_size, end, dtype=torch.bool, device=device)
-    else:
-        held = attention_mask[:, :end].bool()
     # A static cache is longer than what it holds. Anything else without padding is read where it lies.
+    if attention_mask is None:
+        return None if kv_length == end else torch.ones(batch_size, end, dtype=torch.bool, device=device)
+    held = attention_mask[:, :end].bool()
     return None if kv_length == end and bool(held.all()) else held
 
 

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.errors import HiveError
+from hive_ds.kernels import to_device
 from hive_ds.model.attention_interface import attention_name
 from hive_ds.model.identity import weights_sha256
 from hive_ds.model.inputs import PackedText
@@ -169,12 +170,13 @@ class CascadedForCausalLM(nn.Module):
         images = self._encode(pixel_values, image_offsets, pixel_attention_mask, spatial_shapes)
         places, states_SD = self._embed(text, images, image_offsets, keep_last=False)
         if labels is None:
-            logits = self._logits(places, states_SD, places.text_T)
+            logits = self._logits(places, states_SD, to_device(places.text_T, states_SD.device))
             return CausalLMOutputWithPast(logits=text.padded(logits))
-        labels_T = text.packed(labels).to(input_ids.device, non_blocking=True)
+        labels_T = text.packed(labels).cpu()  # where loaders leave them
         # The first token of a sequence has none before it.
         counted = (labels_T != IGNORE_INDEX) & (places.positions_S[places.text_T] > 0)
-        total = self._loss(places, states_SD, places.text_T[counted] - 1, labels_T[counted])
+        chosen = (to_device(x, states_SD.device) for x in (places.text_T[counted] - 1, labels_T[counted]))
+        total = self._loss(places, states_SD, *chosen)
         items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
 
@@ -243,32 +245,24 @@ class CascadedForCausalLM(nn.Module):
         states = self.language_model.get_input_embeddings()(text.input_ids_T)
         offsets = image_offsets if images is not None and image_offsets is not None else [[] for _ in text.lengths]
         grids = iter(images[1] if images is not None else ())
-        places = Interleaving.build(
-            text.lengths,
-            [[rows * columns for rows, columns in (next(grids) for _ in one)] for one in offsets],
-            offsets,
-            keep_last=keep_last,
-            device=states.device,
-        )
+        patches = [[rows * columns for rows, columns in (next(grids) for _ in one)] for one in offsets]
+        places = Interleaving.build(text.lengths, patches, offsets, keep_last=keep_last)
         if images is not None:  # one gather: patches that do not enter get a zero gradient, never None
             states = torch.cat([states, images[0].to(states.dtype)])
-        return places, states.index_select(0, places.source_S)
+        return places, states.index_select(0, to_device(places.source_S, states.device))
 
     def _loss(self, places: Interleaving, states_SD: Tensor, at: Tensor, targets_T: Tensor) -> Tensor:
         """Cross-entropy, summed, of the tokens that the places ``at`` predict."""
         if not self.language_loss.is_fused(states_SD.device):
             return sum_of_cross_entropy(self._logits(places, states_SD, at), targets_T)
         trunk = self.language_model.get_decoder()
-        output = trunk(inputs_embeds=states_SD[None], position_ids=places.positions_S[None], use_cache=False)
+        output = trunk(inputs_embeds=states_SD[None], use_cache=False, **places.packed(states_SD.device))
         return self.language_loss(output.last_hidden_state[0, at], targets_T)
 
     def _logits(self, places: Interleaving, states_SD: Tensor, at: Tensor) -> Tensor:
         """Logits at the places ``at``; the samples stay apart, for positions start again with each."""
         output = self.language_model(
-            inputs_embeds=states_SD[None],
-            position_ids=places.positions_S[None],
-            use_cache=False,
-            logits_to_keep=at,
+            inputs_embeds=states_SD[None], use_cache=False, logits_to_keep=at, **places.packed(states_SD.device)
         )
         return output.logits[0]
 

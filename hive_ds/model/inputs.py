@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hive_ds.constants import IGNORE_INDEX
-from hive_ds.kernels import AttentionLayout
+from hive_ds.kernels import AttentionLayout, to_device
 from hive_ds.model.positions import Grid, Positions, RotaryFrequencies, build_positions
 from hive_ds.model.vision import VisionFeatures
 
@@ -63,7 +63,7 @@ class PackedText:
         targets[ends[ends > 0].to(targets.device) - 1] = IGNORE_INDEX
         rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
         device = self.input_ids_T.device
-        return rows.to(device, non_blocking=True), targets[rows].to(device, non_blocking=True)
+        return to_device(rows, device), to_device(targets[rows], device)
 
     def packed(self, values: Tensor) -> Tensor:
         """Values shaped as the caller's batch, end to end (T,), on their device."""
@@ -167,12 +167,10 @@ class BatchContext:
         """
         row_grids = [images.grids[prompt] for prompt in prompt_of_row]
         row_offsets = [images.offsets[prompt] for prompt in prompt_of_row]
-        text = build_positions(
-            text_lengths, row_grids, row_offsets, rope=rope, query_lengths=query_lengths, device=device
-        )
+        text = build_positions(text_lengths, row_grids, row_offsets, rope=rope, query_lengths=query_lengths)
         no_text = [0] * len(images.grids)
-        patches = build_positions(no_text, images.grids, images.offsets, rope=rope, device=device)
-        tables = frequencies.tables(Positions(text.text_T, patches.image_N3))
+        patches = build_positions(no_text, images.grids, images.offsets, rope=rope)
+        tables = frequencies.tables(Positions(text.text_T, patches.image_N3), device)
         contexts = {}
         for count in block_counts | {0}:
             interleave = _interleave(images.grids, count, device) if count > 1 else None
@@ -212,4 +210,4 @@ def _interleave(grids: Sequence[Sequence[Grid]], count: int, device: torch.devic
     for length in lengths:
         order.extend(torch.arange(start, start + length) + block * total for block in range(count))
         start += length
-    return torch.cat([torch.empty(0, dtype=torch.int64), *order]).to(device, non_blocking=True)
+    return to_device(torch.cat([torch.empty(0, dtype=torch.int64), *order]), device)

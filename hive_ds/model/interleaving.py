@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hive_ds.kernels import to_device
+
 
 @dataclass(frozen=True)
 class Interleaving:
-    """Places of the tokens of a batch.
+    """Places of the tokens of a batch, on the CPU: what is chosen by them there, the host need not wait for.
 
     Attributes:
         source_S: row of [text tokens; patches] that stands at each place.
@@ -36,7 +38,6 @@ class Interleaving:
         image_offsets: Sequence[Sequence[int]],
         *,
         keep_last: bool,
-        device: torch.device,
     ) -> Interleaving:
         """Put each image before the text token that its media offset counts to.
 
@@ -45,7 +46,6 @@ class Interleaving:
             image_lengths: patches of each image of each sample.
             image_offsets: media offset of each, in ascending order.
             keep_last: whether images after the last text token enter; no text token sees them, the next one will.
-            device: of all tensors.
 
         Raises:
             ValueError: the offsets of a sample are not in ascending order.
@@ -71,7 +71,15 @@ class Interleaving:
         source = torch.cat([torch.empty(0, dtype=torch.int64), *sources])
         positions = torch.cat([torch.empty(0, dtype=torch.int64), *map(torch.arange, lengths)])
         text = (source < sum(text_lengths)).nonzero()[:, 0]
-        return cls(source.to(device), text.to(device), positions.to(device), lengths)
+        return cls(source, text, positions, lengths)
+
+    def packed(self, device: torch.device) -> dict[str, Tensor]:
+        """What tells an LLM of transformers where the samples of one packed row begin.
+
+        The ids on ``device``, (1, S), for rotation; the bounds stay on the CPU, where our attention reads them.
+        """
+        bounds = torch.tensor([0, *self.lengths]).cumsum(0)
+        return {"position_ids": to_device(self.positions_S, device)[None], "cu_seq_lens_q": bounds}
 
     def left_padded(self, states_SD: Tensor) -> tuple[Tensor, Tensor]:
         """Rows padded on the left, (B, W, D) with zeros at padding, and their mask (B, W) of int64."""

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hive_ds.kernels import to_device
+
 Grid = tuple[int, int]
 """Patches of an image: (rows, columns)."""
 
@@ -48,9 +50,8 @@ def build_positions(
     *,
     rope: str = "2d",
     query_lengths: Sequence[int] | None = None,
-    device: torch.device | str = "cpu",
 ) -> Positions:
-    """Position ids from lengths, offsets and grids.
+    """Position ids from lengths, offsets and grids, on the CPU.
 
     Args:
         text_lengths: text tokens of each sample (cached ones included).
@@ -58,7 +59,6 @@ def build_positions(
         image_offsets: text index that each image stands before; an image at or past the end moves nothing.
         rope: ``"2d"`` or ``"1d"``.
         query_lengths: if given, text ids cover only the last ``query_lengths[b]`` tokens of each sample.
-        device: where the ids are put.
 
     Raises:
         ValueError: ``rope`` is unknown, or the offsets of a sample are not in ascending order.
@@ -79,7 +79,7 @@ def build_positions(
             advance += step
         text_ids.append(ids if query_lengths is None else ids[length - query_lengths[sample] :])
     text, image = (torch.from_numpy(np.concatenate(ids)) for ids in (text_ids, image_ids))
-    return Positions(text.to(device, non_blocking=True), image.to(device, non_blocking=True))
+    return Positions(text, image)
 
 
 @lru_cache(maxsize=4096)
@@ -128,13 +128,14 @@ class RotaryFrequencies:
         self.inv_freq: Tensor = fresh.inv_freq.detach().float()
         self.attention_scaling = float(fresh.attention_scaling)
 
-    def tables(self, positions: Positions) -> RotaryTables:
-        """Rotary tables of ``positions``, on their device."""
-        device = positions.text_T.device
-        inv_freq = self.inv_freq.to(device, non_blocking=True)
-        axes = frequency_axes(len(inv_freq)).to(device, non_blocking=True)
-        text = positions.text_T[:, None].float() * inv_freq
-        image = positions.image_N3[:, axes].float() * inv_freq
+    def tables(self, positions: Positions, device: torch.device) -> RotaryTables:
+        """Rotary tables of ``positions``, on ``device``."""
+        inv_freq, axes, text_T, image_N3 = (
+            to_device(x, device)
+            for x in (self.inv_freq, frequency_axes(len(self.inv_freq)), positions.text_T, positions.image_N3)
+        )
+        text = text_T[:, None].float() * inv_freq
+        image = image_N3[:, axes].float() * inv_freq
         return RotaryTables(
             text.cos() * self.attention_scaling,
             text.sin() * self.attention_scaling,

@@ -21,7 +21,11 @@ from . import records
 HEADS, GROUPS, HEAD_DIM = 18, 6, 64
 """MobileLLM-600M's."""
 PATCHES = 576
-TEXTS = {"captions": [72, 96, 104, 116, 116, 124, 140, 200] * 16, "long": [2048] * 8}
+TEXTS = {
+    "alt-texts": [12, 16, 20, 40] * 32,
+    "captions": [72, 96, 104, 116, 116, 124, 140, 200] * 16,
+    "long": [2048] * 8,
+}
 CANDIDATES = {
     "forward short": [(64, 128, 4, 2), (128, 64, 4, 2), (64, 64, 4, 3)],
     "forward": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
@@ -36,7 +40,7 @@ WORST = 2e-2
 
 
 def main() -> None:
-    """Time every candidate of the kernels named, or of all, on short and long texts."""
+    """Time every candidate of the kernels named, or of all, on the texts that they serve."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(CANDIDATES)}; all if none is named")
     kinds = parser.parse_args().kinds or list(CANDIDATES)
@@ -52,6 +56,8 @@ def main() -> None:
         for kind in kinds:
             own = table[kind][HEAD_DIM]
             for candidate in CANDIDATES[kind]:
+                if not all(serves(kind, lengths, tile.rows) for tile in (own, tiles.Tile(*candidate))):
+                    continue
                 table[kind][HEAD_DIM] = tiles.Tile(*candidate)
                 row = {"texts": name, "kind": kind, "table": list(own), "tile": list(candidate), "table_ms": before}
                 try:
@@ -62,6 +68,16 @@ def main() -> None:
                 print(row, flush=True)
                 rows.append(row)
     print(f"result file: {records.write(records.describe('tiles') | {'rows': rows})}")
+
+
+def serves(kind: str, lengths: list[int], tile_rows: int) -> bool:
+    """Whether a kernel runs for these texts, with a tile of so many rows."""
+    rows = max(lengths) * (HEADS // GROUPS)
+    if kind == "forward short":
+        return rows <= tiles.SHORT_ROWS
+    if kind == "backward short":
+        return rows <= tile_rows
+    return rows > tiles.SHORT_ROWS  # no short backward tile is larger
 
 
 def inputs_of(lengths: list[int], device: torch.device) -> Inputs:

@@ -1,6 +1,7 @@
 """Hierarchical attention: text queries over text keys and image keys in one softmax."""
 
 from .backends import Choice, choose_backend
+from .copies import to_device
 from .finish import finish_keys
 from .fused import KernelTables, prepare_layout, prepared_attention
 from .layout import AttentionLayout
@@ -16,5 +17,6 @@ __all__ = [
     "hierarchical_attention",
     "prepare_layout",
     "prepared_attention",
+    "to_device",
     "warm_up",
 ]

@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .copies import to_device
 from .padding import Padding, packed_starts, ragged_range
 from .rectangles import Rectangles
 from .schedule import Schedule
@@ -216,7 +217,7 @@ class AttentionLayout:
         """Rows that give every sample image keys of its own, sample by sample, and the layout of these keys."""
         patches = [sum(lengths) for lengths in self.image_lengths]
         with torch.inference_mode(False):
-            rows = ragged_range(self.image_starts, patches).to(self.device, non_blocking=True)
+            rows = to_device(ragged_range(self.image_starts, patches), self.device)
         return rows, replace(self, image_starts=packed_starts(patches), num_image=sum(patches))
 
     @cached_property

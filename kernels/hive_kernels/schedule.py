@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .copies import to_device
 from .padding import packed_starts
 
 Integers = npt.NDArray[np.int64]
@@ -138,7 +139,7 @@ class Schedule:
         # A tensor made under inference_mode could not be saved for a backward pass later.
         with torch.inference_mode(False):
             small = torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32))
-            return small.to(self._device, non_blocking=True)  # the host need not wait for what the device does
+            return to_device(small, self._device)
 
 
 def _tiles(lengths: Integers, block: int) -> tuple[Integers, Integers]:

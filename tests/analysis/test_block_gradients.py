@@ -56,7 +56,7 @@ def loss_from(model: Any, outputs: dict[int, Tensor], inputs: dict[str, Any]) ->
     text = {"input_ids": inputs["input_ids"], "labels": inputs["labels"], "text_lengths": LENGTHS}
     if hasattr(model, "routes"):
         return model(**text, prompt_images=PromptImages.build(VisionFeatures(features, grids), OFFSETS)).loss
-    places = Interleaving.build(LENGTHS, [[16, 16], [16]], OFFSETS, keep_last=False, device=torch.device("cpu"))
+    places = Interleaving.build(LENGTHS, [[16, 16], [16]], OFFSETS, keep_last=False)
     embedded = model.language_model.get_input_embeddings()(inputs["input_ids"])
     states = torch.cat([embedded, model.projector(features[model.last_vision_block])])[places.source_S]
     arguments = {"position_ids": places.positions_S[None], "use_cache": False}

@@ -159,6 +159,10 @@ def test_the_suite_runs_without_a_gpu(part: str, tmp_path: Path) -> None:
 def test_tuning_tells_rounding_from_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another tile passes; what computes something else does not. Candidates are of kernels that there are."""
     assert set(tuning.CANDIDATES) <= set(tiles.KINDS)
+    table = tiles.TABLE["sm_90"]
+    for kind, candidates in tuning.CANDIDATES.items():
+        rows = {tile.rows for tile in (table[kind][tuning.HEAD_DIM], *(tiles.Tile(*each) for each in candidates))}
+        assert any(all(tuning.serves(kind, lengths, most) for most in rows) for lengths in tuning.TEXTS.values()), kind
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(tuning, "PATCHES", 20)
     inputs = tuning.inputs_of([20, 9], torch.device("cpu"))

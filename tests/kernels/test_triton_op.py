@@ -67,6 +67,13 @@ def test_fresh_layouts_stop_compiling_anew() -> None:
     assert counts[2:] == [counts[2]] * 3
 
 
+def test_tables_of_shared_images_are_refused() -> None:
+    """The kernels would read past the image keys, which only `hierarchical_attention` copies for each sample."""
+    layout = AttentionLayout.build([3], [[2]], [[1]], device=DEVICE).select([0, 0])
+    with pytest.raises(ValueError, match="samples of the layout share images"):
+        prepare_layout(layout, heads=2, groups=1, head_dim=32, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
     if not one_pass:

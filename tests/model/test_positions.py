@@ -8,6 +8,8 @@ from tiny_models import tiny_language_model
 
 from hive_ds.model.positions import Positions, RotaryFrequencies, build_positions, frequency_axes
 
+CPU = torch.device("cpu")
+
 
 def test_two_images_in_two_dimensions():
     positions = build_positions([5, 2], [[(2, 3), (1, 1)], []], [[1, 3], []])
@@ -44,7 +46,7 @@ def test_frequencies_are_shared_out_as_documented(head_dim, row, column, time):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_text_tables_are_the_llms_own(family):
     model = tiny_language_model(family)
-    tables = RotaryFrequencies(model.model.rotary_emb).tables(build_positions([40], [[]], [[]]))
+    tables = RotaryFrequencies(model.model.rotary_emb).tables(build_positions([40], [[]], [[]]), CPU)
     cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(40)[None])
     torch.testing.assert_close(torch.cat([tables.cos_TK] * 2, dim=1), cos[0])
     torch.testing.assert_close(torch.cat([tables.sin_TK] * 2, dim=1), sin[0])
@@ -54,7 +56,7 @@ def test_a_token_with_one_id_on_all_axes_rotates_like_text():
     """Otherwise text and image keys would be rotated by differently ordered frequencies, as in the published code."""
     frequencies = RotaryFrequencies(tiny_language_model().model.rotary_emb)
     ids = torch.arange(30)
-    tables = frequencies.tables(Positions(ids, ids[:, None].expand(-1, 3)))
+    tables = frequencies.tables(Positions(ids, ids[:, None].expand(-1, 3)), CPU)
     torch.testing.assert_close(tables.image_cos_NK, tables.cos_TK, rtol=0, atol=0)
     torch.testing.assert_close(tables.image_sin_NK, tables.sin_TK, rtol=0, atol=0)
 

@@ -75,9 +75,11 @@ int cuPointerGetAttribute(void *value, int which, uint64_t pointer) {
 #else // -------------------------------------------------------------------------------- the runtime, cuBLAS and NCCL
 
 long null_gpu_launches, null_gpu_products;
+long null_gpu_waits;    // of the host for the GPU
+long null_gpu_pageable; // copies to the GPU from memory that is not pinned: beyond 64 KiB a real one makes the host wait
 
-static struct { char *start; size_t size; } blocks[1 << 16];
-static int num_blocks;
+static struct { char *start; size_t size; } blocks[1 << 16], pinned[1 << 12];
+static int num_blocks, num_pinned;
 static size_t used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -112,7 +114,20 @@ cudaError_t cudaFree(void *pointer) {
 }
 
 cudaError_t cudaMemGetInfo(size_t *left, size_t *all) { *left = MEMORY - used; RETURN(all, MEMORY); }
-cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags) { RETURN(p, aligned_alloc(4096, (size + 4095) & ~4095UL)); }
+
+static int is_pinned(const void *pointer) { // freed ones stay listed: PyTorch keeps what it pins
+  for (int i = 0; i < num_pinned; i++)
+    if ((char *)pointer >= pinned[i].start && (char *)pointer < pinned[i].start + pinned[i].size) return 1;
+  return 0;
+}
+
+cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags) {
+  *p = aligned_alloc(4096, (size + 4095) & ~4095UL);
+  pthread_mutex_lock(&lock);
+  if (num_pinned < 1 << 12) pinned[num_pinned].start = *p, pinned[num_pinned++].size = size;
+  pthread_mutex_unlock(&lock);
+  return 0;
+}
 cudaError_t cudaFreeHost(void *pointer) { return free(pointer), 0; }
 
 static int copy(void *to, const void *from, size_t size) {
@@ -121,10 +136,16 @@ static int copy(void *to, const void *from, size_t size) {
   return 0;
 }
 
-cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) { return copy(to, from, size); }
+cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
+  return null_gpu_waits++, copy(to, from, size);
+}
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
+  null_gpu_pageable += block_of(to) >= 0 && block_of(from) < 0 && !is_pinned(from);
   return copy(to, from, size);
 }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return null_gpu_waits++, 0; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return null_gpu_waits++, 0; }
+cudaError_t cudaDeviceSynchronize() { return null_gpu_waits++, 0; }
 cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
   if (size <= SMALL) memset(to, value, size);
   return null_gpu_launches++, 0;
@@ -134,7 +155,7 @@ cudaError_t cudaMemset(void *to, int value, size_t size) { return cudaMemsetAsyn
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *out, const void *pointer) {
   memset(out, 0, sizeof *out);
   int device = block_of(pointer) >= 0;
-  out->type = device ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  out->type = device ? cudaMemoryTypeDevice : is_pinned(pointer) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
   *(device ? &out->devicePointer : &out->hostPointer) = (void *)pointer;
   return 0;
 }

@@ -34,14 +34,14 @@ def _compiled_anew() -> Iterator[None]:
 def test_compiled_by_inductor(way: str, stage: int) -> None:
     """On probes of two and three images, and then on lengths that were not seen before."""
     setting = Setting(TINY, stage, torch.device("cpu"), compiled=True)
-    probes = [make_batch(TINY, [5, 9, 4][:count], 9, setting.dtype) for count in PROBES]
+    probes = [make_batch(TINY, [5, 9, 4][:count], 9) for count in PROBES]
     arm = build_arm(way, setting, probes)
     assert arm.check == "passed"
     assert counters["stats"]["unique_graphs"] > 0
     plain = build_arm("sa packed" if "sa" in way else "ours", replace(setting, compiled=False), probes)
     try:
         for seed, lengths in enumerate(LENGTHS):
-            batch = make_batch(TINY, lengths, seed, setting.dtype)
+            batch = make_batch(TINY, lengths, seed)
             assert float(arm.stepper.step(batch)) == pytest.approx(float(plain.stepper.step(batch)), rel=1e-4)
     finally:
         arm.close()

@@ -50,6 +50,7 @@ def test_ours_compiles_for_a_gpu_once(steps: Callable[[str, int], dict[str, Any]
     assert found["graphs"] > 0
     assert found["graphs_later"] == 0
     assert found["launches"] > found["products"] > 0
+    check_waits(found, engine=way == "ours zero3")
 
 
 @pytest.mark.parametrize("way", ["paper", "sa", "sa packed"])
@@ -57,3 +58,10 @@ def test_peers_compile_for_a_gpu(steps: Callable[[str, int], dict[str, Any]], wa
     found = steps(way, 3)
     assert found["graphs"] > 0
     assert found["graphs_later"] <= 2  # their padded shapes coincide now and then
+    check_waits(found, plain_loss=way == "paper")
+
+
+def check_waits(found: dict[str, Any], *, plain_loss: bool = False, engine: bool = False) -> None:
+    """Of a step: Liger-Kernel waits three times and copies a number that is not pinned; the engine waits at its end."""
+    if not engine:
+        assert (found["waits"], found["pageable"]) == ((0, 0) if plain_loss else (3, 1))

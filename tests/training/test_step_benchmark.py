@@ -52,6 +52,16 @@ def test_the_other_stages(tmp_path: Path) -> None:
         check_result(json.loads(out.read_text()))
 
 
+@pytest.mark.parametrize("way", ["ours", "ours zero3"])
+def test_a_step_that_runs_out_of_memory_leaves_nothing_behind(way: str) -> None:
+    """Neither gradients that the next step would add to, nor weights in DeepSpeed's buckets, which refuse them twice."""
+    command = [sys.executable, str(Path(__file__).with_name("oom_main.py")), way]
+    done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    assert after == pytest.approx(before, rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize(("stage", "label"), [("2", None), ("9", "its process ended with 2")])
 def test_side_by_side(tmp_path: Path, stage: str, label: str | None) -> None:
     """What the ways say in processes of their own is put together; one that dies is named."""

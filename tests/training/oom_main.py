@@ -1,0 +1,46 @@
+"""A step of the benchmark that runs out of memory in its backward pass, between two that do not; prints both of these."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from hive_ds.benchmarks.arms import Setting, build_arm
+from hive_ds.benchmarks.sizes import TINY, make_batch
+
+
+def main() -> None:
+    """``oom_main.py WAY``: the loss and what tells of the gradients, before and after, as JSON."""
+    batch = make_batch(TINY, [5, 9], 0)
+    arm = build_arm(sys.argv[1], Setting(TINY, 3, torch.device("cpu"), compiled=False), [batch])
+    named = arm.model.vision_encoder.named_parameters()
+    weight = next(weight for name, weight in named if name.endswith("layers.0.mlp.fc1.weight"))
+    found = [measured(arm.stepper, batch)]
+    planted = weight.register_hook(run_out)
+    try:
+        arm.stepper.step(batch)
+    except torch.OutOfMemoryError:
+        planted.remove()
+        arm.forget()
+        found.append(measured(arm.stepper, batch))
+    arm.close()
+    print(json.dumps(found))
+
+
+def run_out(_: torch.Tensor) -> None:
+    """What the allocator does, when the gradients of the LLM and of later blocks are there already."""
+    raise torch.OutOfMemoryError("planted")
+
+
+def measured(stepper: object, batch: object) -> list[float]:
+    """Loss of a step, and the gradients' norm, or those of each weight where they are clipped already."""
+    if hasattr(stepper, "step_and_norm"):
+        return list(stepper.step_and_norm(batch))
+    loss = float(stepper.step(batch))  # type: ignore[attr-defined]
+    return [loss, *(float(master.grad.norm()) for master in stepper.masters)]  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main()
