@@ -292,6 +292,15 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     Chosen(
         "docs/cluster.md", r"the disk of `--folder` \(20 GB free\)", "hive_ds/launch/hosts.py", "DISK = 20 * GIGABYTE"
     ),
+    Reckoned(
+        "docs/performance.md",
+        r"cannot, and holds some (\d) GB in stage 3",
+        (round(2 * 0.947 + 16 * 0.347 + 1),),  # weights; what trains, in fp32 with its gradient and AdamW's; a bucket
+    ),
+    Chosen(
+        "docs/data.md", r"or over 16,384 pixels, strips longer than 100 times", "hive_ds/data/images.py", "MAX_SIDE"
+    ),
+    Chosen("docs/troubleshooting.md", r"sides over 16,384 pixels or 100 times", "hive_ds/data/images.py", "MAX_SIDE"),
     Cited(
         "ds_configs/README.md",
         r"1\.4 ns a parameter and thread, against 6\.2",
