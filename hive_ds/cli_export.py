@@ -21,6 +21,9 @@ def _add_encoder(export: Any) -> None:
 
         report = export_encoder(args.source, args.out, format=args.format, tail=args.tail, scores=args.scores)
         trained = f"{report.num_blocks} blocks, trained up to {report.trained_blocks}"
+        if report.untrained is not None:
+            trained = f"{report.num_blocks} blocks, none of them trained"
+            print(f"warning: {report.untrained}")
         parity = f"features read back within {report.largest_difference:.1e} ({report.precision})"
         print(f"wrote {report.model_class} to {report.folder}: {trained}, {parity}, weights sha256 {report.sha256}")
 

@@ -146,7 +146,8 @@ class DataConfig:
     num_workers: Annotated[int, NOT_NEGATIVE] = 2
     """Loader processes per rank."""
     max_bad_share: Annotated[float, SHARE] = 0.01
-    """Share of unreadable samples at which training stops; each is logged and replaced until then."""
+    """Share of unreadable samples, of all ranks since the stage's start, past which training stops (of at least 1000,
+    and three standard deviations more); each is logged and replaced until then."""
 
 
 @dataclass(frozen=True)

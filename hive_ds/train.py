@@ -120,11 +120,12 @@ def train(options: argparse.Namespace, world: World) -> bool:
     _prepare_attention(run, model, dtype)
     if recipe.training.compile:
         compile_blocks(model, device, dtype, apart=gathers_by_layer(model, policy))
-    loader, validation = _load_data(run, processor)
+    auto = asked.micro_batch_size == "auto"
+    data = None if auto else _load_data(run, processor)  # the search reads first: a cache takes one loader at a time
     engine = Engine(model, plan.groups, _ds_config(run, policy), config, world=world, device=device)
-    if asked.micro_batch_size == "auto":
+    if auto:
         run = replace(run, config=_find_micro_batch(run, engine, processor))
-        loader, validation = _load_data(run, processor)
+    loader, validation = data or _load_data(run, processor)
     if world.is_main:
         print_plan(plan, engine)
     _write_inputs(run, _ds_config(run, policy))
@@ -133,7 +134,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
     job, first_step = _start_job(run, engine, plan, loader, validation, questions, maps)
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
-        run.say(f"stopped after step {done} of {job.schedule.steps}; the same command goes on from there")
+        run.say(f"stopped after step {done} of {job.schedule.steps}; {_how_to_go_on(run)}")
         job.engine.close()
         return False
     here.enter("hand-over", ())
@@ -216,7 +217,7 @@ def _start_job(
     torch.manual_seed(training.seed + world.rank)
     origin = describe_origin(run.recipe)
     writer = CheckpointWriter(run.folder.path, engine, identity, origin, world, run.attempt, training)
-    first_step = _resume(run, writer, loader)
+    first_step, position = _resume(run, writer, loader)
     rate = matmul_rate(device, engine.dtype)
     metrics = MetricsLog(run.folder.metrics, world, first_step)
     metrics.write(
@@ -237,7 +238,7 @@ def _start_job(
         schedule=Schedule(_num_steps(config, loader, engine), config.warmup_ratio, config.min_lr_ratio),
         training=training,
         metrics=metrics,
-        meter=Meter(world.size, rate, device, samples=first_step * config.global_batch_size),
+        meter=Meter(world.size, rate, device, first_step * config.global_batch_size, **position.get("counts", {})),
         pace=Pace(world, device, engine.dtype),
         flops=FlopCounter(model, plan),
         patch_size=model.config.vision_config.patch_size,
@@ -252,17 +253,23 @@ def _start_job(
     return job, first_step
 
 
-def _resume(run: Run, writer: CheckpointWriter, loader: SampleLoader) -> int:
-    """Load the newest complete checkpoint, if there is one; return the steps it has done."""
+def _resume(run: Run, writer: CheckpointWriter, loader: SampleLoader) -> tuple[int, dict[str, Any]]:
+    """Load the newest complete checkpoint, if there is one; return the steps it has done and its place in the data."""
     checkpoint = newest_checkpoint(run.folder.path, run.world, run.say)
     if checkpoint is None:
-        return 0
+        return 0, {}
     step, position = load_checkpoint(
         checkpoint, writer.engine, writer.identity, run.world, origin=writer.origin, warn=run.say
     )
     loader.load_state_dict(position)
     run.say(f"resumed from {checkpoint}")
-    return step
+    return step, position
+
+
+def _how_to_go_on(run: Run) -> str:
+    """After a stop: a file STOP would also stop the next attempt."""
+    file = run.folder.path / "STOP"
+    return f"{f'remove {file}, then ' * file.exists()}the same command goes on from there"
 
 
 def _finish(run: Run, job: Job) -> None:

@@ -33,7 +33,7 @@ class ExportReport:
     num_blocks: int
     """Of the exported encoder."""
     trained_blocks: int
-    """Blocks up to the last routed one; those after it kept the weights that they started with."""
+    """Blocks up to the last routed one, or 0 (see ``untrained``); the others kept the weights they started with."""
     largest_difference: float
     """Between features of routed blocks in training and in the library that the folder is for."""
     precision: str
@@ -42,6 +42,8 @@ class ExportReport:
     """`weights_sha256` of the exported encoder; of a whole one, equal to that in training."""
     trained_sha256: str
     """The same of the encoder in training, its untrained end included."""
+    untrained: str | None
+    """Why these are weights that no stage has trained, which whoever exports them should hear; None elsewhere."""
 
 
 def export_encoder(
@@ -58,7 +60,8 @@ def export_encoder(
     training to 1e-5. No weights but the encoder's are read.
 
     Args:
-        source: a run's folder (its last finished stage of 1 to 3 is taken) or a model's.
+        source: a run's folder (its last finished stage of 1 to 3 is taken) or a model's. The card says where that
+            stage has not trained the encoder.
         out: folder to write; it must not hold files.
         format: ``transformers`` (a stock folder), ``timm`` or ``open_clip``.
         tail: ``keep`` blocks after the last routed one, final norm and pooling head as they were before training, for
@@ -85,16 +88,17 @@ def export_encoder(
             folder=out,
             model_class=written.architecture,
             num_blocks=encoder.config.num_hidden_layers,
-            trained_blocks=tower.last_block,
+            trained_blocks=tower.last_block if found.untrained is None else 0,
             largest_difference=written.difference,
             precision=written.precision,
             sha256=sha256,
             trained_sha256=trained_sha256,
+            untrained=found.untrained,
         )
         if format == "transformers" and folder_sha256(aside) != sha256:
             raise HiveError(f"export to {out}: the weights read back are not those that were written")
         sections = _sections(tower, tail, written, report)
-        title = "Vision encoder pre-trained with HIVE"
+        title = f"Vision encoder {'pre-trained with' if report.untrained is None else 'not yet trained with'} HIVE"
         write_card(aside, title, format, sections, found, scores=scores, hashes={sha256, trained_sha256})
     return report
 
@@ -102,19 +106,22 @@ def export_encoder(
 def _sections(tower: Tower, tail: str, written: Written, report: ExportReport) -> list[Section]:
     routes = ", ".join(f"{block}->{layer}" for block, layer in tower.routes)
     taught = f"Routes (vision block -> LLM layer): {routes}." if routes else f"The LLM saw block {tower.last_block}."
-    about = (
-        f"A `{report.model_class}` of {report.num_blocks} blocks, trained through a language model ({PAPER}). {taught}"
-    )
+    if report.untrained is None:
+        trained = f", trained through a language model ({PAPER})."
+    else:
+        trained = f". **Not trained: {report.untrained}.**"
+    about = f"A `{report.model_class}` of {report.num_blocks} blocks{trained} {taught}"
+    end = [] if tail == "keep" and report.untrained is not None else [describe_tail(tower, tail)]
     identity = (
         f"Weights, sha256: `{report.sha256}`\n\nThe same in training: `{report.trained_sha256}`\n\n"
         "Of names, shapes and values in bf16 (`hive_ds.model.identity`): equal in every folder and model that has "
         "these weights, whatever files they are in."
     )
     parity = (
-        f"Features of the trained blocks, read back from this folder, equal those in training to "
+        "Features of the blocks that the LLM saw, read back from this folder, equal those in training to "
         f"{report.largest_difference:.1e} ({report.precision})."
     )
-    notes = "\n\n".join([about, describe_tail(tower, tail), parity, *written.notes])
+    notes = "\n\n".join([about, *end, parity, *written.notes])
     return [
         Section("What it is", notes),
         Section("Use", f"```python\n{written.usage}\n```"),

@@ -75,7 +75,8 @@ def read_stage(folder: Path) -> StageFacts | None:
 
 def training_versions(stage: Path) -> dict[str, Any]:
     """Versions that a stage ran with, out of its newest checkpoint; empty where none is kept."""
-    states = sorted(stage.glob("checkpoints/step-*/state.json"))
+    found = (path for path in stage.glob("checkpoints/step-*/state.json") if path.parent.name[5:].isdigit())
+    states = sorted(found, key=lambda path: int(path.parent.name[5:]))
     origin = json.loads(states[-1].read_text()).get("origin", {}) if states else {}
     return {key.removeprefix("version."): value for key, value in origin.items() if key.startswith("version.")}
 

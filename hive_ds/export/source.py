@@ -14,9 +14,10 @@ from hive_ds.errors import HiveError
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.identity import canonical_names, canonical_parts, read_tower
 from hive_ds.model.vision import vision_class, vision_config_of
+from hive_ds.stages import STAGES, stage_by_number
 
 ENCODER_STAGES = (1, 2, 3)
-"""Stages that may change the encoder."""
+"""Stages that lead to a trained encoder; not each of them changes it."""
 VLM_STAGES = (4, 5)
 
 
@@ -28,6 +29,18 @@ class Source:
     """Weights, config and processor."""
     stages: tuple[Path, ...]
     """Folders of the stages of its run up to it, in order; empty for a model that lies in no run."""
+
+    @property
+    def untrained(self) -> str | None:
+        """Why its encoder is still the one that the run started from; None where it is not, or nothing is known."""
+        number = _number(self.stages[-1]) if self.stages else None
+        if number not in ENCODER_STAGES or "vision_encoder" in stage_by_number(number).trains:
+            return None
+        trainer = next(stage.number for stage in STAGES if "vision_encoder" in stage.trains)
+        return (
+            f"stage {number} does not train the vision encoder (stage {trainer} does): these are the weights that the "
+            "run started from"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,13 @@ def model_folder(source: str | Path) -> Path:
 
 
 def _stages(run: Path) -> list[tuple[int, Path]]:
-    matches = ((re.fullmatch(r"stage(\d+)", path.name), path) for path in run.glob("stage*"))
-    return sorted((int(match[1]), path) for match, path in matches if match)
+    numbers = ((_number(path), path) for path in run.glob("stage*"))
+    return sorted((number, path) for number, path in numbers if number is not None)
+
+
+def _number(stage: Path) -> int | None:
+    match = re.fullmatch(r"stage(\d+)", stage.name)
+    return int(match[1]) if match else None
 
 
 def _stages_up_to(stage: Path) -> tuple[Path, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -16,8 +17,10 @@ from tqdm import tqdm
 
 from hive_ds.analysis.block_gradients import watched_gradients
 from hive_ds.config import TrainingConfig
+from hive_ds.data.batch import BadSample
 from hive_ds.errors import HiveError
 from hive_ds.training.attempt import Attempt
+from hive_ds.training.bad_samples import check_bad_share
 from hive_ds.training.checkpoint_writer import CheckpointWriter, SaveReport
 from hive_ds.training.distributed import World, all_values, min_over_ranks, sum_over_ranks
 from hive_ds.training.engine import Engine, StepReport
@@ -37,9 +40,9 @@ class Job:
 
     engine: Engine
     loader: Any
-    """Endless iterable of `PackedBatch`, with ``state_dict``, its position."""
+    """Endless iterable of `PackedBatch`, with ``state_dict``, its position, and ``max_bad_share``."""
     validation: Mapping[str, Any]
-    """Metric name -> loader of a fixed set of batches."""
+    """Metric name -> loader of a fixed set of batches, with ``max_bad_share``."""
     schedule: Schedule
     training: TrainingConfig
     metrics: MetricsLog
@@ -66,7 +69,7 @@ def train(job: Job, first_step: int) -> int:
         The steps done: all, or fewer where the attempt was asked to stop; there is a checkpoint of them.
 
     Raises:
-        HiveError: too many steps in a row had a gradient that is not finite.
+        HiveError: too many steps in a row had a gradient that is not finite, or too many samples are bad.
     """
     batches, steps, skipped_in_row, done = iter(job.loader), job.schedule.steps, 0, first_step
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=not job.world.is_main, dynamic_ncols=True)
@@ -83,8 +86,8 @@ def train(job: Job, first_step: int) -> int:
         here.enter("step")
         with record_function("part:optimizer"):
             report = job.engine.step(job.schedule.factor(step))
-        job.meter.add(totals, loss)
-        _report_bad_samples(job, done, micro_batches, totals)
+        job.meter.add(totals, math.nan if report.skipped else loss)
+        _watch_bad_samples(job, done, micro_batches, totals)
         skipped_in_row = _watch_skips(job, done, report, micro_batches, skipped_in_row)
         bar.update()
         if done % job.training.log_interval == 0 or done == steps:
@@ -104,17 +107,25 @@ def train(job: Job, first_step: int) -> int:
 
 
 def evaluate(job: Job, loader: Any) -> float:
-    """Mean loss over supervised tokens of the first batches of ``loader``, over all ranks."""
+    """Mean loss over supervised tokens of the first batches of ``loader``, over all ranks.
+
+    Raises:
+        HiveError: too many of its samples are bad.
+    """
     count = int(min_over_ranks([min(len(loader), job.training.validation_batches)], job.device)[0])
-    loss_sum, tokens = 0.0, 0.0
+    loss_sum, tokens, samples, bad = 0.0, 0.0, 0.0, []
     job.engine.model.eval()
     for batch in islice(iter(loader), count):
         here.enter("validation", batch.sample_ids)
         output = job.engine.forward(**batch.model_inputs(job.device, job.engine.dtype), num_items_in_batch=1)
         loss_sum += float(output.loss)
         tokens += batch.supervised_tokens
+        samples += batch.num_samples
+        bad += batch.bad
     job.engine.model.train()
-    loss_sum, tokens = sum_over_ranks([loss_sum, tokens], job.device)
+    loss_sum, tokens, samples, num_bad = sum_over_ranks([loss_sum, tokens, samples, len(bad)], job.device)
+    if num_bad:
+        check_bad_share(num_bad, samples, loader.max_bad_share, _of_all_ranks(bad))
     return loss_sum / max(tokens, 1)
 
 
@@ -122,7 +133,8 @@ def _save(job: Job, done: int, *, last: bool) -> None:
     """Begin a checkpoint, once the one before is there; the last one is waited for."""
     here.enter("save", ())
     _report_save(job, job.checkpoints.wait())
-    job.checkpoints.begin(done, job.loader.state_dict())
+    counts = {"cut_samples": job.meter.cut_samples, "bad_samples": job.meter.bad_samples}
+    job.checkpoints.begin(done, {**job.loader.state_dict(), "counts": counts})
     if last:
         _report_save(job, job.checkpoints.wait(), last=True)
     job.meter.restart()
@@ -207,10 +219,16 @@ def _watch_skips(job: Job, done: int, report: StepReport, micro_batches: list[An
     return in_row + 1
 
 
-def _report_bad_samples(job: Job, done: int, micro_batches: list[Any], totals: Totals) -> None:
+def _watch_bad_samples(job: Job, done: int, micro_batches: list[Any], totals: Totals) -> None:
+    """Log the bad samples of a step, of every rank; HiveError, on every rank, where the run has met too many."""
     if totals.bad:  # the same on every rank
-        own = [{"id": bad.id, "reason": bad.reason} for batch in micro_batches for bad in batch.bad]
-        job.metrics.write("bad_samples", done, samples=[one for rank in all_values(own) for one in rank])
+        found = _of_all_ranks([bad for batch in micro_batches for bad in batch.bad])
+        job.metrics.write("bad_samples", done, samples=[asdict(bad) for bad in found])
+        check_bad_share(job.meter.bad_samples, job.meter.samples, job.loader.max_bad_share, found)
+
+
+def _of_all_ranks(own: list[BadSample]) -> list[BadSample]:
+    return [bad for rank in all_values(own) for bad in rank]
 
 
 def _log(job: Job, done: int, report: StepReport, bar: Any) -> None:

@@ -24,7 +24,7 @@ from hive_ds.files import write_whole
 from hive_ds.training.distributed import World
 
 TRAIN_KEYS = {
-    "loss": "mean over supervised tokens of the steps since the last line, nats",
+    "loss": "mean over supervised tokens of the steps since the last line, skipped ones left out, nats",
     "lr": "learning rate of each optimizer group",
     "grad_norm": "L2 norm of all gradients before clipping",
     "grad_norms": "the same per module group",
@@ -126,14 +126,16 @@ class Meter:
     cut_samples: float = 0.0
     bad_samples: float = 0.0
     _totals: Totals = field(default_factory=Totals)
-    _loss: float = 0.0
+    _losses: list[tuple[float, float]] = field(default_factory=list)
+    """Mean and supervised tokens of each step that was not skipped."""
     _steps: int = 0
     _start: float = field(default_factory=time.perf_counter)
 
     def add(self, totals: Totals, loss: float) -> None:
-        """Record one step: its sums and its mean loss."""
+        """Record one step: its sums and its mean loss, NaN where it was skipped."""
         self._totals.add(totals)
-        self._loss += loss * totals.supervised
+        if math.isfinite(loss):
+            self._losses.append((loss, totals.supervised))
         self._steps += 1
         self.samples += totals.samples
         self.cut_samples += totals.cut
@@ -144,7 +146,7 @@ class Meter:
         seconds = time.perf_counter() - self._start
         totals, per_gpu = self._totals, seconds * self.num_ranks
         values = {
-            "loss": self._loss / max(totals.supervised, 1),
+            "loss": _mean(self._losses),
             "tokens_per_second_per_gpu": totals.tokens / per_gpu,
             "images_per_second_per_gpu": totals.images / per_gpu,
             "mfu": totals.flops / per_gpu / self.matmul_rate,
@@ -157,13 +159,20 @@ class Meter:
             "seconds_per_step": seconds / max(self._steps, 1),
             "eta_seconds": seconds / max(self._steps, 1) * steps_left,
         }
-        self._totals, self._loss, self._steps = Totals(), 0.0, 0
+        self._totals, self._losses, self._steps = Totals(), [], 0
         self.restart()
         return values
 
     def restart(self) -> None:
         """Leave out the time since the last call: a validation or a checkpoint is not training."""
         self._start = time.perf_counter()
+
+
+def _mean(losses: list[tuple[float, float]]) -> float:
+    """Mean over supervised tokens; NaN where every step was skipped."""
+    if not losses:
+        return math.nan
+    return sum(loss * tokens for loss, tokens in losses) / max(sum(tokens for _, tokens in losses), 1)
 
 
 def _peak_memory(device: torch.device) -> float:

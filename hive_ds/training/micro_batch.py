@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +33,9 @@ from hive_ds.training.loop import run_micro_batches
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.random_state import random_state, restore_random_state
 from hive_ds.training.run_folder import StageFolder
+
+if TYPE_CHECKING:
+    from hive_ds.data.mds import SampleLoader
 
 LIMIT = 0.9
 """Share of a device's memory that a step may fill: the rest is for fragments, which no trial shows."""
@@ -105,7 +108,9 @@ def auto_micro_batch(
     if known is not None:
         say(f"micro-batch auto: {known}, found by an earlier start of this run ({folder.micro_batch})")
         return known
-    sample = costliest(_sample_loader(recipe, stage, processor, world.size))
+    loader = _sample_loader(recipe, stage, processor, world.size)
+    sample = costliest(loader)
+    loader.close()  # training downloads to the same cache
     length = recipe.data_of(stage).max_length
     found = find_micro_batch(engine, sizes, partial(stretched, sample, length), memory)
     chosen = found.largest(sizes)
@@ -199,7 +204,7 @@ def describe(found: Search, sizes: Sequence[int]) -> str:
     return f"{said}; {last.size} takes {last.peak:.0%}, and {LIMIT:.0%} may be filled"
 
 
-def _sample_loader(recipe: Recipe, stage: str, processor: HiveProcessor, ranks: int) -> Iterable[PackedBatch]:
+def _sample_loader(recipe: Recipe, stage: str, processor: HiveProcessor, ranks: int) -> SampleLoader:
     """The training data one by one, in the order of their folders."""
     data = replace(recipe.data_of(stage), num_workers=0)
     return build_loader(

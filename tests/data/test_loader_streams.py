@@ -63,6 +63,19 @@ def test_remote_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_closed_loader_leaves_the_cache_to_another(tmp_path: Path) -> None:
+    """Though it, and an iteration of it, are still there."""
+    write_mds(make_samples(9), tmp_path / "data")
+    weights, cache = {f"file://{tmp_path / 'data'}": 1.0}, str(tmp_path / "cache")
+    first = make(weights, cache=cache)
+    batches = iter(first)
+    ids = next(batches).sample_ids
+    with pytest.raises(HiveError, match=r"data\.cache: .* is in use by process"):
+        make(weights, cache=cache)
+    first.close()
+    assert next(iter(make(weights, cache=cache))).sample_ids == ids
+
+
 @pytest.mark.parametrize(
     ("total", "weights", "parts"),
     [

@@ -11,7 +11,7 @@ from typing import Any
 
 from cpu_figures import CPU_FIGURES
 from gpu_figures import gpu_figures
-from reckoned import caption_figures, encoder_share
+from reckoned import LIMITS, caption_figures, encoder_share
 
 Path = tuple[Any, ...]
 """Keys and places that lead to a value; a mapping stands for the item of a list that has its values."""
@@ -219,7 +219,7 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         r"detailed captions have (\d+) tokens in the median, CC3M's alt-texts (\d+)",
         (caption_figures("Florence-2, detailed")[4], caption_figures("CC3M")[4]),
     ),
-    *(Reckoned(*row) for row in gpu_figures()),
+    *(Reckoned(*row) for row in (*gpu_figures(), *LIMITS)),
     Cited("docs/performance.md", r"The paper's 3.4 times and 41 % of the memory", "arXiv 2604.00086"),
     Logged("docs/performance.md", r"stage 3 fell from (69) to (39) ms", "what the host does for a step"),
     Logged(
@@ -289,18 +289,6 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     _memory(r"5e8 elements: (\d) GB in bf16", 5e8 * 2 / 1e9),
     _memory(r"such a model whole \(below\): (\d) GB more", 2 * N),
     _memory(r"8 ranks: (\d+) GB a node", 4 * 15.5 * R),
-    Chosen(
-        "docs/cluster.md", r"the disk of `--folder` \(20 GB free\)", "hive_ds/launch/hosts.py", "DISK = 20 * GIGABYTE"
-    ),
-    Reckoned(
-        "docs/performance.md",
-        r"cannot, and holds some (\d) GB in stage 3",
-        (round(2 * 0.947 + 16 * 0.347 + 1),),  # weights; what trains, in fp32 with its gradient and AdamW's; a bucket
-    ),
-    Chosen(
-        "docs/data.md", r"or over 16,384 pixels, strips longer than 100 times", "hive_ds/data/images.py", "MAX_SIDE"
-    ),
-    Chosen("docs/troubleshooting.md", r"sides over 16,384 pixels or 100 times", "hive_ds/data/images.py", "MAX_SIDE"),
     Cited(
         "ds_configs/README.md",
         r"1\.4 ns a parameter and thread, against 6\.2",

@@ -38,7 +38,7 @@ def patches(hidden: torch.Tensor, count: int, mask: torch.Tensor | None) -> torc
 @pytest.mark.parametrize("family", sorted(PROCESSORS))
 def test_encoder_loads_in_plain_transformers_with_equal_features(family: str, tail: str, tmp_path) -> None:
     run = tmp_path / "run"
-    model = save_hive(finish(run, 2), family)
+    model = save_hive(finish(run, 3), family)
     report = export_encoder(run, tmp_path / "out", tail=tail)
     stock = getattr(transformers, FAMILIES[model.config.vision_config.model_type].model_class)
     encoder = stock.from_pretrained(tmp_path / "out").eval()
@@ -54,7 +54,7 @@ def test_encoder_loads_in_plain_transformers_with_equal_features(family: str, ta
         torch.testing.assert_close(found, features, atol=1e-5, rtol=0)
     assert report.largest_difference <= 1e-5
     assert (report.trained_blocks, report.num_blocks) == (3, len(blocks))
-    assert report.trained_sha256 == folder_sha256(run / "stage2" / "model")
+    assert report.trained_sha256 == folder_sha256(run / "stage3" / "model")
     assert report.sha256 == folder_sha256(tmp_path / "out") == weights_sha256(encoder.state_dict().items())
     if tail == "keep":
         assert report.sha256 == report.trained_sha256

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from export_models import save_hive
 
+from hive_ds.cli import main
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder
-from hive_ds.export.run_facts import licences, read_stage
+from hive_ds.export.run_facts import licences, read_stage, training_versions
 from hive_ds.model.identity import folder_sha256
 from hive_ds.recipe import dump_recipe, load_recipe
 
@@ -118,7 +119,43 @@ def test_licences_are_those_of_the_recipe_and_its_base() -> None:
     assert licences("a recipe of my own") == []
 
 
+@pytest.mark.parametrize("tail", ["keep", "cut"])
+def test_an_encoder_that_no_stage_has_trained_says_so(tmp_path, capsys, tail) -> None:
+    """Stage 2 is the last finished one; stage 3, which would train it, has begun."""
+    run = tmp_path / "run"
+    for number in (1, 2):
+        save_hive(run / f"stage{number}" / "model")
+        (run / f"stage{number}" / "DONE").touch()
+    (run / "stage3").mkdir()
+    report = export_encoder(run, tmp_path / "out", tail=tail)
+    assert report.untrained == (
+        "stage 2 does not train the vision encoder (stage 3 does): these are the weights that the run started from"
+    )
+    assert report.trained_blocks == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# Vision encoder not yet trained with HIVE\n" in card
+    assert f"blocks. **Not trained: {report.untrained}.**" in card
+    assert "trained through a language model" not in card
+    assert ("no gradient reached them" in card, "cut. The final norm is new" in card) == (False, tail == "cut")
+    assert main(["export", "encoder", str(run), str(tmp_path / "again"), "--tail", tail]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {report.untrained}\n" in said
+    assert "blocks, none of them trained, features" in said
+    (run / "stage3" / "DONE").touch()
+    save_hive(run / "stage3" / "model")
+    report = export_encoder(run, tmp_path / "trained")
+    assert (report.untrained, report.trained_blocks) == (None, 3)
+
+
 def test_a_model_outside_of_a_run_says_so(tmp_path) -> None:
     save_hive(tmp_path / "model")
-    export_encoder(tmp_path / "model", tmp_path / "out")
+    assert export_encoder(tmp_path / "model", tmp_path / "out").untrained is None
     assert "lies in no run: its recipe is not known" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_versions_are_those_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    for name, version in {"step-999999": "1", "step-1000000": "2", "step-1000000.bak": "3"}.items():
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"origin": {"version.torch": version}}))
+    assert training_versions(tmp_path) == {"torch": "2"}

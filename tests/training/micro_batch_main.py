@@ -5,6 +5,7 @@ The first run is stopped after a step and gone on with, the second goes through.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -44,6 +45,7 @@ def train_planted(arguments: list[str]) -> None:
 
     micro_batch.device_memory = plant  # type: ignore[assignment]
     code = train.main(arguments)
+    gc.collect()  # the run's loader, which keeps the cache to itself
     print(f"exit code {code}, steps of trials: {[device.steps for device in devices]}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""A step of the benchmark that runs out of memory in its backward pass, between two that do not; prints both of these."""
+"""A step of the benchmark that runs out of memory in its backward pass; prints the steps before and after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop does around a step, on 2 ranks: checkpoints, hand-over, maps, micro-batches, pace.
+"""What the loop does around a step, on 2 ranks: checkpoints, hand-over, maps, micro-batches, pace, bad samples.
 
 Rows 2, 11, 15 and 23 of the pitfalls among them.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 from ranks import Verdict, check_names, launch_checks, passed
 
-CHECKS = check_names("checkpoint_checks", "save_checks", "maps_checks", "micro_batch_checks", "pace_checks")
+FILES = ("checkpoint_checks", "save_checks", "maps_checks", "micro_batch_checks", "pace_checks", "loop_checks")
+CHECKS = check_names(*FILES)
 
 
 @pytest.fixture(scope="module")

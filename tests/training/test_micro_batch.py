@@ -93,14 +93,19 @@ def test_peak_of_a_process_is_what_it_held_since() -> None:
 
 
 def test_run_with_auto_is_the_run_with_the_number(tiny: TinyRun) -> None:
-    """Stopped after a step and gone on: the number that was found is kept with the run."""
-    auto = tiny.arguments(1, "auto", *SHORT, "--set", f"{STAGE}.micro_batch_size=auto")
+    """Stopped after a step and gone on: the number that was found is kept with the run.
+
+    Its data are remote: the search downloads to the cache of the training that follows in the same process.
+    """
+    remote = ("--set", f"data.train=file://{tiny.root}/train", "--set", f"data.cache={tiny.root}/cache")
+    auto = tiny.arguments(1, "auto", *SHORT, *remote, "--set", f"{STAGE}.micro_batch_size=auto")
     runs = [json.dumps(arguments) for arguments in (auto, tiny.arguments(1, "number", *SHORT))]
     command = [sys.executable, str(HERE / "micro_batch_main.py"), *runs]
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tiny.root / "auto" / "stage1"
     first, again, number = done.stdout.split("exit code ")[:3]
+    assert "; the same command goes on from there\n" in first  # no file STOP is there to remove
     assert "micro-batch auto: 2, which takes 60% of the fullest device's memory at its peak; 4 would take 110%" in first
     assert "batch: 8 samples a step over 1 ranks, each 4 x micro-batch 2\n" in first
     assert f"micro-batch auto: 2, found by an earlier start of this run ({folder / 'micro_batch.json'})" in again

@@ -54,7 +54,7 @@ def test_the_other_stages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["ours", "ours zero3"])
 def test_a_step_that_runs_out_of_memory_leaves_nothing_behind(way: str) -> None:
-    """Neither gradients that the next step would add to, nor weights in DeepSpeed's buckets, which refuse them twice."""
+    """Neither gradients that the next step would add to, nor weights in DeepSpeed's buckets, which take none twice."""
     command = [sys.executable, str(Path(__file__).with_name("oom_main.py")), way]
     done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

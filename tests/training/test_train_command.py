@@ -16,7 +16,7 @@ from PIL import Image
 from profiles import shares
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import STEPS, TinyRun
+from tiny_run import BAD, INTERVAL, STEPS, TinyRun
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hive_ds.constants import EXIT_STOPPED
@@ -37,6 +37,8 @@ EQUAL_ACROSS_ATTEMPTS = (
     "grad_norm",
     "grad_norms",
     "samples",
+    "cut_samples",
+    "bad_samples",
     "supervised_share",
     "skipped_steps",
 )
@@ -113,6 +115,11 @@ def test_metrics(tiny: TinyRun, straight: str) -> None:
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(set(line) == {"event", "step", "time", *TRAIN_KEYS} for line in lines)
     assert lines[-1]["samples"] == 8 * STEPS
+    assert lines[INTERVAL - 1]["bad_samples"] == len(BAD)
+    assert lines[-1]["bad_samples"] == 2 * len(BAD)
+    assert 0 < lines[INTERVAL - 1]["cut_samples"] < lines[-1]["cut_samples"]
+    found = {sample["id"] for line in tiny.metrics("straight", 1, "bad_samples") for sample in line["samples"]}
+    assert found == {f"s{number:03d}" for number in BAD}
     assert lines[-1]["eta_seconds"] == 0
     assert all(0 < line["mfu"] < 1 for line in lines)
     assert all(0 <= line["data_wait_share"] < 1 for line in lines)
@@ -180,7 +187,8 @@ def test_stopped_by_a_file_and_gone_on(tiny: TinyRun) -> None:
     few = ("--set", "stages.connector_pretraining.steps=3", "--set", "stages.connector_pretraining.micro_batch_size=3")
     stopped = tiny.train(1, "stopped", *few, launcher="torchrun")
     assert f"exitcode: {EXIT_STOPPED}" in stopped.stderr.replace(" ", "").replace(":", ": ")
-    assert "stopped after step 1 of 3; the same command goes on from there" in stopped.stdout
+    remedy = f"remove {folder / 'STOP'}, then the same command goes on from there"
+    assert f"stopped after step 1 of 3; {remedy}" in stopped.stdout
     assert not (folder / "DONE").exists()
     assert (folder / "latest").read_text() == "step-000001"
     (folder / "STOP").unlink()

@@ -23,6 +23,8 @@ from hive_ds.data.schema import Sample, Turn
 
 STEPS = 12
 INTERVAL = 4
+BAD, LONG = (2, 30), 10
+"""Numbers of training samples that cannot be read, and of one that is cut: in the first two steps, and again later."""
 
 RECIPE = """
 name: test
@@ -32,7 +34,8 @@ model:
   language_model: {root}/language_model
   routes: {{vision_blocks: [1, 3], language_layers: [1, 3]}}
   gradient_checkpointing: true
-data: {{train: {root}/train, validation: {root}/validation, text_validation: {root}/text, num_workers: 0}}
+data:
+  {{train: {root}/train, validation: {root}/validation, text_validation: {root}/text, num_workers: 0, max_length: 64}}
 stages:
   connector_pretraining: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 2, steps: {steps}, weight_decay: 0.1}}
   modality_adaptation: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 4, epochs: 0.5}}
@@ -68,7 +71,7 @@ class TinyRun:
         )
         tokenizer.save_pretrained(root / "language_model")
         samples = make_samples(40)
-        write_mds(samples, root / "train")
+        write_mds(_flawed(samples), root / "train")
         write_mds(samples[:10], root / "validation")
         write_mds([sample for sample in samples if not sample.images], root / "text")
         write_mds([_asked(sample) for sample in samples], root / "chat")
@@ -155,6 +158,13 @@ class TinyRun:
         """Own folders for streaming and Triton, and no variables of an outer launcher."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "WORLD_", "RANK"))}
         return {**clean, "TMPDIR": tempfile.mkdtemp(dir=self.root)}
+
+
+def _flawed(samples: list[Sample]) -> list[Sample]:
+    flawed = make_samples(len(samples), bad=BAD)
+    long = Turn("assistant", "red square " * 40)
+    flawed[LONG] = replace(samples[LONG], turns=(*samples[LONG].turns[:-1], long))
+    return flawed
 
 
 def _asked(sample: Sample) -> Sample:

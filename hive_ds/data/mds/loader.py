@@ -14,12 +14,10 @@ from streaming import StreamingDataLoader
 
 from hive_ds.data.batch import PackedBatch, PreparedSample
 from hive_ds.data.mds.dataset import SampleDataset
+from hive_ds.data.mds.shared_memory import release_caches
 from hive_ds.errors import HiveError
 
 logger = logging.getLogger(__name__)
-
-BAD_GRACE = 100
-"""The share of bad samples is taken of at least so many, so that one bad sample at the start does not end a run."""
 
 
 class SampleLoader(StreamingDataLoader):
@@ -27,8 +25,8 @@ class SampleLoader(StreamingDataLoader):
 
     With ``endless`` (training) iteration goes on over epochs and picks up at the position where the last one stopped;
     otherwise each iteration is the first epoch again. ``len()`` is the number of micro-batches of one epoch.
-    Bad samples are logged and counted; past ``max_bad_share`` of the samples so far (of at least BAD_GRACE) a
-    HiveError ends the run.
+    Bad samples are logged. Whether they are too many (``max_bad_share``) is for those to say who know all ranks'
+    samples: a single rank's first ones are too few. HiveError where nothing usable comes for so many in a row.
     """
 
     def __init__(
@@ -50,12 +48,9 @@ class SampleLoader(StreamingDataLoader):
         )
         self._samples = dataset
         self._endless = endless
-        self._max_bad_share = max_bad_share
+        self.max_bad_share = max_bad_share
         self._epoch = 0
         self._start = 0
-        self.num_seen = 0
-        """Samples that this rank has yielded since it started, bad ones replaced."""
-        self.num_bad = 0
 
     def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
         """Yield batches; every rank yields equally many."""
@@ -64,7 +59,8 @@ class SampleLoader(StreamingDataLoader):
             self._samples.seek(self._epoch, self._start)
             try:
                 for batch in super().__iter__():
-                    self._count(batch)
+                    for bad in batch.bad:
+                        logger.warning("bad sample %s replaced: %s", bad.id, bad.reason)
                     yield batch
             except HiveError as error:
                 # A worker's error arrives with its stack trace in the message: keep the line that says what is wrong.
@@ -102,16 +98,17 @@ class SampleLoader(StreamingDataLoader):
             "weights": weights if len(weights) > 1 else None,
         }
 
-    def _count(self, batch: PackedBatch) -> None:
-        self.num_seen += batch.num_samples
-        self.num_bad += len(batch.bad)
-        for bad in batch.bad:
-            logger.warning("bad sample %s replaced: %s", bad.id, bad.reason)
-        if self.num_bad > self._max_bad_share * max(self.num_seen, BAD_GRACE):
-            raise HiveError(
-                f"{self.num_bad} bad samples among {self.num_seen} on this rank, more than data.max_bad_share = "
-                f"{self._max_bad_share} allows; the last, {batch.bad[-1].id}: {batch.bad[-1].reason}"
-            )
+    def close(self) -> None:
+        """End what this process still downloads, and let another loader download to the cache; for one without workers.
+
+        It cannot be iterated again.
+        """
+        samples = self._samples
+        if hasattr(samples, "_iterator"):
+            samples._iterator.non_blocking_exit()
+            samples._executor.shutdown()  # not `_iterator.exit`, which waits for ever for a thread that has failed
+        if samples._unique_rank_world.is_local_leader:
+            release_caches(os.getpid(), samples._shm_prefix_int)
 
     def _get_batch_size(self, batch: PackedBatch) -> int:
         return batch.num_samples

@@ -1,0 +1,131 @@
+"""Checks of what the loop makes of the samples of all ranks; `test_loop_on_ranks` runs them on 2 ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from checkpoint_checks import writer_of
+from stage_helpers import config_for, expect_error, make_trainee, step_batches
+
+from hive_ds.config import TrainingConfig
+from hive_ds.data.batch import BadSample, PackedBatch
+from hive_ds.training.attempt import Attempt
+from hive_ds.training.distributed import all_values
+from hive_ds.training.flops import FlopCounter
+from hive_ds.training.loop import Job, evaluate, train
+from hive_ds.training.metrics import Meter, MetricsLog
+from hive_ds.training.pace import Pace
+from hive_ds.training.schedule import Schedule
+
+SAMPLES = 50
+"""Of a batch, as far as the loop counts: only two are computed."""
+
+
+@dataclass(frozen=True)
+class Flawed:
+    """A loader whose batches on the last rank replace so many bad samples, step by step."""
+
+    ranks: Any
+    bad: Sequence[int]
+    max_bad_share: float = 0.01
+    infinite: tuple[int, ...] = ()
+    """Steps whose images there are infinite, so that every rank skips them."""
+
+    def __len__(self) -> int:
+        return len(self.bad)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        last = self.ranks.world.rank == self.ranks.world.size - 1
+        for step, count in enumerate(self.bad):
+            (batch,) = step_batches(self.ranks, step, 2)
+            if last and step in self.infinite:
+                batch.images["pixel_values"][:] = float("inf")
+            bad = [BadSample(f"b{step}-{number}", "planted") for number in range(count * last)]
+            yield replace(batch, sample_ids=[f"s{number}" for number in range(SAMPLES)], bad=tuple(bad))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def job_of(ranks: Any, loader: Flawed, *, log_interval: int = 1, **counts: float) -> Job:
+    """A stage over ``loader``, in a folder of its own; ``counts`` are those that its checkpoint brought."""
+    trainee, steps = make_trainee(ranks, config=config_for(2)), len(loader)
+    folder = ranks.folder / f"flawed-{sum(loader.bad)}-{steps}-{log_interval}"
+    folder.mkdir(exist_ok=True)
+    return Job(
+        engine=trainee.engine,
+        loader=loader,
+        validation={},
+        schedule=Schedule(steps, 0.0, 0.0),
+        training=TrainingConfig(validation_interval=0, log_interval=log_interval),
+        metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
+        meter=Meter(ranks.world.size, 1e12, ranks.device, **counts),
+        pace=Pace(ranks.world, ranks.device, torch.float32),
+        flops=FlopCounter(trainee.engine.model, trainee.plan),
+        patch_size=8,
+        world=ranks.world,
+        device=ranks.device,
+        checkpoints=writer_of(ranks, trainee, folder, config_for(2)),
+        attempt=Attempt(folder, ranks.world, {}),
+    )
+
+
+def check_bad_share_of_all_ranks(ranks: Any) -> None:
+    """Two of one rank's first 50, 0.3 % of all, pass; 5 % of all end the run on every rank, also in a validation.
+
+    What a run met before it was resumed counts. Where none is allowed, the first ends it.
+    """
+    few = job_of(ranks, Flawed(ranks, [2, 0, 0, 0, 0, 0, 0]))
+    assert train(few, 0) == 7
+    assert (few.meter.bad_samples, few.meter.samples) == (2, 7 * SAMPLES * ranks.world.size)
+    state = json.loads((few.checkpoints.folder / "checkpoints" / "step-000007" / "state.json").read_text())
+    assert state["loader"]["counts"] == {"cut_samples": 0, "bad_samples": 2}
+
+    many = job_of(ranks, Flawed(ranks, [10] * 7))
+    expect_stop(
+        many, "20 bad samples among 200 on all ranks, more than {} and chance allow (19); the last, b1-9: planted"
+    )
+    losses = Flawed(ranks, [0, 0, 0, 20])
+    message = expect_error(lambda: evaluate(few, losses))
+    assert message.startswith("20 bad samples among 400 on all ranks, more than data.max_bad_share = 0.01"), message
+
+    resumed = job_of(ranks, Flawed(ranks, [0, 3]), samples=5000, bad_samples=71)
+    expect_stop(
+        resumed, "74 bad samples among 5200 on all ranks, more than {} and chance allow (73); the last, b1-2: planted"
+    )
+    strict = job_of(ranks, Flawed(ranks, [1], max_bad_share=0.0))
+    expect_stop(
+        strict, "1 bad samples among 100 on all ranks, more than {} and chance allow (0); the last, b0-0: planted"
+    )
+    for job in (few, many, resumed, strict):
+        job.engine.close()
+
+
+def check_skipped_steps_are_left_out_of_the_mean_loss(ranks: Any) -> None:
+    """Of two steps to a line, of which one was skipped, the other's loss is logged; of two skipped ones, none."""
+    losses = {}
+    for interval in (1, 2):
+        job = job_of(ranks, Flawed(ranks, [0] * 6, infinite=(1, 4, 5)), log_interval=interval)
+        train(job, 0)
+        job.engine.close()
+        if ranks.world.is_main:
+            lines = map(json.loads, (job.checkpoints.folder / "metrics.jsonl").read_text().splitlines())
+            losses[interval] = [line["loss"] for line in lines if line["event"] == "train"]
+    if ranks.world.is_main:
+        single, double = losses[1], losses[2]
+        assert [loss is None for loss in single] == [False, True, False, False, True, True]
+        assert (double[0], double[2]) == (single[0], None)
+        assert min(single[2:4]) < double[1] < max(single[2:4])
+
+
+def expect_stop(job: Job, message: str) -> None:
+    found = expect_error(lambda: train(job, 0))
+    assert all_values(found) == [message.format(f"data.max_bad_share = {job.loader.max_bad_share}")] * job.world.size
+    if job.world.is_main:
+        lines = (job.checkpoints.folder / "metrics.jsonl").read_text().splitlines()
+        last = json.loads(lines[-1])
+        assert (last["event"], last["samples"][-1]["reason"]) == ("bad_samples", "planted")
