@@ -172,10 +172,11 @@ class CascadedForCausalLM(nn.Module):
         if labels is None:
             logits = self._logits(places, states_SD, to_device(places.text_T, states_SD.device))
             return CausalLMOutputWithPast(logits=text.padded(logits))
-        labels_T = text.packed(labels).cpu()  # where loaders leave them
+        labels_T = text.packed(labels)  # on the CPU, as loaders leave them: else the host waits for what counts
+        text_T, positions_S = (to_device(x, labels_T.device) for x in (places.text_T, places.positions_S))
         # The first token of a sequence has none before it.
-        counted = (labels_T != IGNORE_INDEX) & (places.positions_S[places.text_T] > 0)
-        chosen = (to_device(x, states_SD.device) for x in (places.text_T[counted] - 1, labels_T[counted]))
+        counted = (labels_T != IGNORE_INDEX) & (positions_S[text_T] > 0)
+        chosen = (to_device(x, states_SD.device) for x in (text_T[counted] - 1, labels_T[counted]))
         total = self._loss(places, states_SD, *chosen)
         items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / items)
