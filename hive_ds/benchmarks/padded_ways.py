@@ -6,8 +6,6 @@ G key/value head, K head dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.profiler import record_function
-from transformers import masking_utils
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.batch import PackedBatch
@@ -24,7 +21,7 @@ from hive_ds.model.cascaded import CascadedForCausalLM
 from hive_ds.model.compiling import compile_encoder
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.interleaving import Interleaving
-from hive_ds.model.language import decoder
+from hive_ds.model.language import decoder, one_sequence_a_row
 from hive_ds.model.positions import Grid, build_positions
 from hive_ds.model.projector import projector_name
 from hive_ds.model.vision import encode_images
@@ -217,17 +214,6 @@ class PaddedCascade:
         )
         states = torch.cat([trunk.embed_tokens(inputs["input_ids"]), image]).index_select(0, source)
         states_BWD = states.new_zeros(mask_BW.numel(), states.shape[1]).index_copy(0, rows, states)
-        with _one_sequence_a_row():
+        with one_sequence_a_row():
             hidden = trunk(inputs_embeds=states_BWD.unflatten(0, mask_BW.shape), use_cache=False).last_hidden_state
         return self.model.language_loss(hidden.flatten(0, 1)[before], targets)
-
-
-@contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    """Keep transformers 5 from asking the GPU whether rows hold several sequences, for which the host would wait."""
-    asked = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda *_: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = asked

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx.experimental import _config
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import masking_utils
 
 from hive_ds.cost.memory_watch import MemoryWatch
 from hive_ds.cost.meta_attention import ATTENTION_BACKWARD, attend_on_meta
 from hive_ds.cost.workload import Workload
 from hive_ds.model.attention_backends import TrainedModel
+from hive_ds.model.language import one_sequence_a_row
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def watch_step(model: TrainedModel, workload: Workload) -> MemoryWatch:
     inputs = workload.inputs(model, torch.device("meta"))
     watch = MemoryWatch([*model.parameters(), *model.buffers(), inputs["input_ids"], inputs["pixel_values"]])
     hooks = watch.follow_gradients(model.parameters())
-    with _every_token_counts(), _no_look_at_positions(), watch:
+    with _every_token_counts(), one_sequence_a_row(), watch:
         model(**inputs).loss.backward()
     for hook in hooks:
         hook.remove()
@@ -58,14 +58,3 @@ def _every_token_counts() -> Iterator[None]:
         meta_nonzero_assume_all_nonzero=True
     ):
         yield
-
-
-@contextmanager
-def _no_look_at_positions() -> Iterator[None]:
-    """Since transformers 5 an LLM looks into position ids for where samples begin; here they hold no values."""
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = torch.zeros_like
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers import masking_utils
 
 from hive_ds.errors import HiveError
 from hive_ds.model.positions import RotaryFrequencies
@@ -129,3 +132,17 @@ def ask_no_gradient_of_inputs(model: transformers.PreTrainedModel) -> None:
     """
     if hasattr(model, "_require_grads_hook"):
         model.disable_input_require_grads()
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Keep transformers 5 from looking into position ids for where the sequences of a row begin.
+
+    On a GPU the host would wait for that, and on the meta device ids hold no values.
+    """
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look

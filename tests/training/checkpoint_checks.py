@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,6 +263,28 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
         one.engine.close()
 
 
+def job_over(
+    ranks: Any, trainee: Any, loader: Any, folder: Path, steps: int, training: TrainingConfig, **counts: float
+) -> Job:
+    """So many steps over ``loader``; ``counts`` are those that a checkpoint brought."""
+    return Job(
+        engine=trainee.engine,
+        loader=loader,
+        validation={},
+        schedule=Schedule(steps, 0.0, 0.0),
+        training=training,
+        metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
+        meter=Meter(ranks.world.size, 1e12, ranks.device, **counts),
+        pace=Pace(ranks.world, ranks.device, torch.float32),
+        flops=FlopCounter(trainee.engine.model, trainee.plan),
+        patch_size=8,
+        world=ranks.world,
+        device=ranks.device,
+        checkpoints=writer_of(ranks, trainee, folder, config_for(2)),
+        attempt=Attempt(folder, ranks.world, {}),
+    )
+
+
 def check_endless_skips(ranks: Any) -> None:
     """Row 15: the loop counts skipped steps, logs the samples of every rank, and ends after so many in a row."""
     for precision in ("fp32", "bf16"):
@@ -281,22 +304,7 @@ def endless_skips(ranks: Any, precision: str) -> None:
 
     folder = ranks.folder / f"skips-{precision}"
     folder.mkdir(exist_ok=True)
-    job = Job(
-        engine=trainee.engine,
-        loader=batches(),
-        validation={},
-        schedule=Schedule(20, 0.0, 0.0),
-        training=TrainingConfig(max_skipped_steps=3),
-        metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
-        meter=Meter(ranks.world.size, 1e12, ranks.device),
-        pace=Pace(ranks.world, ranks.device, torch.float32),
-        flops=FlopCounter(trainee.engine.model, trainee.plan),
-        patch_size=8,
-        world=ranks.world,
-        device=ranks.device,
-        checkpoints=writer_of(ranks, trainee, folder, config_for(2)),
-        attempt=Attempt(folder, ranks.world, {}),
-    )
+    job = job_over(ranks, trainee, batches(), folder, 20, TrainingConfig(max_skipped_steps=3))
     message = expect_error(lambda: train(job, 0))
     assert message.startswith("step 7: the gradient was not finite for 3 steps in a row"), message
     assert "[['s0', 's1'], ['s2', 's3']]" in message

@@ -7,19 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from checkpoint_checks import writer_of
+from checkpoint_checks import job_over
 from stage_helpers import config_for, expect_error, make_trainee, step_batches
 
 from hive_ds.config import TrainingConfig
 from hive_ds.data.batch import BadSample, PackedBatch
-from hive_ds.training.attempt import Attempt
 from hive_ds.training.distributed import all_values
-from hive_ds.training.flops import FlopCounter
 from hive_ds.training.loop import Job, evaluate, train
-from hive_ds.training.metrics import Meter, MetricsLog
-from hive_ds.training.pace import Pace
-from hive_ds.training.schedule import Schedule
 
 SAMPLES = 50
 """Of a batch, as far as the loop counts: only two are computed."""
@@ -56,22 +50,8 @@ def job_of(ranks: Any, loader: Flawed, *, log_interval: int = 1, **counts: float
     trainee, steps = make_trainee(ranks, config=config_for(2)), len(loader)
     folder = ranks.folder / f"flawed-{sum(loader.bad)}-{steps}-{log_interval}"
     folder.mkdir(exist_ok=True)
-    return Job(
-        engine=trainee.engine,
-        loader=loader,
-        validation={},
-        schedule=Schedule(steps, 0.0, 0.0),
-        training=TrainingConfig(validation_interval=0, log_interval=log_interval),
-        metrics=MetricsLog(folder / "metrics.jsonl", ranks.world, 0),
-        meter=Meter(ranks.world.size, 1e12, ranks.device, **counts),
-        pace=Pace(ranks.world, ranks.device, torch.float32),
-        flops=FlopCounter(trainee.engine.model, trainee.plan),
-        patch_size=8,
-        world=ranks.world,
-        device=ranks.device,
-        checkpoints=writer_of(ranks, trainee, folder, config_for(2)),
-        attempt=Attempt(folder, ranks.world, {}),
-    )
+    training = TrainingConfig(validation_interval=0, log_interval=log_interval)
+    return job_over(ranks, trainee, loader, folder, steps, training, **counts)
 
 
 def check_bad_share_of_all_ranks(ranks: Any) -> None:
