@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 
 from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
-from hive_ds.training.distributed import World, sum_over_ranks
+from hive_ds.training.distributed import World, from_main, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,31 @@ class Attempt:
             return
         now = self._signature.read_text() if self._signature.is_file() else "nobody"
         if now != self._name:
-            raise HiveError(
-                f"{self._signature.parent}: attempt {now} took over from this one, {self._name}; nothing was written"
-            )
+            raise HiveError(self._refusal(now))
+
+    def _refusal(self, now: str) -> str:
+        return f"{self._signature.parent}: attempt {now} took over from this one, {self._name}; nothing was written"
+
+    def _successor(self) -> str | None:
+        """Who has taken over, as far as can be read: a file system that fails for a moment ends no training."""
+        with suppress(OSError):
+            now = self._signature.read_text()
+            return now if now != self._name else None
+        return None
 
     def agree(self, device: torch.device, *, writing: bool) -> Agreement:
-        """What all ranks know after a step.
+        """What all ranks know after a step; rank 0 asks before it logs the step.
 
         Args:
             device: of this rank.
             writing: this rank is still writing its part of a checkpoint.
+
+        Raises:
+            HiveError: on every rank, where another attempt has taken over; names both.
         """
         stop = self._world.is_main and (self._stop_file.exists() or time.time() >= self._stop_at)
-        stops, writers = sum_over_ranks([float(stop), float(writing)], device)
+        successor = self._successor() if self._world.is_main else None
+        stops, writers, over = sum_over_ranks([float(stop), float(writing), float(successor is not None)], device)
+        if over:
+            raise HiveError(self._refusal(from_main(successor)))
         return Agreement(stop=stops > 0, writing=writers > 0)

@@ -22,7 +22,7 @@ from hive_ds.errors import HiveError
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.bad_samples import check_bad_share
 from hive_ds.training.checkpoint_writer import CheckpointWriter, SaveReport
-from hive_ds.training.distributed import World, all_values, min_over_ranks, sum_over_ranks
+from hive_ds.training.distributed import World, all_values, sum_over_ranks
 from hive_ds.training.engine import Engine, StepReport
 from hive_ds.training.flops import BatchSize, FlopCounter
 from hive_ds.training.maps import SampleMaps, norms_over_ranks
@@ -69,7 +69,8 @@ def train(job: Job, first_step: int) -> int:
         The steps done: all, or fewer where the attempt was asked to stop; there is a checkpoint of them.
 
     Raises:
-        HiveError: too many steps in a row had a gradient that is not finite, or too many samples are bad.
+        HiveError: too many steps in a row had a gradient that is not finite, too many samples are bad, or another
+            attempt has taken over.
     """
     batches, steps, skipped_in_row, done = iter(job.loader), job.schedule.steps, 0, first_step
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=not job.world.is_main, dynamic_ncols=True)
@@ -86,6 +87,7 @@ def train(job: Job, first_step: int) -> int:
         here.enter("step")
         with record_function("part:optimizer"):
             report = job.engine.step(job.schedule.factor(step))
+        agreed = job.attempt.agree(job.device, writing=job.checkpoints.writing)
         job.meter.add(totals, math.nan if report.skipped else loss)
         _watch_bad_samples(job, done, micro_batches, totals)
         skipped_in_row = _watch_skips(job, done, report, micro_batches, skipped_in_row)
@@ -96,7 +98,6 @@ def train(job: Job, first_step: int) -> int:
             _validate(job, done)
         if mapped:
             _map(job, done, squares)
-        agreed = job.attempt.agree(job.device, writing=job.checkpoints.writing)
         _report_save(job, job.checkpoints.advance(agreed.writing))
         if agreed.stop or _due(done, job.training.checkpoint_interval, steps):
             _save(job, done, last=agreed.stop or done == steps)
@@ -107,12 +108,13 @@ def train(job: Job, first_step: int) -> int:
 
 
 def evaluate(job: Job, loader: Any) -> float:
-    """Mean loss over supervised tokens of the first batches of ``loader``, over all ranks.
+    """Mean loss over supervised tokens of the first ``training.validation_samples`` of ``loader``, over all ranks.
 
     Raises:
         HiveError: too many of its samples are bad.
     """
-    count = int(min_over_ranks([min(len(loader), job.training.validation_batches)], job.device)[0])
+    one_batch_each = loader.batch_size * job.world.size
+    count = math.ceil(job.training.validation_samples / one_batch_each)
     loss_sum, tokens, samples, bad = 0.0, 0.0, 0.0, []
     job.engine.model.eval()
     for batch in islice(iter(loader), count):

@@ -281,7 +281,7 @@ def job_over(
         world=ranks.world,
         device=ranks.device,
         checkpoints=writer_of(ranks, trainee, folder, config_for(2)),
-        attempt=Attempt(folder, ranks.world, {}),
+        attempt=signed(ranks, folder),
     )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from checkpoint_checks import job_over
+import torch
+from checkpoint_checks import job_over, signed
 from stage_helpers import config_for, expect_error, make_trainee, step_batches
 
 from hive_ds.config import TrainingConfig
 from hive_ds.data.batch import BadSample, PackedBatch
-from hive_ds.training.distributed import all_values
+from hive_ds.training.distributed import all_values, barrier
 from hive_ds.training.loop import Job, evaluate, train
 
 SAMPLES = 50
@@ -28,6 +31,8 @@ class Flawed:
     max_bad_share: float = 0.01
     infinite: tuple[int, ...] = ()
     """Steps whose images there are infinite, so that every rank skips them."""
+
+    batch_size = SAMPLES
 
     def __len__(self) -> int:
         return len(self.bad)
@@ -45,10 +50,37 @@ class Flawed:
         return {}
 
 
+@dataclass(frozen=True)
+class TakenOver(Flawed):
+    """Another attempt signs the stage's folder before its second batch."""
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        for step, batch in enumerate(super().__iter__()):
+            if step == 1:
+                signed(self.ranks, folder_of(self), "new")
+                barrier()
+            yield batch
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A folder of eight samples a rank, in micro-batches of ``batch_size``, dealt to ranks as the loader does."""
+
+    ranks: Any
+    batch_size: int
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return iter(step_batches(self.ranks, 0, self.batch_size, (1,) * 8 * self.ranks.world.size))
+
+
+def folder_of(loader: Flawed) -> Path:
+    return loader.ranks.folder / f"{type(loader).__name__}-{sum(loader.bad)}-{len(loader)}"
+
+
 def job_of(ranks: Any, loader: Flawed, *, log_interval: int = 1, **counts: float) -> Job:
     """A stage over ``loader``, in a folder of its own; ``counts`` are those that its checkpoint brought."""
     trainee, steps = make_trainee(ranks, config=config_for(2)), len(loader)
-    folder = ranks.folder / f"flawed-{sum(loader.bad)}-{steps}-{log_interval}"
+    folder = folder_of(loader)
     folder.mkdir(exist_ok=True)
     training = TrainingConfig(validation_interval=0, log_interval=log_interval)
     return job_over(ranks, trainee, loader, folder, steps, training, **counts)
@@ -83,6 +115,39 @@ def check_bad_share_of_all_ranks(ranks: Any) -> None:
     )
     for job in (few, many, resumed, strict):
         job.engine.close()
+
+
+def check_validation_loss_of_the_same_samples(ranks: Any) -> None:
+    """A validation loss is of the first samples of the folder, whatever micro-batches and ranks compute it."""
+    job, size = job_of(ranks, Flawed(ranks, [0])), ranks.world.size
+
+    def loss(samples: int, micro: int) -> float:
+        training = replace(job.training, validation_samples=samples)
+        return evaluate(replace(job, training=training), HeldOut(ranks, micro))
+
+    with torch.no_grad():
+        (of_all,) = step_batches(SimpleNamespace(world=SimpleNamespace(rank=0, size=1)), 0, 8 * size, (1,) * 8 * size)
+        whole = float(job.engine.forward(**of_all.model_inputs(ranks.device, job.engine.dtype)).loss)
+    for micro in (1, 2, 4, 8):
+        torch.testing.assert_close(loss(8 * size, micro), whole, rtol=1e-5, atol=0)
+    first, *others = (loss(4 * size, micro) for micro in (1, 2, 4))
+    torch.testing.assert_close(others, [first] * 2, rtol=1e-5, atol=0)
+    assert abs(first - whole) > 1e-3 * whole
+    assert loss(3 * size, 2) == loss(4 * size, 2), "rounded up to whole micro-batches of all ranks"
+    assert loss(10**6, 4) == loss(8 * size, 4), "no more than there are"
+    job.engine.close()
+
+
+def check_replaced_attempt_logs_nothing(ranks: Any) -> None:
+    """An attempt that another has replaced ends on every rank after the step, and its lines stay away."""
+    job = job_of(ranks, TakenOver(ranks, [0] * 4))
+    found = all_values(expect_error(lambda: train(job, 0)))
+    folder = folder_of(job.loader)
+    assert found == [f"{folder}: attempt new took over from this one, first; nothing was written"] * job.world.size
+    if ranks.world.is_main:
+        (line,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        assert (line["event"], line["step"]) == ("train", 1)
+    job.engine.close()
 
 
 def check_skipped_steps_are_left_out_of_the_mean_loss(ranks: Any) -> None:

@@ -64,9 +64,8 @@ def check_attempts(ranks: Any) -> None:
     barrier()
     if ranks.world.is_main:
         assert "attempt new took over from this one, old; nothing was written" in expect_error(old.check)
+    assert "attempt new took over from this one, old; nothing was written" in expect_error(lambda: agree(ranks, old))
     new.check()
-    writer = writer_of(ranks, trainee, folder, config_for(2))
-    assert save(writer, 1) is None
     assert not agree(ranks, new).stop
     late = Attempt(folder, ranks.world, {"HIVE_ATTEMPT": "new", "HIVE_STOP_AT": "1000"})
     assert agree(ranks, late).stop
@@ -75,6 +74,7 @@ def check_attempts(ranks: Any) -> None:
     assert agree(ranks, new).stop
     message = expect_error(lambda: Attempt(folder, ranks.world, {"HIVE_STOP_AT": "noon"}))
     assert message == "HIVE_STOP_AT is 'noon'; expected seconds since the epoch"
+    assert save(writer_of(ranks, trainee, folder, config_for(2)), 1) is None  # one that signs again
     trainee.engine.close()
 
 
@@ -83,7 +83,7 @@ def check_background_save(ranks: Any) -> None:
     folder = ranks.folder / "background"
     trainee = make_trainee(ranks, config=config_for(2))
     writer = writer_of(ranks, trainee, folder, config_for(2))
-    attempt = Attempt(folder, ranks.world, {})
+    attempt = Attempt(folder, ranks.world, {"HIVE_ATTEMPT": "first"})  # the writer's, which has signed
     slow = ranks.world.rank == 1
     with held_back(slow) as threads:
         writer.begin(1, {})

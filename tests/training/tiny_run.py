@@ -49,7 +49,7 @@ training:
   precision: fp32
   checkpoint_interval: {interval}
   validation_interval: {interval}
-  validation_batches: 2
+  validation_samples: 8
   tensorboard: true
 """
 

@@ -122,7 +122,7 @@ def test_precedence_and_origins(tmp_path: Path):
         "compile": "default",
         "ds_config": "default",
         "validation_interval": "base tiny.yaml:" + _line("tiny", "  validation_interval:"),
-        "validation_batches": "base tiny.yaml:" + _line("tiny", "  validation_batches:"),
+        "validation_samples": "base tiny.yaml:" + _line("tiny", "  validation_samples:"),
         "maps_interval": "default",
         "profile": "default",
         "max_skipped_steps": "default",
