@@ -66,7 +66,8 @@ def key_mask(
     Transformers 4 says where the queries are by ``cache_position``, transformers 5 by ``q_length`` and ``q_offset``.
     """
     if cache_position is not None:
-        end, device = int(cache_position[-1]) + 1, cache_position.device
+        whole = len(cache_position) == kv_length  # as in training, where asking the tensor would wait for the GPU
+        end, device = kv_length if whole else int(cache_position[-1]) + 1, cache_position.device
     else:
         end = int(q_offset) + q_length
     if "or_masks" in getattr(mask_function, "__qualname__", ""):

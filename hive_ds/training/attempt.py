@@ -21,6 +21,9 @@ from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
 from hive_ds.training.distributed import World, from_main, sum_over_ranks
 
+_GO_ON, _STOP, _REPLACED = 0.0, 1.0, 2.0
+"""What rank 0 tells the others after a step; theirs is 0, so that the sum is its word."""
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -92,9 +95,14 @@ class Attempt:
         Raises:
             HiveError: on every rank, where another attempt has taken over; names both.
         """
-        stop = self._world.is_main and (self._stop_file.exists() or time.time() >= self._stop_at)
-        successor = self._successor() if self._world.is_main else None
-        stops, writers, over = sum_over_ranks([float(stop), float(writing), float(successor is not None)], device)
-        if over:
+        word, successor = _GO_ON, None
+        if self._world.is_main:
+            successor = self._successor()
+            if successor is not None:
+                word = _REPLACED
+            elif self._stop_file.exists() or time.time() >= self._stop_at:
+                word = _STOP
+        word, writers = sum_over_ranks([word, float(writing)], device)
+        if word == _REPLACED:
             raise HiveError(self._refusal(from_main(successor)))
-        return Agreement(stop=stops > 0, writing=writers > 0)
+        return Agreement(stop=word == _STOP, writing=writers > 0)

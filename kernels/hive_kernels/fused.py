@@ -103,7 +103,8 @@ def prepare_layout(
     """Build, once a batch, what calls with this layout read: before a region that is compiled or captured in a graph.
 
     Eager calls build it by themselves the first time. torch.compile cannot trace it, and a CUDA graph cannot hold the
-    copy to the device.
+    copy to the device. What holds for one batch by chance must not be compiled in: that there are as many tiles as
+    samples, or that forward and backward read the same table.
 
     Args:
         layout: of the batch.
@@ -126,7 +127,11 @@ def prepare_layout(
     if not layout.decoding:  # those of long texts as well: what is there now and then would be compiled for both
         key_work = layout.schedule.key_work(made.tile("keys").keys)
         made = made._replace(first_token=layout.schedule.first_token, key_work=key_work)
-    return KernelTables(*(getattr(made, name) for name in KernelTables._fields))
+    made = made._replace(backward_work=made.backward_work[:])
+    tables = KernelTables(*(getattr(made, name) for name in KernelTables._fields))
+    for table in tables[:-2]:
+        torch._dynamo.maybe_mark_dynamic(table, 0)
+    return tables
 
 
 def prepared_attention(

@@ -1,6 +1,6 @@
 """One rank of `test_data_ranks`: run loaders over a folder and write what each step saw.
 
-usage: rank_main.py PLAN OUT, with RANK, WORLD_SIZE and the ranks of the machine set as a launcher does.
+`main` takes the paths PLAN and OUT, with RANK, WORLD_SIZE and the ranks of the machine set as a launcher does.
 PLAN is a JSON list of runs: name, folder (or folders with weights), cache, micro, global_batch, workers, steps,
 save_at, shuffle, balance, max_bad_share, and resume, the name of a run whose saved state to start from (an earlier
 plan's included).
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,8 +54,8 @@ def run(plan: dict, states: Path) -> dict:
     return {"steps": steps, "bad": bad, "length": len(loader), "state": loader.state_dict()}
 
 
-def main() -> None:
-    plan, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+def main(arguments: list[str]) -> int:
+    plan, out = json.loads(Path(arguments[0]).read_text()), Path(arguments[1])
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{out.parent}/store{size}", rank=rank, world_size=size)
@@ -68,7 +67,4 @@ def main() -> None:
     out.with_suffix(f".{rank}").write_text(json.dumps(results))
     if size > 1:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -4,41 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 from tiny_data import flat, make_samples
 
 from hive_ds.data.mds import write_mds
 
 NUMBER, GLOBAL, STEPS = 22, 4, 14  # 22 samples: six steps an epoch, of which the last is filled up
 BAD = (2, 3, 11)
-MAIN = Path(__file__).with_name("rank_main.py")
 
 
 def launch(plan: list[dict], out: Path, size: int) -> list[dict]:
-    """Run ``plan`` on ``size`` ranks, with the variables that the deepspeed launcher sets; one result a rank."""
-    out.with_suffix(".plan").write_text(json.dumps(plan))
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "WORLD_"))}
-    clean |= {"TMPDIR": str(out.parent), "PYTHONPATH": f"{MAIN.parent}:{MAIN.parents[2]}"}
-    processes = []
-    for rank in range(size):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
-        command = [sys.executable, str(MAIN), str(out.with_suffix(".plan")), str(out)]
-        processes.append(
-            subprocess.Popen(command, env=clean | (ranks if size > 1 else {}), stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    """Run ``plan`` on ``size`` ranks; one result a rank."""
+    plan_file = out.with_suffix(".plan")
+    plan_file.write_text(json.dumps(plan))
+    environment = os.environ | {"TMPDIR": str(out.parent)}
+    done = run_forked("rank_main:main", [str(plan_file), str(out)], environment, size, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(size)]
 
 

@@ -1,6 +1,6 @@
 """Run a list of checks on several ranks in one launch, and tell pytest about each.
 
-A launch costs 10 to 25 seconds, so checks that need ranks are functions ``check_*(ranks)`` in a file of their own: one
+A launch costs some seconds, so checks that need ranks are functions ``check_*(ranks)`` in a file of their own: one
 launch runs them all in order on every rank and writes a verdict per check. What a check returns on rank 0 comes back
 too, so that launches with other numbers of ranks can be compared.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_forked
 
 HERE = Path(__file__).parent
 PYTHONPATH = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent, HERE.parent / "data"))
@@ -48,10 +48,8 @@ def check_names(*modules: str) -> list[str]:
 def launch_checks(names: list[str], num_ranks: int, folder: Path) -> dict[str, Verdict]:
     """Run these checks on ``num_ranks`` ranks, in one launch, and return a verdict for each."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
-    command += [__file__, str(folder), *names]
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "TMPDIR": tempfile.mkdtemp(dir=folder)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
+    done = run_forked("ranks:main", [str(folder), *names], env, num_ranks, timeout=800)
     verdicts: dict[str, Verdict] = {}
     broken = None
     for name in names:
@@ -87,10 +85,13 @@ class Ranks:
     folder: Path
 
 
-def _main(folder: str, names: list[str]) -> None:
+def main(arguments: list[str]) -> int:
+    """What each rank runs: the checks ``arguments[1:]``, whose reports go to the folder ``arguments[0]``."""
     from hive_ds.training import distributed
     from hive_ds.training.distributed import all_values, read_world, start, stop
 
+    folder, *names = arguments
+    sys.path[:0] = PYTHONPATH.split(os.pathsep)
     checks = [getattr(importlib.import_module(module), check) for module, check in (name.split(".") for name in names)]
     distributed.TIMEOUT = timedelta(seconds=60)  # ranks out of step end the launch, not the tests' patience
     world = read_world(os.environ)
@@ -106,7 +107,4 @@ def _main(folder: str, names: list[str]) -> None:
         if any(all_values(error is not None)):  # ranks may be out of step now
             os._exit(1)
     stop()
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2:])
+    return 0

@@ -31,8 +31,7 @@ def test_ranks_answer_as_one_process_with_the_saved_weights(tiny: TinyRun) -> No
         "training.maps_interval": 2,
         "stages.connector_pretraining.steps": 2,
     }
-    done = tiny.train(1, "asked", *(word for key, value in values.items() for word in ("--set", f"{key}={value}")))
-    assert done.returncode == 0, done.stdout + done.stderr
+    tiny.train_forked(1, "asked", *(word for key, value in values.items() for word in ("--set", f"{key}={value}")))
     asked = tiny.metrics("asked", 1, "answers")
     assert [(line["step"], line["questions"]) for line in asked] == [(1, 5), (2, 5)]
     folder, samples = tiny.root / "asked" / "stage1" / "model", read_mds(tiny.root / "questions")

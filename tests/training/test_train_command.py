@@ -47,12 +47,7 @@ EQUAL_ACROSS_ATTEMPTS = (
 @pytest.fixture(scope="module")
 def pretrained(tiny: TinyRun, straight: str) -> dict[int, str]:
     """Stages 2 and 3 after `straight`; what each printed."""
-    printed = {}
-    for number in (2, 3):
-        done = tiny.train(number, "straight", launcher="torchrun")
-        assert done.returncode == 0, done.stdout + done.stderr
-        printed[number] = done.stdout
-    return printed
+    return {number: tiny.train_forked(number, "straight") for number in (2, 3)}
 
 
 @pytest.fixture
@@ -143,10 +138,9 @@ def test_triton_kernels_under_zero3(tiny: TinyRun, straight: str) -> None:
     """Kernels are warmed up before the first step, in a cache of this machine, and the step is the same."""
     assert "attention of 2 routed LLM layers: sdpa (no GPU)" in straight
     backends = ("--set", "model.attention_backend=triton", "--set", "model.text_attention_backend=triton")
-    done = tiny.train(1, "triton", *backends, "--set", "stages.connector_pretraining.steps=1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("attention of 2 routed LLM layers: triton (asked for)") == 1
-    assert done.stdout.index("attention kernels are compiled") < done.stdout.index("stage 1 is done")
+    printed = tiny.train_forked(1, "triton", *backends, "--set", "stages.connector_pretraining.steps=1")
+    assert printed.count("attention of 2 routed LLM layers: triton (asked for)") == 1
+    assert printed.index("attention kernels are compiled") < printed.index("stage 1 is done")
     assert list(tiny.root.glob("tmp*/hive-triton-*/warm-up.lock"))
     found, expected = tiny.metrics("triton", 1, "train")[0], tiny.metrics("straight", 1, "train")[0]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -156,15 +150,14 @@ def test_triton_kernels_under_zero3(tiny: TinyRun, straight: str) -> None:
 def test_killed_and_resumed_equals_straight(tiny: TinyRun, straight: str) -> None:
     tiny.train_and_kill(1, "killed")
     assert not (tiny.root / "killed" / "stage1" / "DONE").exists()
-    done = tiny.train(1, "killed", "--set", "training.profile=[10, 11]", launcher="torchrun")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"resumed from {tiny.root / 'killed' / 'stage1' / 'checkpoints' / 'step-'}" in done.stdout
+    printed = tiny.train_forked(1, "killed", "--set", "training.profile=[10, 11]")
+    assert f"resumed from {tiny.root / 'killed' / 'stage1' / 'checkpoints' / 'step-'}" in printed
     for event, keys in (("train", EQUAL_ACROSS_ATTEMPTS), ("validation", ("step", "loss", "text_loss"))):
         resumed = [{key: line[key] for key in keys} for line in tiny.metrics("killed", 1, event)]
         assert resumed == [{key: line[key] for key in keys} for line in tiny.metrics("straight", 1, event)]
     first, second = (weights(tiny.root / run / "stage1" / "model") for run in ("straight", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    expect_profile(tiny.root / "killed" / "stage1" / "profile", done.stdout)
+    expect_profile(tiny.root / "killed" / "stage1" / "profile", printed)
 
 
 def expect_profile(folder: Path, printed: str) -> None:
@@ -192,13 +185,12 @@ def test_stopped_by_a_file_and_gone_on(tiny: TinyRun) -> None:
     assert not (folder / "DONE").exists()
     assert (folder / "latest").read_text() == "step-000001"
     (folder / "STOP").unlink()
-    done = tiny.train(1, "stopped", *few, launcher="torchrun", ranks=1)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "checkpoints/step-000001" in done.stdout
+    printed = tiny.train_forked(1, "stopped", *few, ranks=1)
+    assert "checkpoints/step-000001" in printed
     batch = "batch: 8 samples a step over {} ranks, each {} x micro-batch 2, for 3 does not divide {}"
     assert batch.format(2, 2, 4) in stopped.stdout
-    assert batch.format(1, 4, 8) in done.stdout
-    assert "training.seed" not in done.stdout
+    assert batch.format(1, 4, 8) in printed
+    assert "training.seed" not in printed
     assert [line["step"] for line in tiny.metrics("stopped", 1, "train")] == [1, 2, 3]
 
 
@@ -229,8 +221,7 @@ def test_stages_4_and_5_judge_the_encoder(tiny: TinyRun, pretrained: dict[int, s
     run = tiny.root / "straight"
     encoder, states = folder_sha256(run / "stage3" / "model"), {}
     for number in (4, 5):
-        done = tiny.train(number, "straight", launcher="torchrun")
-        assert done.returncode == 0, done.stdout + done.stderr
+        tiny.train_forked(number, "straight")
         assert tiny.metrics("straight", number, "start")[0]["vision_sha256"] == encoder
         model = load_any(run / f"stage{number}" / "model")
         assert model.config.vision_sha256 == encoder == folder_sha256(run / "encoder")

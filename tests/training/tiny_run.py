@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from forked import run_forked
 from ranks import PYTHONPATH
 from tiny_data import make_image_processor, make_samples, make_tokenizer
 from tiny_models import IMAGE_SIZE, tiny_encoder, tiny_language_model
@@ -111,7 +112,7 @@ class TinyRun:
     def train(
         self, stage: int, run: str, *options: str, plant: str | None = None, **launch: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run a stage to its end, or to the fault that is planted in it (see `planted`)."""
+        """Run a stage to its end, or to the fault that is planted in it (see `planted`), as a user would start it."""
         env = self.environment()
         if plant:
             launch["module"] = "planted"
@@ -125,6 +126,13 @@ class TinyRun:
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+    def train_forked(self, stage: int, run: str, *options: str, ranks: int = 2) -> str:
+        """Run a stage to its end on ranks that begin at once (see `forked`); what they printed."""
+        arguments = self.arguments(stage, run, *options)
+        done = run_forked("hive_ds.train:main", arguments, self.environment(), ranks, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def train_and_kill(self, stage: int, run: str) -> None:
         """Run a stage and kill every process of it, without warning, once its first checkpoint is there."""

@@ -1,0 +1,88 @@
+"""Ranks forked from a process that has imported everything: each begins at once, not after 15 s of CPU time.
+
+For tests that are not about launchers. Variables, output and exit codes are those that torchrun would give.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "hive_ds.train",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports for every optimizer, Inductor with it
+        "torch.utils.tensorboard",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.siglip.modeling_siglip",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the ranks left, in the order in which they wrote it."""
+
+    returncode: int
+    """The first that is not 0."""
+    stdout: str
+    stderr: str
+
+
+def run_forked(entry: str, arguments: Sequence[str], env: Mapping[str, str], num_ranks: int, timeout: float) -> Ended:
+    """Call ``module:function`` with ``arguments`` in each of ``num_ranks`` processes; one that fails ends the others.
+
+    Args:
+        entry: of a function whose result is the exit code.
+        arguments: of that function, as one list.
+        env: all variables but a rank's own. Modules that are imported already have read their own before.
+        num_ranks: processes.
+        timeout: seconds after which they are killed.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun: no port is free for a while
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        ranks = []
+        for rank in range(num_ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+            variables = {**env, **meeting, **{name: str(value) for name, value in place.items()}}
+            ranks.append(CONTEXT.Process(target=_rank, args=(entry, list(arguments), variables, outputs)))
+            ranks[-1].start()
+        deadline = time.monotonic() + timeout
+        while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            if not wait([rank.sentinel for rank in ranks if rank.exitcode is None], deadline - time.monotonic()):
+                break
+        late = time.monotonic() >= deadline
+        codes = [rank.exitcode for rank in ranks if rank.exitcode]
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        stdout, stderr = (path.read_text() for path in outputs)
+    assert not late, f"not through after {timeout} s\n{stdout}\n{stderr}"
+    return Ended(codes[0] if codes else 0, stdout, stderr)
+
+
+def _rank(entry: str, arguments: list[str], variables: dict[str, str], outputs: list[Path]) -> None:
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(variables)
+    tempfile.tempdir = None  # read from TMPDIR again
+    module, function = entry.split(":")
+    try:
+        sys.exit(getattr(importlib.import_module(module), function)(arguments))
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves them out
