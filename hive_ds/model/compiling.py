@@ -37,6 +37,8 @@ def compile_blocks(
             brings its weights stays outside.
     """
     torch._dynamo.config.specialize_float = True  # scales and epsilons: else a tensor each, made at every call
+    # After so many torch gives up, by functions: runs of all lengths are one, and compiled for validation too.
+    torch._dynamo.config.recompile_limit = 64
     compile_encoder(model.vision_encoder, backend, apart=apart)
     compiled = partial(torch.compile, backend=backend, dynamic=True)
     layers = decoder(model.language_model).layers

@@ -89,6 +89,32 @@ def test_new_lengths_compile_nothing(kind: str, backend: str) -> None:
     torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-5)
 
 
+class Doubled(torch.nn.Module):
+    """Stands in for an LLM layer."""
+
+    def forward(self, hidden: torch.Tensor, *, hive: None) -> torch.Tensor:
+        return hidden * 2
+
+
+@pytest.mark.skipif(not tiles.INTERPRETED, reason="needs the Triton interpreter: TRITON_INTERPRET=1")
+def test_runs_of_all_lengths_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten pieces of one function, five of training and five of validation: torch gives up after eight by default."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model = tiny_hive()
+    for layer in model.language_model.model.layers:
+        layer.self_attn.backend = "triton"
+    compile_blocks(model, torch.device("cpu"), torch.float32, "eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for training in (True, False):
+            for count in range(1, 6):
+                with torch.set_grad_enabled(training):
+                    hidden = model.run_layers([Doubled() for _ in range(count)], torch.ones(1, 3, 4), [None] * count)
+                assert torch.equal(hidden, torch.full((1, 3, 4), 2.0**count))
+    assert counters["stats"]["unique_graphs"] == 10
+
+
 def test_looking_inside_compiles_nothing() -> None:
     """Attention maps, gradients of blocks and the parts of a step's time hook into modules that are compiled."""
     torch._dynamo.reset()

@@ -17,7 +17,7 @@ from hive_ds.training import pace
 from hive_ds.training.distributed import barrier
 from hive_ds.training.pace import Pace
 
-BUSY = "import os, time\nos.sched_setaffinity(0, {%d})\nend = time.time() + 30\nwhile time.time() < end: pass"
+BUSY = "import os, time\nos.sched_setaffinity(0, {%d})\nend = time.time() + 120\nwhile time.time() < end: pass"
 
 
 @contextmanager
@@ -52,11 +52,11 @@ def check_slow_rank(ranks: Any) -> None:
     pace.PROBE_SECONDS, pace.SLOW_SECONDS = 0.0, 0.0
     warnings: list[str] = []
     compared = Pace(ranks.world, ranks.device, torch.float32)
-    with shared_core(cores[ranks.world.rank], 8 if ranks.world.rank == last else 0):
+    with shared_core(cores[ranks.world.rank], 32 if ranks.world.rank == last else 0):
         barrier()
         # Now and then the scheduler lets a probe pass the others; a warning takes so many lines without that.
         found: list[dict[str, Any]] = []
-        while not stays_slow(found, last) and len(found) < 4 * pace.SLOW_LINES:
+        while not stays_slow(found, last) and len(found) < 8 * pace.SLOW_LINES:
             found.append(compared.compare(1.0, warnings.append))
         barrier()
     assert stays_slow(found, last), found
