@@ -18,15 +18,25 @@ from ranks import launch_checks, passed  # noqa: E402
 
 from hive_ds.versions import made_with  # noqa: E402
 
-out = HERE / "communication.json"
-stored = json.loads(out.read_text())["cases"] if out.exists() else {}
-for ranks in map(int, sys.argv[1:] or ("1", "2", "4", "8")):
-    check = f"communication_checks.check_{'communication' if ranks < 8 else 'scaling'}"
-    with tempfile.TemporaryDirectory() as folder:
-        counted = passed(launch_checks([check], ranks, Path(folder))[check])
-        for case in CASES:
-            if case.name in counted:
-                expected = predicted(case, Path(folder) / "tiny", ranks)
-                stored.setdefault(case.name, {})[str(ranks)] = {"measured": counted[case.name], "predicted": expected}
-    out.write_text(json.dumps({**made_with(), "step": 3, "cases": stored}, indent=1) + "\n")
-    print(f"{ranks} ranks: {len(counted)} cases")
+
+def main() -> None:
+    """Run the cases on each number of ranks, and write after each."""
+    out = HERE / "communication.json"
+    stored = json.loads(out.read_text())["cases"] if out.exists() else {}
+    for ranks in map(int, sys.argv[1:] or ("1", "2", "4", "8")):
+        check = f"communication_checks.check_{'communication' if ranks < 8 else 'scaling'}"
+        with tempfile.TemporaryDirectory() as folder:
+            counted = passed(launch_checks([check], ranks, Path(folder))[check])
+            for case in CASES:
+                if case.name in counted:
+                    expected = predicted(case, Path(folder) / "tiny", ranks)
+                    stored.setdefault(case.name, {})[str(ranks)] = {
+                        "measured": counted[case.name],
+                        "predicted": expected,
+                    }
+        out.write_text(json.dumps({**made_with(), "step": 3, "cases": stored}, indent=1) + "\n")
+        print(f"{ranks} ranks: {len(counted)} cases")
+
+
+if __name__ == "__main__":  # ranks import this file
+    main()
