@@ -38,9 +38,7 @@ def run_all(runs: Sequence[ArmRun], launcher: Sequence[str], *, after: str | Non
                 if failed:
                     return failed
             bar.update()
-        if after is not None:
-            _run_after(run, after, environment)
-        return None
+        return None if after is None else _run_after(run, after, environment)
 
     with ThreadPoolExecutor(jobs) as pool:
         failures = [failure for failure in pool.map(work, runs) if failure]
@@ -55,11 +53,14 @@ def _environment(jobs: int) -> dict[str, str]:
     return {**({"OMP_NUM_THREADS": str(threads)} if jobs > 1 else {}), **os.environ}
 
 
-def _run_after(run: ArmRun, command: str, environment: Mapping[str, str]) -> None:
+def _run_after(run: ArmRun, command: str, environment: Mapping[str, str]) -> str | None:
+    """Run the command that follows a run; returns what to say where it failed."""
     full = [part.replace("{run}", str(run.folder)) for part in shlex.split(command)]
-    code = subprocess.run(full, env=environment, check=False).returncode
-    if code:
-        raise HiveError(f"run {run.name}: {shlex.join(full)} ended with exit code {code}")
+    try:
+        code = subprocess.run(full, env=environment, check=False).returncode
+    except OSError as error:
+        return f"{run.name}: {shlex.join(full)} did not start: {error.strerror}"
+    return f"{run.name}: {shlex.join(full)} ended with exit code {code}" if code else None
 
 
 def submit_all(runs: Sequence[ArmRun], command: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hive_ds.ablation.plan import ArmRun, read_plan
 from hive_ds.events import read_events
+from hive_ds.export.run_facts import read_stage
 from hive_ds.files import write_whole
 
 SCORES = "scores.json"
@@ -119,11 +120,18 @@ def _scores(run: ArmRun) -> Iterator[tuple[str, float]]:
     for stage in run.stages:
         lines = read_events(run.folder / f"stage{stage}" / "metrics.jsonl")
         yield from _losses(stage, lines)
-        yield from ((f"stage {stage} {name}", value) for name, value in _cost(lines).items())
+        facts = read_stage(run.folder / f"stage{stage}")
+        if facts is not None:  # of training steps, without validation and saving
+            yield f"stage {stage} seconds", facts.seconds
+            yield f"stage {stage} TFLOPs", facts.flops / 1e12
+            yield f"stage {stage} GB", facts.memory_gb or 0.0
     if (run.folder / BENCHMARKS).is_file():
         for name, entry in json.loads((run.folder / BENCHMARKS).read_text())["benchmarks"].items():
+            asked = "" if entry["samples"] == entry["available"] else f" of the first {entry['samples']}"
             yield from (
-                (f"{name} {score['name']}", score["value"]) for score in entry["scores"] if "." not in score["name"]
+                (f"{name} {score['name']}{asked}", score["value"])
+                for score in entry["scores"]
+                if "." not in score["name"]
             )
     if (run.folder / SCORES).is_file():
         yield from json.loads((run.folder / SCORES).read_text()).items()
@@ -136,18 +144,3 @@ def _losses(stage: int, lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[st
         for name in ("loss", "text_loss"):
             if line.get(name) is not None:
                 yield f"stage {stage} {name}", line[name]
-
-
-def _cost(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of training steps, without validation and saving: seconds by the clock, model FLOPs of all ranks, peak memory."""
-    start = next(line for line in lines if line["event"] == "start")
-    cost, before = {"seconds": 0.0, "TFLOPs": 0.0, "GB": 0.0}, 0
-    for line in lines:
-        if line["event"] == "train":
-            seconds = line["seconds_per_step"] * (line["step"] - before)
-            before = line["step"]
-            cost["seconds"] += seconds
-            # MFU is model FLOPs over what all ranks could do in that time.
-            cost["TFLOPs"] += line["mfu"] * start["matmul_flops_per_second"] * start["ranks"] * seconds / 1e12
-            cost["GB"] = max(cost["GB"], line["memory_gb"])
-    return cost

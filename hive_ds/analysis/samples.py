@@ -19,6 +19,7 @@ from hive_ds.data.schema import Sample, Turn
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.vision import patch_grids
 from hive_ds.processing import HiveProcessor
 
 
@@ -53,8 +54,11 @@ class Subject:
     @property
     def longest_text(self) -> int:
         """Text tokens of a sample with one image; in a cascaded model the image's tokens take their share."""
-        config = self.model.config
-        taken = 0 if isinstance(self.model, HiveForCausalLM) else config.image_seq_length
+        config, taken = self.model.config, 0
+        if not isinstance(self.model, HiveForCausalLM):
+            inputs = dummy_images(self.processor.image_processor)
+            grids = patch_grids(config.vision_config, inputs["pixel_values"], inputs.get("spatial_shapes"))
+            taken = max(rows * columns for rows, columns in grids)
         return int(config.text_config.max_position_embeddings - taken)
 
     def batch(self, samples: Sequence[Sample]) -> PackedBatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from hive_ds.chat.loading import ChatModel
 from hive_ds.constants import IMAGE_TOKEN
-from hive_ds.data.chat import render_chat
+from hive_ds.data.chat import end_token_ids
 from hive_ds.data.images import decode_image, read_image_file
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import render_prompt
 from hive_ds.errors import HiveError
+from hive_ds.evaluation.generation import GREEDY
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.vision import patch_grids
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class AnswerSettings:
 
     def for_generate(self) -> dict[str, Any]:
         """Arguments of ``generate``; a base model's own defaults are not to draw where 0 was asked for."""
-        drawn = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
-        return {**drawn, "num_beams": self.beams}
+        chosen = {"do_sample": True, "temperature": self.temperature} if self.temperature else GREEDY
+        return {**chosen, "num_beams": self.beams}
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,12 @@ class Conversation:
     @torch.no_grad()
     def _generate(self, turns: Sequence[Turn], images: Sequence[Image.Image], streamer: BaseStreamer | None) -> Answer:
         model, processor = self.chat.model, self.chat.processor
-        tokenizer, longest = processor.tokenizer, self._longest_text(len(images))
+        tokenizer = processor.tokenizer
         prompt = render_prompt(turns, tokenizer, template=self.chat.template)
-        inputs = processor(prompt, images or None, max_length=longest - 1).to(model.device, model.dtype)
-        length = inputs["input_ids"].shape[1]
+        inputs = processor(prompt, images or None).to(model.device, model.dtype)
+        length, longest = inputs["input_ids"].shape[1], self._longest_text(inputs)
+        if length >= longest:
+            raise HiveError(f"prompt of {length} tokens: expected at most {longest - 1}")
         token_ids = model.generate(
             **inputs,
             **self.settings.for_generate(),
@@ -130,10 +133,12 @@ class Conversation:
         rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         return Answer(processor.decode(token_ids[0, length:]).strip(), token_ids, length, rest, tuple(images))
 
-    def _longest_text(self, images: int) -> int:
+    def _longest_text(self, inputs: Mapping[str, Any]) -> int:
         """Text tokens, the answer's included, that the LLM was made for; a cascaded model's images are tokens, too."""
-        config = self.chat.model.config
-        taken = 0 if isinstance(self.chat.model, HiveForCausalLM) else images * config.image_seq_length
+        config, taken = self.chat.model.config, 0
+        if "pixel_values" in inputs and not isinstance(self.chat.model, HiveForCausalLM):
+            grids = patch_grids(config.vision_config, inputs["pixel_values"], inputs.get("spatial_shapes"))
+            taken = sum(rows * columns for rows, columns in grids)
         return int(config.text_config.max_position_embeddings - taken)
 
 
@@ -144,21 +149,6 @@ def read_image(path: str | Path) -> Image.Image:
         HiveError: no such file, or not a picture.
     """
     return decode_image(read_image_file(path))
-
-
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Ids that end an answer: the tokenizer's own, and the special token that its chat template closes answers with.
-
-    They differ where a base model that knows one learned the other's template.
-    """
-    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    if template == "chat":
-        said = render_chat([Turn("user", "a"), Turn("assistant", "hiveAnswer")], tokenizer, for_answer=False)
-        closing = tokenizer(said.partition("hiveAnswer")[2].strip(), add_special_tokens=False)["input_ids"]
-        first = tokenizer.added_tokens_decoder.get(closing[0]) if closing else None
-        if first is not None and first.special and closing[0] not in ends:
-            ends.append(int(closing[0]))
-    return ends
 
 
 def _with_places(question: str, pictures: int) -> str:

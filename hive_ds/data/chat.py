@@ -26,7 +26,40 @@ def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def render_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, for_answer: bool) -> str:
-    """Render ``turns`` with the tokenizer's chat template, with the opening of an answer if ``for_answer``."""
+    """Render ``turns`` with the tokenizer's chat template; ``for_answer`` up to where an answer's own text begins."""
+    rendered = _render(turns, tokenizer, for_answer=for_answer)
+    return rendered + answer_opening(turns, tokenizer) if for_answer else rendered
+
+
+def answer_opening(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes between its prompt for an answer to ``turns`` and that answer; mostly nothing.
+
+    Qwen3's writes an empty thought into the last answer, but not into the prompt. Spaces alone do not count: they are
+    one token with the word that follows.
+    """
+    prompt = _render(turns, tokenizer, for_answer=True)
+    answered = _render([*turns, Turn("assistant", _MARK)], tokenizer, for_answer=False)
+    before, _, _ = answered.partition(_MARK)
+    opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    return opening if opening.strip() else ""
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Ids that end an answer: the tokenizer's own, and the special token that its chat template closes answers with.
+
+    They differ where a base model that knows one learned the other's template. ``template`` as in `DataConfig`.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if template == "chat":
+        said = render_chat([Turn("user", "a"), Turn("assistant", _MARK)], tokenizer, for_answer=False)
+        closing = tokenizer(said.partition(_MARK)[2].strip(), add_special_tokens=False)["input_ids"]
+        first = tokenizer.added_tokens_decoder.get(closing[0]) if closing else None
+        if first is not None and first.special and closing[0] not in ends:
+            ends.append(int(closing[0]))
+    return ends
+
+
+def _render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, for_answer: bool) -> str:
     if not tokenizer.chat_template:
         raise HiveError(
             f"tokenizer {tokenizer_name(tokenizer)}: has no chat template; use template 'plain', or set one"
@@ -117,7 +150,7 @@ def _search_spans(turns: Sequence[Turn], rendered: str, tokenizer: PreTrainedTok
         if not index:
             raise HiveError("starts with an answer; template 'chat' expects a user's turn first")
         marked = [*turns[:index], Turn("assistant", _MARK), *turns[index + 1 :]]
-        prompt = render_chat(turns[:index], tokenizer, for_answer=True)
+        prompt = _render(turns[:index], tokenizer, for_answer=True)
         before, _, after = render_chat(marked, tokenizer, for_answer=False).partition(_MARK)
         closing = render_chat(marked[: index + 1], tokenizer, for_answer=False).partition(_MARK)[2].rstrip()
         stable = rendered.startswith(prompt) and before.startswith(prompt) and after.startswith(closing)

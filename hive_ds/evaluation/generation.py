@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 
+from hive_ds.data.chat import end_token_ids
 from hive_ds.data.schema import Sample
 from hive_ds.data.text import render_prompt
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.processing import HiveProcessor
+
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""The likeliest token each time, whatever the base LLM's own defaults add; a penalty would count other tokens in HIVE
+models, whose prompts are tokens, than in LLaVA-style ones, whose are embeddings."""
 
 
 def answer_samples(
@@ -97,7 +102,9 @@ def _generate(
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
         prompts.append(render_prompt(turns, processor.tokenizer, template=template))
     images = [image for sample in batch for image in sample.images]
-    return generate_answers(model, processor, prompts, images, max_new_tokens=max_new_tokens, synced=synced)
+    return generate_answers(
+        model, processor, prompts, images, template=template, max_new_tokens=max_new_tokens, synced=synced
+    )
 
 
 @torch.no_grad()
@@ -107,6 +114,7 @@ def generate_answers(
     prompts: Sequence[str],
     images: Sequence[Any],
     *,
+    template: str,
     max_new_tokens: int,
     num_beams: int = 1,
     synced: bool = False,
@@ -118,6 +126,7 @@ def generate_answers(
         processor: called with prompts and images; pads on the left.
         prompts: texts with a placeholder for each image.
         images: those of all prompts, in the order of the placeholders.
+        template: what they were rendered by, as in `DataConfig`; it says what ends an answer.
         max_new_tokens: longest answer.
         num_beams: 1 is greedy.
         synced: as in `answer_samples`.
@@ -128,11 +137,11 @@ def generate_answers(
             inputs[name] = value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
     tokens = model.generate(
         **inputs,
-        do_sample=False,
+        **GREEDY,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
         synced_gpus=synced,
-        eos_token_id=processor.tokenizer.eos_token_id,
+        eos_token_id=end_token_ids(processor.tokenizer, template) or None,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
     answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -134,12 +134,21 @@ def _licence_text(recipe: str) -> str:
 def _score_text(results: dict[str, Any]) -> str:
     """Main scores of benchmarks in a table; of other results, the file that holds them."""
     rows = [
-        (name, benchmark, score["name"], f"{score['value']:.4g}", score["maximum"])
+        (
+            name,
+            benchmark,
+            found["prompt_version"],
+            f"{found['samples']} of {found['available']}",
+            score["name"],
+            f"{score['value']:.4g}",
+            score["maximum"],
+        )
         for name, result in results.items()
         for benchmark, found in (result.get("benchmarks", {}) if isinstance(result, dict) else {}).items()
         for score in found["scores"]
     ]
-    table = _table(("results", "benchmark", "score", "value", "of"), rows) + "\n\n" if rows else ""
+    heads = ("results", "benchmark", "prompt", "questions", "score", "value", "of")
+    table = _table(heads, rows) + "\n\n" if rows else ""
     return f"{table}Whole: [{SCORES}]({SCORES}), from {', '.join(results)}." if results else ""
 
 

@@ -187,6 +187,8 @@ def _preprocessing(processor: BaseImageProcessor, image_size: int) -> dict[str, 
     shortest = processor.size.get("shortest_edge")
     if shortest is not None and getattr(processor, "do_center_crop", False):
         settings |= {"crop_mode": "center", "crop_pct": processor.crop_size["height"] / shortest}
+    if getattr(processor, "do_pad", False):
+        settings |= {"crop_mode": "border"}
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
 
 from hive_ds.constants import IMAGE_TOKEN
+from hive_ds.data.chat import answer_opening, end_token_ids
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import render_prompt, start_token_id
 from hive_ds.errors import HiveError
+from hive_ds.evaluation.generation import GREEDY
 from hive_ds.export.card import PAPER, Section, write_card
 from hive_ds.export.parity import check_names
 from hive_ds.export.source import VLM_STAGES, find_source, read_config
@@ -28,8 +31,7 @@ ENCODERS = ("siglip_vision_model", "clip_vision_model", "dinov2", "aimv2_vision_
 """Those whose patches a stock Llava takes as they are: it keeps registers, and knows no variable resolution."""
 QUESTION = "What is in the picture?"
 NEW_TOKENS = 8
-GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": NEW_TOKENS, "eos_token_id": None}
-"""A repetition penalty would see the prompt's tokens in stock transformers, and not in training's code."""
+ANSWER = {**GREEDY, "max_new_tokens": NEW_TOKENS, "eos_token_id": None}
 FLATTEN = (
     "{%- set flat = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
@@ -46,6 +48,8 @@ FLATTEN = (
     "{%- set messages = flat.messages -%}"
 )  # fmt: skip
 """Before an LLM's chat template, which knows text alone: images and texts of a message, a line each, as in training."""
+OPENING = "{{%- if add_generation_prompt and enable_thinking is not defined -%}}{{{{- {} -}}}}{{%- endif -%}}"
+"""After it, where it writes more before an answer than its prompt for one has (`answer_opening`)."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def export_vlm(source: str | Path, out: str | Path, *, scores: Path | None = Non
         )
     with whole_folder(out) as aside:
         _copy_model(found.folder, aside)
+        _end_answers(aside / "generation_config.json", own.tokenizer)
         stock_processor(own, config).save_pretrained(aside)
         answers = _check(found.folder, aside, own)
         report = VlmReport(out, folder_sha256(aside), answers)
@@ -109,18 +114,28 @@ def _copy_model(folder: Path, aside: Path) -> None:
             shutil.copyfile(file, aside / file.name)
 
 
+def _end_answers(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have stock transformers end an answer where training's code does: a base LLM may know another end than chats."""
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    ends = end_token_ids(tokenizer, "plain" if tokenizer.chat_template is None else "chat")
+    file.write_text(json.dumps({**values, "eos_token_id": ends}, indent=2) + "\n")
+
+
 def stock_processor(own: HiveProcessor, config: LlavaConfig) -> LlavaProcessor:
     """The processor of stock transformers: placeholders for every patch, and a chat template that takes pictures."""
     values = processor_values(config)
     del values["processor_class"]
     template = own.tokenizer.chat_template
+    if template is not None:
+        opening = answer_opening([Turn("user", QUESTION)], own.tokenizer)
+        template = FLATTEN + template + (OPENING.format(repr(opening)) if opening else "")
     # A tokenizer of no model's own class returns token_type_ids too, which no Llava takes.
     names = [name for name in own.tokenizer.model_input_names if name != "token_type_ids"]
     own.tokenizer.model_input_names = own.tokenizer.init_kwargs["model_input_names"] = names
     return LlavaProcessor(
         own.image_processor,
         own.tokenizer,
-        chat_template=None if template is None else FLATTEN + template,
+        chat_template=template,
         image_token=IMAGE_TOKEN,
         **values,
     )
@@ -200,7 +215,7 @@ def _check_prompt(theirs: dict[str, Any], ours: dict[str, Any], image_token_id: 
 def _answers(model: Any, prompts: list[dict[str, Any]]) -> list[list[int]]:
     found = []
     for inputs in prompts:
-        arguments = {**inputs, **GREEDY, "pad_token_id": 0}
+        arguments = {**inputs, **ANSWER, "pad_token_id": 0}
         found.append(model.generate(**arguments)[0, inputs["input_ids"].shape[1] :].tolist())
     return found
 

@@ -33,12 +33,13 @@ RENAMES = (
 """From names of transformers 4 (SigLIP and CLIP nested one level deeper, DINOv2's own words) to those of 5."""
 
 
-def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of a vision tower's weights: names, shapes and values in bf16, in whatever order and dtype they come.
+def weights_sha256(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.bfloat16) -> str:
+    """Hash of a vision tower's weights: names, shapes and values in ``dtype``, in whatever order and dtype they come.
 
     Args:
         weights: names and whole tensors, as ``encoder.state_dict().items()`` or `read_tower`; tensors are read one at
             a time and not kept. Where any name lies in a HIVE or LLaVA-style model, only names of its tower count.
+        dtype: fp32 tells every value from another; such a hash says no more that a tower was rounded to bf16 only.
 
     Raises:
         HiveError: there are none.
@@ -47,7 +48,7 @@ def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in weights:
         in_whole_model = TOWER_PREFIX.match(name) is not None
         for part, values in canonical_parts(name, tensor):
-            digest = hashlib.sha256(_bytes(values)).hexdigest()
+            digest = hashlib.sha256(_bytes(values, dtype)).hexdigest()
             lines[in_whole_model].append(f"{part} {tuple(values.shape)} {digest}")
     chosen = sorted(lines[True] or lines[False])
     if not chosen:
@@ -114,5 +115,5 @@ def _names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().to("cpu", torch.bfloat16).contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    return tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -148,14 +148,23 @@ def load_any(folder: str | Path, dtype: torch.dtype = torch.float32) -> HiveForC
     """The model in ``folder`` in eval mode, HIVE's or a cascaded one; `HiveProcessor` reads the processor of either.
 
     Raises:
-        HiveError: it holds neither, or a cascaded model whose encoder is not the one that it was made with.
+        HiveError: it holds neither, weights are missing or too many, or a cascaded model's encoder is not the one that
+            it was made with.
     """
     values = _read_config(str(folder), "model")
     if values["model_type"] == "hive":
-        return HiveForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        return _load_hive(folder, dtype).eval()
     if values["model_type"] != "llava":
         raise HiveError(f"{folder} holds a {values['model_type']} model; expected one that this package has trained")
     return _load_cascaded(Path(folder), LlavaConfig.from_dict(values), "auto", "sdpa", dtype)[0].eval()
+
+
+def _load_hive(folder: str | Path, dtype: torch.dtype) -> HiveForCausalLM:
+    model, report = HiveForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for what, key in (("lacks", "missing_keys"), ("holds unknown", "unexpected_keys")):
+        if names := tuple(sorted(report[key])):
+            raise HiveError(f"{folder} {what} {len(names)} weights of its HIVE model ({shortened(names)})")
+    return model
 
 
 def _load_cascaded(

@@ -37,10 +37,11 @@ if recipe["training"]["seed"] == 9:
 folder.mkdir(parents=True)
 seed, arm = recipe["training"]["seed"], pathlib.Path(given["--run-folder"]).name.split("-seed")[0]
 loss = 2.0 - 0.1 * seed - 0.25 * (arm == "hive") - 0.01 * seed * (arm == "hive")
+train = {"event": "train", "loss": 1.0}
 lines = [
-    {"event": "start", "step": 0, "ranks": 2, "matmul_flops_per_second": 1e12},
-    {"event": "train", "step": 2, "seconds_per_step": 3.0, "mfu": 0.5, "memory_gb": 1.0},
-    {"event": "train", "step": 5, "seconds_per_step": 1.0, "mfu": 0.25, "memory_gb": 2.0},
+    {"event": "start", "step": 0, "ranks": 2, "device": "CPU", "matmul_flops_per_second": 1e12},
+    {**train, "step": 2, "samples": 8, "seconds_per_step": 3.0, "mfu": 0.5, "memory_gb": 1.0},
+    {**train, "step": 5, "samples": 20, "seconds_per_step": 1.0, "mfu": 0.25, "memory_gb": 2.0},
     {"event": "validation", "step": 3, "loss": 9.0},
     {"event": "validation", "step": 5, "loss": loss, "text_loss": None},
 ]
@@ -183,6 +184,34 @@ def test_a_failed_run_is_named_and_the_others_go_on(
     table = json.loads((out / "table.json").read_text())
     assert list(table["scores"]["hive"]) == ["0"]
     assert table["summary"]["hive"]["stage 5 loss"]["std"] is None
+
+
+def test_a_failed_judge_is_named_and_the_others_go_on(recipe: str, tmp_path: Path, launcher: list[str]) -> None:
+    runs = make_plan(recipe, [], ("hive",), (0, 1, 9, 2), tmp_path / "out")
+    judge = "bash -c 'case {run} in *seed0) exit 3;; esac; touch {run}/judged'"
+    with pytest.raises(HiveError, match=r"2 of 4 runs failed: hive-seed0: bash .* exit code 3; hive-seed9 stage 1"):
+        run_all(runs, launcher, after=judge)
+    assert [(run.folder / "judged").exists() for run in runs] == [False, True, False, True]
+    with pytest.raises(HiveError, match=r"3 of 3 runs failed: hive-seed0: no-such-judge did not start: No such file"):
+        run_all([run for run in runs if run.seed != 9], launcher, after="no-such-judge")
+
+
+def test_cost_and_scores_say_what_they_are_of(recipe: str, tmp_path: Path, launcher: list[str]) -> None:
+    """A run resumed on other devices counts each attempt's own; the first questions of a benchmark are not all."""
+    (run,) = runs = make_plan(recipe, [], ("hive",), (0,), tmp_path / "out")
+    run_all(runs, launcher)
+    metrics = run.folder / "stage1" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines.insert(2, {**lines[0], "step": 2, "ranks": 4, "matmul_flops_per_second": 3e12})
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    score = {"scores": [{"name": "accuracy", "value": 0.5}], "available": 100}
+    benchmarks = {"gqa": {**score, "samples": 100}, "mme": {**score, "samples": 2}}
+    (run.folder / "eval").mkdir()
+    (run.folder / "eval" / "results.json").write_text(json.dumps({"benchmarks": benchmarks}))
+    scores = gather(runs).scores["hive"][0]
+    expected = [9.0, 6 * 0.5 * 2 + 3 * 0.25 * 12, 2.0]
+    assert [scores[f"stage 1 {name}"] for name in ("seconds", "TFLOPs", "GB")] == expected
+    assert (scores["gqa accuracy"], scores["mme accuracy of the first 2"]) == (0.5, 0.5)
 
 
 def test_submission_is_one_command_a_run(recipe: str, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import yaml
 from PIL import Image
 from scene_models import save_scene_model
 from tiny_models import tiny_cascaded
-from transformers import SiglipImageProcessor, TextIteratorStreamer
+from transformers import BitImageProcessor, SiglipImageProcessor, TextIteratorStreamer
 
 from hive_ds.analysis.attention_pictures import token_name
 from hive_ds.chat.answer_maps import answer_maps
-from hive_ds.chat.conversation import AnswerSettings, Conversation, end_token_ids, read_image
-from hive_ds.chat.loading import load_chat_model
+from hive_ds.chat.conversation import AnswerSettings, Conversation, read_image
+from hive_ds.chat.loading import ChatModel, load_chat_model
 from hive_ds.cli import main
+from hive_ds.data.chat import end_token_ids
 from hive_ds.data.images import decode_image
 from hive_ds.data.scenes_samples import question_samples
 from hive_ds.data.schema import Turn
@@ -107,6 +108,21 @@ def test_history_is_kept_and_a_failed_question_is_not(run: Path) -> None:
     torch.testing.assert_close(second.inputs["pixel_values"], expected["pixel_values"])
     conversation.reset()
     assert conversation.ask("no picture").inputs["image_offsets"] == [[]]
+
+
+def test_a_cascaded_models_pictures_take_as_many_tokens_as_their_patches(run: Path) -> None:
+    """Its processor crops to 4 x 4 patches, as DINOv2's crops to less than its config's size."""
+    processor = HiveProcessor.from_pretrained(run / "stage3" / "model")
+    crop = BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    words = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 48}
+    model = tiny_cascaded(vision="dinov2", text_changes=words)
+    assert model.config.image_seq_length == 16
+    chat = ChatModel(run, model, HiveProcessor(crop, processor.tokenizer), "chat")
+    pictures = [sample.images[0] for sample in SAMPLES[:2]]
+    answer = shown(chat, *pictures).ask("red?")
+    assert answer.prompt_length + 2 * 4 < 48
+    with pytest.raises(HiveError, match=f"prompt of .* tokens: expected at most {48 - 2 * 4 - 1}"):
+        shown(chat, *pictures).ask("why? " * 40)
 
 
 def test_a_model_of_captions_gives_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,6 +138,17 @@ def test_a_cascaded_model_answers_and_another_encoder_is_refused(data: Path, tmp
         evaluate(replace(request, encoder=tmp_path / "other"))
 
 
+def test_results_are_not_lost(one_rank: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Neither new ones, for a folder that cannot be written to, nor those of other benchmarks before them."""
+    file = tmp_path / "file"
+    file.touch()
+    request = Request(["scienceqa"], data, checkpoint, out=file, device="cpu", self_test=False)
+    with pytest.raises(HiveError, match=f"--out {file}: .*; expected a folder that can be written to"):
+        evaluate(request)
+    with pytest.raises(HiveError, match=f"--out {one_rank}: holds scores of gqa, mme.* would drop"):
+        evaluate(replace(request, out=one_rank))
+
+
 def test_two_ranks_answer_and_score_as_one(one_rank: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
     some = ("gqa", "ok_vqa", "scienceqa", "pope")  # images apart, averages, an odd number, ratios by category

@@ -54,7 +54,8 @@ def make_run(run: Path) -> Path:
 
 def results(sha256: str | None, value: float) -> str:
     scores = [{"name": "accuracy", "value": value, "maximum": 1}]
-    return json.dumps({"vision_encoder_sha256": sha256, "benchmarks": {"gqa": {"scores": scores}}})
+    asked = {"prompt_version": "gqa-2", "samples": 2, "available": 5}
+    return json.dumps({"vision_encoder_sha256": sha256, "benchmarks": {"gqa": {**asked, "scores": scores}}})
 
 
 def test_cost_is_the_sum_of_what_was_logged(tmp_path) -> None:
@@ -89,7 +90,7 @@ def test_the_card_tells_the_run(tmp_path) -> None:
         "| stage3 | 30 | 240 | 4 x NVIDIA H200, 2 x NVIDIA H200 | 0.05556 | 7.8e+13 | 0.03333 |",
         "Qwen/Qwen2-0.5B Apache-2.0",
         "| torch | 9.8.7 |",
-        "| eval/results.json | gqa | accuracy | 0.625 | 1 |",
+        "| eval/results.json | gqa | gqa-2 | 2 of 5 | accuracy | 0.625 | 1 |",
     ):
         assert words in card
     assert "0.375" not in card  # scores of another encoder

@@ -14,6 +14,7 @@ from tiny_models import text_config, tiny_encoder
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
 from hive_ds.constants import IMAGE_TOKEN
+from hive_ds.data.chat import end_token_ids
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import prepare_tokenizer, render_chat
 from hive_ds.errors import HiveError
@@ -70,6 +71,8 @@ def test_stock_transformers_answers_as_training_does(vision: str, tokenizer: str
         answer = stock.generate(**theirs, **options)[0, theirs["input_ids"].shape[1] :]
         assert torch.equal(model.generate(**ours, **options)[0, ours["input_ids"].shape[1] :], answer)
     assert len(set(answer.tolist())) > 1
+    template = "plain" if tokenizer == "none" else "chat"
+    assert stock.generation_config.eos_token_id == end_token_ids(own.tokenizer, template)
     assert report.vision_sha256 == folder_sha256(tmp_path / "out") == weights_sha256(model.state_dict().items())
     assert report.vision_sha256 in (tmp_path / "out" / "README.md").read_text()
 
@@ -88,7 +91,7 @@ def test_the_card_says_how_to_ask(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["chatml", "qwen3", "llama2", "llama3"])
-def test_the_chat_template_of_the_folder_writes_texts_as_before(kind: str) -> None:
+def test_the_chat_template_of_the_folder_writes_texts_as_before(kind: str, tmp_path) -> None:
     tokenizer = prepare_tokenizer(make_tokenizer(kind))
     turns = [Turn("user", "<image>\nOne?"), Turn("assistant", "Two."), Turn("user", "<image>\n<image>\nThree?")]
     parts = [
@@ -98,8 +101,10 @@ def test_the_chat_template_of_the_folder_writes_texts_as_before(kind: str) -> No
     ]
     plain = [{"role": turn.role, "content": turn.content} for turn in turns]
     expected = render_chat(turns, tokenizer, for_answer=True)
+    image_processor = PROCESSORS["siglip"]
+    own = HiveProcessor(image_processor, tokenizer)
+    template = vlm.stock_processor(own, save_vlm(tmp_path, tokenizer=kind).config).chat_template
     for messages in (parts, plain):
-        template = vlm.FLATTEN + tokenizer.chat_template
         found = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )

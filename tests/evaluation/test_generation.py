@@ -23,6 +23,24 @@ def test_batches_answer_as_single_prompts_and_from_the_prompt_alone(tmp_path) ->
     assert answer_samples(model, processor, unanswered, template="chat", max_new_tokens=5) == together
 
 
+def test_answers_end_where_the_template_does_and_are_greedy(tmp_path) -> None:
+    """Whatever the base LLM calls its end, and whatever penalties its own generation config holds."""
+    model, processor = save_scene_model(tmp_path)
+    before = answer_samples(model, processor, SAMPLES, template="chat", max_new_tokens=5)
+    asked = {}
+
+    def generate(**arguments):
+        asked.update(arguments)
+        return type(model).generate(model, **arguments)
+
+    model.generation_config.repetition_penalty = 3.0
+    closing = processor.tokenizer.eos_token_id
+    processor.tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    model.generate = generate
+    assert answer_samples(model, processor, SAMPLES, template="chat", max_new_tokens=5) == before
+    assert asked["eos_token_id"] == [processor.tokenizer.eos_token_id, closing]
+
+
 def test_the_picture_counts(tmp_path) -> None:
     model, processor = save_scene_model(tmp_path)
     first = SAMPLES[0]

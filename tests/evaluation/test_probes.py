@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from probe_data import encoder, labelled, noise_png, png, save_encoder
+from scene_models import save_cascaded_scene_model, save_scene_model
 
 from hive_ds.cli import main
 from hive_ds.errors import HiveError
 from hive_ds.evaluation.probes import features as features_module
 from hive_ds.evaluation.probes.data import TASK, LabelledImages, ProbeData
+from hive_ds.evaluation.probes.encoder import load_encoder
 from hive_ds.evaluation.probes.features import ExtractSettings
 from hive_ds.evaluation.probes.report import ProbeReport
 from hive_ds.evaluation.probes.results import best_block
 from hive_ds.evaluation.probes.settings import AttentiveSettings, KnnSettings, LinearSettings, ProbeSettings
+from hive_ds.evaluation.probes.sources import DataOptions, open_data
 from hive_ds.evaluation.probes.sweep import probe
+from hive_ds.export import export_encoder
 from hive_ds.model.vision import vision_blocks
 
 QUIET = ExtractSettings(batch_size=16, progress=False)
@@ -148,6 +154,22 @@ def write_folder(root: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(images.read(number))
     return root
+
+
+def test_an_encoder_inside_of_any_trained_model_is_the_one_exported(tmp_path: Path) -> None:
+    """SA's stages, and 4 and 5, hold a LLaVA-style model."""
+    for name, save in (("hive", save_scene_model), ("cascaded", save_cascaded_scene_model)):
+        save(tmp_path / name)
+        export_encoder(tmp_path / name, tmp_path / f"{name}-encoder")
+        inside, exported = (load_encoder(tmp_path / one, device="cpu") for one in (name, f"{name}-encoder"))
+        assert replace(inside.info, name="", source="") == replace(exported.info, name="", source="")
+
+
+def test_class_folders_can_be_handed_to_started_workers(tmp_path: Path) -> None:
+    """From Python 3.14 on they are not forked."""
+    data = open_data(DataOptions(str(write_folder(tmp_path))))
+    again = pickle.loads(pickle.dumps(data.train))
+    assert (again.read(3), again.describe(3)) == (data.train.read(3), data.train.describe(3))
 
 
 def test_command_compares_encoders(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -86,8 +86,15 @@ def test_whatever_changes_features_is_another_entry(tmp_path: Path, monkeypatch)
     fewer = make_encoder(fewer_heads, PROCESSORS["siglip"], "fewer heads", device="cpu")
     assert fewer.info.weights_sha256 == probed.info.weights_sha256
     other_processor = replace(probed, info=replace(probed.info, processor_sha256="0" * 64))
+    nudged = tiny_encoder()
+    with torch.no_grad():
+        for weight in nudged.parameters():
+            weight.copy_(weight.bfloat16())
+    rounded = make_encoder(nudged, PROCESSORS["siglip"], "rounded", device="cpu")
+    assert rounded.info.weights_sha256 == probed.info.weights_sha256
     others = {
         "weights": (encoder(seed=1), IMAGES, 2, "mean", QUIET),
+        "weights below bf16": (rounded, IMAGES, 2, "mean", QUIET),
         "config": (fewer, IMAGES, 2, "mean", QUIET),
         "processor": (other_processor, IMAGES, 2, "mean", QUIET),
         "number type": (encoder(dtype="bf16"), IMAGES, 2, "mean", QUIET),
@@ -239,7 +246,7 @@ def test_a_model_a_run_and_the_exported_encoder_are_one(tmp_path: Path) -> None:
 def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
     save_scene_model(tmp_path / "model")
     export_encoder(tmp_path / "model", tmp_path / "out")
-    for folder, reason in (("out", "lacks 1 weights of its tower"), ("model", "missing 1")):
+    for folder, reason in (("out", "lacks 1 weights of its tower"), ("model", "not hold its vision encoder: missing")):
         weights = load_file(tmp_path / folder / "model.safetensors")
         weights.pop(next(name for name in weights if name.endswith("layers.2.mlp.fc2.weight")))
         save_file(weights, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})

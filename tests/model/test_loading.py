@@ -15,7 +15,7 @@ from hive_ds.config import ModelConfig, RoutesConfig
 from hive_ds.errors import HiveError
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
-from hive_ds.model.loading import build_model, load_language_model, load_model
+from hive_ds.model.loading import build_model, load_any, load_language_model, load_model
 from hive_ds.model.weights import load_weights
 
 
@@ -197,3 +197,17 @@ def test_mobilellm_loads_as_llama_without_remote_code(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer_sharing": True}))
     with pytest.raises(HiveError, match="layer_sharing"):
         load_language_model(str(tmp_path))
+
+
+def test_a_model_to_ask_is_whole(tmp_path):
+    """transformers would start what is missing at random, and say so where nobody looks."""
+    tiny_hive().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in weights if name.startswith("projectors."))
+    rest = {name: tensor for name, tensor in weights.items() if name != lost}
+    save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HiveError, match=rf"lacks 1 weights of its HIVE model \({lost}\)"):
+        load_any(tmp_path)
+    save_file({**weights, "other": weights[lost].clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HiveError, match=r"holds unknown 1 weights of its HIVE model \(other\)"):
+        load_any(tmp_path)

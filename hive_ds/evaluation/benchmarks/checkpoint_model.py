@@ -141,6 +141,7 @@ class CheckpointModel(ChatModel):
                 self.processor,
                 prompts,
                 images,
+                template="chat",
                 max_new_tokens=settings.max_new_tokens,
                 num_beams=settings.num_beams,
             )

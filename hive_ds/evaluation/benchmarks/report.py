@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hive_ds import __version__
+from hive_ds.errors import HiveError
 from hive_ds.evaluation.benchmarks.catalogue import write_task
 from hive_ds.evaluation.benchmarks.checkpoint_model import CheckpointModel
 from hive_ds.evaluation.benchmarks.local_data import describe_files
@@ -41,6 +43,27 @@ def checkpoint_record(checkpoint: Path, model: CheckpointModel, encoder: Path | 
     }
 
 
+def prepare_folder(out: Path, names: Collection[str]) -> None:
+    """Make the folders of results before hours are spent on what they are to hold.
+
+    Raises:
+        HiveError: they cannot be made or written to, or hold scores of other benchmarks, which would be lost.
+    """
+    try:
+        for folder in (out / "tasks", out / "answers"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise HiveError(f"--out {out}: {error.strerror}; expected a folder that can be written to") from error
+    earlier = set(json.loads((out / RESULTS).read_text())["benchmarks"]) if (out / RESULTS).is_file() else set()
+    if lost := sorted(earlier - set(names)):
+        raise HiveError(
+            f"--out {out}: holds scores of {', '.join(lost)}, which this evaluation would drop; expected another "
+            "folder, or these benchmarks too"
+        )
+
+
 def write_results(
     out: Path,
     outcomes: Sequence[Outcome],
@@ -48,9 +71,10 @@ def write_results(
     record: dict[str, Any],
     self_tests: Sequence[SelfTest] | None,
 ) -> None:
-    """Write ``tasks/``, ``answers/``, ``scores.md``, ``scores.json`` and last ``results.json`` to ``out``."""
-    (out / "tasks").mkdir(parents=True, exist_ok=True)
-    (out / "answers").mkdir(exist_ok=True)
+    """Write ``tasks/``, ``answers/``, ``scores.md``, ``scores.json`` and last ``results.json`` to ``out``.
+
+    `prepare_folder` has made the folders.
+    """
     benchmarks = {}
     for outcome in outcomes:
         name, config = outcome.benchmark.name, configs[outcome.benchmark.name]

@@ -13,7 +13,7 @@ from hive_ds.evaluation.benchmarks.catalogue import named
 from hive_ds.evaluation.benchmarks.checkpoint_model import CheckpointModel, this_rank
 from hive_ds.evaluation.benchmarks.golden import check_golden
 from hive_ds.evaluation.benchmarks.local_data import local_task
-from hive_ds.evaluation.benchmarks.report import checkpoint_record, table, write_results
+from hive_ds.evaluation.benchmarks.report import checkpoint_record, prepare_folder, table, write_results
 from hive_ds.evaluation.benchmarks.runner import Outcome, labels, load_tasks, run_model
 from hive_ds.evaluation.benchmarks.scores import check_pairs
 from hive_ds.evaluation.benchmarks.self_test import run_self_tests
@@ -44,13 +44,16 @@ def evaluate(request: Request) -> list[Outcome]:
     """Evaluate on every rank; returns the outcomes, on rank 0, by benchmark.
 
     Raises:
-        HiveError: data is missing, a golden case or a self-test fails, or the checkpoint holds another encoder.
+        HiveError: ``out`` cannot be used, data is missing, a golden case or a self-test fails, or the checkpoint holds
+            another encoder.
         RuntimeError: the model failed on a question.
     """
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     ranks = this_rank(request.device)
     benchmarks = named(request.benchmarks)
+    if request.out is not None and request.checkpoint is not None:
+        prepare_folder(request.out, [benchmark.name for benchmark in benchmarks])
     configs = {benchmark.name: local_task(benchmark, request.data) for benchmark in benchmarks}
     with ranks.main_process_first():  # it reads the files into the cache of the datasets library
         tasks = load_tasks(benchmarks, configs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class LabelledImages:
         for file in files:
             digest.update(hashlib.sha256(file).digest())
         return cls(
-            name, digest.hexdigest(), len(files), files.__getitem__, lambda index: f"{name}: image {index}", labels
+            name, digest.hexdigest(), len(files), files.__getitem__, partial("{}: image {}".format, name), labels
         )
 
 

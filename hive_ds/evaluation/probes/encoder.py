@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, LlavaConfig, PreTrainedModel
 
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.errors import HiveError
 from hive_ds.export import model_folder
+from hive_ds.export.source import load_tower
 from hive_ds.model.configuration import HiveConfig
-from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.identity import weights_sha256
 from hive_ds.model.loading import load_vision_encoder
 from hive_ds.model.vision import vision_blocks
-from hive_ds.model.weights import load_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+TRAINED = (HiveConfig.model_type, LlavaConfig.model_type)
 
 NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """What a config says of the file and not of the computation."""
@@ -41,6 +42,8 @@ class EncoderInfo:
     num_blocks: int
     dtype: str
     weights_sha256: str
+    exact_sha256: str
+    """The same of the values to the last bit; two encoders that differ below bf16 share the other."""
     config_sha256: str
     """Of what else its computation depends on: heads, activation, epsilon and the like."""
     processor_class: str
@@ -59,7 +62,7 @@ class ProbeEncoder:
 def load_encoder(
     source: str | Path, name: str | None = None, *, device: str | torch.device | None = None, dtype: str = "fp32"
 ) -> ProbeEncoder:
-    """The encoder of a stock folder or Hugging Face name, of a HIVE model's folder, or of a run's last stage.
+    """The encoder of a stock folder or Hugging Face name, of a trained model's folder, or of a run's last stage.
 
     Args:
         source: where it is.
@@ -72,7 +75,7 @@ def load_encoder(
     """
     folder = Path(source).expanduser()
     where = str(model_folder(folder)) if folder.is_dir() else str(source)
-    tower = _load_hive_tower(where) if _holds_hive_model(where) else load_vision_encoder(where)
+    tower = load_tower(Path(where)).encoder if _holds_trained_model(where) else load_vision_encoder(where)
     return make_encoder(
         tower, _load_processor(where), name or folder.name, source=str(source), device=device, dtype=dtype
     )
@@ -98,6 +101,7 @@ def make_encoder(
         num_blocks=len(vision_blocks(tower)),
         dtype=dtype,
         weights_sha256=weights_sha256(tower.state_dict().items()),
+        exact_sha256=weights_sha256(tower.state_dict().items(), torch.float32),
         config_sha256=_dict_sha256({k: v for k, v in tower.config.to_dict().items() if k not in NOT_COMPUTED}),
         processor_class=processor_class,
         processor_sha256=_dict_sha256({**image_processor.to_dict(), "class": processor_class}),
@@ -111,20 +115,15 @@ def _dict_sha256(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _holds_hive_model(where: str) -> bool:
+def _holds_trained_model(where: str) -> bool:
+    """Whether a HIVE or a LLaVA-style model lies there, whose encoder is a part of it."""
     config = Path(where) / "config.json"
     if not config.is_file():
         return False
     try:
-        return json.loads(config.read_text()).get("model_type") == HiveConfig.model_type
+        return json.loads(config.read_text()).get("model_type") in TRAINED
     except ValueError:
         return False  # load_vision_encoder says what is wrong with it
-
-
-def _load_hive_tower(folder: str) -> PreTrainedModel:
-    model = HiveForCausalLM(HiveConfig.from_pretrained(folder))
-    load_weights(model, folder)  # strict, where from_pretrained would start what is missing at random
-    return model.vision_encoder
 
 
 def _load_processor(where: str) -> Any:

@@ -89,7 +89,7 @@ def _key(
     encoder: ProbeEncoder, images: LabelledImages, block: int, kind: Kind, settings: ExtractSettings
 ) -> FeatureKey:
     return FeatureKey(
-        weights=encoder.info.weights_sha256,
+        weights=encoder.info.exact_sha256,
         config=encoder.info.config_sha256,
         processor=encoder.info.processor_sha256,
         images=images.fingerprint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,10 +125,18 @@ def _open_image_folder(name: str, folder: Path) -> LabelledImages:
         name,
         digest.hexdigest(),
         len(files),
-        lambda index: files[index].read_bytes(),
-        lambda index: f"image {files[index]}",
+        partial(_read_file, files),
+        partial(_describe_file, files),
         {TASK: [label for _, label in paths]},
     )
+
+
+def _read_file(files: Sequence[Path], index: int) -> bytes:
+    return files[index].read_bytes()
+
+
+def _describe_file(files: Sequence[Path], index: int) -> str:
+    return f"image {files[index]}"
 
 
 def _open_dataset(name: str, rows: Any, *, image_column: str | None, label_column: str | None) -> LabelledImages:
@@ -147,7 +155,7 @@ def _open_dataset(name: str, rows: Any, *, image_column: str | None, label_colum
         str(images._fingerprint),
         len(rows),
         partial(_read_row, images, image_column),
-        lambda index: f"{name}, row {index}",
+        partial("{}, row {}".format, name),
         {TASK: labels},
     )
 
