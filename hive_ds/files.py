@@ -28,6 +28,12 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def flush_tree(folder: Path) -> None:
+    """`flush` of a folder and all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``out`` when the block ends, and is gone if it raises.
@@ -41,8 +47,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        for path in (*aside.rglob("*"), aside):
-            flush(path)
+        flush_tree(aside)
         if out.exists():
             out.rmdir()
         aside.rename(out)

@@ -20,6 +20,7 @@ from hive_ds.config import Recipe, StageConfig
 from hive_ds.constants import EXIT_STOPPED
 from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
+from hive_ds.files import flush
 from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
 from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.language_loss import describe_loss
@@ -31,7 +32,7 @@ from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import World, all_values, from_main, read_world, start, stop
-from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy
+from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy, warn_of_rounding
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error
 from hive_ds.training.flops import FlopCounter, matmul_rate
@@ -126,6 +127,8 @@ def train(options: argparse.Namespace, world: World) -> bool:
     if auto:
         run = replace(run, config=_find_micro_batch(run, engine, processor))
     loader, validation = data or _load_data(run, processor)
+    if warning := warn_of_rounding(policy, recipe.training.precision, run.config, world.size):
+        run.say(warning)
     if world.is_main:
         print_plan(plan, engine)
     _write_inputs(run, _ds_config(run, policy))
@@ -277,6 +280,7 @@ def _finish(run: Run, job: Job) -> None:
     if run.world.is_main:
         run.attempt.check()
         run.folder.done.touch()
+        flush(run.folder.done.parent)
     job.engine.close()
 
 

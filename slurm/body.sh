@@ -21,6 +21,7 @@ source "$slurm_folder/env.sh"
 source "$slurm_folder/preflight.sh"
 set -u
 export HIVE_PYTHON HIVE_SCRATCH
+export SLURM_EXPORT_ENV=ALL # sbatch --export=NONE, which some sites set, would keep srun from passing all this on
 
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
@@ -74,6 +75,7 @@ on_time_is_up() { # Slurm sends USR1 before the time limit and, where so set up,
     say "Slurm wants the nodes back: asking the trainer to save and stop"
     time_is_up=1
     touch "$folder/STOP"
+    [ -n "$trainer" ] || return
     # A trainer that hangs would hold the job until Slurm ends it for good; the newest checkpoint is good to go on from.
     (sleep "${HIVE_STOP_PATIENCE:-480}" && say "no answer: ending the trainer" && kill "$trainer") 2>/dev/null &
 }
@@ -97,6 +99,7 @@ snapshot() { # what this attempt ran: arguments, recipe, code and environment, b
 
 set_up_steps() { # what all sruns of this attempt share
     local gpus=${SLURM_GPUS_ON_NODE:-0}
+    unset SLURM_GPUS # of sbatch --gpus: the job's sum, which srun would ask for on fewer nodes
     ask_gpus=()
     export HIVE_RANKS=$gpus HIVE_LOGS=$logs
     if [ "$gpus" -gt 0 ]; then ask_gpus=(--gpus-per-node "$gpus"); else HIVE_RANKS=$HIVE_CPU_RANKS; fi
@@ -107,6 +110,7 @@ set_up_steps() { # what all sruns of this attempt share
 }
 
 run_trainer() { # STAGE: returns when all ranks of all nodes have ended
+    [ -z "$time_is_up" ] || requeue "time is up"
     export HIVE_MASTER=${nodes[0]}
     srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 --nodelist "$(joined "${nodes[@]}")" \
         --kill-on-bad-exit=1 --output "$logs/%N.log" \
@@ -123,7 +127,7 @@ conclude() { # ends the script
         say "done"
         exit 0
     fi
-    if node_ended_with 2 || node_ended_with 126 || node_ended_with 127; then # wrong input, or no such Python
+    if node_ended_with 126 || node_ended_with 127 || { node_ended_with 2 && ! went_on; }; then # no Python, wrong input
         show_errors
         exit 2
     fi
@@ -138,6 +142,8 @@ conclude() { # ends the script
     count_failure
     requeue "failed"
 }
+
+went_on() { [ "$restarts" -gt 0 ] && [ -e "$folder/latest" ]; } # then the input was right: a disk or a server failed
 
 count_failure() { # ends the script where this was one too many without a new checkpoint
     # `latest` has no end of line; a line a failure is what is counted.

@@ -8,6 +8,7 @@ export TMPDIR=$HIVE_SCRATCH/hive-$HIVE_ATTEMPT
 mkdir -p "$TMPDIR" || exit 1
 # Compiled kernels outlive the job, but never leave the node: on shared disks processes trip over one another.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HIVE_SCRATCH/hive-$(id -un)/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$HIVE_SCRATCH/hive-$(id -un)/inductor}
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$HIVE_SCRATCH/hive-$(id -un)/extensions}
 
 "$HIVE_PYTHON" -m hive_ds.launch.node --nodes "$SLURM_STEP_NUM_NODES" --node-rank "$SLURM_NODEID" --ranks "$HIVE_RANKS" \

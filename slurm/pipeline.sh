@@ -21,7 +21,7 @@ parse ${arguments[@]+"${arguments[@]}"}
 export HIVE_DS=$HIVE_CLONE
 previous=''
 
-submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...
+submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...; leaves_out is a variable that sbatch is not to see
     local name=$1 done_file=$2 job
     shift 2
     if [ -e "$done_file" ]; then
@@ -34,7 +34,7 @@ submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...
     if [ -n "$job" ]; then
         echo "$name: job $job is queued or running"
     else
-        job=$(sbatch --parsable --kill-on-invalid-dep=yes --comment "$run" --job-name "hive-$name" \
+        job=$(env -u "${leaves_out:-_}" sbatch --parsable --kill-on-invalid-dep=yes --comment "$run" --job-name "hive-$name" \
             --output "$run/logs/%x-%j.log" ${previous:+--dependency "afterok:$previous"} "$@") || exit 1
         job=${job%%;*} # a federation adds ;CLUSTER
         echo "$name: job $job${previous:+, after $previous}"
@@ -48,7 +48,7 @@ if command -v "$HIVE_PYTHON" >/dev/null; then
 fi
 mkdir -p "$run/logs" || fail "cannot write $run; change --run"
 if [ ${#HIVE_CONVERT[@]} -gt 0 ]; then
-    submit convert "${HIVE_CONVERT[1]}/index.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/convert.sh"
+    leaves_out=SBATCH_GPUS_PER_NODE submit convert "${HIVE_CONVERT[1]}/index.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/convert.sh"
 fi
 trains_encoder=''
 for stage in $described; do
@@ -59,7 +59,7 @@ for stage in $described; do
     fi
 done
 if [ -n "$trains_encoder" ]; then
-    submit export "$run/encoder/config.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/export.sh" "$run"
+    leaves_out=SBATCH_GPUS_PER_NODE submit export "$run/encoder/config.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/export.sh" "$run"
 fi
 for stage in $described; do
     if [ "$stage" -ge 4 ]; then

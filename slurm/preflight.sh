@@ -12,13 +12,18 @@ choose_nodes() { # sets nodes: as many good ones as the job needs, or ends the s
         local started=$SECONDS
         mkdir -p "$checks" || fail "cannot write $checks"
         try_nodes
-        try_network
+        [ -n "$time_is_up" ] || try_network
         [ -z "$time_is_up" ] || requeue "time is up" # and what was found may be half of it
         say "preflight: ${#nodes[@]} of ${#all[@]} nodes are good, $needed needed, $((SECONDS - started)) s" \
             "$(grep -h '^all-reduce' "$checks/network" 2>/dev/null)"
         for fault in "$checks"/*.fault; do
             if [ -e "$fault" ]; then sed "s|^|$(basename "$fault" .fault): |" "$fault"; fi
         done
+        if [ -e "$checks/together" ]; then # no fault of one node, and it may be gone next time
+            say "$(cat "$checks/together")"
+            count_failure
+            requeue "the nodes do not work together"
+        fi
         if [ ${#nodes[@]} -lt "$needed" ]; then too_few; fi
     fi
     nodes=("${nodes[@]:0:needed}")
@@ -37,11 +42,11 @@ on_nodes() { # NODE... -- ARGUMENTS: a part of the preflight, one process a node
 }
 
 try_nodes() {
-    local node
+    local node again retries=()
     try_each "${nodes[@]}"
     # A step that cannot start on one node is ended on all: the rest may have had no time.
-    for node in $(silent); do try_each "$node" & done
-    wait
+    for node in $(silent); do try_each "$node" & retries+=("$!"); done
+    for again in ${retries[@]+"${retries[@]}"}; do wait "$again"; done # a bare `wait` waits for more than these
     for node in $(silent); do note_fault "$node" "did not finish its check: $(last_words "$node")"; done
     keep_good
 }
@@ -60,7 +65,7 @@ silent() { # prints the nodes that have not said anything
 
 try_network() {
     while [ ${#nodes[@]} -gt 1 ]; do
-        rm -f "$checks"/*.lost "$checks/open"
+        rm -f "$checks"/*.lost "$checks/open" "$checks/together"
         on_nodes "${nodes[@]}" -- network --nodes "$(joined "${nodes[@]}")" --port "$HIVE_PORT" --out "$checks"
         [ -e "$checks/network" ] && break
         # The others may be good: again, without the node that they were to meet on.

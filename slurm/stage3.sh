@@ -4,6 +4,7 @@
 #SBATCH --job-name=hive-stage3
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --wait-all-nodes=1
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -72,12 +72,12 @@ def model_state_bytes(
 
 
 def zero_buffer_bytes(plan: StagePlan, policy: Mapping[str, Any], *, precision: str) -> int:
-    """What ZeRO 2 and 3 work in, at most: the bucket that gradients go through, and ZeRO 3's gathered weights."""
+    """What ZeRO works in, at most: the buckets that gradients go through, and ZeRO 3's gathered weights."""
     zero = {**_DEFAULTS, **policy.get("zero_optimization", {})}
     stage, weight = zero.get("stage", 0), weight_bytes(precision)
-    if stage < 2:
-        return 0
-    bucket = weight * int(zero["reduce_bucket_size"])
+    # ZeRO 2 fills one while another is on its way.
+    buckets = {0: 0, 1: 1, 2: 2 if zero.get("overlap_comm") else 1, 3: 1}[stage]
+    bucket = buckets * weight * int(zero["reduce_bucket_size"])
     total = sum(math.prod(shape) for shape in plan.shapes.values())
     return bucket + (weight * min(int(zero["stage3_max_live_parameters"]), total) if stage == 3 else 0)
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from hive_ds.doctor.findings import Finding
@@ -29,7 +30,10 @@ def count_gpus() -> int:
     """NVIDIA devices that this machine shows, or those that CUDA_VISIBLE_DEVICES leaves of them."""
     devices = len(glob.glob("/dev/nvidia[0-9]*"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return devices if visible is None else min(devices, len([one for one in visible.split(",") if one.strip()]))
+    if visible is None:
+        return devices
+    named = takewhile(lambda one: one and not one.startswith("-"), (one.strip() for one in visible.split(",")))
+    return min(devices, len(list(named)))  # CUDA reads up to the first that is none
 
 
 def check_machine(ranks: int, port: int | None) -> Iterator[Finding]:

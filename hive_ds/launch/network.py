@@ -51,8 +51,8 @@ def choose_interface(env: MutableMapping[str, str], host: str) -> None:
     """Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where they are not set, to the interface towards ``host``."""
     name = interface_towards(host)
     if name is not None:
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            env.setdefault(variable, name)
+        env.setdefault("GLOO_SOCKET_IFNAME", name)
+        env.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # else NCCL takes whatever begins so: bond0.100 for bond0
 
 
 def _source_address(target: str) -> str | None:

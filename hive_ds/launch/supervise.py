@@ -21,8 +21,9 @@ from hive_ds.errors import HiveError
 
 WRONG_INPUT = (2, 126, 127)
 """Exit codes of tries that another one would not mend: wrong input; a shell's for no such program."""
-ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-"""Signals that ask the trainer to save and stop; the second SIGTERM or SIGINT ends it at once."""
+ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask the trainer to save and stop; the second SIGTERM or SIGINT ends it at once. SIGHUP comes when the
+terminal has gone, unless nohup has switched it off."""
 PATIENCE = 480.0
 """Seconds that a trainer has to save and stop, unless HIVE_STOP_PATIENCE says otherwise."""
 _POLL = 0.05
@@ -63,10 +64,11 @@ class Supervisor:
             say(f"{self._folder} is done already")
             return 0
         self._stop_file.unlink(missing_ok=True)  # of an earlier run; what comes from here on is for this one
+        self._end_earlier()
         with self._signals():
             for number in range(self._restarts + 1):
                 code = self._try(number)
-                verdict = self._conclude(code)
+                verdict = self._conclude(code, number)
                 if verdict is not None:
                     return verdict
                 say(f"the try ended with exit code {code} before the stage was done")
@@ -108,17 +110,25 @@ class Supervisor:
         code = process.wait()
         return code if code >= 0 else 128 - code
 
-    def _conclude(self, code: int) -> int | None:
+    def _end_earlier(self) -> None:
+        """End what a supervisor that was killed has left here: it would hold the GPUs and the port."""
+        name = self._folder / "attempt"
+        if name.is_file() and attempt_processes(left := name.read_text().strip()):
+            say(f"ending what is left of attempt {left}")
+            kill_attempt(left)
+
+    def _conclude(self, code: int, number: int) -> int | None:
         """The exit code to end with, or None to start again."""
         if self._done():
             say("done")
             return 0
-        if code in WRONG_INPUT:
+        # A later try that had a checkpoint to go on from had right input: a disk or a server has failed.
+        latest = self._folder / "latest"
+        if code in WRONG_INPUT and not (code == 2 and number and latest.is_file()):
             say(f"exit code {code}: wrong input, which another try would not mend")
             return 2
         if self._end_at is not None or code == EXIT_STOPPED or self._stop_file.exists():
             return self._stopped()
-        latest = self._folder / "latest"
         self._newest_at_failures.append(latest.read_text() if latest.is_file() else "none")
         last = self._newest_at_failures[-self._failures :]
         if len(last) == self._failures and len(set(last)) == 1:
@@ -142,7 +152,8 @@ class Supervisor:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._on_signal) for number in ASK}
+        ask = [number for number in ASK if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP]
+        before = {number: signal.signal(number, self._on_signal) for number in ask}
         try:
             yield
         finally:
@@ -155,7 +166,7 @@ class Supervisor:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._stop_file.touch()
             self._end_at = time.monotonic() + float(os.environ.get("HIVE_STOP_PATIENCE", PATIENCE))
-        elif number != signal.SIGUSR1:
+        elif number not in (signal.SIGUSR1, signal.SIGHUP):
             self._end_at = time.monotonic()
 
 
@@ -212,4 +223,5 @@ def attempt_processes(attempt: str) -> list[int]:
 
 def say(text: str) -> None:
     """Print a line with the time."""
-    print(f"{time.strftime('%F %T')} {text}", flush=True)
+    with suppress(OSError):  # the terminal may have gone
+        print(f"{time.strftime('%F %T')} {text}", flush=True)

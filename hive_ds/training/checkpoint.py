@@ -19,6 +19,7 @@ import torch
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
+from hive_ds.files import flush, flush_tree
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint_files import fault_of, step_folders
 from hive_ds.training.distributed import World, barrier, from_main
@@ -134,9 +135,11 @@ def save_model(folder: Path, engine: Engine, processor: Any, world: World, attem
         shutil.rmtree(aside, ignore_errors=True)
         engine.model.save_pretrained(aside, state_dict=state)
         processor.save_pretrained(aside)
+        flush_tree(aside)  # the stage is called done after this, and is not trained again
         attempt.check()
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+        flush(folder.parent)
     barrier()
 
 

@@ -158,10 +158,11 @@ def _own_device(world: World) -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
         return torch.device("cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if world.local_rank >= gpus:
         raise HiveError(
-            f"{world.local_size} ranks on {socket.gethostname()}, but {torch.cuda.device_count()} GPUs: start one rank "
-            "a GPU"
+            f"{world.local_size} ranks on {socket.gethostname()}, but rank {world.rank} sees {gpus} GPUs: "
+            "start one rank a GPU, and let each see all GPUs of its node (srun --gpu-bind=none, not --gpus-per-task)"
         )
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)

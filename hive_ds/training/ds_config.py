@@ -38,6 +38,8 @@ _OWNERS = {
 }
 """DeepSpeed's key -> who sets it instead."""
 
+BF16_SUMS = 8
+"""Micro-batches a step that ZeRO 0 and 1 may add up in bf16 without a word."""
 _HPZ = "zero_hpz_partition_size"
 _OFFLOAD = ("offload_optimizer", "offload_param")
 _UNSUPPORTED = {
@@ -84,6 +86,18 @@ def describe_batch(config: StageConfig, num_ranks: int, largest_micro_batch: int
     return (
         f"batch: {config.global_batch_size} samples a step over {num_ranks} ranks, "
         f"each {share // micro} x micro-batch {micro}{smaller}"
+    )
+
+
+def warn_of_rounding(policy: dict[str, Any], precision: str, config: StageConfig, num_ranks: int) -> str | None:
+    """A warning where ZeRO 0 or 1 adds up many micro-batches in bf16; 2 and 3 do so in fp32."""
+    accumulation = config.global_batch_size // num_ranks // config.micro_batch
+    stage = policy.get("zero_optimization", {}).get("stage", 0)
+    if stage > 1 or precision != "bf16" or accumulation <= BF16_SUMS:
+        return None
+    return (
+        f"warning: ZeRO {stage} adds up the gradients of {accumulation} micro-batches in bf16, and rounds each time; "
+        "take zero2 or zero3, or a larger micro_batch_size"
     )
 
 

@@ -92,7 +92,8 @@ class Watchdog:
             # Exits with 1, for faulthandler knows no other code.
             faulthandler.dump_traceback_later(limit + _PATIENCE, exit=True, file=2)
             self._told.wait(self._poll)
-            # A process that was stopped has not been idle: count what passed while this thread ran.
+            # A process that was stopped has not been idle: count what passed while this thread ran. faulthandler's own
+            # clock goes on, though: whoever was stopped for longer than it waits ends when it goes on.
             now = time.monotonic()
             idle = 0.0 if here.marks != seen else idle + min(now - before, 2 * self._poll)
             seen, before = here.marks, now

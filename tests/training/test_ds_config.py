@@ -14,7 +14,14 @@ from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
 from hive_ds.launch.meeting import set_meeting_point
 from hive_ds.training.distributed import World, read_world
-from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, micro_batches, read_policy
+from hive_ds.training.ds_config import (
+    build_ds_config,
+    describe_batch,
+    fit_micro_batch,
+    micro_batches,
+    read_policy,
+    warn_of_rounding,
+)
 
 STAGE = StageConfig(lr=1e-3, global_batch_size=24, micro_batch_size=2, clip=0.6)
 
@@ -150,6 +157,25 @@ def test_micro_batch_follows_the_ranks(most: int, ranks: int, line: str) -> None
     )
     parts = (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"], ranks)
     assert math.prod(parts) == config["train_batch_size"] == 24
+
+
+@pytest.mark.parametrize(
+    ("policy", "precision", "ranks", "warns"),
+    [
+        ("zero0", "bf16", 1, True),
+        ("zero1", "bf16", 1, True),
+        ("zero1", "bf16", 2, False),
+        ("zero1", "fp32", 1, False),
+        ("zero2", "bf16", 1, False),
+        ("zero3", "bf16", 1, False),
+    ],
+)
+def test_many_micro_batches_summed_in_bf16_are_warned_of(policy: str, precision: str, ranks: int, warns: bool) -> None:
+    config = StageConfig(lr=1e-3, global_batch_size=16, micro_batch_size=1)
+    found = warn_of_rounding(read_policy(policy), precision, config, ranks)
+    assert (found is not None) == warns
+    if found:
+        assert "the gradients of 16 micro-batches in bf16" in found
 
 
 def test_auto_may_be_a_whole_share() -> None:

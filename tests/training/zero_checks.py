@@ -11,7 +11,7 @@ from checkpoint_checks import identity_of, load, save, writer_of
 from engine_checks import trained_losses
 from stage_helpers import FEW, config_for, expect_error, make_trainee, moved, run_step, state_of, step_batches
 
-from hive_ds.cost.memory import model_state_bytes
+from hive_ds.cost.memory import model_state_bytes, zero_buffer_bytes
 from hive_ds.training.checkpoint import newest_checkpoint
 from hive_ds.training.ds_config import read_policy
 
@@ -47,6 +47,28 @@ def check_profile_bf16(ranks: Any) -> dict[str, list[list[float]]]:
     """The same in bf16."""
     policies = {"zero3_offload_param": "zero3_offload_param", "hpz of 2": hpz_policy(ranks, 2)}
     return {name: trained_losses(ranks, 2, policy, "bf16", steps=3) for name, policy in policies.items()}
+
+
+def check_reduce_buckets(ranks: Any) -> None:
+    """Those that DeepSpeed allocates for a backward pass are those of the memory plan."""
+    for name in ("zero1", "zero2"):
+        policy = read_policy(name)
+        policy["zero_optimization"]["reduce_bucket_size"] = 50_000
+        path = ranks.folder / f"{name}-bucket.{ranks.world.rank}.json"
+        path.write_text(json.dumps(policy))
+        trainee = make_trainee(ranks, stage=3, zero=str(path), config=config_for(2))
+        seen = set()
+
+        def look(_: torch.Tensor, optimizer: Any = trainee.engine._optimizer, seen: set[int] = seen) -> None:
+            buffers = [buffer for bucket in optimizer.ipg_buckets.values() for buffer in bucket.buffer]
+            seen.add(sum(buffer.numel() * buffer.element_size() for buffer in buffers))
+
+        for parameter in trainee.engine.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(look)
+        run_step(ranks, trainee, step_batches(ranks, 0, 2))
+        assert max(seen) == zero_buffer_bytes(trainee.plan, policy, precision="fp32"), (name, seen)
+        trainee.engine.close()
 
 
 def check_hpz(ranks: Any) -> None:

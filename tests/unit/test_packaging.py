@@ -160,7 +160,7 @@ def test_dockerfile_follows_the_make_targets():
     by_name: dict[str, list[str]] = {}
     for instruction in instructions:
         by_name.setdefault(instruction["instruction"], []).append(instruction["value"])
-    assert set(by_name) - {"COMMENT"} == {"FROM", "RUN", "WORKDIR", "COPY", "CMD"}
+    assert set(by_name) - {"COMMENT"} == {"FROM", "ENV", "RUN", "WORKDIR", "COPY", "CMD"}
     version = re.fullmatch(r"python:3\.(\d+)-slim", by_name["FROM"][0])
     assert version
     assert int(version[1]) >= 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -50,6 +51,9 @@ def supervise(tries: str, restarts: int = 10, failures: int = 3) -> tuple[int, i
         ("done1", (0, 1)),  # srun, for one, may fail after the ranks have ended well
         ("0 0 0 0", (1, 3)),  # no DONE: it did not work, whatever it says
         ("1 2 done0", (2, 2)),
+        ("saves1 2 done0", (0, 3)),  # it had the right input before: a disk or a server has failed
+        ("saves1 2 2 2 2 done0", (1, 3)),
+        ("saves2 done0", (2, 1)),
         ("1 127 done0", (2, 2)),
         ("1 85 done0", (85, 2)),
         ("stop done0", (85, 1)),  # torchrun hides the exit code
@@ -85,6 +89,7 @@ def test_no_such_program() -> None:
         (["SIGTERM"], True, 85),
         (["SIGINT"], True, 85),
         (["SIGTERM", "SIGUSR1", "SIGTERM"], False, 85),
+        (["SIGHUP"], True, 85),  # the terminal has gone
     ],
 )
 def test_signals_ask_for_a_stop(signals: list[str], answers: bool, code: int) -> None:
@@ -105,6 +110,26 @@ def test_signals_ask_for_a_stop(signals: list[str], answers: bool, code: int) ->
     assert process.returncode == code
     assert f"{signals[0]}: asking the trainer to save and stop" in output
     assert attempt_processes(Path("started").read_text().strip()) == []
+
+
+def test_nohup_keeps_it_going() -> None:
+    main = "import sys; from hive_ds.cli import main; sys.exit(main())"
+    command = ["nohup", sys.executable, "-c", main, "supervise", "--folder", "."]
+    trainer = "echo > started; while [ ! -e go ]; do sleep 0.02; done; touch DONE"
+    with subprocess.Popen([*command, "--", "sh", "-c", trainer], stdout=subprocess.PIPE) as process:
+        wait_for("started")
+        process.send_signal(signal.SIGHUP)
+        Path("go").touch()
+        process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+def test_what_a_killed_supervisor_left_is_ended() -> None:
+    """It would hold the GPUs and the port of the next try."""
+    left = subprocess.Popen(["sleep", "1000"], env={"HIVE_ATTEMPT": "earlier.0", "PATH": os.environ["PATH"]})
+    Path("attempt").write_text("earlier.0")
+    assert supervise("done0") == (0, 1)
+    assert left.wait(10) == -signal.SIGKILL
 
 
 def test_signal_during_the_pause_starts_no_other_try() -> None:
