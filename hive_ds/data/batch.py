@@ -13,6 +13,9 @@ from torch import Tensor
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.text import EncodedSample
 
+HOST_TENSORS = ("spatial_shapes",)
+"""Of an image processor: rows and columns of patches, which the host reads one by one."""
+
 
 @dataclass(frozen=True)
 class BadSample:
@@ -73,9 +76,12 @@ class PackedBatch:
     def model_inputs(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
         """Return the arguments of the model's packed call on ``device``; floating images are cast to ``dtype``.
 
-        Labels stay: which tokens carry loss decides shapes, and the host would wait for the device to tell.
+        Labels and `HOST_TENSORS` stay: they decide shapes, and the host would wait for the device to tell.
         """
-        images = {name: value.to(device, non_blocking=True) for name, value in self.images.items()}
+        images = {
+            name: value if name in HOST_TENSORS else value.to(device, non_blocking=True)
+            for name, value in self.images.items()
+        }
         # There, not on the way: with both at once torch casts on the CPU, while the host waits.
         images = {name: value.to(dtype) if value.is_floating_point() else value for name, value in images.items()}
         return {
@@ -116,7 +122,8 @@ def collate(samples: Sequence[PreparedSample], dummy: Mapping[str, Tensor]) -> P
         order = sorted(range(len(given)), key=given.__getitem__)
         offsets.append([given[index] for index in order])
         if order:
-            images.append({name: value[order] for name, value in sample.images.items()})
+            sorted_already = order == list(range(len(order)))
+            images.append({name: value if sorted_already else value[order] for name, value in sample.images.items()})
     num_images = sum(len(given) for given in offsets)
     lengths = [len(sample.text.input_ids) for sample in samples]
     if not images:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from hive_ds.errors import HiveError
 
@@ -91,7 +91,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     HiveError for grey levels that 16 bits do not hold, and for floats.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied for nothing
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # I;16; or I, of 32 bits, in which Pillow reads some files of 16
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
@@ -102,7 +103,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def process_images(images: Sequence[Image.Image], processor: ImageProcessor) -> dict[str, torch.Tensor]:

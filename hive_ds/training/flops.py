@@ -16,7 +16,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,11 @@ class BatchSize:
         )
 
 
+NOTHING = BatchSize(0, 0, 0, 0, 0, 0, 0, 0)
+COUNTS = ("text_tokens", "supervised_tokens", "patches", "sequence_tokens")
+"""What products with weights are linear in."""
+
+
 def _causal_pairs(lengths: Sequence[int]) -> int:
     return sum(length * (length + 1) // 2 for length in lengths)
 
@@ -110,6 +115,7 @@ class FlopCounter:
         self._encoder_trains = "vision_encoder" in self._trains
         scaled = any("layer_scale" in name for name in plan.shapes)
         self._last_products = ("mlp.down_proj.weight",) + (() if scaled else ("mlp.fc2.weight",))
+        self._products = {what: self._products_of(replace(NOTHING, **{what: 1})) for what in COUNTS}
 
     def count(self, batch: BatchSize) -> float:
         """FLOPs of forward and backward over ``batch``."""
@@ -117,14 +123,23 @@ class FlopCounter:
 
     def parts(self, batch: BatchSize) -> dict[str, float]:
         """The same by part: ``vision_encoder``, ``projectors``, ``language_model`` and its ``head``."""
-        counted = dict.fromkeys(("vision_encoder", "projectors", "language_model", "head"), 0.0)
-        for name, group, size in self._weights:
-            part = group if group in ("vision_encoder", "projectors") else "language_model"
-            for tokens, flows in self._uses(name, group, batch):
-                counted[part] += 2.0 * size * tokens * (1 + flows + (group in self._trains))
+        # Linear in what is counted, and looked up for every micro-batch.
+        counted = {
+            part: sum(self._products[what][part] * getattr(batch, what) for what in COUNTS)
+            for part in ("vision_encoder", "projectors", "language_model")
+        }
         counted["head"] = 2.0 * self._head * batch.supervised_tokens * (2 + ("language_model" in self._trains))
         counted["language_model"] += self._language_attention(batch, below=1, above=3)
         counted["vision_encoder"] += self._encoder_attention(batch, 3 if self._encoder_trains else 1)
+        return counted
+
+    def _products_of(self, batch: BatchSize) -> dict[str, float]:
+        """FLOPs of all products with weights but the head's, by part."""
+        counted = dict.fromkeys(("vision_encoder", "projectors", "language_model"), 0.0)
+        for name, group, size in self._weights:
+            part = group if group in counted else "language_model"
+            for tokens, flows in self._uses(name, group, batch):
+                counted[part] += 2.0 * size * tokens * (1 + flows + (group in self._trains))
         return counted
 
     def repeated(self, batch: BatchSize, *, checkpointing: bool) -> float:

@@ -134,6 +134,7 @@ def evaluate(job: Job, loader: Any) -> float:
 def _save(job: Job, done: int, *, last: bool) -> None:
     """Begin a checkpoint, once the one before is there; the last one is waited for."""
     here.enter("save", ())
+    job.meter.pause()
     _report_save(job, job.checkpoints.wait())
     counts = {"cut_samples": job.meter.cut_samples, "bad_samples": job.meter.bad_samples}
     job.checkpoints.begin(done, {**job.loader.state_dict(), "counts": counts})
@@ -256,6 +257,7 @@ def _log(job: Job, done: int, report: StepReport, bar: Any) -> None:
 
 
 def _validate(job: Job, done: int) -> None:
+    job.meter.pause()
     losses = {name: evaluate(job, loader) for name, loader in job.validation.items()}
     if losses:
         job.metrics.write("validation", done, **losses)
@@ -281,6 +283,7 @@ def _map(job: Job, done: int, squares: Mapping[int, Tensor]) -> None:
     """
     assert job.maps is not None
     here.enter("maps", ())
+    job.meter.pause()
     start = time.perf_counter()
     norms = norms_over_ranks(squares, job.engine)
     own = {"sample_id": job.maps.sample.id, "sample_grad_norms": job.maps.draw(job.engine, done)}

@@ -129,6 +129,8 @@ class Meter:
     _losses: list[tuple[float, float]] = field(default_factory=list)
     """Mean and supervised tokens of each step that was not skipped."""
     _steps: int = 0
+    _seconds: float = 0.0
+    """Of training, up to the last pause."""
     _start: float = field(default_factory=time.perf_counter)
 
     def add(self, totals: Totals, loss: float) -> None:
@@ -143,7 +145,8 @@ class Meter:
 
     def read(self, steps_left: int) -> dict[str, float]:
         """The numbers since the last call, and start over."""
-        seconds = time.perf_counter() - self._start
+        self.pause()
+        seconds, self._seconds = self._seconds, 0.0
         totals, per_gpu = self._totals, seconds * self.num_ranks
         values = {
             "loss": _mean(self._losses),
@@ -163,8 +166,13 @@ class Meter:
         self.restart()
         return values
 
+    def pause(self) -> None:
+        """Leave out the time from now to `restart`: a validation or a checkpoint is not training."""
+        self._seconds += time.perf_counter() - self._start
+        self.restart()
+
     def restart(self) -> None:
-        """Leave out the time since the last call: a validation or a checkpoint is not training."""
+        """Count time from now on."""
         self._start = time.perf_counter()
 
 

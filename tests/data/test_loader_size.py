@@ -18,14 +18,14 @@ from hive_ds.data.schema import Sample, Turn
 SHARD, SHARDS = 4096, 245  # 1,003,520 samples
 
 MAIN = """
-import json, resource, sys, time
+import json, sys, time
 from test_loader_shared_memory import make_dataset
 
-def memory():
-    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) / 1024
+def memory(name="VmRSS"):
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) / 1024
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return memory("VmHWM")  # ru_maxrss begins with that of the process that started this one
 
 warm = make_dataset(sys.argv[1])
 next(iter(warm))
