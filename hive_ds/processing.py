@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 
 from hive_ds.constants import IMAGE_TOKEN
-from hive_ds.data.images import ImageProcessor, decode_image, process_images, to_rgb
+from hive_ds.data.images import ImageProcessor, decode_image, to_rgb
+from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import IMAGE_POSITIONS, EncodedText, encode_text, prepare_tokenizer, render_chat
 from hive_ds.errors import HiveError
@@ -75,8 +77,13 @@ class HiveProcessor:
                 raise HiveError(f"prompt of {len(row.input_ids)} tokens: expected at most {max_length}")
         inputs = {**self._pad(rows), "image_offsets": [row.image_offsets for row in rows]}
         if flat:
-            inputs |= process_images([_load(image) for image in flat], self.image_processor)
+            inputs |= self.preprocess([_load(image) for image in flat])
         return BatchFeature(inputs)
+
+    @cached_property
+    def preprocess(self) -> Preprocessor:
+        """What the image processor does, as in training."""
+        return make_preprocessor(self.image_processor)
 
     def _flatten(self, texts: Sequence[str], images: ImageInput | Sequence[Any] | None) -> list[ImageInput]:
         """Return the images in prompt order after counting them against the placeholders."""

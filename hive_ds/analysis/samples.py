@@ -11,10 +11,9 @@ from PIL import Image
 
 from hive_ds.analysis.attention_pictures import token_name
 from hive_ds.constants import IGNORE_INDEX, IMAGE_TOKEN
-from hive_ds.data.batch import PackedBatch, collate
-from hive_ds.data.images import decode_image, dummy_images, read_image_file
+from hive_ds.data.batch import PackedBatch
+from hive_ds.data.images import decode_image, read_image_file
 from hive_ds.data.loader import SampleEncoder
-from hive_ds.data.preprocess import make_preprocessor
 from hive_ds.data.schema import Sample, Turn
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import TrainedModel
@@ -56,7 +55,7 @@ class Subject:
         """Text tokens of a sample with one image; in a cascaded model the image's tokens take their share."""
         config, taken = self.model.config, 0
         if not isinstance(self.model, HiveForCausalLM):
-            inputs = dummy_images(self.processor.image_processor)
+            inputs = self.processor.preprocess.dummy()
             grids = patch_grids(config.vision_config, inputs["pixel_values"], inputs.get("spatial_shapes"))
             taken = max(rows * columns for rows, columns in grids)
         return int(config.text_config.max_position_embeddings - taken)
@@ -68,11 +67,10 @@ class Subject:
             HiveError: one does not fit the template, or cannot be read.
         """
         processor = self.processor
-        preprocess = make_preprocessor(processor.image_processor)
         encode = SampleEncoder(
-            processor.tokenizer, preprocess, self.template, processor.image_position, self.longest_text
+            processor.tokenizer, processor.preprocess, self.template, processor.image_position, self.longest_text
         )
-        return collate([encode(sample) for sample in samples], dummy_images(processor.image_processor))
+        return encode.packer()([encode(sample) for sample in samples])
 
     def pictured(self, sample: Sample) -> PackedBatch:
         """``sample`` by itself; HiveError as `batch`, and where it has not exactly one image."""

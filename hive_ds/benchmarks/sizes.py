@@ -16,7 +16,7 @@ from transformers import LlamaConfig, SiglipVisionConfig
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.cost.known_models import KNOWN_MODELS
-from hive_ds.data.batch import PackedBatch
+from hive_ds.data.batch import Normalisation, PackedBatch
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
@@ -130,10 +130,13 @@ def caption_lengths(size: Size, count: int, seed: int) -> list[int]:
     return (1 + drawn * size.caption_scale).round().int().tolist()
 
 
+SIGLIP = Normalisation((1 / 127.5,) * 3, (-1.0,) * 3)
+
+
 @cache
 def noise(count: int, side: int) -> Tensor:
-    """Images (count, 3, side, side) in fp32, as preprocessing makes them; in pinned memory if there is a GPU."""
-    made = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+    """Images (count, 3, side, side) in levels, as loaders hand them over; in pinned memory if there is a GPU."""
+    made = torch.randint(256, (count, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return made.pin_memory() if torch.cuda.is_available() else made
 
 
@@ -156,5 +159,6 @@ def make_batch(size: Size, lengths: Sequence[int], seed: int) -> PackedBatch:
         images={"pixel_values": images},
         sample_ids=[str(index) for index in range(len(lengths))],
         num_images=len(lengths),
+        normalise=SIGLIP,
     )
     return batch.pin_memory() if torch.cuda.is_available() else batch

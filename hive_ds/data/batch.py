@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,30 @@ from torch import Tensor
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.text import EncodedSample
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """From levels of 0 to 255 to pixel values, by channel: levels * ``scale`` + ``shift`` in fp32.
+
+    Loaders hand over levels, a quarter of the bytes, and the model's device does the rest.
+    """
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def __call__(self, levels: Tensor) -> Tensor:
+        """(I,3,h,w) uint8 -> fp32, on the device that they are on."""
+        scale, shift = _channels(self, levels.device)
+        return levels.to(torch.float32).mul_(scale).add_(shift)
+
+
+@lru_cache(maxsize=16)
+def _channels(normalise: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (3,1,1): made once, for a copy to a GPU waits for it."""
+    scale, shift = (torch.tensor(values, device=device).view(-1, 1, 1) for values in vars(normalise).values())
+    return scale, shift
+
 
 HOST_TENSORS = ("spatial_shapes",)
 """Of an image processor: rows and columns of patches, which the host reads one by one."""
@@ -46,6 +71,7 @@ class PackedBatch:
     whose tensors have the images as leading dim: sample by sample, within a sample by (offset, listing).
     A batch without images has one black image at the end of its first sample, where no token sees it, so that every
     rank calls every module; ``num_images`` does not count it. ``num_cut`` counts texts that lost their end.
+    ``normalise`` turns ``pixel_values`` that are levels into what the encoder takes; None: they are that.
     """
 
     input_ids: Tensor
@@ -57,6 +83,7 @@ class PackedBatch:
     num_images: int
     num_cut: int = 0
     bad: tuple[BadSample, ...] = ()
+    normalise: Normalisation | None = None
 
     @property
     def num_samples(self) -> int:
@@ -82,6 +109,8 @@ class PackedBatch:
             name: value if name in HOST_TENSORS else value.to(device, non_blocking=True)
             for name, value in self.images.items()
         }
+        if self.normalise is not None:
+            images["pixel_values"] = self.normalise(images["pixel_values"])
         # There, not on the way: with both at once torch casts on the CPU, while the host waits.
         images = {name: value.to(dtype) if value.is_floating_point() else value for name, value in images.items()}
         return {
@@ -105,15 +134,19 @@ def stretched(batch: PackedBatch, length: int, copies: int) -> PackedBatch:
         images={name: torch.cat([value] * copies) for name, value in batch.images.items()},
         sample_ids=batch.sample_ids * copies,
         num_images=batch.num_images * copies,
+        normalise=batch.normalise,
     )
 
 
-def collate(samples: Sequence[PreparedSample], dummy: Mapping[str, Tensor]) -> PackedBatch:
+def collate(
+    samples: Sequence[PreparedSample], dummy: Mapping[str, Tensor], normalise: Normalisation | None = None
+) -> PackedBatch:
     """Pack ``samples``, shorter texts first, which leaves attention on CPUs least to pad.
 
     Args:
         samples: of one micro-batch.
-        dummy: the one image (`images.dummy_images`) that a batch without images carries.
+        dummy: the one image (`Preprocessor.dummy`) that a batch without images carries.
+        normalise: of ``pixel_values`` that are levels.
     """
     samples = sorted(samples, key=lambda sample: len(sample.text.input_ids))
     offsets, images = [], []
@@ -139,4 +172,5 @@ def collate(samples: Sequence[PreparedSample], dummy: Mapping[str, Tensor]) -> P
         num_images=num_images,
         num_cut=sum(sample.text.cut for sample in samples),
         bad=tuple(bad for sample in samples for bad in sample.bad),
+        normalise=normalise,
     )

@@ -123,8 +123,3 @@ def process_images(images: Sequence[Image.Image], processor: ImageProcessor) -> 
     if "pixel_values" not in tensors:
         raise HiveError(f"image processor {type(processor).__name__}: returns no pixel_values")
     return tensors
-
-
-def dummy_images(processor: ImageProcessor) -> dict[str, torch.Tensor]:
-    """Return one processed black image, which a batch without images carries (see `hive_ds.data.batch`)."""
-    return process_images([Image.new("RGB", (64, 64))], processor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hive_ds.config import DataConfig
-from hive_ds.data.batch import PreparedSample, collate
+from hive_ds.data.batch import PackedBatch, PreparedSample, collate
 from hive_ds.data.environment import find_world
-from hive_ds.data.images import ImageProcessor, decode_image, dummy_images
+from hive_ds.data.images import ImageProcessor, decode_image
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.data.schema import Sample
 from hive_ds.data.text import IMAGE_POSITIONS, TEMPLATES, encode_sample, prepare_tokenizer
 from hive_ds.errors import HiveError
+from hive_ds.launch.probe import SHM_PER_RANK
 
 if TYPE_CHECKING:
     from hive_ds.data.mds import SampleLoader
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleEncoder:
-    """Turns a stored sample into tokens and pixels; HiveError, naming the sample, where it cannot be used."""
+    """Turns a stored sample into tokens and levels; HiveError, naming the sample, where it cannot be used."""
 
     tokenizer: PreTrainedTokenizerBase
     preprocess: Preprocessor
@@ -48,7 +49,11 @@ class SampleEncoder:
     def _pixels(self, files: Sequence[bytes]) -> Mapping[str, Tensor]:
         if not files:
             return {}
-        return self.preprocess([decode_image(file) for file in files])
+        return self.preprocess.levels([decode_image(file) for file in files])
+
+    def packer(self) -> Callable[[Sequence[PreparedSample]], PackedBatch]:
+        """What packs such samples."""
+        return partial(collate, dummy=self.preprocess.dummy(), normalise=self.preprocess.normalise)
 
 
 def build_loader(
@@ -98,11 +103,19 @@ def build_loader(
     )
     return SampleLoader(
         dataset,
-        collate_fn=partial(collate, dummy=dummy_images(image_processor)),
+        collate_fn=encoder.packer(),
         num_workers=data.num_workers,
+        queue=_queue(encoder, micro_batch_size, global_batch_size // find_world().size, data.num_workers),
         endless=train,
         max_bad_share=data.max_bad_share,
     )
+
+
+def _queue(encoder: SampleEncoder, micro_batch_size: int, share: int, workers: int) -> int:
+    """Batches to make ahead: those of a step, which is fetched at once, and one a worker, as /dev/shm allows."""
+    image = sum(tensor.nbytes for tensor in encoder.preprocess.dummy().values())
+    room = int(SHM_PER_RANK) // (micro_batch_size * image)
+    return max(2 * workers, min(share // micro_batch_size + workers, room))
 
 
 def _check(data: DataConfig, micro_batch_size: int, global_batch_size: int, ranks: int) -> None:

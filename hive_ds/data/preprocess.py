@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from hive_ds.data.batch import Normalisation
 from hive_ds.data.images import ImageProcessor, process_images
 
 KNOWN = tuple(f"{name}ImageProcessor{kind}" for name in ("Siglip", "CLIP", "Bit", "Llava") for kind in ("", "Fast"))
@@ -42,11 +43,26 @@ class Preprocessor:
     processor: ImageProcessor
     plan: _Plan | None
 
+    @property
+    def normalise(self) -> Normalisation | None:
+        """What is left to do of `levels`."""
+        return None if self.plan is None else self.plan.normalise
+
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Process ``images``; HiveError as `process_images`."""
         if self.plan is None or not images:
             return process_images(images, self.processor)
+        return {"pixel_values": self.plan.normalise(self.levels(images)["pixel_values"])}
+
+    def levels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The same before `normalise`, in uint8 where there is one."""
+        if self.plan is None:
+            return process_images(images, self.processor)
         return {"pixel_values": torch.stack([self.plan.apply(image) for image in images])}
+
+    def dummy(self) -> dict[str, Tensor]:
+        """`levels` of one black image, which a batch without images carries (see `hive_ds.data.batch`)."""
+        return self.levels([Image.new("RGB", (64, 64))])
 
 
 def make_preprocessor(processor: ImageProcessor) -> Preprocessor:
@@ -59,7 +75,7 @@ def make_preprocessor(processor: ImageProcessor) -> Preprocessor:
 
 @dataclass(frozen=True)
 class _Plan:
-    """``size`` is (height, width) or the shortest edge; ``scale`` and ``shift`` are (3,1,1), for levels of 255.
+    """``size`` is (height, width) or the shortest edge.
 
     ``background`` is the colour around an image that is padded to a square; None: it is not.
     """
@@ -68,11 +84,11 @@ class _Plan:
     crop: tuple[int, int] | None
     resample: Image.Resampling
     on_tensors: bool
-    scale: Tensor
-    shift: Tensor
+    normalise: Normalisation
     background: tuple[int, ...] | None = None
 
     def apply(self, image: Image.Image) -> Tensor:
+        """(3,h,w) levels."""
         if self.background is not None:
             image = _squared(image, self.background)
         height, width = self._resized(image)
@@ -85,7 +101,7 @@ class _Plan:
         if self.crop is not None:
             top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
             pixels = pixels[:, top : top + self.crop[0], left : left + self.crop[1]]
-        return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(self.scale).add_(self.shift)
+        return pixels
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         if isinstance(self.size, tuple):
@@ -115,11 +131,12 @@ def _read_plan(processor: Any) -> _Plan | None:
     smallest = (size, size) if isinstance(size, int) else size
     if crop is not None and (crop[0] > smallest[0] or crop[1] > smallest[1]):
         return None  # it would pad
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+    mean, std = (torch.tensor(values) for values in (processor.image_mean, processor.image_std))
+    normalise = Normalisation(tuple((processor.rescale_factor / std).tolist()), tuple((-mean / std).tolist()))
     resample = Image.Resampling(processor.resample)
     pads = getattr(processor, "do_pad", None)
     background = tuple(int(255 * channel) for channel in processor.image_mean) if pads else None
-    return _Plan(size, crop, resample, False, processor.rescale_factor / std, -mean / std, background)
+    return _Plan(size, crop, resample, False, normalise, background)
 
 
 def _size(size: Mapping[str, int | None]) -> tuple[int, int] | int | None:
@@ -135,9 +152,10 @@ def _is_equal(plan: _Plan, processor: ImageProcessor) -> bool:
     for width, height in PROBES:
         image = Image.fromarray(drawn.integers(0, 256, (height, width, 3), dtype=np.uint8))
         expected = process_images([image], processor)
-        ours = plan.apply(image)[None]
+        ours = plan.normalise(plan.apply(image)[None])
         if expected.keys() != {"pixel_values"} or expected["pixel_values"].shape != ours.shape:
             return False
-        if bool(((ours - expected["pixel_values"]).abs() / plan.scale).max() > TOLERANCE):
+        levels = (ours - expected["pixel_values"]).abs() / torch.tensor(plan.normalise.scale).view(-1, 1, 1)
+        if bool(levels.max() > TOLERANCE):
             return False
     return True

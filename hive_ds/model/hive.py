@@ -270,6 +270,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             frequencies=self.frequencies,
             rope=self.config.rope,
             query_lengths=query_lengths,
+            images_cached=new_images is None,
             device=text.input_ids_T.device,
         )
         hidden = trunk.embed_tokens(text.input_ids_T)[None]

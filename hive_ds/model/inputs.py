@@ -151,6 +151,7 @@ class BatchContext:
         frequencies: RotaryFrequencies,
         rope: str,
         query_lengths: Sequence[int] | None,
+        images_cached: bool,
         device: torch.device,
     ) -> BatchContext:
         """Positions, tables and layouts.
@@ -163,17 +164,19 @@ class BatchContext:
             frequencies: the LLM's rotary frequencies.
             rope: positions of image patches.
             query_lengths: new tokens of each row if earlier ones are cached.
+            images_cached: so are the images' keys, and nothing is made for them.
             device: of all tensors.
         """
         row_grids = [images.grids[prompt] for prompt in prompt_of_row]
         row_offsets = [images.offsets[prompt] for prompt in prompt_of_row]
         text = build_positions(text_lengths, row_grids, row_offsets, rope=rope, query_lengths=query_lengths)
         no_text = [0] * len(images.grids)
-        patches = build_positions(no_text, images.grids, images.offsets, rope=rope)
-        tables = frequencies.tables(Positions(text.text_T, patches.image_N3), device)
+        patches = PromptImages.none(0) if images_cached else images
+        image_N3 = build_positions(no_text[: len(patches.grids)], patches.grids, patches.offsets, rope=rope).image_N3
+        tables = frequencies.tables(Positions(text.text_T, image_N3), device)
         contexts = {}
         for count in block_counts | {0}:
-            interleave = _interleave(images.grids, count, device) if count > 1 else None
+            interleave = _interleave(images.grids, count, device) if count > 1 and not images_cached else None
             cos, sin = tables.image_cos_NK, tables.image_sin_NK
             if interleave is not None:
                 cos, sin = (table[interleave % len(table)] for table in (cos, sin))

@@ -127,7 +127,7 @@ def test_drift_begins_at_the_block_that_moved(hive: Subject) -> None:
     similarity = similarity_by_block(hive, initial, batches)
     assert similarity[1] == pytest.approx(1, abs=1e-9)
     assert all(0 < similarity[block] < 0.999 for block in (2, 3, 4))
-    pixels = hive.batch(SAMPLES).images["pixel_values"]
+    pixels = hive.batch(SAMPLES).model_inputs("cpu", torch.float32)["pixel_values"]
     ours, theirs = (encode_images(one, [3], pixels).by_block[3] for one in (hive.model.vision_encoder, initial))
     assert similarity[3] == pytest.approx(cka(ours.detach(), theirs.detach()), rel=1e-9)
     other = type(initial)(type(initial.config)(**{**initial.config.to_dict(), "num_hidden_layers": 3}))

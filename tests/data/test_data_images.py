@@ -14,7 +14,8 @@ from tiny_data import PROCESSORS, make_image_processor, photo, png
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.batch import BadSample, PreparedSample, collate
-from hive_ds.data.images import decode_image, dummy_images, process_images
+from hive_ds.data.images import decode_image, process_images
+from hive_ds.data.preprocess import make_preprocessor
 from hive_ds.data.text import EncodedSample
 from hive_ds.errors import HiveError
 
@@ -151,11 +152,13 @@ def test_batch_is_packed_shorter_texts_first_with_images_by_sample_offset_and_li
 
 def test_batch_without_images_carries_one_black_image_that_no_token_sees() -> None:
     processor = make_image_processor("siglip")
-    batch = collate([prepared("a", 3, [], []), prepared("b", 2, [], [])], dummy_images(processor))
+    preprocess = make_preprocessor(processor)
+    samples = [prepared("a", 3, [], []), prepared("b", 2, [], [])]
+    batch = collate(samples, preprocess.dummy(), preprocess.normalise)
     assert batch.image_offsets == [[2], []]
     assert batch.num_images == 0
     black = process_images([Image.new("RGB", (16, 16))], processor)["pixel_values"]
-    assert torch.equal(batch.images["pixel_values"], black)
+    assert torch.equal(batch.model_inputs("cpu", torch.float32)["pixel_values"], black)
 
 
 def test_model_inputs_cast_pixels_alone() -> None:

@@ -53,6 +53,9 @@ def test_direct_values_are_the_processors(name: str, resample: int) -> None:
         assert ours["pixel_values"].shape == expected["pixel_values"].shape
         assert ours["pixel_values"].is_contiguous()
         assert ours["pixel_values"].dtype == expected["pixel_values"].dtype
+        levels = preprocess.levels(images)["pixel_values"]
+        assert levels.dtype == torch.uint8
+        assert preprocess.normalise(levels).equal(ours["pixel_values"])
         std = torch.tensor(processor.image_std).view(3, 1, 1)
         assert float(((ours["pixel_values"] - expected["pixel_values"]).abs() * std).max()) < 1e-5  # 1/255 is 4e-3
 

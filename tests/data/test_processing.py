@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_data import PROCESSORS, make_image_processor, make_tokenizer, photo, png
 from transformers import AutoProcessor
 
-from hive_ds.data.images import process_images
+from hive_ds.data.preprocess import make_preprocessor
 from hive_ds.data.schema import Sample, Turn, caption_sample
 from hive_ds.data.text import encode_sample
 from hive_ds.errors import HiveError
@@ -65,7 +65,7 @@ def test_batch_is_padded_on_the_left_with_images_prompt_by_prompt(tmp_path: Path
     assert inputs["image_offsets"] == [row["image_offsets"][0] for row in rows]
     assert [len(offsets) for offsets in inputs["image_offsets"]] == [2, 0, 1]
     pixels = [photo(1), Image.new("RGB", (16, 16), (3, 100, 200)), Image.new("RGB", (16, 16), (7, 100, 200))]
-    assert inputs["pixel_values"].equal(process_images(pixels, processor.image_processor)["pixel_values"])
+    assert inputs["pixel_values"].equal(make_preprocessor(processor.image_processor)(pixels)["pixel_values"])
     grouped = processor(texts, [images[:2], [], images[2:]])
     assert grouped["pixel_values"].equal(inputs["pixel_values"])
     assert "pixel_values" not in rows[1]

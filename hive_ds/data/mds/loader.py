@@ -27,6 +27,7 @@ class SampleLoader(StreamingDataLoader):
     otherwise each iteration is the first epoch again. ``len()`` is the number of micro-batches of one epoch.
     Bad samples are logged. Whether they are too many (``max_bad_share``) is for those to say who know all ranks'
     samples: a single rank's first ones are too few. HiveError where nothing usable comes for so many in a row.
+    Workers make at least ``queue`` batches ahead.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class SampleLoader(StreamingDataLoader):
         *,
         collate_fn: Callable[[list[PreparedSample]], PackedBatch],
         num_workers: int,
+        queue: int,
         endless: bool,
         max_bad_share: float,
     ) -> None:
@@ -42,6 +44,7 @@ class SampleLoader(StreamingDataLoader):
             dataset,
             batch_size=dataset.batch_size,
             num_workers=num_workers,
+            prefetch_factor=-(-queue // num_workers) if num_workers else None,
             collate_fn=collate_fn,
             worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
