@@ -115,7 +115,7 @@ def _queue(encoder: SampleEncoder, micro_batch_size: int, share: int, workers: i
     """Batches to make ahead: those of a step, which is fetched at once, and one a worker, as /dev/shm allows."""
     image = sum(tensor.nbytes for tensor in encoder.preprocess.dummy().values())
     room = int(SHM_PER_RANK) // (micro_batch_size * image)
-    return max(2 * workers, min(share // micro_batch_size + workers, room))
+    return max(workers, min(max(share // micro_batch_size, workers) + workers, room))
 
 
 def _check(data: DataConfig, micro_batch_size: int, global_batch_size: int, ranks: int) -> None:

@@ -17,10 +17,12 @@ from streaming import StreamingDataset
 from tiny_data import flat, make_image_processor, make_samples, make_tokenizer
 
 from hive_ds.config import DataConfig
+from hive_ds.data import loader as loader_module
 from hive_ds.data.environment import World, find_world
 from hive_ds.data.images import decode_image, process_images
 from hive_ds.data.loader import build_loader
 from hive_ds.data.mds import SampleLoader, write_mds
+from hive_ds.data.preprocess import make_preprocessor
 from hive_ds.data.schema import from_columns
 from hive_ds.data.text import encode_sample, prepare_tokenizer
 from hive_ds.errors import HiveError
@@ -103,6 +105,25 @@ def test_batches_hold_what_was_written(folder: str) -> None:
         seen += batch.sample_ids
     assert len(seen) == 24
     assert set(seen) == set(samples)
+
+
+@pytest.mark.parametrize(
+    ("workers", "micro", "image_room", "expected"),
+    [
+        (0, 1, 1000, None),
+        (2, 1, 1000, 5),  # a step's 8, fetched at once, and one a worker
+        (2, 4, 1000, 2),
+        (2, 1, 6, 3),  # what /dev/shm holds
+        (2, 4, 6, 1),
+    ],
+)
+def test_workers_make_a_step_ahead(
+    folder: str, monkeypatch: pytest.MonkeyPatch, workers: int, micro: int, image_room: int, expected: int | None
+) -> None:
+    image = make_preprocessor(make_image_processor()).dummy()["pixel_values"]
+    monkeypatch.setattr(loader_module, "SHM_PER_RANK", float(image_room * image.nbytes))
+    batches = loader(folder, train=True, micro=micro, num_workers=workers)
+    assert batches.prefetch_factor == expected
 
 
 def test_validation_is_the_same_pass_every_time(folder: str) -> None:

@@ -64,7 +64,7 @@ class KilledRun:
         values = (
             f"stages.connector_pretraining.steps={self.steps}",
             *("training.checkpoint_interval=1", "training.keep_checkpoints=3", "training.validation_interval=0"),
-            *("training.tensorboard=false", "model.gradient_checkpointing=false"),
+            *("training.tensorboard=false", "model.gradient_checkpointing=false", "data.max_bad_share=1"),
         )
         options = [*(part for value in values for part in ("--set", value)), *options]
         launcher = [sys.executable]

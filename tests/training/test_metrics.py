@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from full_disk import full_disk
 
 from hive_ds.events import read_events
+from hive_ds.training import metrics
 from hive_ds.training.distributed import World
-from hive_ds.training.metrics import MetricsLog
+from hive_ds.training.metrics import Meter, MetricsLog, Totals
 
 
 def test_a_full_disk_costs_lines_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,3 +67,22 @@ def test_a_full_disk_at_a_resume_costs_no_line(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"metrics\.jsonl: lines of an earlier attempt .*File too large.*unchanged"):
             MetricsLog(path, World(), 10)
     assert path.read_text() == before
+
+
+def test_rates_leave_out_pauses_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation between two lines: the steps before it count, in tokens and in time."""
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    meter = Meter(2, 1e12, torch.device("cpu"))
+    meter.restart()
+    for step in range(10):
+        now[0] += 1.0
+        meter.add(Totals(tokens=200.0, wait=0.4), loss=1.0)
+        if step == 4:
+            meter.pause()
+            now[0] += 50.0
+            meter.restart()
+    values = meter.read(steps_left=3)
+    assert values["tokens_per_second_per_gpu"] == pytest.approx(100)
+    assert values["data_wait_share"] == pytest.approx(0.2)
+    assert (values["seconds_per_step"], values["eta_seconds"]) == (pytest.approx(1), pytest.approx(3))

@@ -97,7 +97,7 @@ def test_stopped_and_let_go_on_is_no_hang(ends: dict[str, list[tuple[int, str]]]
 def test_missing_gpu_is_said_by_the_rank_that_misses_it(ends: dict[str, list[tuple[int, str]]]) -> None:
     _, (code, output) = ends["lacks_a_gpu"]
     assert code == 2
-    wanted = f"error (rank 1): 2 ranks on {socket.gethostname()}, but 1 GPUs: start one rank a GPU"
+    wanted = f"error (rank 1): 2 ranks on {socket.gethostname()}, but rank 1 sees 1 GPUs: start one rank a GPU"
     assert [line for line in output.splitlines() if "rank" in line] == [wanted]
 
 
