@@ -12,7 +12,14 @@ from hive_ds.errors import HiveError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a small file in one step, over what is there; it is on disk when this returns."""
+    """Write a small file in one step, over what is there; it is on disk when this returns.
+
+    Raises:
+        HiveError: ``path`` is a folder.
+    """
+    if path.is_dir():
+        raise HiveError(f"{path}: is a folder; expected the name of a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     aside.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(aside)

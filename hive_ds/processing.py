@@ -149,9 +149,12 @@ class HiveProcessor:
         try:
             image_processor = AutoImageProcessor.from_pretrained(vision_encoder)
             tokenizer = AutoTokenizer.from_pretrained(language_model)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:  # KeyError: a model of another kind, which has no tokenizer
             reason = str(error).splitlines()[0]
-            raise HiveError(f"processor of {vision_encoder} and {language_model}: {reason}") from error
+            raise HiveError(
+                f"processor of {vision_encoder} and {language_model}: {reason}; expected a vision encoder's image "
+                "processor and a language model's tokenizer, in a folder or on the hub, which must be reached"
+            ) from error
         return cls(image_processor, tokenizer, image_position)
 
     @classmethod

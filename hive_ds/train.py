@@ -34,7 +34,7 @@ from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import World, all_values, from_main, read_world, start, stop
 from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy, warn_of_rounding
 from hive_ds.training.engine import Engine
-from hive_ds.training.faults import leave, report_crash, report_error
+from hive_ds.training.faults import leave, report_crash, report_error, report_interrupt
 from hive_ds.training.flops import FlopCounter, matmul_rate
 from hive_ds.training.gather_units import gathers_by_layer
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         report_crash(error, world, one_line(here.describe(error)))
         return 1
+    except KeyboardInterrupt:
+        return report_interrupt(world)
     finally:
         stop_watching()
     stop()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from hive_ds.config import Recipe
-from hive_ds.stages import STAGES, Stage, next_stage
+from hive_ds.stages import STAGES, VLM_STAGES, Stage, next_stage
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,9 +34,8 @@ def next_command(options: argparse.Namespace, recipe: Recipe, stage: Stage) -> s
     """What to run after a stage: the next one with the same options, or the export."""
     following = next_stage(stage, recipe.stages)
     if following is None:
-        return f"next: hive-ds export encoder {options.run} OUT, for a stock vision encoder"
-    overrides = "".join(f" --set {value}" for value in options.set)
-    command = (
-        f"deepspeed --module hive_ds.train --recipe {options.recipe} --stage {following.number} --run {options.run}"
-    )
-    return f"next, {following.name}: {command}{overrides}"
+        kind, what = ("vlm", "LLaVA-style model") if stage in VLM_STAGES else ("encoder", "vision encoder")
+        return f"next: {shlex.join(['hive-ds', 'export', kind, options.run, 'OUT'])}, for a stock {what}"
+    words = ["deepspeed", "--module", "hive_ds.train", "--recipe", options.recipe, "--stage", str(following.number)]
+    words += ["--run", options.run, *(word for value in options.set for word in ("--set", value))]
+    return f"next, {following.name}: {shlex.join(words)}"

@@ -66,7 +66,8 @@ class ConversionSummary:
         if self.image_bytes != self.source_image_bytes:
             images += f", {1 - self.image_bytes / self.source_image_bytes:.0%} less than the source's"
         took = "".join(f"; {name} took {value:.1f} s" for name, value in self.seconds.items() if value)
-        return f"{self.samples} samples, {images}); {rejected}{took}"
+        blind = "; warning: no sample has an image" if self.samples and not self.images else ""
+        return f"{self.samples} samples, {images}); {rejected}{took}{blind}"
 
     def to_json(self) -> str:
         """The text of ``summary.json``."""

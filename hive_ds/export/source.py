@@ -64,7 +64,11 @@ def find_source(path: str | Path, stages: Container[int] = ENCODER_STAGES) -> So
     if (path / "config.json").is_file():
         in_run = path.name == "model" and (path.parent / "recipe.yaml").is_file()
         return Source(path, _stages_up_to(path.parent) if in_run else ())
-    finished = [stage for number, stage in _stages(path) if number in stages and (stage / "DONE").is_file()]
+    done = {number: stage for number, stage in _stages(path) if (stage / "DONE").is_file()}
+    finished = [stage for number, stage in done.items() if number in stages]
+    if not finished and done:
+        numbers = ", ".join(map(str, done))
+        raise HiveError(f"{path}: of its stages {numbers} are finished; expected one of those that hold such a model")
     if not finished:
         raise HiveError(f"{path}: neither a model folder (config.json) nor a run with a finished stage (stageN/DONE)")
     return Source(finished[-1] / "model", _stages_up_to(finished[-1]))

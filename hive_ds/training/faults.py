@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from hive_ds.constants import EXIT_STOPPED
-from hive_ds.errors import HiveError
+from hive_ds.errors import INTERRUPTED, HiveError
 from hive_ds.training.distributed import World, current_store
 from hive_ds.training.place import here
 
@@ -60,6 +60,14 @@ def report_crash(error: Exception, world: World, where: str) -> None:
     hints = "".join(f" ({hint})" for part, hint in _HINTS if part in reason)
     line = f"error: rank {world.rank} on {socket.gethostname()}: {reason}{hints}; at {where}"
     print(line, file=sys.stderr, flush=True)
+
+
+def report_interrupt(world: World) -> int:
+    """Say once what Ctrl-C leaves; returns the exit code."""
+    if world.is_main:
+        line = "stopped by Ctrl-C: the same command goes on from the newest checkpoint, if there is one"
+        print(f"{_new_line()}{line} (a file STOP in the stage's folder stops a run without losing a step)", flush=True)
+    return INTERRUPTED
 
 
 def _new_line() -> str:

@@ -261,6 +261,14 @@ WRONG: dict[str, tuple[Callable[[Path], SourceOptions], str]] = {
     "no images": (lambda root: SourceOptions(str(root)), "image folder .*: holds no image"),
     "not a tar": (lambda root: written(root, "a.tar", "x" * 2000), "a.tar: is no uncompressed tar"),
     "images to spare": (lambda root: SourceOptions(webdataset(root).path, images="x"), "holds its images itself"),
+    "images that no column names": (
+        lambda root: written(root, "a.csv", "picture_file,title\nx.png,hello\n", images=str(root)),
+        "has no column of images; name one of picture_file, title with --image-column",
+    ),
+    "images that no field names": (
+        lambda root: written(root, "a.json", '[{"picture_file": "x.png", "caption": "hello"}]', images=str(root)),
+        "no image in its first rows, whose fields are picture_file, caption; name",
+    ),
     "format": (lambda root: SourceOptions(str(root), format="zip"), "source format 'zip': expected one of llava"),
 }
 
@@ -278,3 +286,11 @@ def test_wrong_source_is_named(name: str, tmp_path: Path) -> None:
         open_source(options)
     with pytest.raises(HiveError, match=r"preset 'cc4m': expected one of cc3m, llava-pretrain"):
         open_source(options, "cc4m")
+
+
+def test_images_are_found_under_every_usual_name(tmp_path: Path) -> None:
+    """A first row of text alone hides none of them."""
+    photo(seed=0).save(tmp_path / "x.png")
+    rows = [{"caption": "text alone"}, {"file_name": "x.png", "caption": "hello"}]
+    source = open_source(written(tmp_path, "a.json", json.dumps(rows), images=str(tmp_path)))
+    assert [len(source.read(index).images) for index in range(2)] == [0, 1]

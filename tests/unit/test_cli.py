@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from hive_ds.cli import main
+from hive_ds.errors import HiveError, run_command
+from hive_ds.files import write_whole
 from hive_ds.recipe import load_recipe, recipe_names
 
 HEAVY = {"torch", "transformers", "deepspeed", "streaming", "numpy"}
@@ -173,3 +175,28 @@ def test_debug_shows_the_trace(place: str):
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: recipe tinny")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PermissionError(13, "Permission denied", "/a/file"), 2, "error: /a/file: Permission denied"),
+        (OSError("the disk is away"), 2, "error: the disk is away"),
+        (KeyboardInterrupt(), 130, "\nstopped"),
+    ],
+)
+def test_files_and_ctrl_c_are_one_line(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise error
+
+    assert run_command(command) == code
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    with pytest.raises(HiveError, match="is a folder; expected the name of a file to write"):
+        write_whole(tmp_path, "text")
+    write_whole(tmp_path / "new" / "file", "text")
+    assert (tmp_path / "new" / "file").read_text() == "text"

@@ -25,12 +25,17 @@ class LlavaSource:
             raise HiveError(f"LLaVA JSON {self._path}: does not exist")
         self._store: ImageStore | None = None if images is None else open_store(images)
         self._rows = _JsonLines(self._path) if self._path.suffix == ".jsonl" else _json_list(self._path)
-        first = next((row for row in (self._rows[i] for i in range(min(100, len(self._rows)))) if _is_row(row)), None)
-        if first is None:
+        first = [row for row in (self._rows[i] for i in range(min(100, len(self._rows)))) if _is_row(row)]
+        if not first:
             raise HiveError(f"LLaVA JSON {self._path}: none of its first rows is an object with fields")
-        names = list(first)
-        if not (columns and columns.image) and "image" not in names:
-            names.append("image")  # text-only rows have none, and the first may be such a row
+        names = list(dict.fromkeys(name for row in first for name in row))  # the first may be a text-only row
+        if not (columns and columns.image) and not set(Columns.USUAL_IMAGE) & set(names):
+            if images is not None:
+                raise HiveError(
+                    f"LLaVA JSON {self._path}: no image in its first rows, whose fields are {', '.join(names)}; name "
+                    "the one that holds them with --image-column, or leave --images out"
+                )
+            names.append("image")  # which a later row may have
         self._columns = (columns or Columns()).resolve(names, f"LLaVA JSON {self._path}")
 
     def __len__(self) -> int:
