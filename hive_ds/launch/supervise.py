@@ -113,7 +113,8 @@ class Supervisor:
     def _end_earlier(self) -> None:
         """End what a supervisor that was killed has left here: it would hold the GPUs and the port."""
         name = self._folder / "attempt"
-        if name.is_file() and attempt_processes(left := name.read_text().strip()):
+        left = name.read_text().strip() if name.is_file() else ""
+        if left not in ("", os.environ.get("HIVE_ATTEMPT")) and attempt_processes(left):  # not what runs this
             say(f"ending what is left of attempt {left}")
             kill_attempt(left)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from hive_ds.errors import HiveError
 from hive_ds.model.positions import RotaryFrequencies
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+"""What our attention computes; whatever else an LLM's own has would be left out without a word."""
 FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv")
 SCALED_OUTSIDE_ATTENTION = ("embedding_multiplier", "scale_emb", "logits_scaling", "logit_scale")
 
@@ -43,8 +46,18 @@ def check_language_model(language_model: transformers.PreTrainedModel, *, max_le
         _check_attention(config, getattr(layer, "self_attn", None))
         if not hasattr(layer, "input_layernorm"):
             raise _refusal(config, "a decoder layer without `input_layernorm`")
+        _check_layer(config, layer)
     _check_positions(config, trunk)
     _check_scaling(config)
+    if not all(hasattr(layer.self_attn, "scaling") for layer in trunk.layers):
+        raise _refusal(config, "no `scaling` in its attention")
+    if not hasattr(config, "rms_norm_eps"):
+        raise _refusal(config, "no RMS norms (`rms_norm_eps`)")
+    check_window(config, max_length)
+
+
+def check_window(config: transformers.PretrainedConfig, max_length: int | None) -> None:
+    """HiveError where the LLM's sliding window is shorter than ``max_length``, if any."""
     window = sliding_window(config)
     if max_length is not None and window is not None and window < max_length:
         raise HiveError(
@@ -81,6 +94,10 @@ def _check_attention(config: transformers.PretrainedConfig, attention: Any) -> N
             raise _refusal(config, f"no linear `{name}` in its attention")
     if getattr(attention, "sinks", None) is not None:
         raise _refusal(config, "attention sinks")
+    parts = [name for name, child in attention.named_children() if next(child.parameters(), None) is not None]
+    for name in (*parts, *(name for name, _ in attention.named_parameters(recurse=False))):
+        if name not in ATTENTION_PARTS:
+            raise _refusal(config, f"`{name}` in its attention")
     if getattr(config, "attention_dropout", 0.0) > 0:
         raise _refusal(config, f"attention dropout of {config.attention_dropout}")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -89,6 +106,12 @@ def _check_attention(config: transformers.PretrainedConfig, attention: Any) -> N
     norm = getattr(attention, "q_norm", None)
     if norm is not None and norm.weight.numel() != attention.head_dim:
         raise _refusal(config, "a query norm over all heads at once")
+
+
+def _check_layer(config: transformers.PretrainedConfig, layer: nn.Module) -> None:
+    tables = inspect.signature(type(layer).forward).parameters.get("position_embeddings")
+    if tables is not None and tables.default is inspect.Parameter.empty:
+        raise _refusal(config, "decoder layers that must be handed rotary tables")
 
 
 def _check_positions(config: transformers.PretrainedConfig, trunk: Any) -> None:

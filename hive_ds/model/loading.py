@@ -19,7 +19,7 @@ from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.identity import folder_sha256, weights_sha256
-from hive_ds.model.language import check_language_model
+from hive_ds.model.language import check_language_model, check_window
 from hive_ds.model.vision import vision_class, vision_config_of
 from hive_ds.model.weights import LoadReport, load_weights, own_image_attentions, shortened
 
@@ -75,12 +75,18 @@ def hive_config(
 
 
 def load_model(
-    folder: str | Path, config: ModelConfig, *, image_kv: str, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    image_kv: str,
+    max_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[HiveForCausalLM, LoadReport]:
-    """The model that an earlier stage saved, ready for a stage with ``image_kv``.
+    """The model that an earlier stage saved, ready for a stage with ``image_kv`` and texts of ``max_length``.
 
     Raises:
-        HiveError: the folder holds no HIVE model, or one joined in another way than ``config`` says.
+        HiveError: the folder holds no HIVE model, or one joined in another way than ``config`` says, or of an LLM whose
+            sliding window is shorter than the texts.
     """
     folder = Path(folder)
     saved, routes = HiveConfig.from_dict(_read_config(str(folder), "HIVE model")), _routes(config)
@@ -96,6 +102,7 @@ def load_model(
                 f"{folder} was saved with {name} {getattr(saved, name)}, but the recipe says {value}; use the recipe "
                 "that it was trained with"
             )
+    check_window(saved.text_config, max_length)
     saved.image_kv = image_kv
     saved.attention_backend = config.attention_backend
     saved.text_attention_backend = config.text_attention_backend
@@ -178,7 +185,9 @@ def _without_random_weights(model_class: type[Model], *arguments: Any, **more: A
 
 
 def _load_hive(folder: str | Path, dtype: torch.dtype) -> HiveForCausalLM:
-    model, report = HiveForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    config = HiveConfig.from_pretrained(folder)
+    config.attention_backend = config.text_attention_backend = "auto"  # not those of the machine that trained it
+    model, report = HiveForCausalLM.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     for what, key in (("lacks", "missing_keys"), ("holds unknown", "unexpected_keys")):
         if names := tuple(sorted(report[key])):
             raise HiveError(f"{folder} {what} {len(names)} weights of its HIVE model ({shortened(names)})")
@@ -213,12 +222,18 @@ def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal LM; MobileLLM checkpoints load as Llama, without their remote code."""
+    """A causal LM; MobileLLM checkpoints load as Llama, without their remote code.
+
+    HiveError where the checkpoint lacks weights, which transformers would start at random, or does not load.
+    """
     config = read_language_config(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+        model, report = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     except ValueError as error:
         raise HiveError(f"language model {name!r} of type {config.model_type!r} does not load: {error}") from error
+    if missing := tuple(sorted(report["missing_keys"])):
+        raise HiveError(f"language model {name!r} lacks {len(missing)} of its weights ({shortened(missing)})")
+    return model
 
 
 def read_vision_config(name: str) -> PretrainedConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from hive_ds.config import Recipe, StageConfig
@@ -55,10 +55,6 @@ class StageModel:
             flops_per_sample=flops,
             activations=(peaks[0], peaks[1] - peaks[0]),
         )
-
-    def with_global_batch(self, global_batch: int) -> StageModel:
-        """The same with another number of samples a step."""
-        return replace(self, config=replace(self.config, global_batch_size=global_batch))
 
     @property
     def parameters(self) -> int:

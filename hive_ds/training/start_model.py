@@ -41,7 +41,7 @@ def start_model(
     if weights is None:
         model = _build(recipe, folder, section, processor)
     else:
-        model, report = _load(folder, section, weights)
+        model, report = _load(recipe, folder, section, weights)
         say(f"{weights}: {report}")
     if isinstance(model, CascadedForCausalLM):
         processor.stock = processor_values(model.config)
@@ -60,10 +60,11 @@ def _build(recipe: Recipe, folder: StageFolder, section: ModelConfig, processor:
     return build_model(section, image_kv=folder.stage.image_kv, max_length=max_length)
 
 
-def _load(folder: StageFolder, section: ModelConfig, weights: Path) -> tuple[TrainedModel, object]:
+def _load(recipe: Recipe, folder: StageFolder, section: ModelConfig, weights: Path) -> tuple[TrainedModel, object]:
     if section.kind == "cascaded":
         return load_cascaded(weights, section)
-    return load_model(weights, section, image_kv=folder.stage.image_kv)
+    max_length = recipe.data_of(folder.stage.name).max_length
+    return load_model(weights, section, image_kv=folder.stage.image_kv, max_length=max_length)
 
 
 def _processor(recipe: Recipe, folder: StageFolder, section: ModelConfig, weights: Path | None) -> HiveProcessor:

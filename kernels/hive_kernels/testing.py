@@ -145,6 +145,7 @@ def plain_attention(
     sin: Tensor | None = None,
     image_cos: Tensor | None = None,
     image_sin: Tensor | None = None,
+    softmax_scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same attention as ordinary code would write it: all samples in one dense mask, everything in q's dtype.
@@ -167,7 +168,7 @@ def plain_attention(
     keys = torch.cat([finished(k, k_norm_weight, cos, sin), finished(image_k, k_norm_weight, image_cos, image_sin)])
     group_size = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(group_size, dim=1) for x in (keys, torch.cat([v, image_v])))
-    scores = q.transpose(0, 1) @ keys.permute(1, 2, 0) * q.shape[-1] ** -0.5
+    scores = q.transpose(0, 1) @ keys.permute(1, 2, 0) * (softmax_scale or q.shape[-1] ** -0.5)
     scores = scores.masked_fill(~_visible(layout), float("-inf"))
     out = (scores.softmax(-1) @ values.transpose(0, 1)).transpose(0, 1)
     return (out, torch.logsumexp(scores, dim=-1).T) if return_lse else out

@@ -30,7 +30,6 @@ class Tile(NamedTuple):
 SHORT_ROWS = 256
 """Query rows (tokens x heads of a group) of a sample up to which text is short: few programs read each of its keys."""
 
-ARCHITECTURES = ("sm_80", "sm_90", "gfx942", "interpreter")
 KINDS = ("forward short", "forward", "decode", "backward short", "keys", "queries")
 """Kernels: forward with keys finished inside, forward on finished keys, one query token a sample; backward of short
 text in one pass, and of long text in two. The rows of "backward short" are the most that it takes."""

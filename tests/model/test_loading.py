@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -211,3 +212,39 @@ def test_a_model_to_ask_is_whole(tmp_path):
     save_file({**weights, "other": weights[lost].clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HiveError, match=r"holds unknown 1 weights of its HIVE model \(other\)"):
         load_any(tmp_path)
+
+
+def test_a_folder_runs_on_another_machine_than_it_was_trained_on(tmp_path):
+    """Attention backends are the machine's: a folder from a GPU is asked on a CPU."""
+    tiny_hive(attention_backend="triton", text_attention_backend="torch_flash").save_pretrained(tmp_path)
+    model = load_any(tmp_path)
+    assert (model.config.attention_backend, model.config.text_attention_backend) == ("auto", "auto")
+    assert logits(model).isfinite().all()
+
+
+def test_a_language_model_is_whole(tmp_path):
+    tiny_language_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for lost in ("lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
+        rest = {name: tensor for name, tensor in weights.items() if name != lost}
+        save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(HiveError, match=rf"lacks 1 of its weights \({lost}\)"):
+            load_language_model(str(tmp_path))
+
+
+def test_a_later_stage_takes_the_recipes_attention(tmp_path, recipe):
+    model = build_model(recipe, image_kv="shared")
+    model.save_pretrained(tmp_path / "stage1")
+    other = dataclasses.replace(recipe, attention_backend="reference", text_attention_backend="sdpa")
+    later, _ = load_model(tmp_path / "stage1", other, image_kv="own")
+    assert (later.config.attention_backend, later.config.text_attention_backend) == ("reference", "sdpa")
+
+
+def test_a_later_stages_longer_texts_do_not_outgrow_the_window(tmp_path, recipe):
+    tiny_language_model("mistral", sliding_window=64).save_pretrained(tmp_path / "llm")
+    build_model(recipe, image_kv="shared", max_length=64).save_pretrained(tmp_path / "stage1")
+    load_model(tmp_path / "stage1", recipe, image_kv="own", max_length=64)
+    with pytest.raises(HiveError, match=r"sliding window of 64 tokens, .* data\.max_length of 65"):
+        load_model(tmp_path / "stage1", recipe, image_kv="own", max_length=65)
+    with pytest.raises(HiveError, match="sliding window of 64 tokens"):
+        build_model(recipe, image_kv="shared", max_length=65)

@@ -29,6 +29,7 @@ from hive_ds.stages import ModuleGroup, assign_groups, cascaded_groups, hive_gro
 from hive_ds.train import main
 from hive_ds.training.distributed import stop
 from hive_ds.training.metrics import TRAIN_KEYS
+from hive_ds.training.schedule import Schedule
 
 EQUAL_ACROSS_ATTEMPTS = (
     "step",
@@ -109,6 +110,10 @@ def test_metrics(tiny: TinyRun, straight: str) -> None:
     lines = tiny.metrics("straight", 1, "train")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(set(line) == {"event", "step", "time", *TRAIN_KEYS} for line in lines)
+    rates = [1e-3 * factor for factor in map(Schedule(STEPS, warmup_ratio=0.25, min_lr_ratio=0.1).factor, range(STEPS))]
+    assert (rates[0], rates[2]) == (pytest.approx(1e-3 / 3), 1e-3)
+    for line, rate in zip(lines, rates, strict=True):
+        assert list(line["lr"].values()) == pytest.approx([rate] * len(line["lr"]))
     assert lines[-1]["samples"] == 8 * STEPS
     assert lines[INTERVAL - 1]["bad_samples"] == len(BAD)
     assert lines[-1]["bad_samples"] == 2 * len(BAD)

@@ -38,7 +38,9 @@ model:
 data:
   {{train: {root}/train, validation: {root}/validation, text_validation: {root}/text, num_workers: 0, max_length: 64}}
 stages:
-  connector_pretraining: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 2, steps: {steps}, weight_decay: 0.1}}
+  connector_pretraining:
+    {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 2, steps: {steps}, weight_decay: 0.1, warmup_ratio: 0.25,
+     min_lr_ratio: 0.1}}
   modality_adaptation: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 4, epochs: 0.5}}
   vision_finetuning: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 4, steps: 2, vision_layer_decay: 0.5}}
   vlm_alignment: {{lr: 1e-3, global_batch_size: 8, micro_batch_size: 4, steps: 2, data: {{image_aspect: pad}}}}
