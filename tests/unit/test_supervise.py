@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,8 @@ def test_signals_ask_for_a_stop(signals: list[str], answers: bool, code: int) ->
     )
     main = "import sys; from hive_ds.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "supervise", "--folder", ".", "--", "sh", "-c", trainer]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    not_under_nohup = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # which these tests may be
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=not_under_nohup) as process:
         wait_for("started")
         assert not Path("STOP").exists()
         for name in signals:
