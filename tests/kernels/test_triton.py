@@ -273,12 +273,10 @@ def test_tables_of_a_rotated_call_have_one_dtype(monkeypatch: pytest.MonkeyPatch
 def test_scale_and_epsilon_are_those_of_the_call(text: int, qk_norm: str) -> None:
     layout = AttentionLayout.build([text, 2], [[3], []], [[1], []], device=DEVICE)
     inputs = random_inputs(layout, heads=2, groups=1, head_dim=16, qk_norm=qk_norm, rotate=True)
-    found, plain = (
+    ours, plain = (
         partial(attention, softmax_scale=0.4, norm_eps=0.3) for attention in (triton_attention, plain_attention)
     )
-    actual, in_fp32, exact = (
-        evaluate(inputs, found, dtype=torch.float32, return_lse=True),
-        evaluate(inputs, plain, dtype=torch.float32, return_lse=True),
-        evaluate(inputs, plain, return_lse=True),
-    )
-    assert_as_exact(actual, in_fp32, exact, torch.float32)
+    found = evaluate(inputs, ours, dtype=torch.float32, return_lse=True)
+    # How exact they are is tested elsewhere; another scale or epsilon is off by a tenth and more.
+    doubles = {name: x.double() for name, x in found.items()}
+    assert_equal_results(doubles, evaluate(inputs, plain, return_lse=True), tolerance=1e-4)
