@@ -118,11 +118,7 @@ def encode_images(
     hidden = _embed(encoder, pixel_values, spatial_shapes)
     grids = patch_grids(encoder.config, pixel_values, spatial_shapes)
     stack = vision_blocks(encoder)
-    # transformers 4's CLIP block also requires a causal mask.
-    masks = (
-        _block_mask(encoder, hidden, pixel_attention_mask),
-        *[None] * _takes_causal_mask(type(stack[0]).forward),
-    )
+    masks = (_block_mask(encoder, hidden, pixel_attention_mask), None)[: _count_masks(type(stack[0]).forward)]
     by_block = {}
     for run in split_runs(max(blocks), [number - 1 for number in blocks]):
         hidden = block_runner(encoder)([stack[index] for index in run], hidden, masks)
@@ -214,8 +210,9 @@ def _block_mask(encoder: transformers.PreTrainedModel, hidden: Tensor, mask_IP: 
 
 
 @cache
-def _takes_causal_mask(forward: Callable[..., Any]) -> bool:
-    return "causal_attention_mask" in inspect.signature(forward).parameters
+def _count_masks(forward: Callable[..., Any]) -> int:
+    """Masks that a block takes: DINOv2's none in transformers 5.17, CLIP's a causal one too in transformers 4."""
+    return sum(name.endswith("_mask") for name in inspect.signature(forward).parameters)
 
 
 def patch_tokens(config: transformers.PretrainedConfig, hidden: Tensor, mask_IP: Tensor | None) -> Tensor:
