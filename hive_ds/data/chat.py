@@ -28,7 +28,7 @@ def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
 def render_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, for_answer: bool) -> str:
     """Render ``turns`` with the tokenizer's chat template; ``for_answer`` up to where an answer's own text begins."""
     rendered = _render(turns, tokenizer, for_answer=for_answer)
-    return rendered + answer_opening(turns, tokenizer) if for_answer else rendered
+    return rendered + _opening(turns, rendered, tokenizer) if for_answer else rendered
 
 
 def answer_opening(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -37,7 +37,10 @@ def answer_opening(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) ->
     Qwen3's writes an empty thought into the last answer, but not into the prompt. Spaces alone do not count: they are
     one token with the word that follows.
     """
-    prompt = _render(turns, tokenizer, for_answer=True)
+    return _opening(turns, _render(turns, tokenizer, for_answer=True), tokenizer)
+
+
+def _opening(turns: Sequence[Turn], prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     answered = _render([*turns, Turn("assistant", _MARK)], tokenizer, for_answer=False)
     before, _, _ = answered.partition(_MARK)
     opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
