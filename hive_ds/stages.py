@@ -28,29 +28,32 @@ class Stage:
 
     number: int
     name: str
-    image_kv: str
-    """Of a HIVE model. ``shared``: images use the LLM layers' own k_proj and v_proj; ``own``: copies of those."""
     trains: tuple[str, ...]
     """Names of the groups that train; all others are frozen."""
 
+    @property
+    def image_kv(self) -> str:
+        """Of a HIVE model. ``shared``: images use the LLM layers' own k_proj and v_proj; ``own``: copies of those."""
+        return "own" if "image_kv" in self.trains else "shared"
+
 
 HIVE_STAGES: tuple[Stage, ...] = (
-    Stage(1, "connector_pretraining", "shared", ("projectors", "qk_norms")),
-    Stage(2, "modality_adaptation", "own", ("projectors", "qk_norms", "routed_attention", "image_kv")),
-    Stage(3, "vision_finetuning", "own", ("projectors", "qk_norms", "routed_attention", "image_kv", "vision_encoder")),
+    Stage(1, "connector_pretraining", ("projectors", "qk_norms")),
+    Stage(2, "modality_adaptation", ("projectors", "qk_norms", "routed_attention", "image_kv")),
+    Stage(3, "vision_finetuning", ("projectors", "qk_norms", "routed_attention", "image_kv", "vision_encoder")),
 )
 """Stages that pre-train the encoder, under a HIVE model."""
 
 CASCADED_STAGES: tuple[Stage, ...] = (
-    Stage(1, "connector_pretraining", "shared", ("projectors",)),
-    Stage(2, "modality_adaptation", "shared", ("projectors", "first_attention")),
-    Stage(3, "vision_finetuning", "shared", ("projectors", "first_attention", "vision_encoder")),
+    Stage(1, "connector_pretraining", ("projectors",)),
+    Stage(2, "modality_adaptation", ("projectors", "first_attention")),
+    Stage(3, "vision_finetuning", ("projectors", "first_attention", "vision_encoder")),
 )
 """The same stages under a cascaded model: the paper's self-attention baseline."""
 
 VLM_STAGES: tuple[Stage, ...] = (
-    Stage(4, "vlm_alignment", "shared", ("projectors",)),
-    Stage(5, "vlm_instruction_tuning", "shared", ("projectors", "first_attention", "language_model")),
+    Stage(4, "vlm_alignment", ("projectors",)),
+    Stage(5, "vlm_instruction_tuning", ("projectors", "first_attention", "language_model")),
 )
 """Stages that judge the encoder, frozen in a cascaded model with a chat LLM (`hive_ds.config.VlmConfig`)."""
 

@@ -18,7 +18,7 @@ import torch
 
 from hive_ds.config import Recipe, StageConfig
 from hive_ds.constants import EXIT_STOPPED
-from hive_ds.data.loader import build_loader
+from hive_ds.data.loader import build_loader, check_folders
 from hive_ds.errors import HiveError
 from hive_ds.files import flush
 from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
@@ -27,11 +27,11 @@ from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import VLM_STAGES, Stage, stage_by_number
-from hive_ds.train_options import build_parser, next_command
+from hive_ds.train_options import build_parser, how_to_go_on, next_command
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
-from hive_ds.training.distributed import World, all_values, from_main, read_world, start, stop
+from hive_ds.training.distributed import World, all_values, device_name, from_main, read_world, start, stop
 from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy, warn_of_rounding
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error, report_interrupt
@@ -43,7 +43,7 @@ from hive_ds.training.loop import train as run_loop
 from hive_ds.training.maps import SampleMaps
 from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.micro_batch import auto_micro_batch
-from hive_ds.training.origin import describe_origin
+from hive_ds.training.origin import changed_values, describe_origin
 from hive_ds.training.pace import Pace
 from hive_ds.training.place import here, one_line
 from hive_ds.training.profile import StepProfile
@@ -110,7 +110,10 @@ def train(options: argparse.Namespace, world: World) -> bool:
     watch(folder.path / "hang", world, hang_timeout)
     if from_main(run.folder.done.is_file()):
         run.say(f"stage {stage.number} of {options.run} is done already; {next_command(options, recipe, stage)}")
+        for line in changed_values(folder.path / "recipe.yaml", recipe, stage.name):
+            run.say(f"warning: it was trained with {line}; a new run folder trains it anew")
         return True
+    check_folders(recipe.data_of(stage.name))
     run.attempt.sign()
     if isinstance(asked.micro_batch_size, int):
         run.say(describe_batch(config, world.size, asked.micro_batch_size))
@@ -139,7 +142,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
     job, first_step = _start_job(run, engine, plan, loader, validation, questions, maps)
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
-        run.say(f"stopped after step {done} of {job.schedule.steps}; {_how_to_go_on(run)}")
+        run.say(f"stopped after step {done} of {job.schedule.steps}; {how_to_go_on(folder.path)}")
         job.engine.close()
         return False
     here.enter("hand-over", ())
@@ -223,13 +226,16 @@ def _start_job(
     origin = describe_origin(run.recipe)
     writer = CheckpointWriter(run.folder.path, engine, identity, origin, world, run.attempt, training)
     first_step, position = _resume(run, writer, loader)
+    steps = _num_steps(config, loader, engine)
+    if first_step > steps:
+        raise HiveError(f"{run.folder.path}: its checkpoint has {first_step} steps, more than the stage's {steps}")
     rate = matmul_rate(device, engine.dtype)
     metrics = MetricsLog(run.folder.metrics, world, first_step)
     metrics.write(
         "start",
         first_step,
         ranks=world.size,
-        device=_device_name(device),
+        device=device_name(device),
         matmul_flops_per_second=rate,
         hosts=list(dict.fromkeys(all_values(socket.gethostname()))),
         versions=installed_versions(),
@@ -240,7 +246,7 @@ def _start_job(
         engine=engine,
         loader=loader,
         validation=validation,
-        schedule=Schedule(_num_steps(config, loader, engine), config.warmup_ratio, config.min_lr_ratio),
+        schedule=Schedule(steps, config.warmup_ratio, config.min_lr_ratio),
         training=training,
         metrics=metrics,
         meter=Meter(world.size, rate, device, first_step * config.global_batch_size, **position.get("counts", {})),
@@ -269,12 +275,6 @@ def _resume(run: Run, writer: CheckpointWriter, loader: SampleLoader) -> tuple[i
     loader.load_state_dict(position)
     run.say(f"resumed from {checkpoint}")
     return step, position
-
-
-def _how_to_go_on(run: Run) -> str:
-    """After a stop: a file STOP would also stop the next attempt."""
-    file = run.folder.path / "STOP"
-    return f"{f'remove {file}, then ' * file.exists()}the same command goes on from there"
 
 
 def _finish(run: Run, job: Job) -> None:
@@ -309,10 +309,6 @@ def _prepare_attention(run: Run, model: TrainedModel, dtype: torch.dtype) -> Non
     seconds = warm_up_attention(model, run.device, dtype)
     if seconds:
         run.say(f"attention kernels are compiled ({seconds:.0f} s)")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 
 from hive_ds.config import Recipe
 from hive_ds.stages import STAGES, VLM_STAGES, Stage, next_stage
@@ -39,3 +40,9 @@ def next_command(options: argparse.Namespace, recipe: Recipe, stage: Stage) -> s
     words = ["deepspeed", "--module", "hive_ds.train", "--recipe", options.recipe, "--stage", str(following.number)]
     words += ["--run", options.run, *(word for value in options.set for word in ("--set", value))]
     return f"next, {following.name}: {shlex.join(words)}"
+
+
+def how_to_go_on(folder: Path) -> str:
+    """After a stop of the stage in ``folder``, whose file STOP would also stop the next attempt."""
+    file = folder / "STOP"
+    return f"{f'remove {file}, then ' * file.exists()}the same command goes on from there"

@@ -51,7 +51,10 @@ def convert(source: Source, out: str | Path, options: ConvertOptions | None = No
         HiveError: ``out`` is not empty, another conversion writes it, it was begun with other options, too many samples
             are rejected, or none is left.
     """
+    from hive_ds.data.mds.parts import check_compression
+
     options = options or ConvertOptions()
+    check_compression(options.compression)
     remote = str(out).rstrip("/") if "://" in str(out) else None
     work = _work_folder(out, remote)
     finished = _finished(Path(out), work) if remote is None else None
@@ -168,6 +171,7 @@ def _reports(job: PartJob, todo: list[int], workers: int) -> Iterator[PartReport
     if workers == 1 or len(todo) < 2:
         yield from (convert_part(job, number) for number in todo)
         return
+    others = set(multiprocessing.active_children())
     # Forked, so that source and job are shared and not sent.
     pool = ProcessPoolExecutor(
         min(workers, len(todo)), multiprocessing.get_context("fork"), initializer=_share, initargs=(job,)
@@ -180,6 +184,10 @@ def _reports(job: PartJob, todo: list[int], workers: int) -> Iterator[PartReport
             "a process of the conversion was killed (perhaps out of memory); what is done stays: run the same command "
             "to go on, with fewer --workers if memory was short"
         ) from None
+    except KeyboardInterrupt:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # a part appears whole or not at all, so none need be waited for
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -189,7 +197,11 @@ _shared: list[PartJob] = []
 
 
 def _share(job: PartJob) -> None:
-    """Start a process of the pool, to end with the conversion: else it waits for work, and holds the lock, for ever."""
+    """Start a process of the pool, to end with the conversion: else it waits for work, and holds the lock, for ever.
+
+    Ctrl-C goes to all processes of a terminal; the conversion's own sees to the others.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != job.parent:  # killed before the line above
         os._exit(1)

@@ -56,6 +56,16 @@ class SampleEncoder:
         return partial(collate, dummy=self.preprocess.dummy(), normalise=self.preprocess.normalise)
 
 
+def check_folders(data: DataConfig) -> None:
+    """HiveError where a local folder that a stage reads is not one of MDS shards with samples in it."""
+    from hive_ds.data.mds.streams import check_index
+
+    train = [data.train] if isinstance(data.train, str) else data.train
+    for folder in (*train, data.validation, data.text_validation):
+        if folder and "://" not in folder:
+            check_index(folder)
+
+
 def build_loader(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,

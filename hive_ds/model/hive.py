@@ -20,7 +20,7 @@ from hive_ds.model.cache import HiveCache
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.generation import CACHE_NAME, HiveGenerationMixin
 from hive_ds.model.inputs import AttentionContext, BatchContext, PackedText, PromptImages
-from hive_ds.model.language import ask_no_gradient_of_inputs, check_language_model, decoder, sliding_window
+from hive_ds.model.language import ask_no_gradient_of_inputs, check_language_model, check_texts, decoder
 from hive_ds.model.language_loss import LanguageLoss
 from hive_ds.model.last_layer import narrow_on_request
 from hive_ds.model.positions import RotaryFrequencies
@@ -204,6 +204,8 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = HiveCache()
         first_call = past_key_values is None or past_key_values.images is None
+        if not first_call and pixel_values is not None:
+            raise ValueError("pixel_values given with a cache that has its images; give images in the first call only")
         if first_call and prompt_images is None:
             prompt_images = self.encode_prompt_images(
                 pixel_values, image_offsets, len(text.lengths), pixel_attention_mask, spatial_shapes
@@ -260,7 +262,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             lengths, query_lengths = cache.lengths, text.lengths
         images = new_images if cache is None else cache.images
         assert images is not None
-        self._check_window(lengths)
+        check_texts(self.config.text_config, lengths)
         routed = {} if images.is_empty else self.routes.blocks_by_layer
         batch = BatchContext.build(
             images,
@@ -297,14 +299,6 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         projectors = [self.projectors[projector_name(block, index)] for block in blocks]
         norm = decoder(self.language_model).layers[index].input_layernorm
         return self.image_states(projectors, norm, [images.features[block] for block in blocks], context.interleave)
-
-    def _check_window(self, lengths: Sequence[int]) -> None:
-        window = sliding_window(self.config.text_config)
-        if window is not None and max(lengths, default=0) > window:
-            raise HiveError(
-                f"a text of {max(lengths)} tokens is longer than the sliding window of the language model; "
-                f"at most {window} tokens are supported"
-            )
 
     def _logits(self, hidden_TD: Tensor, text: PackedText, keep: int) -> Tensor:
         if text.mask_BS is None or keep == 0:

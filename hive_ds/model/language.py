@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,16 @@ def check_window(config: transformers.PretrainedConfig, max_length: int | None) 
         raise HiveError(
             f"language model {config.model_type!r} has a sliding window of {window} tokens, shorter than the recipe's "
             f"data.max_length of {max_length}; set data.max_length to at most {window}"
+        )
+
+
+def check_texts(config: transformers.PretrainedConfig, lengths: Sequence[int]) -> None:
+    """HiveError where a text of so many tokens, cached ones among them, is longer than the LLM's sliding window."""
+    window = sliding_window(config)
+    if window is not None and max(lengths, default=0) > window:
+        raise HiveError(
+            f"a text of {max(lengths)} tokens is longer than the sliding window of the language model; "
+            f"at most {window} tokens are supported"
         )
 
 

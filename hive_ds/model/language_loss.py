@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from hive_ds.errors import HiveError
 
 FUSED = "liger"
-BACKENDS = ("auto", FUSED, "plain")
-"""``auto`` is the fused loss on a GPU where Liger-Kernel is installed, and the plain one elsewhere."""
 _CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Keys of an LLM's config under which its logits are more than a product with the head."""
 

@@ -73,10 +73,6 @@ class Routes:
         """The deepest routed vision block; nothing after it runs or gets a gradient."""
         return self.blocks[-1]
 
-    def untrained_blocks(self, num_blocks: int) -> tuple[int, ...]:
-        """Vision blocks that no loss reaches: all after the last routed one."""
-        return tuple(range(self.last_block + 1, num_blocks + 1))
-
 
 def spread_routes(count: int, num_blocks: int, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Vision blocks and LLM layers of ``count`` routes, evenly spread; the published ones where there are any.

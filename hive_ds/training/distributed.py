@@ -93,6 +93,11 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
+def device_name(device: torch.device) -> str:
+    """What the GPU is called, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def start(world: World, timeout: timedelta | None = None) -> torch.device:
     """Join the process group (gloo on CPUs, nccl on GPUs) and return this rank's device.
 

@@ -115,17 +115,17 @@ def evaluate(job: Job, loader: Any) -> float:
     """
     one_batch_each = loader.batch_size * job.world.size
     count = math.ceil(job.training.validation_samples / one_batch_each)
-    loss_sum, tokens, samples, bad = 0.0, 0.0, 0.0, []
+    loss, tokens, samples, bad = torch.zeros((), dtype=torch.float64, device=job.device), 0.0, 0.0, []
     job.engine.model.eval()
     for batch in islice(iter(loader), count):
         here.enter("validation", batch.sample_ids)
         output = job.engine.forward(**batch.model_inputs(job.device, job.engine.dtype), num_items_in_batch=1)
-        loss_sum += float(output.loss)
+        loss += output.loss.detach()
         tokens += batch.supervised_tokens
         samples += batch.num_samples
         bad += batch.bad
     job.engine.model.train()
-    loss_sum, tokens, samples, num_bad = sum_over_ranks([loss_sum, tokens, samples, len(bad)], job.device)
+    loss_sum, tokens, samples, num_bad = sum_over_ranks([float(loss), tokens, samples, len(bad)], job.device)
     if num_bad:
         check_bad_share(num_bad, samples, loader.max_bad_share, _of_all_ranks(bad))
     return loss_sum / max(tokens, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +16,17 @@ def describe_origin(recipe: Recipe) -> dict[str, Any]:
     """Dotted recipe keys and their values, and ``version.NAME`` of each library; flat, so that two compare by line."""
     origin = flatten("recipe", yaml.safe_load(dump_recipe(recipe)))
     return origin | {f"version.{name}": value for name, value in installed_versions().items()}
+
+
+def changed_values(written: Path, recipe: Recipe, stage: str) -> list[str]:
+    """What of ``recipe`` differs from the one that ``stage`` has ``written`` to its folder, a line a value.
+
+    Values of other stages are left out.
+    """
+    before, now = (flatten("recipe", yaml.safe_load(text)) for text in (written.read_text(), dump_recipe(recipe)))
+    others = tuple(f"recipe.stages.{name}." for name in recipe.stages if name != stage)
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return [f"{name} = {before.get(name)}, not {now.get(name)}" for name in names if not name.startswith(others)]
 
 
 def flatten(name: str, value: Any) -> dict[str, Any]:

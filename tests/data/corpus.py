@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hive_ds.data.sources.llava import LlavaSource
+
 
 def talk(*values: str) -> list[dict[str, str]]:
     """Turns of human and gpt, by turns."""
@@ -150,3 +152,19 @@ def write_corpus(folder: Path) -> tuple[Path, Path, dict[str, str]]:
     path.write_text(json.dumps(rows))
     reasons = {f"bad/{name}": reason for name, (_, reason) in [*BAD_FILES.items(), *BAD_ROWS.items()]}
     return path, images, {**reasons, f"entry-{len(rows) - 2}": "expected an object with fields"}
+
+
+def make_source(folder: Path, count: int = 60) -> LlavaSource:
+    """A source of small pictures, a bad one among them."""
+    (folder / "images").mkdir()
+    for number in range(count):
+        data = b"no picture" if number == 7 else encoded(photo(seed=number), "jpeg")
+        (folder / "images" / f"{number}.jpg").write_bytes(data)
+    rows = [{"id": str(n), "image": f"{n}.jpg", "conversations": talk("<image>", f"Number {n}.")} for n in range(count)]
+    (folder / "data.json").write_text(json.dumps(rows))
+    return LlavaSource(folder / "data.json", folder / "images")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
 import os
-import random
 import re
-import shutil
-import signal
-import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from corpus import encoded, good_files, photo, talk, write_corpus
+from corpus import encoded, good_files, make_source, photo, tree, write_corpus
 from PIL import Image
 
 from hive_ds.cli import main
@@ -33,11 +27,6 @@ from hive_ds.data.mds import read_mds
 from hive_ds.data.mds.sizes import read_sizes
 
 ANY_REJECTS = ConvertOptions(workers=1, max_reject_share=1.0)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder``."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_bad_samples_are_named_and_good_ones_kept(tmp_path: Path) -> None:
@@ -60,17 +49,6 @@ def test_bad_samples_are_named_and_good_ones_kept(tmp_path: Path) -> None:
     assert read_sizes(out, len(kept))[:, 1].tolist() == [len(sample.images) for sample in read_mds(out)]
 
 
-def make_source(folder: Path, count: int = 60) -> LlavaSource:
-    """A source of small pictures, a bad one among them."""
-    (folder / "images").mkdir()
-    for number in range(count):
-        data = b"no picture" if number == 7 else encoded(photo(seed=number), "jpeg")
-        (folder / "images" / f"{number}.jpg").write_bytes(data)
-    rows = [{"id": str(n), "image": f"{n}.jpg", "conversations": talk("<image>", f"Number {n}.")} for n in range(count)]
-    (folder / "data.json").write_text(json.dumps(rows))
-    return LlavaSource(folder / "data.json", folder / "images")
-
-
 @pytest.mark.parametrize("shuffle", [None, 3])
 def test_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, shuffle: int | None) -> None:
     source = make_source(tmp_path)
@@ -85,92 +63,10 @@ def test_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, shuff
     assert (ids == straight) if shuffle is None else (ids != straight and sorted(ids) == sorted(straight))
 
 
-def kill_and_go_on(source: LlavaSource, out: Path, options: ConvertOptions, rng: random.Random, longest: float) -> int:
-    """Start the conversion and kill it (alone, or all its processes) until a start completes; kills that hit."""
-    for kills in range(1000):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.setpgid(0, 0)
-                with contextlib.redirect_stderr(io.StringIO()):
-                    convert(source, out, options)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:  # this copy of the test must never return to pytest
-                os._exit(code)
-        with contextlib.suppress(PermissionError):  # the child has done so itself
-            os.setpgid(pid, pid)
-        time.sleep(rng.uniform(0, longest))
-        if rng.random() < 0.5:
-            os.kill(pid, signal.SIGKILL)
-        else:
-            os.killpg(pid, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert status in (0, -signal.SIGKILL)
-        finished = (out / "index.json").is_file() and not out.with_name(f".{out.name}.partial").exists()
-        if status == 0 or finished:  # or killed after its last step, before it ended
-            return kills
-        assert not out.exists() or (out / "index.json").is_file()
-    raise AssertionError("never completed")
-
-
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.long)])
-def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path, kills: int) -> None:
-    source, rng = make_source(tmp_path), random.Random(kills)
-    options = ConvertOptions(workers=2, part_size=6)
-    start = time.monotonic()
-    convert(source, tmp_path / "straight", options)
-    longest = 1.2 * (time.monotonic() - start)
-    expected, hit, attempt = tree(tmp_path / "straight"), 0, 0
-    while hit < kills:
-        out = tmp_path / f"killed{attempt}"
-        hit += kill_and_go_on(source, out, options, rng, longest)
-        attempt += 1
-        if not (out / "index.json").is_file():
-            continue
-        convert_again = tmp_path / f".{out.name}.partial"
-        if convert_again.exists():  # killed between the last two steps
-            convert(source, out, options)
-        assert tree(out) == expected
-        assert not convert_again.exists()
-
-
-def test_killed_while_it_tidies_up_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill amid the removal of the working folder, whose files go in any order."""
-    source, out, work = make_source(tmp_path), tmp_path / "out", tmp_path / ".out.partial"
-
-    removed = shutil.rmtree
-
-    def killed(folder: Path, ignore_errors: bool = False) -> None:
-        if folder != work:
-            return removed(folder, ignore_errors)
-        (folder / "plan.json").unlink()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("hive_ds.data.convert.shutil.rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            convert(source, out, ConvertOptions(workers=1))
-    before = tree(out)
-    assert work.is_dir()
-    assert convert(source, out, ConvertOptions(workers=1)).samples == 59
-    assert tree(out) == before
-    assert not work.exists()
-    with pytest.raises(HiveError, match="not an empty folder"):
-        convert(source, out, ConvertOptions(workers=1))
-
-
-def test_two_conversions_to_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hive_ds.data.convert.LOCK_SECONDS", 0.2)
-    source = make_source(tmp_path)
-    from hive_ds.data import convert as module
-
-    work = tmp_path / ".out.partial"
-    work.mkdir()
-    with module._locked(work), pytest.raises(HiveError, match=r"another conversion is writing it \(it holds .*lock\)"):
-        convert(source, tmp_path / "out")
+def test_unknown_compression_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HiveError, match=r"compression 'foo': expected one of br, bz2, .*zstd"):
+        convert(make_source(tmp_path), tmp_path / "out", ConvertOptions(compression="foo"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_options_do_not_go_on_with_what_was_begun(tmp_path: Path) -> None:

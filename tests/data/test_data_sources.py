@@ -72,7 +72,7 @@ def table(root: Path, suffix: str, header: bool) -> SourceOptions:
     with (root / f"data.{suffix}").open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
         if header:
-            writer.writerow(["caption", "path"])
+            writer.writerow(["Caption", "path"])  # as a spreadsheet may spell it
         for name, caption in CAPTIONS.items():
             writer.writerow([caption, name] if header else [name, caption])
     return SourceOptions(str(root / f"data.{suffix}"))
@@ -268,6 +268,10 @@ WRONG: dict[str, tuple[Callable[[Path], SourceOptions], str]] = {
     "images that no field names": (
         lambda root: written(root, "a.json", '[{"picture_file": "x.png", "caption": "hello"}]', images=str(root)),
         "no image in its first rows, whose fields are picture_file, caption; name",
+    ),
+    "format, with images": (
+        lambda root: SourceOptions(str(root), format="tabel", images=str(root)),
+        "source format 'tabel': expected one of llava",
     ),
     "format": (lambda root: SourceOptions(str(root), format="zip"), "source format 'zip': expected one of llava"),
 }

@@ -17,7 +17,6 @@ def test_many_blocks_to_one_layer_and_one_block_to_many_layers():
     assert routes.blocks_by_layer == {1: (5, 2), 3: (2,)}
     assert routes.blocks == (2, 5)
     assert routes.last_block == 5
-    assert routes.untrained_blocks(6) == (6,)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def check_empty_group(ranks: Any) -> None:
 
 def check_no_gradient(ranks: Any) -> None:
     """Row 13: parameters that train but get no gradient are named at step 1."""
-    stage = Stage(9, "wrong", "own", ("projectors", "vision_tail"))
+    stage = Stage(9, "wrong", ("projectors", "vision_tail"))
     trainee = make_trainee(ranks, stage=stage, config=config_for(2))
     message = expect_error(lambda: run_step(ranks, trainee, step_batches(ranks, 0, 2)))
     assert "post_layernorm.weight" in message, message

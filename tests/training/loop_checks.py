@@ -135,6 +135,12 @@ def check_validation_loss_of_the_same_samples(ranks: Any) -> None:
     assert abs(first - whole) > 1e-3 * whole
     assert loss(3 * size, 2) == loss(4 * size, 2), "rounded up to whole micro-batches of all ranks"
     assert loss(10**6, 4) == loss(8 * size, 4), "no more than there are"
+
+    modes: list[bool] = []
+    with job.engine.model.register_forward_pre_hook(lambda model, _: modes.append(model.training)):
+        loss(8 * size, 4)
+    assert modes == [False, False], "dropout is off"
+    assert job.engine.model.training
     job.engine.close()
 
 

@@ -140,7 +140,7 @@ def test_mechanism_holds_for_other_models() -> None:
     """A stage is data: groups and what trains may be anything."""
     model = nn.ModuleDict({"projector": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     groups = (ModuleGroup("projector", r"projector\..+"), ModuleGroup("rest", r"(?!projector\.).+"))
-    plan = plan_stage(model, Stage(4, "vlm_alignment", "own", ("projector",)), groups, CONFIG)
+    plan = plan_stage(model, Stage(4, "vlm_alignment", ("projector",)), groups, CONFIG)
     assert [group.name for group in plan.groups] == ["projector/decay", "projector/no_decay"]
     assert not model["head"].weight.requires_grad
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from PIL import Image
 from profiles import shares
 from safetensors.torch import load_file
@@ -247,6 +248,11 @@ def test_stages_4_and_5_judge_the_encoder(tiny: TinyRun, pretrained: dict[int, s
     ("stage", "options", "message"),
     [
         (1, ["--set", "data.train=/nowhere"], "data folder /nowhere: does not exist"),
+        (  # before a model is looked for, which may be large
+            1,
+            ["--set", "data.validation=/nowhere", "--set", "model.vision_encoder=/nowhere"],
+            "data folder /nowhere: does not exist",
+        ),
         (2, [], "stage 2 starts from .*stage1/model, but .* is not finished"),
         (4, [], "stage 4 starts from .*stage3/model, but .* is not finished"),
         (6, [], "stage 6: expected one of 1"),
@@ -273,6 +279,20 @@ def test_checkpoint_of_another_run_is_refused(
     shutil.copytree(folder, tiny.root / "unfinished" / "stage1", ignore=shutil.ignore_patterns("DONE"))
     assert main(tiny.arguments(1, "unfinished", "--set", "training.seed=1")) == 2
     assert "step-000012: it was written with seed 0, this run has 1; use a new run folder" in capsys.readouterr().err
+    fewer = tiny.arguments(1, "unfinished", "--set", "stages.connector_pretraining.steps=6")
+    ended = run_forked("hive_ds.train:main", fewer, tiny.environment(), 1, timeout=240)
+    assert ended.returncode == 2, ended.stderr
+    assert "its checkpoint has 12 steps, more than the stage's 6" in ended.stderr
+
+
+def test_finished_stage_says_what_it_was_trained_with(
+    tiny: TinyRun, straight: str, one_rank: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ("--set", "training.seed=1", "--set", "stages.modality_adaptation.steps=1")
+    assert main(tiny.arguments(1, "straight", *changes)) == 0
+    done, *warnings = capsys.readouterr().out.splitlines()
+    assert "is done already" in done
+    assert warnings == ["warning: it was trained with recipe.training.seed = 0, not 1; a new run folder trains it anew"]
 
 
 def test_two_ranks_report_one_line_and_exit_with_two(tiny: TinyRun) -> None:

@@ -11,13 +11,22 @@ from types import TracebackType
 from typing import Any
 
 from streaming import MDSWriter
+from streaming.base.compression import get_compressions, is_compression
 from streaming.base.storage import CloudUploader
 
 from hive_ds.data.mds.folder import SHARD_BYTES
 from hive_ds.data.schema import MDS_COLUMNS, Sample, to_columns
+from hive_ds.errors import HiveError
 from hive_ds.files import flush
 
 INDEX = "index.json"
+
+
+def check_compression(name: str | None) -> None:
+    """HiveError where streaming knows no compression of that ``name``."""
+    if name is not None and not is_compression(name):
+        known = ", ".join(sorted({known.partition(":")[0] for known in get_compressions()}))
+        raise HiveError(f"compression {name!r}: expected one of {known}, with a level or without, as zstd:9")
 
 
 class PartWriter:

@@ -48,7 +48,7 @@ class Columns:
     USUAL_CONVERSATIONS = ("conversations", "messages")
 
     def resolve(self, names: Sequence[str], where: str) -> Columns:
-        """These columns with the usual names filled in from ``names``.
+        """These columns with the usual names filled in from ``names``, in capitals or not.
 
         HiveError names a column asked for that is not there, and a source without text.
         """
@@ -56,7 +56,8 @@ class Columns:
         def pick(given: str | None, usual: Sequence[str]) -> str | None:
             if given is not None and given not in names:
                 raise HiveError(f"{where}: has no column {given!r}; it has {', '.join(names)}")
-            return given or next((name for name in usual if name in names), None)
+            found = {name.lower(): name for name in reversed(names)}
+            return given or next((found[name] for name in usual if name in found), None)
 
         conversations = None if self.text else pick(self.conversations, self.USUAL_CONVERSATIONS)
         text = None if conversations else pick(self.text, self.USUAL_TEXT)

@@ -85,6 +85,8 @@ def open_source(options: SourceOptions, preset: str | None = None) -> Source:
     if preset is not None:
         options = _with_preset(options, preset)
     kind = options.format or _guess(options.path)
+    if kind not in FORMATS:
+        raise HiveError(f"source format {kind!r}: expected one of {', '.join(FORMATS)}")
     if kind == "llava":
         return LlavaSource(options.path, options.images, options.columns)
     if kind == "table":
@@ -95,9 +97,7 @@ def open_source(options: SourceOptions, preset: str | None = None) -> Source:
         raise HiveError(f"images {options.images}: a source of format {kind} holds its images itself; leave them out")
     if kind == "webdataset":
         return WebDatasetSource(options.path, options.columns)
-    if kind == "image_folder":
-        return ImageFolderSource(options.path, options.columns)
-    raise HiveError(f"source format {kind!r}: expected one of {', '.join(FORMATS)}")
+    return ImageFolderSource(options.path, options.columns)
 
 
 def _with_preset(options: SourceOptions, name: str) -> SourceOptions:

@@ -37,8 +37,8 @@ class TableSource:
         if not rows:
             raise HiveError(f"table {self._path}: holds no row")
         columns = columns or Columns()
-        known = {*Columns.USUAL_TEXT, *Columns.USUAL_IMAGE, *Columns.USUAL_CONVERSATIONS, columns.text, columns.image}
-        if known & set(rows[0]):
+        usual = {*Columns.USUAL_TEXT, *Columns.USUAL_IMAGE, *Columns.USUAL_CONVERSATIONS}
+        if usual & {name.lower() for name in rows[0]} or {columns.text, columns.image} & set(rows[0]):
             self._names, self._rows = rows[0], rows[1:]
         else:
             self._names, self._rows = ["image", "caption", *map(str, range(2, len(rows[0])))], rows
