@@ -235,12 +235,11 @@ def _text_settings(args: argparse.Namespace) -> TextSettings | None:
 
 def _add_speed(data: Any) -> None:
     def run(args: argparse.Namespace) -> None:
-        from transformers import AutoImageProcessor
-
+        from hive_ds.data.images import auto_image_processor
         from hive_ds.data.speed import measure_speed
 
         try:
-            processor = AutoImageProcessor.from_pretrained(args.image_processor)
+            processor = auto_image_processor(args.image_processor)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise HiveError(f"image processor {args.image_processor}: does not load ({reason})") from error

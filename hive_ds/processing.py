@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 
 from hive_ds.constants import IMAGE_TOKEN
-from hive_ds.data.images import ImageProcessor, decode_image, to_rgb
+from hive_ds.data.images import ImageProcessor, auto_image_processor, decode_image, to_rgb
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import IMAGE_POSITIONS, EncodedText, encode_text, prepare_tokenizer, render_chat
@@ -147,7 +147,7 @@ class HiveProcessor:
     ) -> HiveProcessor:
         """Join the encoder's image processor and the LLM's tokenizer; each a Hugging Face name or a folder."""
         try:
-            image_processor = AutoImageProcessor.from_pretrained(vision_encoder)
+            image_processor = auto_image_processor(vision_encoder)
             tokenizer = AutoTokenizer.from_pretrained(language_model)
         except (OSError, ValueError, KeyError) as error:  # KeyError: a model of another kind, which has no tokenizer
             reason = str(error).splitlines()[0]
@@ -173,7 +173,7 @@ class HiveProcessor:
         values = json.loads(config.read_text())
         position = values.pop("image_position", "first")
         stock = values if values.get("processor_class") != cls.__name__ else None
-        return cls(AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), position, stock)
+        return cls(auto_image_processor(folder), AutoTokenizer.from_pretrained(folder), position, stock)
 
 
 def _load(image: ImageInput) -> Image.Image:

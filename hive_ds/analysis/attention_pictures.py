@@ -68,13 +68,14 @@ def seen_part(picture: Image.Image, image_processor: Any) -> Image.Image:
 def heat_over(picture: Image.Image, values: Tensor, highest: float) -> Image.Image:
     """``picture`` under the map ``values`` (rows, columns), smoothly enlarged; ``highest`` gets the brightest colour.
 
-    Where there is no attention the picture is dimmed; the more there is, the more the colour covers it.
+    Where there is no attention the picture is dimmed; the more there is, the more the colour covers it. The picture is
+    grey, so that every colour is the map's.
     """
     grid = Image.fromarray(values.float().numpy() / max(highest, 1e-12))
     heat = np.asarray(grid.resize(picture.size, Image.Resampling.BILINEAR)).clip(0, 1)
     colour = 255 * matplotlib.colormaps[COLOURS](heat)[..., :3]
     cover = 0.25 + 0.5 * heat[..., None]
-    blended = (1 - cover) * np.asarray(picture.convert("RGB")) + cover * colour
+    blended = (1 - cover) * np.asarray(picture.convert("L"))[..., None] + cover * colour
     return Image.fromarray(blended.round().astype(np.uint8))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,25 @@ class ImageProcessor(Protocol):
     def __call__(self, images: Any, *, return_tensors: str) -> Any:
         """Turn a list of RGB images into a dict of tensors."""
         ...
+
+
+def auto_image_processor(where: str | Path) -> Any:
+    """transformers' ``AutoImageProcessor.from_pretrained``, of the kind that was saved.
+
+    Version 4 adds a notice of three lines that version 5 will pick another kind, once in each process.
+    """
+    from transformers import AutoImageProcessor
+
+    chooser = logging.getLogger("transformers.models.auto.image_processing_auto")
+    chooser.addFilter(_is_no_notice)
+    try:
+        return AutoImageProcessor.from_pretrained(where)
+    finally:
+        chooser.removeFilter(_is_no_notice)
+
+
+def _is_no_notice(record: logging.LogRecord) -> bool:
+    return "`use_fast` is unset" not in record.getMessage()
 
 
 def read_image_file(path: str | Path) -> bytes:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
+from hive_ds.data.images import auto_image_processor
 from hive_ds.errors import HiveError
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.identity import canonical_names, canonical_parts, read_tower
@@ -156,6 +157,6 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
         HiveError: there is none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(folder)
+        return auto_image_processor(folder)
     except (OSError, ValueError) as error:
         raise HiveError(f"{folder} has no image processor: {str(error).splitlines()[0]}") from error

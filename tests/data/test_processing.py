@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tiny_data import PROCESSORS, make_image_processor, make_tokenizer, photo, png
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 
+from hive_ds.data.images import auto_image_processor
 from hive_ds.data.preprocess import make_preprocessor
 from hive_ds.data.schema import Sample, Turn, caption_sample
 from hive_ds.data.text import encode_sample
@@ -125,3 +128,22 @@ def test_saved_processor_loads_by_its_class_and_by_auto_class(images: str, tmp_p
             assert inputs[name].equal(value) if isinstance(value, torch.Tensor) else inputs[name] == value
     with pytest.raises(HiveError, match=r"holds no processor_config\.json"):
         HiveProcessor.from_pretrained(tmp_path / "elsewhere")
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("4."), reason="transformers 5 gives no such notice")
+def test_no_notice_of_another_image_processor(tmp_path: Path) -> None:
+    make_image_processor("siglip").save_pretrained(tmp_path)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    library = logging.getLogger("transformers")
+    library.addHandler(handler)
+    try:
+        for load in (auto_image_processor, AutoImageProcessor.from_pretrained):
+            transformers.utils.logging.warning_once.cache_clear()  # said once in each process
+            load(tmp_path)
+            if load is auto_image_processor:
+                assert said == []
+    finally:
+        library.removeHandler(handler)
+    assert len(said) == 1, "transformers' own is still said"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, LlavaConfig, PreTrainedModel
+from transformers import LlavaConfig, PreTrainedModel
 
+from hive_ds.data.images import auto_image_processor
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.errors import HiveError
 from hive_ds.export import model_folder
@@ -128,7 +129,7 @@ def _holds_trained_model(where: str) -> bool:
 
 def _load_processor(where: str) -> Any:
     try:
-        return AutoImageProcessor.from_pretrained(where)
+        return auto_image_processor(where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise HiveError(f"image processor of encoder {where}: does not load ({reason})") from error
