@@ -78,7 +78,7 @@ def _share_rows(gathered: Gathered) -> Iterator[list[str]]:
 
 
 def _contrast_rows(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    yield ["score", "arm", "less", "difference", "95 % interval", "differs", "could be told"]
+    yield ["score", "arm", "minus", "difference", "95 % interval", "differs", "could be told"]
     for one in found:
         low, high = (100 * end for end in one["interval_95"])
         difference = f"{100 * one['mean']:+.1f}"
@@ -90,7 +90,7 @@ def _contrast_rows(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 def _intervals(found: Sequence[dict[str, Any]]) -> list[Interval]:
     return [
         Interval(
-            f"{one['score']}: {one['arm']} less {one['reference']}",
+            f"{one['score']}: {one['arm']} − {one['reference']}",
             *(100 * end for end in (one["interval_95"][0], one["mean"], one["interval_95"][1])),
         )
         for one in sorted(found, key=lambda one: JUDGED.index(one["score"]))
