@@ -18,6 +18,7 @@ from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.positions import Grid
 from hive_ds.model.vision import (
     patch_grids,
+    patch_rows,
     patch_tokens,
     run_blocks,
     running_blocks,
@@ -65,13 +66,15 @@ def block_gradients(model: TrainedModel, inputs: Mapping[str, Any]) -> BlockGrad
     with torch.enable_grad(), _block_outputs(model) as outputs:
         loss = model(**{**inputs, "pixel_values": pixels}).loss
     found = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
-    config, mask = model.config.vision_config, inputs.get("pixel_attention_mask")
+    config, shapes = model.config.vision_config, inputs.get("spatial_shapes")
+    grids = patch_grids(config, pixels, shapes)
+    rows_N = None if shapes is None else patch_rows(grids, pixels.shape[1], pixels.device)
     by_block = {
-        block: patch_tokens(config, gradient, mask)
+        block: patch_tokens(config, gradient, rows_N)
         for block, gradient in zip(outputs, found, strict=True)
         if gradient is not None
     }
-    return BlockGradients(loss.item(), by_block, patch_grids(config, pixels, inputs.get("spatial_shapes")))
+    return BlockGradients(loss.item(), by_block, grids)
 
 
 @contextmanager

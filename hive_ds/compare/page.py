@@ -90,7 +90,7 @@ def _contrast_rows(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 def _intervals(found: Sequence[dict[str, Any]]) -> list[Interval]:
     return [
         Interval(
-            f"{one['score']}: {one['arm']} − {one['reference']}",
+            f"{one['score']}: {one['arm']} \N{MINUS SIGN} {one['reference']}",
             *(100 * end for end in (one["interval_95"][0], one["mean"], one["interval_95"][1])),
         )
         for one in sorted(found, key=lambda one: JUDGED.index(one["score"]))

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from hive_ds.errors import HiveError
+from hive_ds.kernels import to_device
 from hive_ds.model.positions import Grid
 from hive_ds.model.runs import split_runs
 
@@ -119,11 +120,12 @@ def encode_images(
     grids = patch_grids(encoder.config, pixel_values, spatial_shapes)
     stack = vision_blocks(encoder)
     masks = (_block_mask(encoder, hidden, pixel_attention_mask), None)[: _count_masks(type(stack[0]).forward)]
+    rows_N = None if spatial_shapes is None else patch_rows(grids, hidden.shape[1], hidden.device)
     by_block = {}
     for run in split_runs(max(blocks), [number - 1 for number in blocks]):
         hidden = block_runner(encoder)([stack[index] for index in run], hidden, masks)
         if run.stop in blocks:
-            by_block[run.stop] = patch_tokens(encoder.config, hidden, pixel_attention_mask)
+            by_block[run.stop] = patch_tokens(encoder.config, hidden, rows_N)
     return VisionFeatures(by_block, grids)
 
 
@@ -215,10 +217,25 @@ def _count_masks(forward: Callable[..., Any]) -> int:
     return sum(name.endswith("_mask") for name in inspect.signature(forward).parameters)
 
 
-def patch_tokens(config: transformers.PretrainedConfig, hidden: Tensor, mask_IP: Tensor | None) -> Tensor:
-    """(I, P, D) tokens of a block -> (N, D) patches of all images end to end; ``mask_IP`` as in `encode_images`."""
-    if mask_IP is not None:
-        return hidden[mask_IP.bool()]
+def patch_rows(grids: Sequence[Grid], tokens: int, device: torch.device) -> Tensor:
+    """Where the patches of images of these grids stand among ``tokens`` of each, padded at the end: (N,) on ``device``.
+
+    Made on the CPU, for to pick by a mask on a GPU is to wait for it.
+    """
+    rows = [torch.arange(rows * columns) + index * tokens for index, (rows, columns) in enumerate(grids)]
+    return to_device(torch.cat(rows), device)
+
+
+def patch_tokens(config: transformers.PretrainedConfig, hidden: Tensor, rows_N: Tensor | None) -> Tensor:
+    """(I, P, D) tokens of a block -> (N, D) patches of all images end to end.
+
+    Args:
+        config: of the encoder.
+        hidden: tokens of a block.
+        rows_N: `patch_rows` of images of variable resolution; None: all tokens after the first few are patches.
+    """
+    if rows_N is not None:
+        return hidden.flatten(0, 1)[rows_N]
     return hidden[:, tokens_before_patches(config) :].flatten(0, 1)
 
 
