@@ -98,10 +98,14 @@ def test_ctrl_c_waits_for_no_part(tmp_path: Path, capsys: pytest.CaptureFixture[
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it, as nohup does
     threading.Thread(target=interrupt).start()
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, out, options)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, options)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 30
     convert(LlavaSource(tmp_path / "data.json", tmp_path / "images"), out, options)
     assert len(list(read_mds(out))) == 59
