@@ -56,7 +56,13 @@ class Step:
         print(f"\n=== {self.name}", flush=True)
         start = time.perf_counter()
         # A group of its own: a run that outlasts its limit is ended with all that it started.
-        process = subprocess.Popen(self.command, env=environment | self.environment, cwd=folder, start_new_session=True)
+        process = subprocess.Popen(
+            self.command,
+            env=environment | self.environment,
+            cwd=folder,
+            start_new_session=True,
+            preexec_fn=_hear_interrupts,
+        )
         try:
             code = process.wait(timeout=max(1.0, min(self.limit, left)))
             self.verdict = "passed" if code == 0 else "failed"
@@ -65,6 +71,11 @@ class Step:
             _end(process)
             self.verdict, self.detail = "timed out", f"after {min(self.limit, left):.0f} s"
         self.seconds = round(time.perf_counter() - start, 1)
+
+
+def _hear_interrupts() -> None:
+    """What nohup and background jobs of a shell ignore, programs that they start ignore too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

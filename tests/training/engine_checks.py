@@ -25,7 +25,7 @@ from tiny_models import tiny_hive
 
 from hive_ds.stages import Stage, stage_by_number
 
-STEPS = 20
+STEPS = 10
 BF16_STEPS = 6
 IMAGES = (1, 0, 2, 1)
 """Images of the four samples of a step: one sample is text alone, one has two."""
@@ -44,7 +44,7 @@ def trained_losses(
 
 
 def check_losses(ranks: Any) -> dict[str, list[list[float]]]:
-    """Loss and gradient norms of 20 steps, for every split of the batch; on 2 ranks for every ZeRO stage.
+    """Loss and gradient norms of some steps, for every split of the batch; on 2 ranks for every ZeRO stage.
 
     ZeRO-3 gathers the model by layers and, on 2 ranks, in one piece too.
     """
