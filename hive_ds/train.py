@@ -110,7 +110,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
     watch(folder.path / "hang", world, hang_timeout)
     if from_main(run.folder.done.is_file()):
         run.say(f"stage {stage.number} of {options.run} is done already; {next_command(options, recipe, stage)}")
-        for line in changed_values(folder.path / "recipe.yaml", recipe, stage.name):
+        for line in changed_values(folder.path / "recipe.yaml", recipe, stage):
             run.say(f"warning: it was trained with {line}; a new run folder trains it anew")
         return True
     check_folders(recipe.data_of(stage.name))

@@ -9,6 +9,7 @@ import yaml
 
 from hive_ds.config import Recipe
 from hive_ds.recipe import dump_recipe
+from hive_ds.stages import VLM_STAGES, Stage
 from hive_ds.versions import installed_versions
 
 
@@ -18,15 +19,21 @@ def describe_origin(recipe: Recipe) -> dict[str, Any]:
     return origin | {f"version.{name}": value for name, value in installed_versions().items()}
 
 
-def changed_values(written: Path, recipe: Recipe, stage: str) -> list[str]:
+def changed_values(written: Path, recipe: Recipe, stage: Stage) -> list[str]:
     """What of ``recipe`` differs from the one that ``stage`` has ``written`` to its folder, a line a value.
 
-    Values of other stages are left out.
+    What is not for this stage is left out, and nothing can be said where the file is gone.
     """
+    if not written.is_file():
+        return []
     before, now = (flatten("recipe", yaml.safe_load(text)) for text in (written.read_text(), dump_recipe(recipe)))
-    others = tuple(f"recipe.stages.{name}." for name in recipe.stages if name != stage)
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    return [f"{name} = {before.get(name)}, not {now.get(name)}" for name in names if not name.startswith(others)]
+    others = ("recipe.stages.",) if stage in VLM_STAGES else ("recipe.stages.", "recipe.vlm.")
+    return [
+        f"{name} = {before.get(name)}, not {now.get(name)}"
+        for name in names
+        if name.startswith(f"recipe.stages.{stage.name}.") or not name.startswith(others)
+    ]
 
 
 def flatten(name: str, value: Any) -> dict[str, Any]:

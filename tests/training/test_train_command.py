@@ -288,7 +288,8 @@ def test_checkpoint_of_another_run_is_refused(
 def test_finished_stage_says_what_it_was_trained_with(
     tiny: TinyRun, straight: str, one_rank: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = ("--set", "training.seed=1", "--set", "stages.modality_adaptation.steps=1")
+    others = ("stages.modality_adaptation.steps=1", "vlm.feature_block=-1")
+    changes = [word for value in ("training.seed=1", *others) for word in ("--set", value)]
     assert main(tiny.arguments(1, "straight", *changes)) == 0
     done, *warnings = capsys.readouterr().out.splitlines()
     assert "is done already" in done
