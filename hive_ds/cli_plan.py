@@ -25,7 +25,8 @@ def add_plan_command(commands: Any) -> None:
     parser.add_argument("--stage", type=int, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="(default: %(default)s)")
-    parser.add_argument("--gpu", default="h200", metavar="NAME", help=f"{', '.join(GPUS)} (default: %(default)s)")
+    gpus = f"{', '.join(GPUS)} (default: %(default)s)"
+    parser.add_argument("--gpu", default="h200", metavar="NAME", type=str.lower, help=gpus)
     parser.add_argument(
         "--network", default="ib400x8", metavar="NAME", help=f"{', '.join(NETWORKS)} (default: %(default)s)"
     )

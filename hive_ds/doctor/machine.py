@@ -116,6 +116,6 @@ def check_disk(folder: Path) -> Iterator[Finding]:
 def file_clock(skew: float) -> Finding:
     """What to say of a file server whose clock is ``skew`` seconds ahead."""
     if abs(skew) <= CLOCK_SKEW:
-        return Finding("disk", "clock of its server", "ok", f"{skew:+.1f} s off this machine's")
+        return Finding("disk", "clock of its server", "ok", f"{abs(skew):.1f} s off this machine's")
     advice = "start a time service (chrony, ntpd) on this machine and on the file server"
     return Finding("disk", "clock of its server", "warning", f"{skew:+.0f} s off this machine's", advice)

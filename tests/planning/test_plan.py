@@ -160,7 +160,7 @@ def test_steps_and_samples(model: StageModel, tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "plan.json", tmp_path / "scaling.png"
-    arguments = ["plan", RECIPE, "--stage", "1", "--nodes", "2", "--gpu", "a100", "--samples", "2950000"]
+    arguments = ["plan", RECIPE, "--stage", "1", "--nodes", "2", "--gpu", "A100", "--samples", "2950000"]
     assert main([*arguments, "--json", str(out), "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
     for word in ("read from", "assumed:", "predicted, not measured", "take: --set training.ds_config=", "steps in"):
