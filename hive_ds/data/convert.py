@@ -16,10 +16,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -155,8 +155,9 @@ def _convert_parts(job: PartJob, options: ConvertOptions) -> dict[str, float]:
     finished = sum(len(job.samples(number)) for number in done)
     seconds = {"decode": 0.0, "encode": 0.0}
     total = len(job.order)
-    with tqdm(total=total, initial=finished, desc="convert", unit="sample", disable=None) as progress:
-        for report in _reports(job, todo, options.workers):
+    bar = tqdm(total=total, initial=finished, desc="convert", unit="sample", disable=None)
+    with bar as progress, closing(_reports(job, todo, options.workers)) as reports:
+        for report in reports:
             progress.update(report.samples + report.rejected)
             rejected += report.rejected
             for name, value in report.seconds.items():
@@ -167,7 +168,7 @@ def _convert_parts(job: PartJob, options: ConvertOptions) -> dict[str, float]:
     return seconds
 
 
-def _reports(job: PartJob, todo: list[int], workers: int) -> Iterator[PartReport]:
+def _reports(job: PartJob, todo: list[int], workers: int) -> Generator[PartReport, None, None]:
     if workers == 1 or len(todo) < 2:
         yield from (convert_part(job, number) for number in todo)
         return
@@ -184,7 +185,7 @@ def _reports(job: PartJob, todo: list[int], workers: int) -> Iterator[PartReport
             "a process of the conversion was killed (perhaps out of memory); what is done stays: run the same command "
             "to go on, with fewer --workers if memory was short"
         ) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GeneratorExit):  # the second where it strikes who asks for reports, or they ask no more
         for process in set(multiprocessing.active_children()) - others:
             process.kill()  # a part appears whole or not at all, so none need be waited for
         raise
