@@ -118,6 +118,8 @@ def test_cached_equals_chunked_equals_one_pass(family):
                 cache = output.past_key_values
                 pieces.append(output.logits)
             torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **CLOSE)
+        with pytest.raises(ValueError, match="give images in the first call only"):
+            model(tokens[:, :1], past_key_values=cache, use_cache=True, **images)
 
 
 @pytest.mark.parametrize("family", FAMILIES[:3])
