@@ -83,5 +83,7 @@ def test_images_of_any_shape_stand_side_by_side() -> None:
     assert figure.width > 2 * PANEL
     over = heat_over(pictures[0], torch.eye(2), 1.0)
     assert over.size == (500, 200)
+    nowhere = np.asarray(heat_over(pictures[0], torch.zeros(2, 2), 1.0)).astype(int)
+    assert np.ptp(nowhere, axis=2).max() <= 3, "grey: every colour is the map's"
     brightness = np.asarray(over).astype(int).sum(2)
     assert brightness[:40, :100].mean() > brightness[:40, -100:].mean()
