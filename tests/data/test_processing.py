@@ -138,6 +138,8 @@ def test_no_notice_of_another_image_processor(tmp_path: Path) -> None:
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     library = logging.getLogger("transformers")
     library.addHandler(handler)
+    level = library.level  # other tests may have silenced it
+    library.setLevel(logging.WARNING)
     try:
         for load in (auto_image_processor, AutoImageProcessor.from_pretrained):
             transformers.utils.logging.warning_once.cache_clear()  # said once in each process
@@ -146,4 +148,5 @@ def test_no_notice_of_another_image_processor(tmp_path: Path) -> None:
                 assert said == []
     finally:
         library.removeHandler(handler)
+        library.setLevel(level)
     assert len(said) == 1, "transformers' own is still said"
