@@ -235,7 +235,7 @@ def patch_tokens(config: transformers.PretrainedConfig, hidden: Tensor, rows_N: 
         rows_N: `patch_rows` of images of variable resolution; None: all tokens after the first few are patches.
     """
     if rows_N is not None:
-        return hidden.flatten(0, 1)[rows_N]
+        return hidden.flatten(0, 1).index_select(0, rows_N)
     return hidden[:, tokens_before_patches(config) :].flatten(0, 1)
 
 

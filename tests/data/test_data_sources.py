@@ -72,7 +72,7 @@ def table(root: Path, suffix: str, header: bool) -> SourceOptions:
     with (root / f"data.{suffix}").open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
         if header:
-            writer.writerow(["Caption", "path"])  # as a spreadsheet may spell it
+            writer.writerow(["Caption", "Path"])  # as a spreadsheet may spell it
         for name, caption in CAPTIONS.items():
             writer.writerow([caption, name] if header else [name, caption])
     return SourceOptions(str(root / f"data.{suffix}"))

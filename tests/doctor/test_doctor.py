@@ -123,6 +123,7 @@ def test_figures_at_their_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "--shm-size" in small.advice
     assert machine.shared_memory(None, 2).status == "problem"
     assert machine.file_clock(4.9).status == "ok"
+    assert machine.file_clock(-0.01).said == "0.0 s off this machine's"
     assert machine.file_clock(-60).said == "-60 s off this machine's"
     (blocked,) = machine.check_disk(tmp_path / "missing")
     assert (blocked.status, blocked.said) == (

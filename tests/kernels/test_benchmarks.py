@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,12 @@ def test_a_red_peer_is_not_timed(red: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_step_that_hangs_or_fails_is_red(tmp_path: Path) -> None:
     hangs = suite.Step("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
     fails = suite.Step("fails", [sys.executable, "-c", "raise SystemExit(3)"], 30)
-    suite.run([hangs, fails], dict(os.environ), tmp_path)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
+    try:
+        suite.run([hangs, fails], dict(os.environ), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert hangs.seconds < suite.GRACE, "it hears the interrupt"
     assert (hangs.verdict, fails.verdict, fails.detail) == ("timed out", "failed", "exit status 3")
 
 
