@@ -78,11 +78,14 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path, kills: in
 
 
 class SlowSource(LlavaSource):
-    """A source that hangs at one of its samples, as a slow disk may."""
+    """A source that hangs at one of its samples, as a slow disk may, once it has made the file ``begun``."""
+
+    begun: Path
 
     def read(self, index: int) -> Sample:
         """Sample ``index``, after a minute for one of them."""
         if index == 20:
+            self.begun.touch()
             time.sleep(60)
         return super().read(index)
 
@@ -90,10 +93,11 @@ class SlowSource(LlavaSource):
 def test_ctrl_c_waits_for_no_part(tmp_path: Path) -> None:
     usual = make_source(tmp_path)
     source, out = SlowSource(tmp_path / "data.json", tmp_path / "images"), tmp_path / "out"
+    source.begun = tmp_path / "begun"
     options = ConvertOptions(workers=2, part_size=6)
 
-    def interrupt() -> None:  # once some parts are done; a terminal sends it to all processes of the group
-        while not list(tmp_path.glob(".out.partial/records/*")):
+    def interrupt() -> None:
+        while not source.begun.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
