@@ -61,7 +61,7 @@ PART ?= checks
 SUITE_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
 gpu-suite: ## Check (PART=checks) or time (PART=bench) the kernels, or time a step (PART=stage1|2|3), on a GPU; tiny without one
-	@SHAPES="$(SHAPES)" STEP='$(STEP)' HIVE_SUITE_SECONDS="$(SECONDS)" PYTHONPATH=kernels $(SUITE_PYTHON) -m benchmarks.suite $(PART)
+	@SHAPES="$(SHAPES)" STEP='$(STEP)' HIVE_SUITE_SECONDS="$(SECONDS)" PYTHONPATH="kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(SUITE_PYTHON) -m benchmarks.suite $(PART)
 
 docs: $(VENV)/.installed ## Write the reference and the pictures of docs/ again, from the code
 	PYTHONPATH=docs $(RUN) hive_docs

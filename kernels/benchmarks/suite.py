@@ -102,9 +102,10 @@ def importable(folder: Path) -> Path:
 
 
 def child_environment(tree: Path, part: str) -> dict[str, str]:
-    """Environment of every step: imports from this clone, the interpreter where there is no GPU."""
+    """Environment of every step: imports from this clone, then as before; the interpreter where there is no GPU."""
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(tree), str(records.ROOT / "kernels")])
+    before = [str(Path(path).absolute()) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment["PYTHONPATH"] = os.pathsep.join([str(tree), str(records.ROOT / "kernels"), *before])
     environment["PYTHONSAFEPATH"] = "1"  # the clone's hive_ds/ has no kernels/: the current folder must not be searched
     if environment.get("OUT"):
         environment["OUT"] = str(Path(environment["OUT"]).absolute())

@@ -125,12 +125,22 @@ def test_a_step_that_hangs_or_fails_is_red(tmp_path: Path) -> None:
     assert (hangs.verdict, fails.verdict, fails.detail) == ("timed out", "failed", "exit status 3")
 
 
-def test_steps_import_this_clone(tmp_path: Path) -> None:
-    """Whatever is installed, and where nothing is."""
+def test_steps_import_this_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is installed, and where nothing is; and wheels that a folder of PYTHONPATH holds, from any folder."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "carried.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"wheels{os.pathsep}kernels")
     environment = suite.child_environment(suite.importable(tmp_path), "checks")
-    code = "import hive_ds.kernels, benchmarks; print(hive_ds.kernels.__file__, benchmarks.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    expected = [tmp_path / "hive_ds/kernels/__init__.py", ROOT / "kernels/benchmarks/__init__.py"]
+    modules = ("hive_ds.kernels", "benchmarks", "carried")
+    code = f"import {', '.join(modules)}; print({', '.join(f'{name}.__file__' for name in modules)})"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
+    expected = [
+        tmp_path / "hive_ds/kernels/__init__.py",
+        ROOT / "kernels/benchmarks/__init__.py",
+        wheels / "carried.py",
+    ]
     assert done.stdout.split() == [str(path) for path in expected], done.stderr
 
 
