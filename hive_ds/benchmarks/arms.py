@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from hive_ds.benchmarks.agreement import Loss, Outcome, compared, outcome
 from hive_ds.benchmarks.padded_ways import PaddedCascade, PaperWay
 from hive_ds.benchmarks.sizes import Size, build_cascaded, build_hive
 from hive_ds.benchmarks.trainer import (
     CONFIG,
     EngineStepper,
-    Loss,
     PlainStepper,
     Stepper,
     engine_refusal,
@@ -28,7 +28,7 @@ from hive_ds.stages import Stage, stage_by_number
 from hive_ds.training.ds_config import read_policy
 from hive_ds.training.flops import BatchSize, FlopCounter
 from hive_ds.training.gather_units import gathers_by_layer
-from hive_ds.training.groups import StagePlan, groups_of, plan_stage
+from hive_ds.training.groups import groups_of, plan_stage
 
 POLICY = "zero3"
 
@@ -129,7 +129,7 @@ def build_arm(name: str, setting: Setting, probes: Sequence[PackedBatch]) -> Arm
     plan = plan_stage(model, stage, groups_of(model), CONFIG)
     counter = FlopCounter(model, plan)
     own = packed_loss(model)
-    references = [loss_and_norm(own, plan, probe, setting.device) for probe in probes]
+    references = [outcome(own, plan, probe, setting.device).kept_aside() for probe in probes]
     if name == "ours zero3":
         if setting.compiled:
             apart = gathers_by_layer(model, read_policy(POLICY))
@@ -137,13 +137,13 @@ def build_arm(name: str, setting: Setting, probes: Sequence[PackedBatch]) -> Arm
         precision = "bf16" if setting.dtype == torch.bfloat16 else "fp32"
         stepper = EngineStepper(model, plan, POLICY, precision)
         # Each of these is a step, too small a one to be seen in the next loss.
-        found = [stepper.step_and_norm(probe) for probe in probes]
+        found: Callable[[PackedBatch], Outcome] = stepper.outcome
         make_stepper: Callable[[], Stepper] = partial(_itself, stepper)
     else:
         loss = _loss_of(name, model, setting)
-        found = [loss_and_norm(loss, plan, probe, setting.device) for probe in probes]
+        found = partial(outcome, loss, plan, device=setting.device)
         make_stepper = partial(PlainStepper, plan, loss, setting.device)
-    verdicts = [compared(*pair, setting.dtype) for pair in zip(found, references, strict=True)]
+    verdicts = [compared(found(probe), wanted, setting.dtype) for probe, wanted in zip(probes, references, strict=True)]
     verdict = next((verdict for verdict in verdicts if verdict != "passed"), "passed")
     return Arm(name, LABELS[name], model, make_stepper, counter, verdict, stays=name == "ours zero3")
 
@@ -169,28 +169,6 @@ def _loss_of(name: str, model: Any, setting: Setting) -> Loss:
         torch._dynamo.config.recompile_limit = 64
         way.compile()
     return way.loss
-
-
-def loss_and_norm(
-    loss: Callable[[PackedBatch, torch.device], torch.Tensor], plan: StagePlan, batch: PackedBatch, device: torch.device
-) -> tuple[float, float]:
-    """Mean loss of a batch, and the norm of all gradients."""
-    mean = loss(batch, device) / batch.supervised_tokens
-    mean.backward()
-    weights = [weight for group in plan.groups for weight in group.parameters.values()]
-    squares = [float(w.grad.float().square().sum()) for w in weights if w.grad is not None]
-    for weight in weights:
-        weight.grad = None
-    return float(mean.detach()), sum(squares) ** 0.5
-
-
-def compared(found: tuple[float, float], wanted: tuple[float, float], dtype: torch.dtype) -> str:
-    """ "passed" where loss and gradient norm are those of our own plain step, to rounding."""
-    loss_limit, norm_limit = (5e-3, 5e-2) if dtype == torch.bfloat16 else (1e-4, 1e-3)
-    for what, one, other, limit in zip(("loss", "gradient norm"), found, wanted, (loss_limit, norm_limit), strict=True):
-        if not abs(one - other) <= limit * abs(other):
-            return f"{what} is {one:.6g}, but that of our plain step is {other:.6g}"
-    return "passed"
 
 
 def work_of(batch: PackedBatch, patches: int) -> BatchSize:

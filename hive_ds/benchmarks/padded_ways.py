@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
 from torch.profiler import record_function
 
 from hive_ds.constants import IGNORE_INDEX
@@ -89,7 +89,8 @@ class PaperWay:
                 hidden = self.layer(layer, hidden, image_BPD, shared)
         logits_BSV = self.hive.language_model.lm_head(trunk.norm(hidden)).float()
         with record_function("part:LLM"):
-            return cross_entropy(logits_BSV[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten(), reduction="sum")
+            targets_BS = pad(labels_BS[:, 1:], (0, 1), value=IGNORE_INDEX)  # labels move: logits would be copied
+            return cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="sum")
 
     def _shared(
         self, lengths: list[int], offsets: list[int], slots: int, grid: Grid, device: torch.device, dtype: torch.dtype

@@ -12,6 +12,8 @@ from typing import Any
 
 OURS = ("ours compiled", "ours")
 """What the others are compared with: the first of these that was timed."""
+STEADY = 0.1
+"""Rounds that differ by more make a row that says little."""
 COLUMNS = ("ms/step", "images/s", "text tokens/s", "MFU %", "peak GiB", "x ours in time")
 
 
@@ -32,6 +34,9 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", f"### {name}", "", f"| | {' | '.join(COLUMNS)} | where the time goes |"]
         lines.append("|---|" + "---:|" * len(COLUMNS) + "---|")
         lines += [_line(row, _ours(rows)) for row in rows]
+        unsteady = [row["label"] for row in rows if row.get("spread", 0) > STEADY]
+        if unsteady:
+            lines += ["", f"Not steady, rounds differ by more than {STEADY:.0%}: {'; '.join(unsteady)}."]
         speedup = _allowed(rows)
         if speedup:
             lines += ["", speedup]

@@ -101,6 +101,9 @@ def _put_together(run: Run, folder: Path, children: dict[str, subprocess.Popen[b
         found = _read(folder, name)
         rows += found["rows"]
         skipped += found["skipped"]
-        run.rate = found.get("matmul_flops_per_second") or run.rate
+        run.rate = max(run.rate, found.get("matmul_flops_per_second", 0.0))
+    for row in rows:  # each process measured a rate of its own: one for all
+        if "seconds" in row:
+            row["mfu"] = row["flops"] / row["seconds"] / run.rate
     run.result |= {"rows": rows, "skipped": skipped, "matmul_flops_per_second": run.rate}
     run.save()

@@ -33,6 +33,9 @@ from hive_ds.training.parts import shares_of, slowest_kernels, trace_of_step
 BATCHES = 2
 """Different batches of one workload, taken in turn: their lengths differ."""
 ROUNDS = 3
+"""At least so many, over all batches of a workload, and"""
+SECONDS = 1.5
+"""of steps that are timed, on a GPU."""
 PROBES = (2, 3)
 """Captions of the batches on which an arm is checked and compiled; two numbers, so that neither becomes a constant."""
 RESERVE = 0.12
@@ -174,8 +177,8 @@ def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[s
     wait(device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(ROUNDS if cuda else 1):
+    times: list[float] = []
+    while len(times) < (ROUNDS if cuda else 1) or (cuda and sum(times) * len(load.batches) < SECONDS):
         start = time.perf_counter()
         for batch in load.batches:
             stepper.step(batch)

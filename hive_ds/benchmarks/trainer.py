@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,15 +10,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from hive_ds.benchmarks.agreement import Loss, Outcome, weights_of
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.data.batch import PackedBatch
 from hive_ds.training.groups import StagePlan, adamw
 
 CONFIG = StageConfig(lr=1e-6, global_batch_size=1, micro_batch_size=1, weight_decay=1e-5, clip=1.0)
 """A small rate: the weights stay where they are, and no way of training sees others."""
-
-Loss = Callable[[PackedBatch, torch.device], Tensor]
-"""Summed cross-entropy of a batch."""
 
 
 class Stepper(Protocol):
@@ -86,8 +82,14 @@ def packed_loss(model: Any) -> Loss:
 
 
 def engine_refusal() -> str | None:
-    """Why the DeepSpeed engine cannot be timed; None if it can."""
-    return None if importlib.util.find_spec("deepspeed") else "deepspeed is not installed"
+    """Why the DeepSpeed engine cannot be timed; None if it and all that its step needs load."""
+    try:
+        import deepspeed  # noqa: F401
+
+        import hive_ds.training.loop  # noqa: F401
+    except Exception as error:  # of whichever package is missing or does not fit the others
+        return f"the engine does not load here: {error}"
+    return None
 
 
 class EngineStepper:
@@ -110,20 +112,29 @@ class EngineStepper:
         training = TrainingConfig(precision=precision)
         folder = Path(tempfile.gettempdir())
         config = build_ds_config(read_policy(policy), CONFIG, training, num_ranks=1, log_folder=folder, job="step")
+        self._weights = weights_of(plan)
         self.engine = Engine(model, plan.groups, config, CONFIG, world=world, device=device)
 
     def step(self, batch: PackedBatch) -> float:
         """One optimizer step; the mean loss."""
-        return self.step_and_norm(batch)[0]
+        loss = self._accumulate(batch)
+        with record_function("part:optimizer"):
+            self.engine.step(1.0)
+        return loss
 
-    def step_and_norm(self, batch: PackedBatch) -> tuple[float, float]:
-        """One optimizer step; the mean loss, and the norm of all gradients before clipping."""
+    def outcome(self, batch: PackedBatch) -> Outcome:
+        """One optimizer step; what the batch gave before it."""
+        from deepspeed.utils import safe_get_full_grad
+
+        loss = self._accumulate(batch)
+        gradients = [safe_get_full_grad(weight) for weight in self._weights]
+        self.engine.step(1.0)
+        return Outcome(loss, gradients)
+
+    def _accumulate(self, batch: PackedBatch) -> float:
         from hive_ds.training.loop import run_micro_batches
 
-        loss = run_micro_batches(self.engine, [batch], batch.supervised_tokens)
-        with record_function("part:optimizer"):
-            report = self.engine.step(1.0)
-        return loss, report.grad_norm
+        return run_micro_batches(self.engine, [batch], batch.supervised_tokens)
 
     def forget(self) -> None:
         """Drop the gradients of a step that ran out of memory, which DeepSpeed still has in its buckets."""

@@ -35,9 +35,10 @@ def run_out(_: torch.Tensor) -> None:
 
 
 def measured(stepper: object, batch: object) -> list[float]:
-    """Loss of a step, and the gradients' norm, or those of each weight where they are clipped already."""
-    if hasattr(stepper, "step_and_norm"):
-        return list(stepper.step_and_norm(batch))
+    """Loss of a step, and the norms of the gradients of each weight, which plain steps have clipped already."""
+    if hasattr(stepper, "outcome"):
+        found = stepper.outcome(batch)
+        return [found.loss, *(float(gradient.norm()) for gradient in found.gradients)]
     loss = float(stepper.step(batch))  # type: ignore[attr-defined]
     return [loss, *(float(master.grad.norm()) for master in stepper.masters)]  # type: ignore[attr-defined]
 

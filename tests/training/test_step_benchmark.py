@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from hive_ds.benchmarks import report
-from hive_ds.benchmarks.arms import LABELS, Setting, compared
+from hive_ds.benchmarks import padded_ways, report
+from hive_ds.benchmarks.agreement import Outcome, compared
+from hive_ds.benchmarks.arms import LABELS, Setting, build_arm
 from hive_ds.benchmarks.side_by_side import time_side_by_side
-from hive_ds.benchmarks.sizes import TINY
-from hive_ds.benchmarks.step import Run, main
+from hive_ds.benchmarks.sizes import TINY, caption_lengths, make_batch
+from hive_ds.benchmarks.step import PROBES, Run, main
+from hive_ds.benchmarks.trainer import engine_refusal
 from hive_ds.training.parts import slowest_kernels
 
+MINIMAL_ROW: dict[str, Any] = {
+    **{"arm": "ours", "workload": "captions x 2", "check": "passed", "micro_batch": 2, "seconds": 1.0, "flops": 1.0},
+    **{"images_per_second": 2.0, "text_tokens_per_second": 1.0, "mfu": 0.4, "peak_bytes": 1, "shares": {}},
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -79,7 +86,8 @@ def test_side_by_side(tmp_path: Path, stage: str, label: str | None) -> None:
         ("paper", "captions x 2", "passed"),
     ]
     assert all(sum(row["shares"].values()) == pytest.approx(1, abs=1e-2) for row in found["rows"])
-    assert found["matmul_flops_per_second"] > 0
+    rates = [row["flops"] / row["seconds"] / row["mfu"] for row in found["rows"]]
+    assert rates == pytest.approx([found["matmul_flops_per_second"]] * 2)
 
 
 def test_a_way_that_ends_without_a_row_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,20 +135,62 @@ def check_result(record: dict[str, Any]) -> None:
 
 
 def test_a_way_that_computes_something_else_is_red() -> None:
-    assert compared((2.0, 1.0), (2.0, 1.0), torch.float32) == "passed"
-    assert compared((2.001, 1.0), (2.0, 1.0), torch.float32) == "loss is 2.001, but that of our plain step is 2"
-    assert compared((2.0, float("nan")), (2.0, 1.0), torch.bfloat16).startswith("gradient norm is nan")
+    wanted = Outcome(2.0, [torch.tensor([3.0, 0.0]), torch.tensor([4.0])])
+    assert compared(wanted, wanted, torch.float32) == "passed"
+    loss = Outcome(2.001, wanted.gradients)
+    assert compared(loss, wanted, torch.float32) == "loss is 2.001, but that of our plain step is 2"
+    turned = Outcome(2.0, [torch.tensor([0.0, 3.0]), torch.tensor([4.0])])  # as long as before
+    assert compared(turned, wanted, torch.bfloat16).startswith("gradients are 0.849 of their length away")
+    lost = Outcome(2.0, [torch.tensor([3.0, float("nan")]), torch.tensor([4.0])])
+    assert compared(lost, wanted, torch.bfloat16).startswith("gradients are nan")
     row = {"arm": "sa", "label": "SA", "workload": "w", "check": "loss is 3"}
     record = {"stage": 1, "models": "", "precision": "", "matmul_flops_per_second": 1.0, "tiny": True, "skipped": []}
     assert "check failed: loss is 3" in report.table(record | {"rows": [row]})
 
 
+class BFloat16(Setting):
+    """As on a GPU."""
+
+    dtype = torch.bfloat16  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_wrong_attention_is_red_in_bf16(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though loss and norm of the gradients hardly change: the paper's way that sees all, SA that is not causal."""
+    setting = BFloat16(TINY, stage, torch.device("cpu"), compiled=False)
+    probes = [make_batch(TINY, caption_lengths(TINY, count, seed=9), 9) for count in PROBES]
+    assert [build_arm(way, setting, probes).check for way in ("paper", "sa")] == ["passed", "passed"]
+    additive, attend = padded_ways._additive, padded_ways.scaled_dot_product_attention
+    monkeypatch.setattr(padded_ways, "_additive", lambda seen, dtype: additive(torch.ones_like(seen), dtype))
+    assert "gradients are" in build_arm("paper", setting, probes).check
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", uncausal(attend))
+    assert "gradients are" in build_arm("sa", setting, probes).check
+
+
+def uncausal(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *inputs, **named: attend(*inputs, **{**named, "is_causal": False})
+
+
+def test_a_row_whose_rounds_differ_is_marked() -> None:
+    rows = [{**MINIMAL_ROW, "label": "one", "spread": 0.11}, {**MINIMAL_ROW, "label": "other", "spread": 0.09}]
+    record = {"stage": 1, "models": "", "precision": "", "matmul_flops_per_second": 1.0, "tiny": True, "skipped": []}
+    assert "Not steady, rounds differ by more than 10%: one.\n" in report.table(record | {"rows": rows})
+
+
+def test_an_engine_that_does_not_load_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is built and compiled for it."""
+    assert engine_refusal() is None
+    monkeypatch.delitem(sys.modules, "hive_ds.training.loop")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert "tqdm" in str(engine_refusal())
+
+
 def test_every_way_is_judged_at_its_best_batch() -> None:
     def row(arm: str, texts: str, count: int, images: float, flops: float) -> dict[str, Any]:
         return {
-            **{"arm": arm, "label": LABELS[arm], "workload": f"{texts} x {count}", "check": "passed", "spread": 0.0},
+            **MINIMAL_ROW,
+            **{"arm": arm, "label": LABELS[arm], "workload": f"{texts} x {count}", "spread": 0.0},
             **{"micro_batch": count, "seconds": count / images, "images_per_second": images, "flops": flops * count},
-            **{"text_tokens_per_second": 1.0, "mfu": 0.4, "peak_bytes": 1, "shares": {}},
         }
 
     rows = [
