@@ -17,6 +17,10 @@ BUDGET = float(os.environ.get("HIVE_BENCH_SECONDS", "inf"))
 """No timing begins later than so many seconds after the start: a suite with a limit still ends with its table."""
 
 
+CROWDED = 2**29
+"""Scores of a shape from which on its checks take 20 GB: with pytest-xdist they all run in one process."""
+
+
 def target() -> tuple[torch.device, torch.dtype]:
     """Where and in what dtype to measure."""
     if torch.cuda.is_available():
@@ -38,6 +42,12 @@ class Bench:
     def overdue(self) -> bool:
         """Whether the budget is used up."""
         return time.perf_counter() - self.started > BUDGET
+
+    def measure_ceilings(self) -> None:
+        """Once, before anything is timed: checks alone need no rates, and many of them may run side by side."""
+        if "ceilings" not in self.record:
+            self.record["ceilings"] = timing.ceilings(*target())
+            torch.cuda.empty_cache()
 
     def measurement(self, name: str) -> measuring.Measurement:
         """The shape's, made anew when another was asked for last: inputs of all would not fit."""
@@ -66,6 +76,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if shapes.get(item, "") in wanted]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = sorted(kept, key=lambda item: order.index(shapes[item]))
+    for item in items if config.pluginmanager.hasplugin("xdist") else []:
+        if SHAPES[shapes[item]].pairs * SHAPES[shapes[item]].heads > CROWDED:
+            item.add_marker(pytest.mark.xdist_group(shapes[item]))
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +90,6 @@ def bench(pytestconfig: pytest.Config) -> Iterator[Bench]:
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, 512)  # beyond it, compiled code would silently run uncompiled
     collected.record = records.describe("benchmark") | {"tiny": not torch.cuda.is_available()}
-    collected.record["ceilings"] = timing.ceilings(*target())
     with timing.backward_can_run_twice():
         yield collected
     if collected.rows:

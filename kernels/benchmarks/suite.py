@@ -150,7 +150,7 @@ def _many() -> list[str]:
     """Nearly all of a check on a GPU is compilation, on the CPU: side by side, where pytest-xdist is there."""
     if not torch.cuda.is_available() or importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(min(12, os.cpu_count() or 1))]
+    return ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadgroup"]
 
 
 def bench(xml: Path) -> list[Step]:

@@ -26,11 +26,12 @@ FLUSH_BYTES = 2**28
 class Steps:
     """The calls of one peer in one direction, with everything that is not timed done beforehand."""
 
-    def __init__(self, peer: Peer, direction: str) -> None:
+    def __init__(self, peer: Peer, direction: str, copies: int | None = None) -> None:
+        """``copies`` of the inputs, all if None."""
         self.peer, self.direction = peer, direction
         self.inputs: list[tuple[Arguments, list[Tensor], Tensor]] = []
         train = peer.shape.directions != ("forward",) and peer.refuses("backward") is None
-        for arguments, cotangent in peer.case.copies:
+        for arguments, cotangent in peer.case.copies[:copies]:
             native = {name: x.detach().clone() for name, x in peer.native(arguments).items()}
             leaves = require_gradients(native) if train else []
             self.inputs.append((native, leaves, peer.native_output(cotangent)))
@@ -177,7 +178,7 @@ def peak_bytes(peer: Peer, direction: str) -> int | None:
     """Most device memory that one call takes beyond its inputs; None on a CPU."""
     if peer.case.device.type != "cuda":
         return None
-    steps = Steps(peer, direction)
+    steps = Steps(peer, direction, copies=1)
     steps(0)
     gc.collect()
     torch.cuda.synchronize()

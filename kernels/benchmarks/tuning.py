@@ -7,33 +7,59 @@ into `hive_kernels/tiles.py` by hand, with the result file. Source: none; the ca
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hive_ds.kernels import AttentionLayout, hierarchical_attention, tiles
+from hive_ds.kernels import AttentionLayout, arguments, hierarchical_attention, tiles
 from hive_ds.kernels.testing import Inputs, Results, evaluate, random_inputs
 
 from . import records
 
-HEADS, GROUPS, HEAD_DIM = 18, 6, 64
-"""MobileLLM-600M's."""
 PATCHES = 576
-TEXTS = {
-    "alt-texts": [12, 16, 20, 40] * 32,
-    "captions": [72, 96, 104, 116, 116, 124, 140, 200] * 16,
-    "long": [2048] * 8,
+NEVER = (0, 64, 8, 1)
+"""Of a kernel for short text: the kernels for long text do its work."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Texts of one LLM, each behind an image."""
+
+    lengths: list[int]
+    heads: int = 18
+    groups: int = 6
+    head_dim: int = 64
+
+    @property
+    def rows(self) -> int:
+        """Query rows of the longest text."""
+        return max(self.lengths) * (self.heads // self.groups)
+
+
+LOADS = {
+    "alt-texts": Load([12, 16, 20, 40] * 32),
+    "short captions": Load([64] * 64),
+    "captions": Load([72, 96, 104, 116, 116, 124, 140, 200] * 16),
+    "long": Load([2048] * 8),
+    "long, an 8B LLM": Load([2048] * 8, heads=32, groups=8, head_dim=128),
 }
+"""MobileLLM-600M's heads, where nothing else is said."""
 CANDIDATES = {
-    "forward short": [(64, 128, 4, 2), (128, 64, 4, 2), (64, 64, 4, 3)],
-    "forward": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
-    "backward short": [(128, 32, 8, 1), (128, 64, 8, 1), (256, 32, 8, 1)],
-    "keys": [(64, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)],
-    "queries": [(64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 3)],
+    ("forward short", 64): [(64, 128, 4, 2), (128, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (256, 64, 8, 2), NEVER],
+    ("forward", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
+    ("backward short", 64): [(128, 32, 8, 1), (256, 32, 8, 1), NEVER],
+    ("keys", 64): [(64, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2)],
+    ("queries", 64): [(64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 3)],
+    ("forward", 128): [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 4, 3)],
+    ("keys", 128): [(32, 64, 8, 2), (64, 64, 4, 2)],
+    ("queries", 128): [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2)],
 }
-"""Rows, keys, warps, stages."""
+"""Rows, keys, warps, stages, by kernel and head dim."""
+KINDS = list(dict.fromkeys(kind for kind, _ in CANDIDATES))
 CALLS = 8
 WORST = 2e-2
 """Largest difference from the table's tile, as a share of the largest number: bf16 sums in another order."""
@@ -42,49 +68,58 @@ WORST = 2e-2
 def main() -> None:
     """Time every candidate of the kernels named, or of all, on the texts that they serve."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(CANDIDATES)}; all if none is named")
-    kinds = parser.parse_args().kinds or list(CANDIDATES)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)}; all if none is named")
+    kinds = parser.parse_args().kinds or KINDS
     for kind in kinds:
-        if kind not in CANDIDATES:
-            parser.error(f"kernel {kind!r}: expected some of {', '.join(CANDIDATES)}")
+        if kind not in KINDS:
+            parser.error(f"kernel {kind!r}: expected some of {', '.join(KINDS)}")
     device = torch.device("cuda", 0)
-    table = tiles.TABLE[tiles.architecture_of(device)]
     rows: list[dict[str, Any]] = []
-    for name, lengths in TEXTS.items():
-        inputs = inputs_of(lengths, device)
+    for name, load in LOADS.items():
+        inputs = inputs_of(load, device)
         base, before = computed(inputs), timed(inputs)
-        for kind in kinds:
-            own = table[kind][HEAD_DIM]
-            for candidate in CANDIDATES[kind]:
-                if not all(serves(kind, lengths, tile.rows) for tile in (own, tiles.Tile(*candidate))):
-                    continue
-                table[kind][HEAD_DIM] = tiles.Tile(*candidate)
-                row = {"texts": name, "kind": kind, "table": list(own), "tile": list(candidate), "table_ms": before}
+        for (kind, head_dim), candidates in CANDIDATES.items():
+            if kind not in kinds or head_dim != load.head_dim or not serves(kind, load):
+                continue
+            for candidate in candidates:
+                row = {"texts": name, "kind": kind, "head_dim": head_dim, "tile": list(candidate), "table_ms": before}
                 try:
-                    row |= {"ms": timed(inputs), "worst": worst_difference(computed(inputs), base)}
+                    with instead(kind, head_dim, tiles.Tile(*candidate), device) as own:
+                        row |= {"table": list(own), "ms": timed(inputs)}
+                        row["worst"] = worst_difference(computed(inputs), base)
                 except Exception as error:  # more shared memory or registers than there are
                     row["failed"] = f"{type(error).__name__}: {error}"[:200]
-                table[kind][HEAD_DIM] = own
                 print(row, flush=True)
                 rows.append(row)
     print(f"result file: {records.write(records.describe('tiles') | {'rows': rows})}")
 
 
-def serves(kind: str, lengths: list[int], tile_rows: int) -> bool:
-    """Whether a kernel runs for these texts, with a tile of so many rows."""
-    rows = max(lengths) * (HEADS // GROUPS)
-    if kind == "forward short":
-        return rows <= tiles.SHORT_ROWS
-    if kind == "backward short":
-        return rows <= tile_rows
-    return rows > tiles.SHORT_ROWS  # no short backward tile is larger
+@contextmanager
+def instead(kind: str, head_dim: int, tile: tiles.Tile, device: torch.device) -> Iterator[tiles.Tile]:
+    """``tile`` instead of the table's, which is given back."""
+    own_rows = tiles.TABLE[tiles.architecture_of(device)][kind]
+    own, short = own_rows[head_dim], arguments.SHORT_ROWS
+    own_rows[head_dim] = tile
+    if kind == "forward short" and not tile.rows:
+        arguments.SHORT_ROWS = 0
+    try:
+        yield own
+    finally:
+        own_rows[head_dim], arguments.SHORT_ROWS = own, short
 
 
-def inputs_of(lengths: list[int], device: torch.device) -> Inputs:
+def serves(kind: str, load: Load) -> bool:
+    """Whether a kernel runs for these texts; those for long text do where no other tile is tried for short ones."""
+    return (load.rows <= tiles.SHORT_ROWS) == kind.endswith("short")
+
+
+def inputs_of(load: Load, device: torch.device) -> Inputs:
     """One image before each text, norms after the rotation, as the paper has them."""
-    count = len(lengths)
-    layout = AttentionLayout.build(lengths, [[PATCHES]] * count, [[0]] * count, device=device)
-    return random_inputs(layout, heads=HEADS, groups=GROUPS, head_dim=HEAD_DIM, qk_norm="post_rope", rotate=True)
+    count = len(load.lengths)
+    layout = AttentionLayout.build(load.lengths, [[PATCHES]] * count, [[0]] * count, device=device)
+    return random_inputs(
+        layout, heads=load.heads, groups=load.groups, head_dim=load.head_dim, qk_norm="post_rope", rotate=True
+    )
 
 
 def computed(inputs: Inputs) -> Results:

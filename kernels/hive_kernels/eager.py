@@ -12,7 +12,7 @@ def differentiable(op: Any, save: Callable[..., None], differentiate: Callable[.
     """``op`` with the gradient that is registered for it, faster in eager mode.
 
     torch.library looks up every argument's default at every call that needs a gradient: 0.1 ms for an op of 23
-    arguments.
+    arguments. And it records gradients in Python even where none are asked for, which the call here steps over.
 
     Args:
         op: of torch.library.
@@ -23,7 +23,8 @@ def differentiable(op: Any, save: Callable[..., None], differentiate: Callable[.
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = op(*inputs)
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*inputs)
             save(ctx, inputs, output)
             return output
 

@@ -23,8 +23,9 @@ NOT_LISTED = 2**31 - 1
 class Schedule:
     """Tables of one layout, made on first use and kept. Sequence lengths are in them and in no kernel's code.
 
-    Work lists depend on the tiles as well, so there is one for each tile size asked for. They go from the longest piece
-    of work to the shortest, so that the last programs to finish are short ones.
+    Work lists depend on the tiles as well, so there is one for each tile size asked for. They take the samples in turn,
+    that with the most work first, so that the programs that run at one time read the same keys, from the L2 cache; and
+    of a sample the longest piece of work first, so that the last programs to finish are short ones.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Schedule:
         sample, tile = _tiles(rows, block)
         last = (np.minimum((tile + 1) * block, rows[sample]) - 1) // pack
         cost = (self._text - self._queries)[sample] + last + self._seen[self._first_query[sample] + last]
-        return np.stack([sample, tile], axis=1)[np.argsort(-cost, kind="stable")]
+        return np.stack([sample, tile], axis=1)[_in_turn(sample, cost, len(rows))]
 
     def _key_work(self, _pack: int, block: int) -> Integers:
         text_sample, text_tile = _tiles(self._text, block)
@@ -111,7 +112,7 @@ class Schedule:
         sample, tile = np.concatenate([text_sample, image_sample]), np.concatenate([text_tile, image_tile])
         is_image = np.arange(len(sample)) >= len(text_sample)
         cost = np.where(is_image, self._text[sample], self._text[sample] - tile * block)
-        return np.stack([sample, tile, is_image], axis=1)[np.argsort(-cost, kind="stable")]
+        return np.stack([sample, tile, is_image], axis=1)[_in_turn(sample, cost, len(self._text))]
 
     def _sample_work(self, _pack: int, _block: int) -> Integers:
         order = np.argsort(-(self._text + self._patches), kind="stable")
@@ -140,6 +141,13 @@ class Schedule:
         with torch.inference_mode(False):
             small = torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32))
             return to_device(small, self._device)
+
+
+def _in_turn(sample: Integers, cost: Integers, samples: int) -> Integers:
+    """Order of pieces of work: sample by sample, the most work first, and of a sample the most costly piece first."""
+    turn = np.empty(samples, dtype=np.int64)
+    turn[np.argsort(-np.bincount(sample, cost, samples), kind="stable")] = np.arange(samples)
+    return np.lexsort((-cost, turn[sample]))
 
 
 def _tiles(lengths: Integers, block: int) -> tuple[Integers, Integers]:

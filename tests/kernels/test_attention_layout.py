@@ -118,3 +118,25 @@ def test_no_row_of_the_mask_sees_nothing() -> None:
     layout = AttentionLayout.build([0, 3, 1], [[2], [], [1]], [[0], [], [1]])
     assert layout.mask is not None
     assert layout.mask.any(dim=-1).all()
+
+
+@pytest.mark.parametrize("kind", ["rows", "keys"])
+def test_work_lists_take_samples_in_turn(kind: str) -> None:
+    """All of a sample before the next, the sample with the most work first; every tile once, its longest work first."""
+    texts, patches = [40, 300, 0, 170], [[64], [], [64], [30, 70]]
+    schedule = AttentionLayout.build(texts, patches, [[0], [], [0], [0, 50]]).schedule
+    work = (schedule.row_work(2, 64) if kind == "rows" else schedule.key_work(64)).tolist()
+    turns = list(dict.fromkeys(sample for sample, *_ in work))
+    assert [sample for sample, *_ in work] == sorted((sample for sample, *_ in work), key=turns.index)
+    tiles = {sample: [rest for one, *rest in work if one == sample] for sample in turns}
+    if kind == "rows":
+        assert turns == [1, 3, 0]
+        assert tiles == {
+            1: [[tile] for tile in range(9, -1, -1)],
+            3: [[tile] for tile in range(5, -1, -1)],
+            0: [[1], [0]],
+        }
+    else:
+        assert turns == [1, 3, 0, 2]
+        text = {1: [[tile, 0] for tile in range(5)], 3: [[0, 0], [0, 1], [1, 1], [1, 0], [2, 0]]}
+        assert tiles == {**text, 0: [[0, 0], [0, 1]], 2: [[0, 1]]}

@@ -174,16 +174,18 @@ def test_the_suite_runs_without_a_gpu(part: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not tiles.INTERPRETED, reason="needs the Triton interpreter: TRITON_INTERPRET=1")
 def test_tuning_tells_rounding_from_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another tile passes; what computes something else does not. Candidates are of kernels that there are."""
-    assert set(tuning.CANDIDATES) <= set(tiles.KINDS)
     table = tiles.TABLE["sm_90"]
-    for kind, candidates in tuning.CANDIDATES.items():
-        rows = {tile.rows for tile in (table[kind][tuning.HEAD_DIM], *(tiles.Tile(*each) for each in candidates))}
-        assert any(all(tuning.serves(kind, lengths, most) for most in rows) for lengths in tuning.TEXTS.values()), kind
+    for (kind, head_dim), candidates in tuning.CANDIDATES.items():
+        served = [load for load in tuning.LOADS.values() if load.head_dim == head_dim and tuning.serves(kind, load)]
+        assert served, kind
+        assert table[kind][head_dim] not in [tiles.Tile(*each) for each in candidates], kind
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(tuning, "PATCHES", 20)
-    inputs = tuning.inputs_of([20, 9], torch.device("cpu"))
+    cpu = torch.device("cpu")
+    inputs = tuning.inputs_of(tuning.Load([20, 9]), cpu)
     base = tuning.computed(inputs)
-    monkeypatch.setitem(tiles.TABLE["interpreter"]["keys"], tuning.HEAD_DIM, tiles.Tile(16, 32, 1, 1))
-    assert tuning.worst_difference(tuning.computed(inputs), base) < 1e-2
+    for kind, tile in (("keys", (16, 32, 1, 1)), ("forward short", tuning.NEVER), ("backward short", tuning.NEVER)):
+        with tuning.instead(kind, 64, tiles.Tile(*tile), cpu):
+            assert tuning.worst_difference(tuning.computed(inputs), base) < 1e-2
     with pytest.raises(ValueError, match=r"differs by 0\.5 of the largest number"):
         tuning.worst_difference(base, base | {"out": base["out"] * 2})
