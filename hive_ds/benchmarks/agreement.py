@@ -20,7 +20,7 @@ LOSS_LIMITS = {torch.bfloat16: 5e-3, torch.float32: 1e-4}
 """Of the difference of two losses, relative."""
 GRADIENT_LIMITS = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 """Of the length of the difference of two gradients of all weights, relative to the gradient's. In bf16 rounding makes
-some 0.02 of it at the paper's depth, and attention to the wrong tokens 0.13 with three layers, 0.86 and more at depth."""
+0.02 of it at the paper's depth, and attention to the wrong tokens 0.13 and more with three layers, 0.86 at depth."""
 
 
 @dataclass(frozen=True)

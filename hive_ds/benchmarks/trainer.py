@@ -84,8 +84,6 @@ def packed_loss(model: Any) -> Loss:
 def engine_refusal() -> str | None:
     """Why the DeepSpeed engine cannot be timed; None if it and all that its step needs load."""
     try:
-        import deepspeed  # noqa: F401
-
         import hive_ds.training.loop  # noqa: F401
     except Exception as error:  # of whichever package is missing or does not fit the others
         return f"the engine does not load here: {error}"
@@ -124,10 +122,8 @@ class EngineStepper:
 
     def outcome(self, batch: PackedBatch) -> Outcome:
         """One optimizer step; what the batch gave before it."""
-        from deepspeed.utils import safe_get_full_grad
-
         loss = self._accumulate(batch)
-        gradients = [safe_get_full_grad(weight) for weight in self._weights]
+        gradients = [self.engine._optimizer.get_fp32_grad_for_param(weight) for weight in self._weights]
         self.engine.step(1.0)
         return Outcome(loss, gradients)
 

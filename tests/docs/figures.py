@@ -187,9 +187,9 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     Chosen("docs/planning.md", r"at most 90 % of the GPU", "hive_ds/planning/timing.py", "usable_memory: float = 0.9"),
     Chosen(
         "docs/performance.md",
-        r"within 0.5 % and 5 % in bf16",
-        "hive_ds/benchmarks/arms.py",
-        "(5e-3, 5e-2) if dtype == torch.bfloat16",
+        r"the loss within 0.5 % in bf16",
+        "hive_ds/benchmarks/agreement.py",
+        "LOSS_LIMITS = {torch.bfloat16: 5e-3,",
     ),
     *(
         Cited("docs/performance.md", text, GOAL)
