@@ -42,7 +42,7 @@ def loss_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("labels_from", [2, 15])
-def test_fused_is_plain(kind: str, tied: bool, frozen: bool, labels_from: int) -> None:
+def test_fused_is_plain(kind: str, tied: bool, frozen: bool, labels_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     make = tiny_hive if kind == "hive" else tiny_cascaded
     model = make(text_changes={"tie_word_embeddings": tied}).to(DEVICE)
     model.language_model.requires_grad_(not frozen)
@@ -55,6 +55,10 @@ def test_fused_is_plain(kind: str, tied: bool, frozen: bool, labels_from: int) -
     assert bool(fused) == (labels_from < 15)
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(language_loss, "LOGITS_BYTES", 1)  # in many pieces
+    pieces, in_pieces = loss_and_gradients(model, inputs)
+    torch.testing.assert_close(pieces, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(in_pieces, wanted, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs, num_items_in_batch=7).loss, plain, rtol=1e-5, atol=1e-6)
 
