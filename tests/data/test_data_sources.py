@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from corpus import encoded, photo, talk
 from hive_ds.data.schema import Sample, Turn
 from hive_ds.data.sources import Columns, SourceOptions, open_source
 from hive_ds.data.sources.base import conversation
+from hive_ds.data.sources.hugging_face import load_splits
 from hive_ds.errors import HiveError
 
 FILES = {f"{n}.jpg": encoded(photo(seed=n), "jpeg") for n in range(4)}
@@ -243,7 +245,7 @@ def test_a_tar_that_was_cut_short_gives_its_whole_members(tmp_path: Path, caplog
 WRONG: dict[str, tuple[Callable[[Path], SourceOptions], str]] = {
     "nothing there": (
         lambda root: SourceOptions(str(root / "none")),
-        "none: does not exist; expected a file, a",
+        "none: no such file or folder; expected a file, a",
     ),
     "no JSON": (lambda root: written(root, "a.json", "{"), "a.json: is not JSON"),
     "no list": (lambda root: written(root, "a.json", "{}"), "holds a dict, expected a list"),
@@ -290,6 +292,35 @@ def test_wrong_source_is_named(name: str, tmp_path: Path) -> None:
         open_source(options)
     with pytest.raises(HiveError, match=r"preset 'cc4m': expected one of cc3m, llava-pretrain"):
         open_source(options, "cc4m")
+
+
+@pytest.mark.parametrize("name", ["here/nothing", "nowhere/data.parquet", "nowhere/data.json"])
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(HiveError, match=f"{name}: (no such file or folder|does not exist)"):
+        open_source(SourceOptions(name))
+    if not name.endswith(".json"):
+        with pytest.raises(HiveError, match=f"dataset {name}: no such file or folder"):
+            load_splits(name)
+
+
+def test_a_hub_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
+
+    def fail(name: str) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("MaxRetryError, five lines of it")
+        raise ConnectionError(f"no way to {name}\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    expected = r"dataset some/name: neither a file or folder here nor reachable on the hub \(.*no way to some/name\)$"
+    with pytest.raises(HiveError, match=expected):
+        open_source(SourceOptions("some/name"))
+    assert "MaxRetryError" not in caplog.text
 
 
 def test_images_are_found_under_every_usual_name(tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def _guess(path: str) -> str:
     if not file.is_dir():
         if path.count("/") == 1 and not path.startswith((".", "/", "~")):
             return "huggingface"
-        raise HiveError(f"source {path}: does not exist; expected a file, a folder, or a name on the Hugging Face hub")
+        raise HiveError(
+            f"source {path}: no such file or folder; expected a file, a folder, or a name on the Hugging Face hub"
+        )
     if next(file.glob("*.tar"), None):
         return "webdataset"
     if (file / "state.json").exists() or (file / "dataset_dict.json").exists() or next(file.rglob("*.parquet"), None):
