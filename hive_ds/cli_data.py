@@ -93,7 +93,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--images", metavar="PATH", help="folder, .zip or .tar that image paths start at")
     group.add_argument("--split", help="of a Hugging Face dataset (default: train)")
     group.add_argument("--id-column", metavar="NAME", help="names of fields, where they are not the usual ones")
-    group.add_argument("--image-column", metavar="NAME")
+    group.add_argument("--image-column", metavar="NAME", help="none for text alone")
     group.add_argument("--text-column", metavar="NAME", help="captions: pick the alt text or a synthetic one here")
     group.add_argument("--conversations-column", metavar="NAME")
     group.add_argument(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from corpus import encoded, photo, talk
 from hive_ds.data.schema import Sample, Turn
 from hive_ds.data.sources import Columns, SourceOptions, open_source
 from hive_ds.data.sources.base import conversation
-from hive_ds.data.sources.hugging_face import load_splits
 from hive_ds.errors import HiveError
 
 FILES = {f"{n}.jpg": encoded(photo(seed=n), "jpeg") for n in range(4)}
@@ -267,6 +265,10 @@ WRONG: dict[str, tuple[Callable[[Path], SourceOptions], str]] = {
         lambda root: written(root, "a.csv", "picture_file,title\nx.png,hello\n", images=str(root)),
         "has no column of images; name one of picture_file, title with --image-column",
     ),
+    "table without images": (
+        lambda root: written(root, "a.csv", "picture_file,title\nx.png,hello\n"),
+        "no column of images; name one of picture_file, title with --image-column, or none for text alone",
+    ),
     "images that no field names": (
         lambda root: written(root, "a.json", '[{"picture_file": "x.png", "caption": "hello"}]', images=str(root)),
         "no image in its first rows, whose fields are picture_file, caption; name",
@@ -294,33 +296,16 @@ def test_wrong_source_is_named(name: str, tmp_path: Path) -> None:
         open_source(options, "cc4m")
 
 
-@pytest.mark.parametrize("name", ["here/nothing", "nowhere/data.parquet", "nowhere/data.json"])
-def test_a_mistyped_path_is_not_looked_for_on_the_hub(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("asked the hub"))
-    with pytest.raises(HiveError, match=f"{name}: (no such file or folder|does not exist)"):
-        open_source(SourceOptions(name))
-    if not name.endswith(".json"):
-        with pytest.raises(HiveError, match=f"dataset {name}: no such file or folder"):
-            load_splits(name)
+def test_a_table_of_text_alone_is_asked_for(tmp_path: Path) -> None:
+    options = written(tmp_path, "a.csv", "question,text\nWho?,Nobody.\n", columns=Columns(image="none"))
+    (sample,) = read_all(options)
+    assert (sample.images, sample.turns) == ((), (Turn("user", ""), Turn("assistant", "Nobody.")))
 
 
-def test_a_hub_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
-
-    def fail(name: str) -> None:
-        logging.getLogger("huggingface_hub.utils._http").warning("MaxRetryError, five lines of it")
-        raise ConnectionError(f"no way to {name}\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    expected = r"dataset some/name: neither a file or folder here nor reachable on the hub \(.*no way to some/name\)$"
-    with pytest.raises(HiveError, match=expected):
-        open_source(SourceOptions("some/name"))
-    assert "MaxRetryError" not in caplog.text
+def test_a_table_as_open_clip_has_it(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (sample,) = read_all(written(tmp_path, "a.csv", "filepath,title\n0.jpg,Noise.\n"))
+    assert (sample.images, sample.turns[1].content) == ((FILES["0.jpg"],), "Noise.")
 
 
 def test_images_are_found_under_every_usual_name(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from hive_ds.data.schema import Role, Sample, Turn
 from hive_ds.errors import HiveError
 
 SPEAKERS: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+NONE = "none"
+"""In place of a column's name: there is none."""
 Fields = Mapping[str, Any]
 ReadImage = Callable[[Any], bytes]
 
@@ -35,7 +37,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the fields of a source. None: the usual names are looked for, in this order."""
+    """Names of the fields of a source. None: the usual names are looked for, in this order.
+
+    ``image`` is `NONE` for text alone.
+    """
 
     id: str | None = None
     image: str | None = None
@@ -43,14 +48,17 @@ class Columns:
     conversations: str | None = None
 
     USUAL_ID = ("id", "uid", "key", "__key__")
-    USUAL_IMAGE = ("image", "images", "image_path", "path", "file_name", "filename", "jpg", "jpeg", "png", "webp")
+    USUAL_IMAGE = (
+        *("image", "images", "image_path", "path", "file_name", "filename", "jpg", "jpeg", "png", "webp"),
+        *("filepath", "file_path", "image_file", "image_filename", "image_name", "img", "img_path"),
+    )
     USUAL_TEXT = ("caption", "text", "txt", "captions", "title", "label")
     USUAL_CONVERSATIONS = ("conversations", "messages")
 
     def resolve(self, names: Sequence[str], where: str) -> Columns:
         """These columns with the usual names filled in from ``names``, in capitals or not.
 
-        HiveError names a column asked for that is not there, and a source without text.
+        HiveError names a column asked for that is not there, and a source without text or images.
         """
 
         def pick(given: str | None, usual: Sequence[str]) -> str | None:
@@ -59,11 +67,17 @@ class Columns:
             found = {name.lower(): name for name in reversed(names)}
             return given or next((found[name] for name in usual if name in found), None)
 
+        image = None if self.image == NONE else pick(self.image, self.USUAL_IMAGE)
+        if image is None and self.image != NONE:
+            raise HiveError(
+                f"{where}: has no column of images; name one of {', '.join(names)} with --image-column, or {NONE} for "
+                "text alone"
+            )
         conversations = None if self.text else pick(self.conversations, self.USUAL_CONVERSATIONS)
         text = None if conversations else pick(self.text, self.USUAL_TEXT)
         if not (conversations or text):
             raise HiveError(f"{where}: has no column of text; name one of {', '.join(names)} with --text-column")
-        return Columns(pick(self.id, self.USUAL_ID), pick(self.image, self.USUAL_IMAGE), text, conversations)
+        return Columns(pick(self.id, self.USUAL_ID), image, text, conversations)
 
 
 def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImage) -> Sample:

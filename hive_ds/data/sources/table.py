@@ -43,11 +43,6 @@ class TableSource:
         else:
             self._names, self._rows = ["image", "caption", *map(str, range(2, len(rows[0])))], rows
         self._columns = columns.resolve(self._names, f"table {self._path}")
-        if images is not None and self._columns.image is None:
-            raise HiveError(
-                f"table {self._path}: has no column of images; name one of {', '.join(self._names)} with "
-                "--image-column, or leave --images out"
-            )
         self._store = open_store(images if images is not None else self._path.parent)
 
     def __len__(self) -> int:
