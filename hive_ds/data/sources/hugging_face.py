@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample
+from hive_ds.data.sources.base import Columns, build_sample, describe_origin, read_images
 from hive_ds.data.sources.stores import open_store
 from hive_ds.errors import HiveError
 
-FILE_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".tar", ".zip")
+DATA_SUFFIXES = (".parquet", ".arrow", ".json")
+"""Of the files that hold a dataset and say what it is."""
+FILE_SUFFIXES = (*DATA_SUFFIXES, ".jsonl", ".csv", ".tsv", ".tar", ".zip")
 """What no name on the hub ends in."""
 
 
@@ -35,6 +37,11 @@ class HuggingFaceSource:
             raise HiveError(f"dataset {name}: holds no row")
         self._columns = (columns or Columns()).resolve(self._rows.column_names, f"dataset {name}")
         self._store = None if images is None else open_store(images)
+        path = Path(name)
+        files = sorted(file for file in path.rglob("*") if file.suffix in DATA_SUFFIXES) or [path]
+        self.origin = describe_origin(
+            "huggingface", name, self._columns, files=files if path.exists() else [], images=images, split=split
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -47,6 +54,10 @@ class HuggingFaceSource:
         """Sample of row ``index``."""
         row = self._rows[index]
         return build_sample(self._id(index, row), row, self._columns, self._read_image)
+
+    def images(self, index: int) -> tuple[bytes, ...]:
+        """Images of row ``index``."""
+        return read_images(self._rows[index], self._columns, self._read_image)
 
     def _id(self, index: int, row: dict[str, Any]) -> str:
         given = row.get(self._columns.id or "")

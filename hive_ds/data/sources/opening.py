@@ -104,7 +104,9 @@ def _with_preset(options: SourceOptions, name: str) -> SourceOptions:
     if name not in PRESETS:
         raise HiveError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
     preset, folder = PRESETS[name], Path(options.path)
-    columns = preset.columns if options.columns == Columns() else options.columns
+    columns = options.columns
+    if replace(columns, texts=True) == Columns():
+        columns = replace(preset.columns, texts=columns.texts)
     options = replace(options, format=options.format or preset.format, columns=columns)
     if preset.files and folder.is_dir():
         file = _first_of(folder, preset.files)
