@@ -11,6 +11,12 @@ from hive_ds.errors import HiveError
 
 if TYPE_CHECKING:
     from hive_ds.data.inspection.text import TextSettings
+    from hive_ds.data.sources import Columns, Source
+
+SOURCES = (
+    "LLaVA .json or .jsonl, .csv or .tsv of paths and captions, folder or pattern of WebDataset .tar, folder of"
+    " .parquet or saved by datasets, name on the Hugging Face hub, folder of images"
+)
 
 
 def add_data_commands(data: Any) -> None:
@@ -49,10 +55,11 @@ def _add_convert(data: Any) -> None:
         from hive_ds.data.convert import convert
         from hive_ds.data.convert_images import ImageOptions
         from hive_ds.data.convert_options import ConvertOptions
-        from hive_ds.data.sources import Columns, SourceOptions, open_source
+        from hive_ds.data.sources import Columns
 
-        columns = Columns(args.id_column, args.image_column, args.text_column, args.conversations_column)
-        source = open_source(SourceOptions(args.source, args.format, args.images, args.split, columns), args.preset)
+        texts = args.captions is None
+        columns = Columns(args.id_column, args.image_column, args.text_column, args.conversations_column, texts)
+        source = _open_source(args, columns)
         given = {"workers": args.workers} if args.workers is not None else {}
         options = ConvertOptions(
             part_size=args.part_size,
@@ -75,33 +82,36 @@ def _add_convert(data: Any) -> None:
         "Every image is decoded; samples that cannot be used are left out and listed in OUT/rejects.jsonl with the"
         " reason. Stopped or killed, the same command goes on where it was. The output does not depend on --workers.",
     )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="LLaVA .json or .jsonl, .csv or .tsv of paths and captions, folder or pattern of WebDataset .tar, folder"
-        " of .parquet or saved by datasets, name on the Hugging Face hub, folder of images",
-    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCES)
     parser.add_argument("out", metavar="OUT", help="new folder, or s3://, gs://, ... URL")
-    _add_source_options(parser)
-    _add_output_options(parser)
-
-
-def _add_source_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("source")
-    group.add_argument("--preset", metavar="NAME", help="cc3m, llava-pretrain, llava-next or sharegpt4v")
-    group.add_argument("--format", metavar="F", help="llava, table, webdataset, huggingface or image_folder, untold")
-    group.add_argument("--images", metavar="PATH", help="folder, .zip or .tar that image paths start at")
-    group.add_argument("--split", help="of a Hugging Face dataset (default: train)")
-    group.add_argument("--id-column", metavar="NAME", help="names of fields, where they are not the usual ones")
-    group.add_argument("--image-column", metavar="NAME")
+    group = _add_source_options(parser)
     group.add_argument("--text-column", metavar="NAME", help="captions: pick the alt text or a synthetic one here")
     group.add_argument("--conversations-column", metavar="NAME")
     group.add_argument(
         "--captions",
         metavar="JSONL",
         type=Path,
-        help="captions that replace all texts (hive-ds data recaption)",
+        help="captions in place of all texts, which may be missing (hive-ds data recaption)",
     )
+    _add_output_options(parser)
+
+
+def _open_source(args: argparse.Namespace, columns: Columns) -> Source:
+    from hive_ds.data.sources import SourceOptions, open_source
+
+    return open_source(SourceOptions(args.source, args.format, args.images, args.split, columns), args.preset)
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add what names the samples and images of a SOURCE; return their group, for more."""
+    group = parser.add_argument_group("source")
+    group.add_argument("--preset", metavar="NAME", help="cc3m, llava-pretrain, llava-next or sharegpt4v")
+    group.add_argument("--format", metavar="F", help="llava, table, webdataset, huggingface or image_folder, untold")
+    group.add_argument("--images", metavar="PATH", help="folder, .zip or .tar that image paths start at")
+    group.add_argument("--split", help="of a Hugging Face dataset (default: train)")
+    group.add_argument("--id-column", metavar="NAME", help="names of fields, where they are not the usual ones")
+    group.add_argument("--image-column", metavar="NAME", help="none for text alone")
+    return group
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -188,19 +198,24 @@ def _add_show(data: Any) -> None:
 
 def _add_recaption(data: Any) -> None:
     def run(args: argparse.Namespace) -> None:
+        from hive_ds.data.mds.reading import open_folder
         from hive_ds.data.recaption import CaptionerSettings, recaption
+        from hive_ds.data.sources import Columns
 
         settings = CaptionerSettings(args.captioner, args.prompt, args.max_new_tokens, args.device, args.dtype)
-        print(recaption(args.folder, args.out, settings, batch_size=args.batch_size))
+        is_shards = args.format is None and Path(args.source, "index.json").is_file()
+        columns = Columns(args.id_column, args.image_column, texts=False)
+        source = open_folder(args.source) if is_shards else _open_source(args, columns)
+        print(recaption(source, args.out, settings, batch_size=args.batch_size))
 
     parser = command(
         data,
         "recaption",
         run,
-        "let a captioner describe the pictures of a folder of MDS shards",
+        "let a captioner describe the pictures of a data set, which needs no texts",
         "Writes a JSONL that 'data convert --captions' reads. Started again, it does only what OUT.jsonl lacks.",
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of MDS shards")
+    parser.add_argument("source", metavar="SOURCE", help=f"folder of MDS shards, or as for convert: {SOURCES}")
     parser.add_argument(
         "out", metavar="OUT.jsonl", type=Path, help="one line {id, caption, captioner, prompt} a sample"
     )
@@ -212,6 +227,7 @@ def _add_recaption(data: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of a caption (default: %(default)s)")
     parser.add_argument("--device", help="as cuda:1 or cpu (default: a GPU if there is one)")
     parser.add_argument("--dtype", help="bf16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)")
+    _add_source_options(parser)
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:

@@ -44,12 +44,12 @@ def convert(source: Source, out: str | Path, options: ConvertOptions | None = No
     """Convert ``source`` to MDS shards in ``out``, a new folder or a URL (s3://, gs://, ...).
 
     Every image is decoded once. Samples that cannot be used are left out and named in ``rejects.jsonl``. A conversion
-    that was stopped goes on where it was, given the same source and options. What is done so far lies in a hidden
-    folder beside a local ``out``; for a URL, in the current folder.
+    that was stopped goes on where it was, given the same source and options; one that too many rejects stopped reads
+    those again. What is done so far lies in a hidden folder beside a local ``out``; for a URL, in the current folder.
 
     Raises:
-        HiveError: ``out`` is not empty, another conversion writes it, it was begun with other options, too many samples
-            are rejected, or none is left.
+        HiveError: ``source`` holds no sample, ``out`` is not empty, another conversion writes it, it was begun with
+            other options, too many samples are rejected, or none is left.
     """
     from hive_ds.data.mds.parts import check_compression
 
@@ -61,12 +61,15 @@ def convert(source: Source, out: str | Path, options: ConvertOptions | None = No
     if finished is not None:
         return finished
     order = _order(len(source), options)
+    if not len(order):
+        raise HiveError(f"source {source.origin['source']}: holds no sample")
     captions = None if options.captions is None else read_captions(options.captions)
     work.mkdir(parents=True, exist_ok=True)
     with _locked(work):
         _check_plan(work, _plan(source, order, options))
         for name in ("out", "records"):
             (work / name).mkdir(exist_ok=True)
+        _read_rejects_again(work)
         job = PartJob(
             source, order, options.part_size, work, options.images, options.compression, captions, remote, os.getpid()
         )
@@ -107,13 +110,13 @@ def _order(count: int, options: ConvertOptions) -> Any:
 
 
 def _plan(source: Source, order: Any, options: ConvertOptions) -> dict[str, Any]:
-    """What a conversion must not differ in when it goes on."""
+    """What a conversion must not differ in when it goes on: all that decides its output."""
     chosen = {name: value for name, value in asdict(options).items() if name not in ("workers", "max_reject_share")}
     if options.captions is not None:
         chosen["captions"] = hashlib.sha256(options.captions.read_bytes()).hexdigest()
     ends = [source.sample_id(int(order[at])) for at in (0, -1)] if len(order) else []
-    plan: dict[str, Any] = json.loads(json.dumps({**chosen, "samples": len(order), "first and last sample": ends}))
-    return plan
+    plan = {**source.origin, **chosen, "samples": len(order), "first and last sample": ends}
+    return dict(json.loads(json.dumps(plan)))
 
 
 @contextmanager
@@ -214,15 +217,35 @@ def _convert_shared(number: int) -> PartReport:
 
 
 def _check_rejects(job: PartJob, rejected: int, options: ConvertOptions) -> None:
-    if rejected <= options.max_reject_share * len(job.order):
+    """HiveError, and a list of the rejects, where they are too many or nothing else is left."""
+    if rejected <= options.max_reject_share * len(job.order) and rejected < len(job.order):
         return
     done = (job.read_record(number) for number in range(job.num_parts) if job.record(number).is_file())
-    first = next(reject for record in done for reject in record["rejects"])
+    rejects = [reject for record in done for reject in record["rejects"]]
+    _write_rejects(job.work, rejects)
+    first = rejects[0]
+    share = f"more than the share of {options.max_reject_share} that is allowed"
+    if rejected == len(job.order):
+        share = "so none is left to write"
     raise HiveError(
-        f"{rejected} of {len(job.order)} samples were rejected, more than the share of {options.max_reject_share} that "
-        f"is allowed; the first, {first['id']}: {first['reason']}. All are in {job.work / 'records'}; a larger "
-        "--max-reject-share goes on from here"
+        f"{rejected} of {len(job.order)} samples were rejected, {share}; the first, {first['id']}: {first['reason']}. "
+        f"All are in {job.work / REJECTS}; the same command, also with a larger --max-reject-share, reads them again "
+        f"and goes on; to give other options, remove {job.work} first"
     )
+
+
+def _write_rejects(folder: Path, rejects: list[dict[str, Any]]) -> None:
+    (folder / REJECTS).write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
+
+
+def _read_rejects_again(work: Path) -> None:
+    """Forget the parts that have rejects, where a start stopped because of them: what was missing may be there now."""
+    if not (work / REJECTS).is_file():
+        return
+    for record in (work / "records").glob("part-*.json"):
+        if json.loads(record.read_text())["rejects"]:
+            record.unlink()
+    (work / REJECTS).unlink()
 
 
 def _finish(job: PartJob, options: ConvertOptions) -> ConversionSummary:
@@ -236,11 +259,9 @@ def _finish(job: PartJob, options: ConvertOptions) -> ConversionSummary:
     sums = {name: sum(record[name] for record in records) for name in counted}
     summary = ConversionSummary(rejected=len(rejects), **sums)
     _check_rejects(job, len(rejects), options)
-    if not summary.samples:
-        raise HiveError(f"no sample to write: the source has {len(job.order)}, and {len(rejects)} were rejected")
     out = job.work / "out"
     write_sizes(out, [size for record in records for size in record["sizes"]])
-    (out / REJECTS).write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
+    _write_rejects(out, rejects)
     (out / SUMMARY).write_text(summary.to_json())
     write_index(out, [shard for record in records for shard in record["shards"]])
     return summary

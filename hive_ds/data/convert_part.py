@@ -121,8 +121,14 @@ def convert_part(job: PartJob, number: int) -> PartReport:
 
 
 def _read(job: PartJob, index: int) -> Sample:
-    sample = job.source.read(index)
-    return sample if job.captions is None else _recaptioned(sample, job.captions)
+    if job.captions is None:
+        return job.source.read(index)
+    id = job.source.sample_id(index)
+    caption = job.captions.get(id)
+    if caption is None:
+        raise HiveError("the file of captions has none for it")
+    images = job.source.images(index)
+    return Sample(id, (Turn("user", IMAGE_TOKEN * len(images)), Turn("assistant", caption)), images)
 
 
 def _stored(storer: ImageStorer, at: int, data: bytes) -> bytes:
@@ -130,14 +136,6 @@ def _stored(storer: ImageStorer, at: int, data: bytes) -> bytes:
         return storer.store(data)
     except HiveError as error:
         raise HiveError(f"image {at}: {error}") from error
-
-
-def _recaptioned(sample: Sample, captions: Mapping[str, str]) -> Sample:
-    caption = captions.get(sample.id)
-    if caption is None:
-        raise HiveError("the file of captions has none for it")
-    marks = IMAGE_TOKEN * len(sample.images)
-    return replace(sample, turns=(Turn("user", marks), Turn("assistant", caption)))
 
 
 def _is_of_machine(error: BaseException | None) -> bool:

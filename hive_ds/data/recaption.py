@@ -1,4 +1,4 @@
-"""New captions for the pictures of a folder of shards, by any Hugging Face captioner: a JSONL that conversion reads."""
+"""New captions for pictures, by any Hugging Face captioner: a JSONL that conversion reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from PIL import Image
@@ -103,7 +103,7 @@ class Captioner:
 
 @dataclass
 class RecaptionSummary:
-    """What became of the samples of a folder."""
+    """What became of the samples."""
 
     out: Path
     written: int = 0
@@ -111,14 +111,30 @@ class RecaptionSummary:
     repeated: int = 0
     without_image: int = 0
     unreadable: int = 0
+    first_unreadable: str = ""
+    """Number of the sample, and why it cannot be read."""
 
     def __str__(self) -> str:
         counts = f"{self.written} captions written, {self.done_before} were there, {self.without_image} without image"
-        unreadable = f", {self.unreadable} unreadable (see: hive-ds data verify)" if self.unreadable else ""
+        unreadable = f", {self.unreadable} unreadable (the first, {self.first_unreadable})" if self.unreadable else ""
         repeated = f", {self.repeated} with the id of an earlier sample and its caption" if self.repeated else ""
         return (
             f"{self.out}: {counts}{unreadable}{repeated}; use them with: hive-ds data convert ... --captions {self.out}"
         )
+
+
+class PictureSource(Protocol):
+    """Pictures by sample: a source of conversion, or a folder of shards."""
+
+    def __len__(self) -> int: ...
+
+    def sample_id(self, index: int) -> str:
+        """Name of sample ``index``."""
+        ...
+
+    def images(self, index: int) -> tuple[bytes, ...]:
+        """Encoded image files of sample ``index``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -130,28 +146,26 @@ class _Pictures:
 
 
 def recaption(
-    folder: str | Path, out: str | Path, settings: CaptionerSettings, *, batch_size: int = 16
+    source: PictureSource, out: str | Path, settings: CaptionerSettings, *, batch_size: int = 16
 ) -> RecaptionSummary:
-    """Caption every sample with images of a local folder of shards; ``out`` gets one line of JSON for each.
+    """Caption every sample with images of ``source``; ``out`` gets one line of JSON for each.
 
     A line holds ``id``, ``caption``, ``captioner`` and ``prompt``; a sample of several images has their captions, one
     after another. Samples that ``out`` has already are not done again. HiveError where ``out`` comes from another
     captioner or prompt.
     """
-    from hive_ds.data.mds.reading import open_folder
-
     if batch_size < 1:
         raise HiveError(f"batch-size is {batch_size}, expected at least 1")
-    shards, path = open_folder(folder), Path(out)
+    path = Path(out)
     done = _resume(path, settings)
     captioner, summary = Captioner(settings), RecaptionSummary(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         path.open("a", encoding="utf-8") as file,
-        tqdm(total=len(shards), desc="recaption", unit="sample", disable=None) as bar,
+        tqdm(total=len(source), desc="recaption", unit="sample", disable=None) as bar,
     ):
         batch: list[_Pictures] = []
-        for pictures in _undone(shards, done, summary, bar):
+        for pictures in _undone(source, done, summary, bar):
             batch.append(pictures)
             if sum(len(sample.images) for sample in batch) >= batch_size:
                 _write(batch, captioner, file, summary, batch_size)
@@ -160,25 +174,26 @@ def recaption(
     return summary
 
 
-def _undone(shards: Any, done: set[str], summary: RecaptionSummary, bar: Any) -> Iterator[_Pictures]:
+def _undone(source: PictureSource, done: set[str], summary: RecaptionSummary, bar: Any) -> Iterator[_Pictures]:
     seen: set[str] = set()
-    for index in range(len(shards)):
+    for index in range(len(source)):
         bar.update()
         try:
-            sample = shards.get(index)
-            if not sample.images:
+            id, images = source.sample_id(index), source.images(index)
+            if not images:
                 summary.without_image += 1
-            elif sample.id in seen:
+            elif id in seen:
                 summary.repeated += 1
-            elif sample.id in done:
-                seen.add(sample.id)
+            elif id in done:
+                seen.add(id)
                 summary.done_before += 1
             else:
-                pictures = _Pictures(sample.id, [decode_image(image) for image in sample.images])
-                seen.add(sample.id)
+                pictures = _Pictures(id, [decode_image(image) for image in images])
+                seen.add(id)
                 yield pictures
-        except HiveError:
+        except HiveError as error:
             summary.unreadable += 1
+            summary.first_unreadable = summary.first_unreadable or f"number {index}: {error}"
 
 
 def _write(

@@ -6,11 +6,14 @@ import gzip
 import io
 import json
 import struct
+import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from hive_ds.data.sources.llava import LlavaSource
@@ -168,3 +171,48 @@ def make_source(folder: Path, count: int = 60) -> LlavaSource:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below ``folder``."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _write_pictures(root: Path) -> list[str]:
+    root.mkdir()
+    for number in range(3):
+        (root / f"{number}.jpg").write_bytes(encoded(photo(seed=number), "jpeg"))
+    return [f"{number}.jpg" for number in range(3)]
+
+
+def _table_of_pictures(root: Path) -> tuple[Path, list[str]]:
+    names = _write_pictures(root)
+    (root / "data.csv").write_text("\n".join(["image,width", *(f"{name},24" for name in names)]))
+    return root / "data.csv", names
+
+
+def _llava_of_pictures(root: Path) -> tuple[Path, list[str]]:
+    names = _write_pictures(root)
+    (root / "data.json").write_text(json.dumps([{"id": name[0], "image": name} for name in names]))
+    return root / "data.json", [name[0] for name in names]
+
+
+def _tar_of_pictures(root: Path) -> tuple[Path, list[str]]:
+    names = _write_pictures(root)
+    with tarfile.open(root / "00.tar", "w") as tar:
+        for name in names:
+            tar.add(root / name, name)
+    return root, [f"00/{name[0]}" for name in names]
+
+
+def _parquet_of_pictures(root: Path) -> tuple[Path, list[str]]:
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
+    images = [{"bytes": (root / name).read_bytes(), "path": None} for name in _write_pictures(root)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(root / "data.parquet")
+    return root, ["row-0", "row-1", "row-2"]
+
+
+PICTURES_ALONE: dict[str, Callable[[Path], tuple[Path, list[str]]]] = {
+    "folder": lambda root: (root, _write_pictures(root)),
+    "table": _table_of_pictures,
+    "llava": _llava_of_pictures,
+    "webdataset": _tar_of_pictures,
+    "parquet": _parquet_of_pictures,
+}
+"""Sources of three pictures without a text: writes one below a new folder, returns its path and its ids."""

@@ -7,18 +7,19 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from corpus import encoded, good_files, make_source, photo, tree, write_corpus
+from corpus import PICTURES_ALONE, encoded, good_files, make_source, photo, tree, write_corpus
 from PIL import Image
 
 from hive_ds.cli import main
 from hive_ds.data.convert import convert
 from hive_ds.data.convert_images import ImageOptions
 from hive_ds.data.convert_options import ConvertOptions, read_captions
+from hive_ds.data.sources import SourceOptions, open_source
 from hive_ds.data.sources.llava import LlavaSource
 from hive_ds.errors import HiveError
 
@@ -80,6 +81,77 @@ def test_other_options_do_not_go_on_with_what_was_begun(tmp_path: Path) -> None:
     assert convert(source, out, replace(strict, max_reject_share=0.5)).samples == 59
 
 
+def convert_table(root: Path, *options: str) -> int:
+    command = ["data", "convert", str(root / "x.csv"), str(root / "out"), "--images", str(root / "images")]
+    return main([*command, "--part-size", "10", *options])
+
+
+def write_table(root: Path) -> None:
+    make_source(root)
+    rows = [f"{n}.jpg,{n}.png,alt {n},caption {n}\n" for n in range(60)]
+    (root / "x.csv").write_text("".join(["image,other,alt,caption\n", *rows]))
+
+
+OTHER_SOURCE = {
+    ("--text-column", "caption"): "text column 'alt', not 'caption'",
+    ("--image-column", "other"): "image column 'image', not 'other'",
+    ("--id-column", "caption"): "id column None, not 'caption'",
+    ("--images", "{root}"): "source images '{root}/images', not '{root}'",
+}
+
+
+@pytest.mark.parametrize("given", OTHER_SOURCE, ids=lambda given: given[0])
+def test_other_texts_and_images_do_not_go_on_with_what_was_begun(
+    given: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table(tmp_path)
+    begun = ("--text-column", "alt", "--max-reject-share", "0")
+    assert convert_table(tmp_path, *begun) == 2
+    assert convert_table(tmp_path, *begun, given[0], given[1].format(root=tmp_path)) == 2
+    said, work = capsys.readouterr().err, tmp_path / ".out.partial"
+    assert f"to give other options, remove {work} first" in said
+    assert f"begun there with {OTHER_SOURCE[given].format(root=tmp_path)}; give the same options" in said
+    assert f"or remove {work} to start anew" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_written_anew_does_not_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its number of samples, first and last are the same; another folder to start in makes no difference."""
+    write_table(tmp_path)
+    assert convert_table(tmp_path, "--max-reject-share", "0") == 2
+    table = tmp_path / "x.csv"
+    kept = table.stat()
+    table.write_text(table.read_text().replace("caption 30", "another 30"))
+    assert convert_table(tmp_path, "--workers", "1") == 2
+    assert re.search(
+        r"begun there with source files '1 of \d+ bytes, changed 20.*', not '1 of", capsys.readouterr().err
+    )
+    table.write_text(table.read_text().replace("another 30", "caption 30"))
+    os.utime(table, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    monkeypatch.chdir(tmp_path)
+    assert convert_table(Path(), "--workers", "1") == 0
+
+
+@pytest.mark.parametrize("missing", [[30], range(60)], ids=["some", "all"])
+def test_rejects_that_stopped_a_conversion_are_read_again(missing: Iterable[int], tmp_path: Path) -> None:
+    source, images = make_source(tmp_path), tmp_path / "images"
+    for number in missing:
+        (images / f"{number}.jpg").rename(images / f"{number}.away")
+    options = ConvertOptions(workers=2, part_size=10, max_reject_share=0.02 if len(list(missing)) == 1 else 1.0)
+    for _ in range(2):
+        with pytest.raises(HiveError, match=r"of 60 samples were rejected.*reads them again and goes on"):
+            convert(source, tmp_path / "out", options)
+    listed = (tmp_path / ".out.partial" / "rejects.jsonl").read_text().splitlines()
+    assert {json.loads(line)["id"] for line in listed} == {"7", *map(str, missing)}
+    for path in images.glob("*.away"):
+        path.rename(path.with_suffix(".jpg"))
+    assert convert(source, tmp_path / "out", options).samples == 59
+    convert(source, tmp_path / "straight", options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "straight")
+
+
 def test_images_are_shrunk_and_encoded_anew(tmp_path: Path) -> None:
     source = make_source(tmp_path)
     big = encoded(photo(120, 90), "png")
@@ -116,6 +188,24 @@ def test_captions_from_a_file_replace_the_texts(tmp_path: Path) -> None:
     captions.write_text('{"id": "1"}\n')
     with pytest.raises(HiveError, match=r"captions.jsonl, line 1: expected \{'id', 'caption'\} \(KeyError"):
         convert(source, tmp_path / "out2", replace(ANY_REJECTS, captions=captions))
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "llava", "webdataset", "parquet"])
+def test_captions_from_a_file_need_no_other_text(kind: str, tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    path, ids = PICTURES_ALONE[kind](root)
+    with pytest.raises(HiveError, match="has no c"):
+        convert(open_source(SourceOptions(str(path))), tmp_path / "out", ANY_REJECTS)
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps({"id": id, "caption": f"Of {id}."}) + "\n" for id in ids[:2]))
+    given = ["--captions", str(captions), "--max-reject-share", "0.5", "--workers", "1"]
+    if kind == "llava":
+        given += ["--images", str(root)]
+    assert main(["data", "convert", str(path), str(tmp_path / "new"), *given]) == 0
+    samples = read_mds(tmp_path / "new")
+    assert [(sample.id, sample.turns[1].content) for sample in samples] == [(id, f"Of {id}.") for id in ids[:2]]
+    assert [sample.images for sample in samples] == [((root / f"{n}.jpg").read_bytes(),) for n in range(2)]
+    assert "the file of captions has none for it" in (tmp_path / "new" / "rejects.jsonl").read_text()
 
 
 def test_captions_end_at_line_feeds_alone(tmp_path: Path) -> None:
@@ -168,7 +258,7 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("nothing_left")
 def test_nothing_but_rejects_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"id": "1", "conversations": []}\n')
-    with pytest.raises(HiveError, match=r"no sample to write: the source has 1, and 1 were rejected"):
+    with pytest.raises(HiveError, match=r"1 of 1 samples were rejected, so none is left to write"):
         convert(LlavaSource(tmp_path / "data.jsonl"), tmp_path / "out", ANY_REJECTS)
 
 

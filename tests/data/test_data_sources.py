@@ -243,7 +243,7 @@ def test_a_tar_that_was_cut_short_gives_its_whole_members(tmp_path: Path, caplog
 WRONG: dict[str, tuple[Callable[[Path], SourceOptions], str]] = {
     "nothing there": (
         lambda root: SourceOptions(str(root / "none")),
-        "none: does not exist; expected a file, a",
+        "none: no such file or folder; expected a file, a",
     ),
     "no JSON": (lambda root: written(root, "a.json", "{"), "a.json: is not JSON"),
     "no list": (lambda root: written(root, "a.json", "{}"), "holds a dict, expected a list"),
@@ -264,6 +264,10 @@ WRONG: dict[str, tuple[Callable[[Path], SourceOptions], str]] = {
     "images that no column names": (
         lambda root: written(root, "a.csv", "picture_file,title\nx.png,hello\n", images=str(root)),
         "has no column of images; name one of picture_file, title with --image-column",
+    ),
+    "table without images": (
+        lambda root: written(root, "a.csv", "picture_file,title\nx.png,hello\n"),
+        "no column of images; name one of picture_file, title with --image-column, or none for text alone",
     ),
     "images that no field names": (
         lambda root: written(root, "a.json", '[{"picture_file": "x.png", "caption": "hello"}]', images=str(root)),
@@ -290,6 +294,18 @@ def test_wrong_source_is_named(name: str, tmp_path: Path) -> None:
         open_source(options)
     with pytest.raises(HiveError, match=r"preset 'cc4m': expected one of cc3m, llava-pretrain"):
         open_source(options, "cc4m")
+
+
+def test_a_table_of_text_alone_is_asked_for(tmp_path: Path) -> None:
+    options = written(tmp_path, "a.csv", "question,text\nWho?,Nobody.\n", columns=Columns(image="none"))
+    (sample,) = read_all(options)
+    assert (sample.images, sample.turns) == ((), (Turn("user", ""), Turn("assistant", "Nobody.")))
+
+
+def test_a_table_as_open_clip_has_it(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (sample,) = read_all(written(tmp_path, "a.csv", "filepath,title\n0.jpg,Noise.\n"))
+    assert (sample.images, sample.turns[1].content) == ((FILES["0.jpg"],), "Noise.")
 
 
 def test_images_are_found_under_every_usual_name(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from corpus import PICTURES_ALONE
 from tiny_data import make_samples, make_tokenizer
 
 from hive_ds.cli import main
 from hive_ds.data.images import decode_image
-from hive_ds.data.mds import write_mds
+from hive_ds.data.mds import read_mds, write_mds
 from hive_ds.data.recaption import Captioner, CaptionerSettings
 from hive_ds.data.schema import Sample
 
@@ -188,6 +189,28 @@ def test_samples_of_one_id_are_counted(
     assert "3 captions written, 0 were there" in said[0]
     assert "0 captions written, 3 were there" in said[1]
     assert all(repeated in text for text in said)
+
+
+@pytest.mark.parametrize("kind", PICTURES_ALONE)
+def test_pictures_alone_become_captioned_shards(
+    kind: str, captioners: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, ids = PICTURES_ALONE[kind](tmp_path / "source")
+    out, shards = tmp_path / "out.jsonl", tmp_path / "data"
+    images = ["--images", str(tmp_path / "source")] if kind == "llava" else []
+    assert run(path, out, captioners["blip"], *images) == 0
+    assert main(["data", "convert", str(path), str(shards), "--captions", str(out), *images]) == 0
+    alone = Captioner(CaptionerSettings(captioners["blip"], None, 6, "cpu"))
+    samples = read_mds(shards)
+    assert [sample.id for sample in samples] == ids
+    for number, sample in enumerate(samples):
+        assert sample.images == ((tmp_path / "source" / f"{number}.jpg").read_bytes(),)
+        assert sample.turns[1].content == expected_caption(sample, alone)
+    (tmp_path / "source" / "bad.jpg").write_bytes(b"no picture")
+    if kind == "folder":
+        capsys.readouterr()
+        assert run(path, out, captioners["blip"]) == 0
+        assert "1 unreadable (the first, number 3: " in capsys.readouterr().out
 
 
 def test_restart_does_what_is_missing(captioners: dict[str, str], tmp_path: Path) -> None:

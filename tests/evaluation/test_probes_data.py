@@ -217,7 +217,7 @@ WRONG = {
     "class not in the test images": (absent("test"), "test: has no image of class 'dog'"),
     "class not in the training images": (absent("train"), "train: has no image of class 'dog'"),
     "class of one image": (lone_image, "class 'owl' of 'label' has one image"),
-    "no such folder": (lambda root: DataOptions(str(root / "none")), "none: does not load"),
+    "no such folder": (lambda root: DataOptions(str(root / "none")), "none: no such file or folder"),
     "no such split": (wrong(test_split="tset"), "has no split 'tset'; name one of train, validation"),
     "the same split": (wrong(train_split="validation"), "cannot be both"),
     "no such column": (wrong(label_column="lable"), "has no label column 'lable'; name one of image, label, id"),

@@ -72,6 +72,14 @@ class ShardFolder:
             raise IndexError(f"sample {index} of {len(self)}")
         return self.shards[bisect_right(self._ends, index)]
 
+    def sample_id(self, index: int) -> str:
+        """Return the name of sample ``index``; HiveError as in `get`."""
+        return self.get(index).id
+
+    def images(self, index: int) -> tuple[bytes, ...]:
+        """Return the encoded images of sample ``index``; HiveError as in `get`."""
+        return self.get(index).images
+
     def columns(self, index: int) -> dict[str, Any]:
         """Return sample ``index`` as the values of `MDS_COLUMNS`; HiveError where its bytes cannot be understood."""
         shard = self.shard_of(index)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, Protocol
 
 from hive_ds.constants import IMAGE_TOKEN
@@ -12,6 +16,8 @@ from hive_ds.data.schema import Role, Sample, Turn
 from hive_ds.errors import HiveError
 
 SPEAKERS: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+NONE = "none"
+"""In place of a column's name: there is none."""
 Fields = Mapping[str, Any]
 ReadImage = Callable[[Any], bytes]
 
@@ -21,6 +27,11 @@ class Source(Protocol):
 
     A source is opened once and then read by forked processes: it holds no open file that they would share.
     """
+
+    @property
+    def origin(self) -> Mapping[str, str | None]:
+        """What decides the samples, by name (`describe_origin`)."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -32,25 +43,36 @@ class Source(Protocol):
         """Sample ``index``, its images as encoded files that nobody has decoded yet; HiveError where it is unusable."""
         ...
 
+    def images(self, index: int) -> tuple[bytes, ...]:
+        """The images of sample ``index``, whatever its text is."""
+        ...
+
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the fields of a source. None: the usual names are looked for, in this order."""
+    """Names of the fields of a source. None: the usual names are looked for, in this order.
+
+    ``image`` is `NONE` for text alone. Without ``texts`` a source needs no text, and only its images can be read.
+    """
 
     id: str | None = None
     image: str | None = None
     text: str | None = None
     conversations: str | None = None
+    texts: bool = True
 
     USUAL_ID = ("id", "uid", "key", "__key__")
-    USUAL_IMAGE = ("image", "images", "image_path", "path", "file_name", "filename", "jpg", "jpeg", "png", "webp")
+    USUAL_IMAGE = (
+        *("image", "images", "image_path", "path", "file_name", "filename", "jpg", "jpeg", "png", "webp"),
+        *("filepath", "file_path", "image_file", "image_filename", "image_name", "img", "img_path"),
+    )
     USUAL_TEXT = ("caption", "text", "txt", "captions", "title", "label")
     USUAL_CONVERSATIONS = ("conversations", "messages")
 
     def resolve(self, names: Sequence[str], where: str) -> Columns:
         """These columns with the usual names filled in from ``names``, in capitals or not.
 
-        HiveError names a column asked for that is not there, and a source without text.
+        HiveError names a column asked for that is not there, and a source without text or images.
         """
 
         def pick(given: str | None, usual: Sequence[str]) -> str | None:
@@ -59,11 +81,54 @@ class Columns:
             found = {name.lower(): name for name in reversed(names)}
             return given or next((found[name] for name in usual if name in found), None)
 
+        image = None if self.image == NONE else pick(self.image, self.USUAL_IMAGE)
+        if image is None and self.image != NONE:
+            raise HiveError(
+                f"{where}: has no column of images; name one of {', '.join(names)} with --image-column, or {NONE} for "
+                "text alone"
+            )
+        if not self.texts:
+            return Columns(pick(self.id, self.USUAL_ID), image, texts=False)
         conversations = None if self.text else pick(self.conversations, self.USUAL_CONVERSATIONS)
         text = None if conversations else pick(self.text, self.USUAL_TEXT)
         if not (conversations or text):
             raise HiveError(f"{where}: has no column of text; name one of {', '.join(names)} with --text-column")
-        return Columns(pick(self.id, self.USUAL_ID), pick(self.image, self.USUAL_IMAGE), text, conversations)
+        return Columns(pick(self.id, self.USUAL_ID), image, text, conversations)
+
+
+def describe_origin(
+    format: str,
+    source: str,
+    columns: Columns,
+    *,
+    files: Iterable[str | Path] = (),
+    images: str | Path | None = None,
+    split: str | None = None,
+) -> dict[str, str | None]:
+    """What decides the samples of a source: its options, and size and time of ``files`` that it reads."""
+    archive = [] if images is None or Path(images).is_dir() else [images]
+    return {
+        "source": os.path.abspath(source) if Path(source).exists() else source,
+        "source format": format,
+        "source images": None if images is None else os.path.abspath(images),
+        "split": split,
+        "id column": columns.id,
+        "image column": columns.image,
+        "text column": columns.text,
+        "conversations column": columns.conversations,
+        "source files": _stamp([*files, *archive]),
+    }
+
+
+def _stamp(files: Sequence[str | Path]) -> str:
+    """Number, bytes, last change and a digest of ``files``: another one after any of them was written anew."""
+    digest, size, changed = hashlib.sha256(), 0, 0
+    for file in files:
+        stat = Path(file).stat()
+        digest.update(f"{os.path.abspath(file)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        size, changed = size + stat.st_size, max(changed, stat.st_mtime_ns)
+    when = datetime.fromtimestamp(changed / 1e9, timezone.utc).isoformat(" ", "milliseconds")
+    return f"{len(files)} of {size} bytes, changed {when} ({digest.hexdigest()[:8]})"
 
 
 def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImage) -> Sample:
@@ -71,17 +136,22 @@ def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImag
 
     Where no text holds ``<image>``, the images come before the first question, as in LLaVA.
     """
-    given = fields.get(columns.image) if columns.image else None
-    values = list(given) if isinstance(given, (list, tuple)) else [] if given in (None, "") else [given]
     if columns.conversations:
         turns = conversation(fields.get(columns.conversations))
     else:
         turns = [Turn("user", ""), Turn("assistant", _caption(fields.get(columns.text or ""), columns.text))]
-    images = tuple(read_image(value) for value in values)
+    images = read_images(fields, columns, read_image)
     if images and not any(IMAGE_TOKEN in turn.content for turn in turns):
         first, marks = turns[0], IMAGE_TOKEN * len(images)
         turns[0] = Turn(first.role, f"{marks}\n{first.content}" if first.content else marks)
     return Sample(id, tuple(turns), images)
+
+
+def read_images(fields: Fields, columns: Columns, read_image: ReadImage) -> tuple[bytes, ...]:
+    """The images of one row, none where its field is empty."""
+    given = fields.get(columns.image) if columns.image else None
+    values = list(given) if isinstance(given, (list, tuple)) else [] if given in (None, "") else [given]
+    return tuple(read_image(value) for value in values)
 
 
 def _caption(value: Any, column: str | None) -> str:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample
+from hive_ds.data.sources.base import Columns, build_sample, describe_origin, read_images
 from hive_ds.data.sources.stores import open_store
 from hive_ds.errors import HiveError
+
+DATA_SUFFIXES = (".parquet", ".arrow", ".json")
+"""Of the files that hold a dataset and say what it is."""
+FILE_SUFFIXES = (*DATA_SUFFIXES, ".jsonl", ".csv", ".tsv", ".tar", ".zip")
+"""What no name on the hub ends in."""
 
 
 class HuggingFaceSource:
@@ -29,6 +37,11 @@ class HuggingFaceSource:
             raise HiveError(f"dataset {name}: holds no row")
         self._columns = (columns or Columns()).resolve(self._rows.column_names, f"dataset {name}")
         self._store = None if images is None else open_store(images)
+        path = Path(name)
+        files = sorted(file for file in path.rglob("*") if file.suffix in DATA_SUFFIXES) or [path]
+        self.origin = describe_origin(
+            "huggingface", name, self._columns, files=files if path.exists() else [], images=images, split=split
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -41,6 +54,10 @@ class HuggingFaceSource:
         """Sample of row ``index``."""
         row = self._rows[index]
         return build_sample(self._id(index, row), row, self._columns, self._read_image)
+
+    def images(self, index: int) -> tuple[bytes, ...]:
+        """Images of row ``index``."""
+        return read_images(self._rows[index], self._columns, self._read_image)
 
     def _id(self, index: int, row: dict[str, Any]) -> str:
         given = row.get(self._columns.id or "")
@@ -74,6 +91,8 @@ def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
     except ImportError as error:
         raise HiveError(f"dataset {name}: needs datasets ({error}): pip install 'hive-ds[datasets]'") from None
     path = Path(name)
+    if not path.exists():
+        _refuse_path(path)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(name)
@@ -83,11 +102,35 @@ def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
             files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [name]
             loaded = datasets.load_dataset("parquet", data_files=files)
         else:
-            loaded = datasets.load_dataset(name)
+            with _quiet_hub():
+                loaded = datasets.load_dataset(name)
     except Exception as error:  # what it raises differs from version to version
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise HiveError(f"dataset {name}: does not load ({reason})") from error
+        failed = "does not load" if path.exists() else "neither a file or folder here nor reachable on the hub"
+        raise HiveError(f"dataset {name}: {failed} ({reason})") from error
     return {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+
+
+def _refuse_path(path: Path) -> None:
+    """HiveError where ``path``, which does not exist, is no name on the hub; asking there takes half a minute."""
+    if path.is_absolute() or len(path.parts) > 2 or path.suffix in FILE_SUFFIXES:
+        raise HiveError(f"dataset {path}: no such file or folder")
+    if len(path.parts) == 2 and Path(path.parts[0]).is_dir():
+        raise HiveError(
+            f"dataset {path}: no such file or folder (the hub is not asked, for the folder {path.parts[0]} is here)"
+        )
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub client's report of each try off the terminal."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _load(name: str, split: str | None) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample
+from hive_ds.data.sources.base import Columns, build_sample, describe_origin
 from hive_ds.data.sources.stores import FolderStore
 from hive_ds.data.sources.webdataset import IMAGE_SUFFIXES
 from hive_ds.errors import HiveError
@@ -35,11 +36,18 @@ class ImageFolderSource:
         if not self._names:
             raise HiveError(f"image folder {self._folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
         self._store = FolderStore(self._folder)
-        self._rows = _metadata(self._folder)
+        path = next((self._folder / name for name in METADATA if (self._folder / name).is_file()), None)
+        if columns and not columns.texts:
+            path = None
+        self._rows = _metadata(path) if path else {}
         self._columns = Columns(None, "file_name", "caption")
         if self._rows:
             names = list(next(iter(self._rows.values())))
             self._columns = (columns or Columns(image="file_name")).resolve(names, f"metadata of {self._folder}")
+        self.origin = {
+            **describe_origin("image_folder", str(folder), self._columns, files=[path] if path else []),
+            "image names": hashlib.sha256("\n".join(self._names).encode(errors="surrogateescape")).hexdigest(),
+        }
 
     def __len__(self) -> int:
         return len(self._names)
@@ -56,20 +64,24 @@ class ImageFolderSource:
             raise HiveError("is not in the folder's metadata file")
         return build_sample(name, fields, self._columns, self._store.read)
 
+    def images(self, index: int) -> tuple[bytes, ...]:
+        """The image, the only one of sample ``index``."""
+        return (self._store.read(self._names[index]),)
+
     def _caption(self, name: str) -> dict[str, Any]:
         text = (self._folder / name).with_suffix(".txt")
         if text.is_file():
             return {"file_name": name, "caption": text.read_bytes()}
         if "/" not in name:
-            raise HiveError("has no caption: no metadata file, no .txt beside it, and it lies in no class folder")
+            raise HiveError(
+                "has no caption: no metadata file, no .txt beside it, and it lies in no class folder; let a "
+                "captioner write it (hive-ds data recaption), and give its file with --captions"
+            )
         return {"file_name": name, "caption": Path(name).parent.name.replace("_", " ")}
 
 
-def _metadata(folder: Path) -> dict[str, dict[str, Any]]:
-    """Rows of the metadata file by file name; empty without one."""
-    path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if path is None:
-        return {}
+def _metadata(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of a metadata file by file name."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":

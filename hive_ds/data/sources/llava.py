@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample
+from hive_ds.data.sources.base import Columns, build_sample, describe_origin, read_images
 from hive_ds.data.sources.stores import ImageStore, open_store
 from hive_ds.errors import HiveError
 
@@ -37,6 +37,7 @@ class LlavaSource:
                 )
             names.append("image")  # which a later row may have
         self._columns = (columns or Columns()).resolve(names, f"LLaVA JSON {self._path}")
+        self.origin = describe_origin("llava", str(path), self._columns, files=[path], images=images)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -49,10 +50,17 @@ class LlavaSource:
 
     def read(self, index: int) -> Sample:
         """Sample of row ``index``."""
+        return build_sample(self.sample_id(index), self._row(index), self._columns, self._read_image)
+
+    def images(self, index: int) -> tuple[bytes, ...]:
+        """Images of row ``index``."""
+        return read_images(self._row(index), self._columns, self._read_image)
+
+    def _row(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        if not _is_row(row):
+        if not isinstance(row, dict):
             raise HiveError(f"is {str(row)[:80]!r}, expected an object with fields")
-        return build_sample(self.sample_id(index), row, self._columns, self._read_image)
+        return row
 
     def _read_image(self, name: Any) -> bytes:
         if self._store is None:

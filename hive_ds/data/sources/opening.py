@@ -104,7 +104,9 @@ def _with_preset(options: SourceOptions, name: str) -> SourceOptions:
     if name not in PRESETS:
         raise HiveError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
     preset, folder = PRESETS[name], Path(options.path)
-    columns = preset.columns if options.columns == Columns() else options.columns
+    columns = options.columns
+    if replace(columns, texts=True) == Columns():
+        columns = replace(preset.columns, texts=columns.texts)
     options = replace(options, format=options.format or preset.format, columns=columns)
     if preset.files and folder.is_dir():
         file = _first_of(folder, preset.files)
@@ -130,7 +132,9 @@ def _guess(path: str) -> str:
     if not file.is_dir():
         if path.count("/") == 1 and not path.startswith((".", "/", "~")):
             return "huggingface"
-        raise HiveError(f"source {path}: does not exist; expected a file, a folder, or a name on the Hugging Face hub")
+        raise HiveError(
+            f"source {path}: no such file or folder; expected a file, a folder, or a name on the Hugging Face hub"
+        )
     if next(file.glob("*.tar"), None):
         return "webdataset"
     if (file / "state.json").exists() or (file / "dataset_dict.json").exists() or next(file.rglob("*.parquet"), None):

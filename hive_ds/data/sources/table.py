@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample
+from hive_ds.data.sources.base import Columns, build_sample, describe_origin, read_images
 from hive_ds.data.sources.stores import open_store
 from hive_ds.errors import HiveError
 
@@ -43,11 +43,7 @@ class TableSource:
         else:
             self._names, self._rows = ["image", "caption", *map(str, range(2, len(rows[0])))], rows
         self._columns = columns.resolve(self._names, f"table {self._path}")
-        if images is not None and self._columns.image is None:
-            raise HiveError(
-                f"table {self._path}: has no column of images; name one of {', '.join(self._names)} with "
-                "--image-column, or leave --images out"
-            )
+        self.origin = describe_origin("table", str(path), self._columns, files=[path], images=images)
         self._store = open_store(images if images is not None else self._path.parent)
 
     def __len__(self) -> int:
@@ -60,8 +56,14 @@ class TableSource:
 
     def read(self, index: int) -> Sample:
         """Sample of row ``index``."""
+        return build_sample(self.sample_id(index), self._fields(index), self._columns, self._store.read)
+
+    def images(self, index: int) -> tuple[bytes, ...]:
+        """Images of row ``index``."""
+        return read_images(self._fields(index), self._columns, self._store.read)
+
+    def _fields(self, index: int) -> dict[str, str]:
         row = self._rows[index]
         if len(row) != len(self._names):
             raise HiveError(f"has {len(row)} fields; expected {len(self._names)}: {', '.join(self._names)}")
-        fields = dict(zip(self._names, row, strict=True))
-        return build_sample(self.sample_id(index), fields, self._columns, self._store.read)
+        return dict(zip(self._names, row, strict=True))

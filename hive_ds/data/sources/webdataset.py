@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample
+from hive_ds.data.sources.base import Columns, build_sample, describe_origin
 from hive_ds.data.sources.stores import Member, read_span, tar_members
 from hive_ds.errors import HiveError
 
@@ -29,6 +29,7 @@ class WebDatasetSource:
             raise HiveError(f"WebDataset {pattern}: no .tar file there")
         self._columns = columns or Columns()
         self._tars = [Path(name) for name in names]
+        self.origin = describe_origin("webdataset", str(pattern), self._columns, files=self._tars)
         self._samples: list[tuple[int, str, list[Member]]] = []
         for number, tar in enumerate(self._tars):
             self._samples += [(number, key, members) for key, members in _by_key(tar).items()]
@@ -45,18 +46,29 @@ class WebDatasetSource:
 
     def read(self, index: int) -> Sample:
         """Sample ``index``."""
-        number, _, members = self._samples[index]
-        files = {_suffix(member.name): member for member in members}
-        tar = self._tars[number]
+        tar, files = self._files(index)
         fields: dict[str, Any] = _json_fields(read_span(tar, files["json"])) if "json" in files else {}
         if "txt" in files:
             fields["txt"] = read_span(tar, files["txt"])
-        fields["image"] = [member for suffix, member in sorted(files.items()) if suffix in IMAGE_SUFFIXES]
+        fields["image"] = _images(files)
         given = Columns(None, "image", self._columns.text, self._columns.conversations)
         if not given.text and "txt" in fields and "conversations" not in fields:
             given = Columns(None, "image", "txt")
         columns = given.resolve(list(fields), "its files")
         return build_sample(self.sample_id(index), fields, columns, lambda member: read_span(tar, member))
+
+    def images(self, index: int) -> tuple[bytes, ...]:
+        """Images of sample ``index``."""
+        tar, files = self._files(index)
+        return tuple(read_span(tar, member) for member in _images(files))
+
+    def _files(self, index: int) -> tuple[Path, dict[str, Member]]:
+        number, _, members = self._samples[index]
+        return self._tars[number], {_suffix(member.name): member for member in members}
+
+
+def _images(files: dict[str, Member]) -> list[Member]:
+    return [member for suffix, member in sorted(files.items()) if suffix in IMAGE_SUFFIXES]
 
 
 def _by_key(tar: Path) -> dict[str, list[Member]]:
