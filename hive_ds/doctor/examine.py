@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hive_ds.config import Recipe
 from hive_ds.doctor.findings import Diagnosis, Finding
-from hive_ds.doctor.folders import check_data, check_models, check_routes, check_run, data_folders
+from hive_ds.doctor.folders import STAGES_4_AND_5, check_data, check_models, check_routes, check_run, data_folders
 from hive_ds.doctor.machine import CPU_RANKS, check_disk, check_machine, count_gpus
 from hive_ds.doctor.software import check_software
 from hive_ds.doctor.trials import check_trials
@@ -72,7 +72,11 @@ def _recipe(patient: Patient, gpus: int) -> Iterator[Finding]:
         return
     for folder, named in data_folders(patient.recipe).items():
         if not (patient.data is not None and named.key == "data.train"):
-            yield replace(check_data(folder, named.key), stages=named.stages)
+            found = replace(check_data(folder, named.key), stages=named.stages)
+            if found.status == "problem" and set(named.stages) <= set(STAGES_4_AND_5):
+                left_out = " ".join(f"--set stages.{stage}=null" for stage in named.stages)
+                found = replace(found, advice=f"{found.advice}; or leave that stage out with {left_out}")
+            yield found
     yield from check_models(patient.recipe)
     yield from check_routes(patient.recipe)
     ranks = sum(host.slots for host in patient.hosts) or gpus

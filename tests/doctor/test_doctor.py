@@ -210,6 +210,8 @@ def test_stages_4_and_5_that_lack_something_are_named_with_a_way_out(
         "stages.vlm_alignment.data.train",
         "stages.vlm_instruction_tuning.data.train",
     ]
+    (advice,) = {one.advice for one in lacking.findings if one.name == "stages.vlm_alignment.data.train"}
+    assert advice.endswith("; or leave that stage out with --set stages.vlm_alignment=null")
     left_out = "--set stages.vlm_alignment=null --set stages.vlm_instruction_tuning=null"
     said = f"stages 4 and 5 cannot start; leave them out with {left_out}, all else is fit to train: 2 problems"
     assert (lacking.exit_code, lacking.summary().startswith(said)) == (1, True)
