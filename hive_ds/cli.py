@@ -6,9 +6,11 @@ Heavy modules are imported inside the commands, so that ``--help`` and ``recipe 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hive_ds import __version__
 from hive_ds.cli_ablate import add_ablate_commands, add_compare_command
@@ -21,31 +23,32 @@ from hive_ds.cli_doctor import add_doctor_command
 from hive_ds.cli_eval import add_eval_command
 from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
-from hive_ds.cli_parts import command, group
+from hive_ds.cli_parts import Parser, command, group
 from hive_ds.cli_plan import add_plan_command
 from hive_ds.cli_probe import add_probe_command
 from hive_ds.cli_report import add_report_command
 from hive_ds.cli_supervise import add_supervise
-from hive_ds.errors import run_command
+from hive_ds.errors import HiveError, run_command
 from hive_ds.recipe import RECIPES, dump_recipe, load_recipe, recipe_names, resolve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 2 for wrong input."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["train"]:
+        return run_command(lambda: _send_to_launcher(words[1:]))
+    args = build_parser().parse_args(words)
     return run_command(lambda: args.run(args), debug=args.debug)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that reports a wrong command line as every other wrong input: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+def _send_to_launcher(arguments: Sequence[str]) -> None:
+    options = shlex.join(arguments or ("--recipe", "NAME", "--stage", "1", "--run", "FOLDER"))
+    raise HiveError(f"hive-ds train: a launcher trains; run: deepspeed --module hive_ds.train {options}")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    parser = _Parser(
+    """The whole command line, in the order of a project: try, prepare, train, take the result, judge it, compare."""
+    parser = Parser(
         prog="hive-ds",
         description="Pre-train vision encoders with a language model's supervision (HIVE, arXiv 2604.00086).",
         epilog="Train a stage with: deepspeed --module hive_ds.train --recipe NAME --stage 1 --run FOLDER",
@@ -54,24 +57,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="print the stack trace of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_quickstart(commands)
-    add_compare_command(commands)
     recipe = group(commands, "recipe", "list the recipes, or show one with the origin of every value")
     _add_recipe_list(recipe)
     _add_recipe_show(recipe)
     add_data_commands(group(commands, "data", "make training data: generated scenes, or a dataset of your own"))
-    add_ablate_commands(group(commands, "ablate", "train one recipe in several arms and seeds, and compare them"))
-    add_host_commands(group(commands, "hosts", "check the hosts of a hostfile, and run on them"))
+    add_plan_command(commands)
+    add_cost_command(commands)
     add_doctor_command(commands)
-    add_eval_command(commands)
+    add_host_commands(group(commands, "hosts", "check the hosts of a hostfile, and run on them"))
     add_supervise(commands)
     add_checkpoint_commands(group(commands, "checkpoint", "list, check and move the checkpoints of a run"))
-    add_export_commands(group(commands, "export", "turn trained models into folders that other libraries load"))
-    add_probe_command(commands)
-    add_cost_command(commands)
     add_report_command(commands)
-    add_analyze_commands(group(commands, "analyze", "show what reaches the vision encoder, and where the text looks"))
+    add_export_commands(group(commands, "export", "turn trained models into folders that other libraries load"))
     add_chat_command(commands)
-    add_plan_command(commands)
+    add_probe_command(commands)
+    add_eval_command(commands)
+    add_analyze_commands(group(commands, "analyze", "show what reaches the vision encoder, and where the text looks"))
+    add_ablate_commands(group(commands, "ablate", "train one recipe in several arms and seeds, and compare them"))
+    add_compare_command(commands)
     return parser
 
 

@@ -75,7 +75,7 @@ class ModelConfig:
     language_model: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the LLM."""
     routes: RoutesConfig | None = None
-    """Of kind ``hive``, which needs them."""
+    """Of kind ``hive``, which needs them. A number instead spreads so many over the depths of both models."""
     kind: Annotated[str, one_of(*STAGES_BY_KIND)] = "hive"
     """``hive``, or ``cascaded``: features of one block go through an MLP to the LLM's input (the paper's SA)."""
     feature_block: Annotated[int, NOT_ZERO] = -2

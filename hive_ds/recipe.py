@@ -15,7 +15,7 @@ import yaml
 
 from hive_ds.config import Recipe
 from hive_ds.errors import HiveError
-from hive_ds.recipe_source import Entry, merge, read_file, read_override
+from hive_ds.recipe_source import Entry, merge, read_file, read_override, read_value
 from hive_ds.recipe_values import Origins, build, nearest
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -41,7 +41,31 @@ def resolve(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[Re
     for option in overrides:
         entries = merge(entries, read_override(option))
     origins: Origins = {}
-    return build(Recipe, _with_stage_data(entries), str(name_or_path), origins), origins
+    return build(Recipe, _with_stage_data(_with_routes(entries)), str(name_or_path), origins), origins
+
+
+def _with_routes(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """``entries`` with the routes that ``model.routes`` gives as a number, spread over the depths of both models."""
+    model = entries.get("model")
+    section = model.content if model is not None and isinstance(model.content, dict) else {}
+    scalars = {name: one.content for name, one in section.items() if isinstance(one.content, yaml.ScalarNode)}
+    if model is None or not {"routes", "vision_encoder", "language_model"} <= set(scalars):
+        return entries  # lists of routes, or `build` says what is wrong
+    routes, count = section["routes"], scalars["routes"]
+    if not count.tag.endswith(":int"):
+        return entries
+    from hive_ds.model.loading import read_language_config, read_vision_config  # torch: most recipes do without
+    from hive_ds.model.routes import spread_routes
+
+    vision = read_vision_config(scalars["vision_encoder"].value)
+    language = read_language_config(scalars["language_model"].value)
+    try:
+        spread = spread_routes(int(count.value), vision.num_hidden_layers, language.num_hidden_layers)
+    except HiveError as error:
+        raise HiveError(f"model.routes ({routes.origin}): {error}") from None
+    lists = zip(("vision_blocks", "language_layers"), spread, strict=True)
+    given = Entry({name: read_value(str(list(numbers)), routes.origin) for name, numbers in lists}, routes.origin)
+    return {**entries, "model": Entry({**section, "routes": given}, model.origin)}
 
 
 def _with_stage_data(entries: dict[str, Entry]) -> dict[str, Entry]:

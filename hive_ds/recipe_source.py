@@ -108,6 +108,11 @@ def read_override(option: str) -> dict[str, Entry]:
     return entry.content
 
 
+def read_value(text: str, origin: str) -> Entry:
+    """A value as YAML has it, from ``origin``."""
+    return _entry(_compose(text, origin, lines=False), origin, lines=False)
+
+
 def merge(below: dict[str, Entry], above: dict[str, Entry]) -> dict[str, Entry]:
     """Lay one tree over another: mappings merge key by key, every other value (lists too) is replaced whole."""
     merged = dict(below)

@@ -15,6 +15,7 @@ from hive_ds.checks import Check
 from hive_ds.config import Recipe
 from hive_ds.errors import HiveError
 from hive_ds.recipe_source import Entry
+from hive_ds.stages import STAGES
 
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -189,6 +190,9 @@ def _unknown_key(key: str, entry: Entry, siblings: list[str]) -> HiveError:
     parent, _, name = key.rpartition(".")
     elsewhere = [known for known in known_keys(Recipe) if known.rpartition(".")[2] == name]
     hint_text = nearest(name, siblings)
+    by_number = {str(stage.number): stage.name for stage in STAGES}
+    if parent == "stages" and name in by_number:
+        hint_text = f"; stage {name} is stages.{by_number[name]}"
     if not hint_text and elsewhere:
         hint_text = f"; did you mean {elsewhere[0]}?"
     if not hint_text:

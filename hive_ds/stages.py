@@ -68,10 +68,19 @@ def stage_by_number(number: int, kind: str = "hive") -> Stage:
     Raises:
         HiveError: there is no such stage.
     """
+    return stage_called(str(number), kind)
+
+
+def stage_called(name: str, kind: str = "hive") -> Stage:
+    """The same by number or name, as on a command line.
+
+    Raises:
+        HiveError: there is no such stage.
+    """
     for stage in STAGES_BY_KIND[kind]:
-        if stage.number == number:
+        if name in (str(stage.number), stage.name):
             return stage
-    raise HiveError(f"stage {number}: expected one of {', '.join(f'{s.number} ({s.name})' for s in STAGES)}")
+    raise HiveError(f"stage {name}: expected one of {', '.join(f'{s.number} ({s.name})' for s in STAGES)}")
 
 
 def next_stage(stage: Stage, described: Iterable[str]) -> Stage | None:

@@ -26,8 +26,8 @@ from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
-from hive_ds.stages import VLM_STAGES, Stage, stage_by_number
-from hive_ds.train_options import build_parser, how_to_go_on, next_command
+from hive_ds.stages import VLM_STAGES, Stage, stage_called
+from hive_ds.train_options import build_parser, check_quickstart, how_to_go_on, next_commands
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
@@ -109,10 +109,11 @@ def train(options: argparse.Namespace, world: World) -> bool:
     run = Run(recipe, stage, config, folder, world, device, Attempt(folder.path, world))
     watch(folder.path / "hang", world, hang_timeout)
     if from_main(run.folder.done.is_file()):
-        run.say(f"stage {stage.number} of {options.run} is done already; {next_command(options, recipe, stage)}")
+        run.say("; ".join([f"stage {stage.number} of {options.run} is done already", *next_commands(options, run)]))
         for line in changed_values(folder.path / "recipe.yaml", recipe, stage):
             run.say(f"warning: it was trained with {line}; a new run folder trains it anew")
         return True
+    check_quickstart(recipe, stage)
     check_folders(recipe.data_of(stage.name))
     run.attempt.sign()
     if isinstance(asked.micro_batch_size, int):
@@ -148,13 +149,13 @@ def train(options: argparse.Namespace, world: World) -> bool:
     here.enter("hand-over", ())
     save_model(run.folder.model, job.engine, processor, world, run.attempt)
     _finish(run, job)
-    run.say(f"stage {stage.number} is done: {run.folder.model}\n{next_command(options, recipe, stage)}")
+    run.say("\n".join([f"stage {stage.number} is done: {run.folder.model}", *next_commands(options, run)]))
     return True
 
 
 def _read_recipe(options: argparse.Namespace) -> tuple[Recipe, Stage, StageConfig]:
     recipe = load_recipe(options.recipe, options.set)
-    stage = stage_by_number(options.stage, recipe.model.kind)
+    stage = stage_called(options.stage, recipe.model.kind)
     if stage.name not in recipe.stages:
         raise HiveError(f"recipe {recipe.name} has no stage {stage.name}; it has {', '.join(recipe.stages)}")
     return recipe, stage, recipe.stages[stage.name]

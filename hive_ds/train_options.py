@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from hive_ds.cli_parts import Parser
 from hive_ds.config import Recipe
-from hive_ds.stages import STAGES, VLM_STAGES, Stage, next_stage
+from hive_ds.errors import HiveError
+from hive_ds.names import how_made
+from hive_ds.recipe import load_recipe
+from hive_ds.stages import HIVE_STAGES, STAGES, VLM_STAGES, Stage, next_stage
+
+if TYPE_CHECKING:
+    from hive_ds.train import Run
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``hive_ds.train``."""
-    numbers = ", ".join(f"{stage.number} {stage.name}" for stage in STAGES)
-    parser = argparse.ArgumentParser(prog="hive_ds.train", description="Train one stage of a recipe.")
+    stages = ", ".join(f"{stage.number} {stage.name}" for stage in STAGES)
+    parser = Parser(prog="hive_ds.train", description="Train one stage of a recipe.")
     parser.add_argument("--recipe", required=True, help="name of a recipe, or the path of a YAML file")
-    parser.add_argument("--stage", required=True, type=int, help=numbers)
+    parser.add_argument("--stage", required=True, help=f"number or name: {stages}")
     parser.add_argument(
         "--run",
         "--run-folder",
@@ -26,20 +35,49 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"
     )
+    parser.add_argument("--no-next", action="store_true", help="do not say at the end how the next stage is started")
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
 
-def next_command(options: argparse.Namespace, recipe: Recipe, stage: Stage) -> str:
-    """What to run after a stage: the next one with the same options, or the export."""
-    following = next_stage(stage, recipe.stages)
+def check_quickstart(recipe: Recipe, stage: Stage) -> None:
+    """HiveError where ``stage`` reads a folder that `make quickstart` makes and has not made yet."""
+    data, joined = recipe.data_of(stage.name), recipe.model
+    named = [("data folder", folder) for folder in ([data.train] if isinstance(data.train, str) else data.train)]
+    named += [("data folder", folder) for folder in (data.validation, data.text_validation) if folder]
+    if stage.number in (HIVE_STAGES[0].number, VLM_STAGES[0].number):  # the others start from the one before
+        if stage in VLM_STAGES:
+            assert recipe.vlm is not None
+            joined = recipe.vlm_model(recipe.vlm.vision_encoder or "")
+        named += [("vision encoder", joined.vision_encoder), ("language model", joined.language_model)]
+    for what, folder in named:
+        if not Path(folder).exists() and (how := how_made(folder)):
+            raise HiveError(f"{what} {folder}: does not exist; {how}")
+
+
+def next_commands(options: argparse.Namespace, run: Run) -> list[str]:
+    """What to run after a stage: the next one with the same options, or the export; nothing under ``--no-next``."""
+    if options.no_next:
+        return []
+    following = next_stage(run.stage, run.recipe.stages)
     if following is None:
-        kind, what = ("vlm", "LLaVA-style model") if stage in VLM_STAGES else ("encoder", "vision encoder")
-        return f"next: {shlex.join(['hive-ds', 'export', kind, options.run, 'OUT'])}, for a stock {what}"
-    words = ["deepspeed", "--module", "hive_ds.train", "--recipe", options.recipe, "--stage", str(following.number)]
-    words += ["--run", options.run, *(word for value in options.set for word in ("--set", value))]
-    return f"next, {following.name}: {shlex.join(words)}"
+        kind, what = ("vlm", "LLaVA-style model") if run.stage in VLM_STAGES else ("encoder", "vision encoder")
+        return [f"next: {shlex.join(['hive-ds', 'export', kind, options.run, 'OUT'])}, for a stock {what}"]
+    alone_on_cpus = run.device.type == "cpu" and run.world.local_size == run.world.size
+    ranks = ["--num_accelerators", str(run.world.size)] if alone_on_cpus else []  # else DeepSpeed starts one there
+    words = ["deepspeed", *ranks, "--module", "hive_ds.train", *_recipe_words(options, run)]
+    words += ["--stage", str(following.number), "--run", options.run]
+    return [f"next, {following.name}: {shlex.join(words)}"]
+
+
+def _recipe_words(options: argparse.Namespace, run: Run) -> list[str]:
+    """The recipe as it was given; where that took ``--set``, the run's own file instead, if it says the same."""
+    written = run.folder.path / "recipe.yaml"
+    with suppress(HiveError):  # a file of an older version
+        if options.set and written.is_file() and load_recipe(written) == run.recipe:
+            return ["--recipe", str(written)]
+    return ["--recipe", options.recipe, *(word for value in options.set for word in ("--set", value))]
 
 
 def how_to_go_on(folder: Path) -> str:

@@ -54,7 +54,7 @@ def random_model(recipe: Recipe, stage: int, device: torch.device) -> tuple[Trai
 
 
 def _build(section: ModelConfig, stage: Stage) -> TrainedModel:
-    vision, text = _vision_config(section.vision_encoder), _text_config(section.language_model)
+    vision, text = vision_config(section.vision_encoder), text_config(section.language_model)
     encoder = vision_class(vision)._from_config(vision)
     language_model = AutoModelForCausalLM.from_config(text)
     if section.kind == "hive":
@@ -70,11 +70,13 @@ def _build(section: ModelConfig, stage: Stage) -> TrainedModel:
     return CascadedForCausalLM(joined, encoder, language_model, attention_backend=section.text_attention_backend)
 
 
-def _vision_config(name: str) -> Any:
+def vision_config(name: str) -> Any:
+    """Config of a vision encoder: of `KNOWN_MODELS`, a folder or the hub."""
     return _known(name) or read_vision_config(name)
 
 
-def _text_config(name: str) -> Any:
+def text_config(name: str) -> Any:
+    """Config of an LLM, likewise."""
     return _known(name) or read_language_config(name)
 
 

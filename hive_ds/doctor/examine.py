@@ -6,12 +6,12 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hive_ds.config import Recipe
 from hive_ds.doctor.findings import Diagnosis, Finding
-from hive_ds.doctor.folders import check_data, check_models, check_run, data_folders
+from hive_ds.doctor.folders import STAGES_4_AND_5, check_data, check_models, check_routes, check_run, data_folders
 from hive_ds.doctor.machine import CPU_RANKS, check_disk, check_machine, count_gpus
 from hive_ds.doctor.software import check_software
 from hive_ds.doctor.trials import check_trials
@@ -51,7 +51,8 @@ def examine(patient: Patient) -> Diagnosis:
             *(check_run(patient.run) if patient.run is not None and patient.run.is_dir() else ()),
         ]
         findings += trials.result() + hosts.result()
-    return Diagnosis(findings, time.monotonic() - started)
+    stages = () if patient.recipe is None else tuple(patient.recipe.stages)
+    return Diagnosis(findings, time.monotonic() - started, stages)
 
 
 def _existing(run: Path | None) -> Path:
@@ -69,10 +70,15 @@ def _recipe(patient: Patient, gpus: int) -> Iterator[Finding]:
         yield check_data(patient.data, "--data")
     if patient.recipe is None:
         return
-    for key, data in data_folders(patient.recipe):
-        if not (patient.data is not None and key == "data.train"):
-            yield check_data(data, key)
+    for folder, named in data_folders(patient.recipe).items():
+        if not (patient.data is not None and named.key == "data.train"):
+            found = replace(check_data(folder, named.key), stages=named.stages)
+            if found.status == "problem" and set(named.stages) <= set(STAGES_4_AND_5):
+                left_out = " ".join(f"--set stages.{stage}=null" for stage in named.stages)
+                found = replace(found, advice=f"{found.advice}; or leave that stage out with {left_out}")
+            yield found
     yield from check_models(patient.recipe)
+    yield from check_routes(patient.recipe)
     ranks = sum(host.slots for host in patient.hosts) or gpus
     if ranks:
         yield from check_batches(patient.recipe, ranks)
@@ -87,7 +93,7 @@ def check_batches(recipe: Recipe, ranks: int) -> Iterator[Finding]:
             fitted = fit_micro_batch(stage, ranks)
         except HiveError as error:
             advice = f"use another number of ranks, or --set stages.{name}.global_batch_size"
-            yield Finding("recipe", name, "problem", str(error), advice)
+            yield Finding("recipe", name, "problem", str(error), advice, (name,))
         else:
             micro = "auto" if stage.micro_batch_size == "auto" else fitted.micro_batch
             said = f"global batch {stage.global_batch_size} on {ranks} ranks, micro-batch {micro}"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from hive_ds.stages import VLM_STAGES
+
 Status = Literal["ok", "warning", "problem"]
 
 
@@ -22,6 +24,8 @@ class Finding:
     """What was found."""
     advice: str = ""
     """What to do about it; empty only where nothing is to be done."""
+    stages: tuple[str, ...] = ()
+    """Names of the stages that it is for; empty: all."""
 
     def __post_init__(self) -> None:
         assert self.status == "ok" or self.advice, f"{self.name}: says nothing of what to do"
@@ -33,6 +37,8 @@ class Diagnosis:
 
     findings: Sequence[Finding]
     seconds: float
+    stages: tuple[str, ...] = ()
+    """Names of the recipe's stages."""
 
     @property
     def counts(self) -> Counter[str]:
@@ -50,8 +56,21 @@ class Diagnosis:
         said = ", ".join(
             f"{counts[status]} {status}{'s' if counts[status] != 1 else ''}" for status in ("problem", "warning")
         )
-        verdict = "not fit to train yet" if counts["problem"] else "fit to train"
+        verdict = (self._way_out() or "not fit to train yet") if counts["problem"] else "fit to train"
         return f"{verdict}: {said}, {counts['ok']} ok, {self.seconds:.0f} s"
+
+    def _way_out(self) -> str:
+        """Where the problems are those of stages 4 and 5 alone: how to train the others."""
+        problems = [one for one in self.findings if one.status == "problem"]
+        named = {stage for one in problems for stage in one.stages}
+        first = next((place for place, stage in enumerate(self.stages) if stage in named), 0)
+        left_out = [stage for stage in VLM_STAGES if stage.name in self.stages[first:]]  # 5 starts from 4
+        if not first or not all(one.stages for one in problems) or len(left_out) < len(self.stages[first:]):
+            return ""
+        numbers = " and ".join(str(stage.number) for stage in left_out)
+        which, them = ("stages", "them") if len(left_out) > 1 else ("stage", "it")
+        options = " ".join(f"--set stages.{stage.name}=null" for stage in left_out)
+        return f"{which} {numbers} cannot start; leave {them} out with {options}, all else is fit to train"
 
     def __str__(self) -> str:
         lines, area = [], ""

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from hive_ds.config import Recipe
+from hive_ds.cost.known_models import KNOWN_MODELS
 from hive_ds.doctor.findings import Finding
 from hive_ds.errors import HiveError
+from hive_ds.model.routes import Routes, early_end
+from hive_ds.names import how_made, names_folder
+from hive_ds.stages import VLM_STAGES
+
+STAGES_4_AND_5 = tuple(stage.name for stage in VLM_STAGES)
 
 
-def data_folders(recipe: Recipe) -> list[tuple[str, str]]:
-    """The data folders that a recipe names, each once, behind the first key that names it."""
-    found: dict[str, str] = {}
-    for stage in recipe.stages:
+@dataclass
+class DataFolder:
+    """A data folder that a recipe names."""
+
+    key: str
+    """The first one that names it."""
+    stages: tuple[str, ...]
+    """Names of the stages that read it."""
+
+
+def data_folders(recipe: Recipe) -> dict[str, DataFolder]:
+    """The data folders that the stages of a recipe read."""
+    found: dict[str, DataFolder] = {}
+    for stage, config in recipe.stages.items():
         data = recipe.data_of(stage)
-        train = [data.train] if isinstance(data.train, str) else list(data.train)
-        held_out = [(key, getattr(data, key)) for key in ("validation", "text_validation", "questions")]
-        for key, folder in [*(("train", one) for one in train), *held_out]:
-            if folder:
-                found.setdefault(folder, f"data.{key}")
-    return [(key, folder) for folder, key in found.items()]
+        for key in ("train", "validation", "text_validation", "questions"):
+            value = getattr(data, key)
+            own = config.data is not None and value != getattr(recipe.data, key)
+            for folder in [value] if isinstance(value, str) else value or ():
+                one = found.setdefault(folder, DataFolder(f"{f'stages.{stage}.' * own}data.{key}", ()))
+                one.stages = (*dict.fromkeys((*one.stages, stage)),)
+    return found
 
 
 def check_data(folder: str, key: str) -> Finding:
@@ -46,26 +64,65 @@ def check_data(folder: str, key: str) -> Finding:
                 decode_image(image)
     except (HiveError, OSError) as error:
         again = f"convert again, or copy the shards again from a good copy; hive-ds data verify {folder} says more"
-        advice = again if Path(folder).is_dir() else "name a folder of MDS shards (hive-ds data convert makes one)"
+        name = how_made(folder) or "name a folder of MDS shards (hive-ds data convert makes one)"
+        advice = again if Path(folder).is_dir() else name
         return Finding("data", key, "problem", str(error), advice)
     return Finding("data", key, "ok", f"{folder}: {len(shards):,} samples in {len(shards.shards)} shards")
 
 
 def check_models(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the base models that a recipe names are here."""
-    named = {"model.vision_encoder": recipe.model.vision_encoder, "model.language_model": recipe.model.language_model}
-    if recipe.vlm is not None:
+    """Whether the base models that a recipe's stages start from are here."""
+    named = {}
+    if _pretrains(recipe):
+        named["model.vision_encoder"] = recipe.model.vision_encoder
+        named["model.language_model"] = recipe.model.language_model
+    if recipe.vlm is not None and any(stage in recipe.stages for stage in STAGES_4_AND_5):
         named["vlm.language_model"] = recipe.vlm.language_model
+        if recipe.vlm.vision_encoder is not None:
+            named["vlm.vision_encoder"] = recipe.vlm.vision_encoder
     for key, name in named.items():
-        if Path(name).is_dir():
+        choose = f"name a folder that is there (--set {key}=FOLDER)"
+        if Path(name).expanduser().is_dir():
             yield Finding("models", key, "ok", name)
+        elif names_folder(name):
+            judges = STAGES_4_AND_5 if key.startswith("vlm.") else ()
+            yield Finding("models", key, "problem", f"{name}: no such folder", how_made(name) or choose, judges)
         elif _cached(name):
             yield Finding("models", key, "ok", f"{name}, in the hub's cache")
         else:
             said = f"{name} is neither a folder nor in the hub's cache"
             fetch = f"hf download {name} where there is a network, with HF_HOME on a disk that all hosts see"
-            advice = f"name a folder that is there (--set {key}=FOLDER), or {fetch}"
-            yield Finding("models", key, "warning", said, advice)
+            yield Finding("models", key, "warning", said, f"{choose}, or {fetch}")
+
+
+def check_routes(recipe: Recipe) -> Iterator[Finding]:
+    """Whether the routes fit the depths of both models, where those are known here."""
+    model, routes = recipe.model, recipe.model.routes
+    if routes is None or not _pretrains(recipe) or not (_known(model.vision_encoder) and _known(model.language_model)):
+        return
+    from hive_ds.cost.model import text_config, vision_config
+
+    lists = routes.vision_blocks, routes.language_layers
+    try:
+        vision, text = vision_config(model.vision_encoder), text_config(model.language_model)
+        blocks, layers = vision.num_hidden_layers, text.num_hidden_layers
+        Routes.build(*lists, num_blocks=blocks, num_layers=layers)
+    except (HiveError, ValueError) as error:
+        advice = "write routes that both models have, or model.routes: N, which spreads N of them"
+        yield Finding("models", "model.routes", "problem", str(error), advice)
+    else:
+        note = early_end(*lists, blocks, layers)
+        said = f"{len(lists[0])} routes from {blocks} vision blocks to {layers} language layers"
+        yield Finding("models", "model.routes", "ok", f"{said}; note: {note}" if note else said)
+
+
+def _pretrains(recipe: Recipe) -> bool:
+    return any(stage not in STAGES_4_AND_5 for stage in recipe.stages)
+
+
+def _known(name: str) -> bool:
+    """Whether the model's config can be read without a network."""
+    return Path(name).expanduser().is_dir() or name in KNOWN_MODELS or (not names_folder(name) and _cached(name))
 
 
 def _cached(name: str) -> bool:

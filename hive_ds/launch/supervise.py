@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hive_ds.constants import EXIT_STOPPED
 from hive_ds.errors import HiveError
+from hive_ds.stages import stage_called
 
 WRONG_INPUT = (2, 126, 127)
 """Exit codes of tries that another one would not mend: wrong input; a shell's for no such program."""
@@ -175,7 +176,7 @@ def stage_folder(command: Sequence[str]) -> Path:
     """RUN/stageN, from --run (or --run-folder) and --stage of a training command.
 
     Raises:
-        HiveError: one of them is not there.
+        HiveError: one of them is not there, or there is no such stage.
     """
     run, stage = _value(command, "--run", "--run-folder"), _value(command, "--stage")
     if run is None or stage is None:
@@ -183,7 +184,7 @@ def stage_folder(command: Sequence[str]) -> Path:
             f"{' '.join(command)}: expected a training command with --run (or --run-folder) and --stage, or --folder "
             "before it to say where the stage is"
         )
-    return Path(run) / f"stage{stage}"
+    return Path(run) / f"stage{stage_called(stage).number}"
 
 
 def _value(command: Sequence[str], *names: str) -> str | None:

@@ -16,6 +16,9 @@ PUBLISHED_LAYERS = {
 }
 """(Routes, LLM layers) -> layers of the published scripts, where they are not simply evenly spread."""
 
+_EARLY = 0.75
+"""Share of a model's depth. The published routes end at the last layer and the last block but one."""
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -43,12 +46,8 @@ class Routes:
             )
         if not vision_blocks:
             raise HiveError("routes: no route given; at least one vision block must feed an LLM layer")
-        for block in vision_blocks:
-            if not 1 <= block <= num_blocks:
-                raise HiveError(f"routes: vision block {block} is out of range; the encoder's are 1 to {num_blocks}")
-        for layer in language_layers:
-            if not 0 <= layer < num_layers:
-                raise HiveError(f"routes: language layer {layer} is out of range; the LLM's are 0 to {num_layers - 1}")
+        if wrong := _out_of_range(vision_blocks, language_layers, num_blocks, num_layers):
+            raise HiveError(f"routes: {wrong}{_instead(len(vision_blocks), num_blocks, num_layers)}")
         pairs = tuple((int(block), int(layer)) for block, layer in zip(vision_blocks, language_layers, strict=True))
         if len(set(pairs)) < len(pairs):
             twice = next(pair for pair in pairs if pairs.count(pair) > 1)
@@ -72,6 +71,41 @@ class Routes:
     def last_block(self) -> int:
         """The deepest routed vision block; nothing after it runs or gets a gradient."""
         return self.blocks[-1]
+
+
+def early_end(vision_blocks: Sequence[int], language_layers: Sequence[int], num_blocks: int, num_layers: int) -> str:
+    """A line about routes that leave out much of the end of a model, as those of a smaller one do; else nothing."""
+    ends = (("vision block", max(vision_blocks), num_blocks), ("language layer", max(language_layers), num_layers - 1))
+    early = [f"{what} {last} of {depth}" for what, last, depth in ends if last < _EARLY * depth]
+    if not early:
+        return ""
+    return f"the routes end at {' and '.join(early)}{_instead(len(vision_blocks), num_blocks, num_layers)}"
+
+
+def _out_of_range(
+    vision_blocks: Sequence[int], language_layers: Sequence[int], num_blocks: int, num_layers: int
+) -> str:
+    """Every number that is too small or too large, of both lists; nothing where all fit."""
+    lists = (
+        ("vision block", "the encoder's", vision_blocks, range(1, num_blocks + 1)),
+        ("language layer", "the LLM's", language_layers, range(num_layers)),
+    )
+    said = []
+    for what, whose, given, allowed in lists:
+        wrong = [str(number) for number in dict.fromkeys(given) if number not in allowed]
+        if wrong:
+            many = f"{what}s {', '.join(wrong)} are" if len(wrong) > 1 else f"{what} {wrong[0]} is"
+            said.append(f"{many} out of range; {whose} are {allowed[0]} to {allowed[-1]}")
+    return "; ".join(said)
+
+
+def _instead(count: int, num_blocks: int, num_layers: int) -> str:
+    """``count`` routes over the whole of both models, or as many as they have room for, as a recipe writes them."""
+    count = min(count, num_blocks - 1, num_layers)
+    if count < 1:
+        return ""
+    blocks, layers = spread_routes(count, num_blocks, num_layers)
+    return f"; spread evenly: routes: {{vision_blocks: {list(blocks)}, language_layers: {list(layers)}}}"
 
 
 def spread_routes(count: int, num_blocks: int, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.scenes import ANSWERS
 from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.errors import HiveError
@@ -40,7 +42,8 @@ def run_quickstart(out: str | Path, *, seed: int = 0, settings: Settings = DEFAU
     run_steps(quickstart.steps(), quickstart.markers)
     results = QuestionResults.load(quickstart.answers)
     print(_as_text(table(results, chance())))
-    print(f"\nright images over shuffled ones: {results.margin:+.1f} points\npage: {quickstart.page.resolve()}")
+    print(f"\nright images over shuffled ones: {results.margin:+.1f} points")
+    print("\n".join(["", *quickstart.what_next()]))
     return results
 
 
@@ -60,6 +63,7 @@ class Quickstart:
         self.encoder = out / "encoder"
         self.answers = out / "answers.json"
         self.page = out / "index.html"
+        self.picture = out / "picture.png"
         self.markers = out / "steps"
 
     def steps(self) -> list[Step]:
@@ -82,6 +86,21 @@ class Quickstart:
         """Write the settings to a new folder; compare them with those of an old one."""
         check_made_with(self.out / "quickstart.json", {"seed": self.seed, **asdict(self.settings)})
 
+    def what_next(self) -> list[str]:
+        """Lines for the end: the page, a question about a picture, and a run of one's own."""
+        if not self.picture.is_file():
+            self.picture.write_bytes(read_samples(self.folders.questions)[0].images[0])
+        return [
+            f"open {self.page.resolve()}, the page of results",
+            f"ask it about a picture: {self._chat()}",
+            "train on your own encoder, LLM and pictures: docs/tutorial.md",
+        ]
+
+    def _chat(self) -> str:
+        """The command that asks about a held-out picture."""
+        question = read_samples(self.folders.questions)[0].turns[0].content.replace(IMAGE_TOKEN, "").strip()
+        return shlex.join(["hive-ds", "chat", str(self.out), "--image", str(self.picture), question])
+
     def _scenes(self) -> None:
         draw_scenes(self.folders, self.settings, self.seed, progress=_bar("samples"))
 
@@ -92,6 +111,7 @@ class Quickstart:
     def _train(self, stage: Stage) -> None:
         command = self._command(stage)
         print(" ".join(["deepspeed", *command]), flush=True)
+        command.append("--no-next")  # the next step does it
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
         done = subprocess.run([*launcher, *command], env=_environment(), check=False)
         if done.returncode:
@@ -171,6 +191,7 @@ class Quickstart:
     def _next_steps(self) -> list[tuple[str, str]]:
         stage = HIVE_STAGES[-1]
         return [
+            ("Ask the model about a picture.", self._chat()),
             (
                 "Use the trained encoder in plain transformers.",
                 "from transformers import SiglipVisionModel\n"

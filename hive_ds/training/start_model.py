@@ -14,8 +14,10 @@ from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.cascaded import CascadedForCausalLM, processor_values
+from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.loading import build_cascaded, build_model, load_cascaded, load_model, load_vision_encoder
+from hive_ds.model.routes import early_end
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import HIVE_STAGES, VLM_STAGES
 from hive_ds.training.attempt import Attempt
@@ -40,6 +42,8 @@ def start_model(
     torch.manual_seed(recipe.training.seed)
     if weights is None:
         model = _build(recipe, folder, section, processor)
+        if isinstance(model, HiveForCausalLM) and (note := _early_end(model)):
+            say(f"note: {note}")
     else:
         model, report = _load(recipe, folder, section, weights)
         say(f"{weights}: {report}")
@@ -58,6 +62,12 @@ def _build(recipe: Recipe, folder: StageFolder, section: ModelConfig, processor:
         return build_cascaded(section, image_token_id=processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     max_length = recipe.data_of(folder.stage.name).max_length
     return build_model(section, image_kv=folder.stage.image_kv, max_length=max_length)
+
+
+def _early_end(model: HiveForCausalLM) -> str:
+    config = model.config
+    depths = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+    return early_end(config.vision_blocks, config.language_layers, *depths)
 
 
 def _load(recipe: Recipe, folder: StageFolder, section: ModelConfig, weights: Path) -> tuple[TrainedModel, object]:

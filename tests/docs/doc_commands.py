@@ -17,7 +17,9 @@ from doc_pages import ROOT
 from hive_docs.commands import leaf_parsers
 
 from hive_ds.cli import build_parser
+from hive_ds.errors import HiveError
 from hive_ds.recipe import recipe_names
+from hive_ds.stages import stage_called
 from hive_ds.train_options import build_parser as build_train_parser
 
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.S)
@@ -92,7 +94,9 @@ def _parse(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> 
     asks = {"--help", "--version"} & set(arguments)
     try:
         given = vars(parser.parse_args([word for word in arguments if word not in asks]))
-    except _WrongLineError as error:
+        if name == "hive_ds.train" and not given["stage"].isupper():
+            stage_called(given["stage"])
+    except (_WrongLineError, HiveError) as error:
         return [] if asks else [f"{name} {' '.join(arguments)}: {error}"]
     named = [given[key] for key in ("recipe", "against") if given.get(key) is not None]
     return _lost_recipes(str(name) for one in named for name in (one if isinstance(one, list) else [one]))

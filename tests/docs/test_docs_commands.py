@@ -62,7 +62,7 @@ def test_commands_in_sentences_name_what_is_there(page: str):
         ("deepspeed --module hive_ds.train --recipe tiny --run r", "required: --stage"),
         (
             "hive-ds supervise -- torchrun -m hive_ds.train --recipe tiny --stage one --run r",
-            "invalid int value: 'one'",
+            "stage one: expected one of 1 (connector_pretraining)",
         ),
         ("hive-ds hosts run hosts -- --recipe tiny --stage 1", "required: --run"),
         ("make quikstart", "make quikstart: no such target"),

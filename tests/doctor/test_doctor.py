@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Dinov2Config, LlamaConfig
 
 from hive_ds.cli import main
 from hive_ds.data.mds import write_mds
@@ -16,7 +17,7 @@ from hive_ds.data.schema import caption_sample
 from hive_ds.doctor import machine, trials
 from hive_ds.doctor.examine import Patient, check_batches, examine
 from hive_ds.doctor.findings import Diagnosis, Finding
-from hive_ds.doctor.folders import check_data, check_models, check_run, data_folders
+from hive_ds.doctor.folders import check_data, check_models, check_routes, check_run, data_folders
 from hive_ds.doctor.software import check_software
 from hive_ds.doctor.trials import check_trials
 from hive_ds.launch.probe import version
@@ -160,7 +161,10 @@ def test_data_folders(shards: Path, tmp_path: Path) -> None:
 def test_recipe(tmp_path: Path, shards: Path) -> None:
     overrides = [f"data.train={{{shards}: 1, s3://a: 2}}", "data.validation=null", f"data.text_validation={shards}"]
     recipe = load_recipe("tiny", [*overrides, f"model.language_model={tmp_path}", "model.vision_encoder=no/such"])
-    assert data_folders(recipe) == [("data.train", str(shards)), ("data.train", "s3://a")]
+    assert {folder: one.key for folder, one in data_folders(recipe).items()} == {
+        str(shards): "data.train",
+        "s3://a": "data.train",
+    }
     models = by_name(check_models(recipe))
     assert (models["model.language_model"].status, models["model.vision_encoder"].status) == ("ok", "warning")
     assert "hf download no/such" in models["model.vision_encoder"].advice
@@ -170,6 +174,58 @@ def test_recipe(tmp_path: Path, shards: Path) -> None:
     odd = list(check_batches(recipe, 7))
     assert {one.status for one in odd} == {"problem"}
     assert all(f"stages.{one.name}.global_batch_size" in one.advice for one in odd)
+
+
+WITHOUT_DATA = ("data.validation=null", "data.text_validation=null")
+
+
+def test_routes_that_training_would_refuse(tmp_path: Path) -> None:
+    """As of a recipe on a base recipe's routes, with an encoder and an LLM of its own."""
+    Dinov2Config(num_hidden_layers=12).save_pretrained(tmp_path / "encoder")
+    LlamaConfig(num_hidden_layers=4).save_pretrained(tmp_path / "llm")
+    models = [f"model.vision_encoder={tmp_path / 'encoder'}", f"model.language_model={tmp_path / 'llm'}"]
+    (found,) = check_routes(load_recipe("hive-clip-l-smollm2-360m", models))
+    assert found.status == "problem"
+    assert "vision blocks 14, 17, 20, 23 are out of range; the encoder's are 1 to 12" in found.said
+    assert "routes: {vision_blocks: [2, 5, 8, 11], language_layers: [0, 1, 2, 3]}" in found.said
+    (fits,) = check_routes(load_recipe("tiny", models))
+    assert (fits.status, "note: the routes end at vision block 3 of 12" in fits.said) == ("ok", True)
+    (known,) = check_routes(load_recipe("hive-clip-l-smollm2-360m"))
+    assert (known.status, known.said) == ("ok", "8 routes from 24 vision blocks to 32 language layers")
+
+
+def test_stages_4_and_5_that_lack_something_are_named_with_a_way_out(
+    monkeypatch: pytest.MonkeyPatch, shards: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hive_ds.doctor.examine.check_trials", lambda _gpus: [])
+    own = [f"stages.{one}.data={{train: {tmp_path}/{one}}}" for one in ("vlm_alignment", "vlm_instruction_tuning")]
+    models = [f"{key}={tmp_path}" for key in ("model.vision_encoder", "model.language_model", "vlm.language_model")]
+    options = [f"data.train={shards}", *WITHOUT_DATA, *models, "model.kind=cascaded", "model.routes=null", *own]
+
+    def diagnose(*more: str) -> Diagnosis:
+        return examine(Patient(recipe=load_recipe("tiny", [*options, *more]), port=free_port()))
+
+    lacking = diagnose()
+    assert [one.name for one in lacking.findings if one.status == "problem"] == [
+        "stages.vlm_alignment.data.train",
+        "stages.vlm_instruction_tuning.data.train",
+    ]
+    (advice,) = {one.advice for one in lacking.findings if one.name == "stages.vlm_alignment.data.train"}
+    assert advice.endswith("; or leave that stage out with --set stages.vlm_alignment=null")
+    left_out = "--set stages.vlm_alignment=null --set stages.vlm_instruction_tuning=null"
+    said = f"stages 4 and 5 cannot start; leave them out with {left_out}, all else is fit to train: 2 problems"
+    assert (lacking.exit_code, lacking.summary().startswith(said)) == (1, True)
+    assert diagnose(*left_out.replace("--set ", "").split()).exit_code == 0
+    last = diagnose(f"stages.vlm_alignment.data.train={shards}").summary()
+    assert last.startswith("stage 5 cannot start; leave it out with --set stages.vlm_instruction_tuning=null, ")
+    assert diagnose("stages.vision_finetuning.data.train=a").summary().startswith("not fit to train yet: 3 problems")
+
+
+def test_what_make_quickstart_makes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("tiny")
+    missing = [*check_models(recipe), check_data(recipe.data.train, "data.train")]
+    assert {(one.status, one.advice) for one in missing} == {("problem", "`make quickstart` makes it")}
 
 
 def test_folder_of_a_run(tmp_path: Path) -> None:

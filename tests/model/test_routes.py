@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hive_ds.errors import HiveError
-from hive_ds.model.routes import Routes
+from hive_ds.model.routes import Routes, early_end
 
 
 def build(blocks, layers):
@@ -34,3 +34,20 @@ def test_many_blocks_to_one_layer_and_one_block_to_many_layers():
 def test_wrong_routes_are_refused(blocks, layers, message):
     with pytest.raises(HiveError, match=message):
         build(blocks, layers)
+
+
+def test_routes_of_a_deeper_model_are_answered_with_ones_that_fit():
+    with pytest.raises(HiveError) as caught:
+        build((2, 5, 8, 11, 11), (1, 2, 3, 4, 5))
+    assert str(caught.value) == (
+        "routes: vision blocks 8, 11 are out of range; the encoder's are 1 to 6; language layers 4, 5 are out of range;"
+        " the LLM's are 0 to 3; spread evenly: routes: {vision_blocks: [1, 2, 4, 5], language_layers: [0, 1, 2, 3]}"
+    )
+
+
+def test_routes_that_end_early_are_noted():
+    assert early_end((2, 5), (3, 7), num_blocks=6, num_layers=8) == ""
+    noted = early_end((2, 5), (3, 7), num_blocks=12, num_layers=16)
+    assert noted.startswith("the routes end at vision block 5 of 12 and language layer 7 of 15; ")
+    assert noted.endswith("routes: {vision_blocks: [5, 11], language_layers: [7, 15]}")
+    assert "language" not in early_end((2, 5), (3, 7), num_blocks=12, num_layers=8).partition(";")[0]

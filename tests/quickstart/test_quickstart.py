@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_quickstart_runs_whole_and_goes_on_where_it_was(tmp_path: Path, capsys: 
     results = QuestionResults.load(out / "answers.json")
     assert len(results.answers) == len(results.shuffled_answers) == SMOKE.held_out
     assert f"{results.margin:+.1f} points" in first.stdout
+    assert "\nnext" not in first.stdout  # of a stage: the next step does it
+    page, chat, _ = first.stdout.splitlines()[-3:]
+    assert page == f"open {out / 'index.html'}, the page of results"
+    answered = subprocess.run(
+        [program, *shlex.split(chat.partition(": hive-ds ")[2]), "--max-new-tokens", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answered.returncode == 0, answered.stderr
+    assert "answers questions" in answered.stderr  # the answer of a model that learned nothing may be empty
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert main(command) == 0

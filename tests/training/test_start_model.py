@@ -12,11 +12,12 @@ import torch
 from tiny_models import tiny_encoder
 from tiny_run import TinyRun
 
+from hive_ds.config import RoutesConfig
 from hive_ds.errors import HiveError
 from hive_ds.model.cascaded import CascadedForCausalLM
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.identity import folder_sha256
-from hive_ds.recipe import load_recipe
+from hive_ds.recipe import dump_recipe, load_recipe, resolve
 from hive_ds.stages import stage_by_number
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.distributed import World, start, stop
@@ -73,6 +74,23 @@ def test_weights_go_from_stage_to_stage(tiny: TinyRun, kind: str, overrides: tup
     hashes = {folder_sha256(path) for path in (run / "encoder", *(run / f"stage{n}" / "model" for n in (3, 4, 5)))}
     assert hashes == {model.config.vision_sha256}
     assert folder_sha256(tiny.root / "encoder") not in hashes
+
+
+def test_routes_given_as_a_number_are_spread_and_early_ends_noted(
+    tiny: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny.root / "recipe.yaml"  # 4 blocks, 5 layers
+    recipe, origins = resolve(path, ["model.routes=2"])
+    assert recipe.model.routes == RoutesConfig((1, 3), (2, 4))
+    assert origins["model.routes.vision_blocks"] == "--set"
+    (tiny.root / "kept.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tiny.root / "kept.yaml") == recipe
+    with pytest.raises(HiveError, match=r"^model.routes \(--set\): 4 routes: expected 1 to 3 for 4 vision blocks"):
+        load_recipe(path, ["model.routes=4"])
+    begin(tiny, "spread", 1, "model.routes=2")
+    assert "note:" not in capsys.readouterr().out
+    begin(tiny, "early", 1, "model.routes={vision_blocks: [2], language_layers: [4]}")
+    assert "note: the routes end at vision block 2 of 4; spread evenly: " in capsys.readouterr().out
 
 
 def test_base_goes_straight_to_stage_4(tiny: TinyRun) -> None:

@@ -104,7 +104,7 @@ def test_table_and_next_step_are_printed_once(straight: str) -> None:
     for row in ("projectors/decay", "qk_norms/no_decay", "language_model", "vision_tail"):
         assert sum(row in line for line in straight.splitlines()) == 1, row
     assert straight.count("no gradient reaches these parts of the vision encoder: block 4") == 1
-    assert "next, modality_adaptation: deepspeed --module hive_ds.train --recipe" in straight
+    assert "next, modality_adaptation: deepspeed --num_accelerators 2 --module hive_ds.train --recipe" in straight
 
 
 def test_metrics(tiny: TinyRun, straight: str) -> None:
@@ -235,7 +235,7 @@ def test_stages_4_and_5_judge_the_encoder(tiny: TinyRun, pretrained: dict[int, s
         lines = tiny.metrics("straight", number, "train")
         assert len(lines) == 2
         assert all(0 < line["mfu"] < 1 for line in lines)
-    assert "next, vlm_alignment: deepspeed --module hive_ds.train" in pretrained[3]
+    assert "next, vlm_alignment: deepspeed --num_accelerators 2 --module hive_ds.train" in pretrained[3]
     moved = groups_that_moved(states[4], states[5], cascaded_groups(model.last_vision_block))
     assert moved == {name: {name in stage_by_number(5).trains} for name in moved}
     stock = LlavaForConditionalGeneration.from_pretrained(run / "stage5" / "model", dtype=torch.float32)
@@ -256,13 +256,16 @@ def test_stages_4_and_5_judge_the_encoder(tiny: TinyRun, pretrained: dict[int, s
         (2, [], "stage 2 starts from .*stage1/model, but .* is not finished"),
         (4, [], "stage 4 starts from .*stage3/model, but .* is not finished"),
         (6, [], "stage 6: expected one of 1"),
+        ("finetuning", [], "stage finetuning: expected one of 1 .connector_pretraining., 2"),
+        ("modality_adaptation", [], "stage 2 starts from .*stage1/model, but .* is not finished"),
+        (1, ["--set", "stages.1.lr=1"], "unknown key stages.1 = .*; stage 1 is stages.connector_pretraining$"),
         (5, ["--set", "stages.vlm_instruction_tuning=null"], "recipe test has no stage vlm_instruction_tuning"),
         (1, ["--set", "training.ds_config=zero7"], "ds_config 'zero7': no such file"),
         (1, ["--set", "model.routes.vision_blocks=[1,9]"], "routes: vision block 9 is out of range"),
     ],
 )
 def test_wrong_input_is_one_line(
-    tiny: TinyRun, one_rank: None, capsys: pytest.CaptureFixture[str], stage: int, options: list[str], message: str
+    tiny: TinyRun, one_rank: None, capsys: pytest.CaptureFixture[str], stage: str, options: list[str], message: str
 ) -> None:
     assert main(tiny.arguments(stage, "wrong", *options)) == 2
     errors = capsys.readouterr().err
@@ -294,6 +297,7 @@ def test_finished_stage_says_what_it_was_trained_with(
     done, *warnings = capsys.readouterr().out.splitlines()
     assert "is done already" in done
     assert warnings == ["warning: it was trained with recipe.training.seed = 0, not 1; a new run folder trains it anew"]
+    assert "--recipe " + str(tiny.root / "recipe.yaml") + " --set training.seed=1 --set" in done
 
 
 def test_two_ranks_report_one_line_and_exit_with_two(tiny: TinyRun) -> None:

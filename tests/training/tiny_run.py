@@ -82,7 +82,7 @@ class TinyRun:
         (root / "recipe.yaml").write_text(RECIPE.format(root=root, steps=STEPS, interval=INTERVAL))
         return cls(root)
 
-    def arguments(self, stage: int, run: str, *options: str) -> list[str]:
+    def arguments(self, stage: int | str, run: str, *options: str) -> list[str]:
         """What follows the module's name; torchrun takes --run for its own."""
         recipe = str(self.root / "recipe.yaml")
         return ["--recipe", recipe, "--stage", str(stage), "--run-folder", str(self.root / run), *options]

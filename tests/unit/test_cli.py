@@ -123,6 +123,11 @@ WRONG = {
     "wrong value": (["recipe", "show", "tiny", "--set", "model.rope=3d"], "expected one of 2d, 1d"),
     "no command": ([], "the following arguments are required: COMMAND"),
     "unknown command": (["recipes"], "invalid choice: 'recipes'"),
+    "a launcher's": (
+        ["train", "--recipe", "tiny", "--run", "a b"],
+        "run: deepspeed --module hive_ds.train --recipe tiny --run 'a b'",
+    ),
+    "train": (["train"], "deepspeed --module hive_ds.train --recipe NAME --stage 1 --run FOLDER"),
     "not a number": (["data", "scenes", "out", "--num", "many"], "invalid int value: 'many'"),
     "no scenes": (["data", "scenes", "{tmp}/out", "--num", "0"], "num is 0, expected at least 1"),
     "missing json": (["data", "convert", "{tmp}/none.json", "{tmp}/out"], "none.json"),

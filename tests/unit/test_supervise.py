@@ -160,7 +160,7 @@ def wait_for(name: str) -> None:
     "command",
     [
         "deepspeed --module hive_ds.train --recipe r --stage 2 --run runs/a --set x=1",
-        "torchrun -m hive_ds.train --run-folder=runs/a --stage=2",
+        "torchrun -m hive_ds.train --run-folder=runs/a --stage=modality_adaptation",
         "hive-ds hosts run hosts -- --stage 2 --run-folder runs/a",
     ],
 )
