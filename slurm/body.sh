@@ -11,6 +11,17 @@ fail() { # wrong input: the job ends, and nothing starts it again
     exit 2
 }
 
+case " $* " in
+*" --help "* | *" -h "*) # the comment at the head of the script that sources this
+    sed -n '2,${/^#/!q; /^#SBATCH/d; s/^# \{0,1\}//p}' "${BASH_SOURCE[1]}"
+    exit 0
+    ;;
+esac
+script=slurm/$(basename "${BASH_SOURCE[1]}")
+if [ "$script" != slurm/pipeline.sh ] && [ -z "${SLURM_JOB_ID:-}" ]; then
+    fail "$script runs as a job; submit it in the clone's folder: sbatch $script (bash $script --help says more)"
+fi
+
 slurm_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 HIVE_CLONE=$(dirname "$slurm_folder")
 export HIVE_CLONE

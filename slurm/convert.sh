@@ -8,7 +8,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -uo pipefail
-source "${HIVE_DS:-$SLURM_SUBMIT_DIR}/slurm/body.sh" || exit 2
+source "${HIVE_DS:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/body.sh" || exit 2
 [ $# -gt 0 ] || set -- ${HIVE_CONVERT[@]+"${HIVE_CONVERT[@]}"}
 [ $# -ge 2 ] || fail "convert.sh needs a source and an output folder, or HIVE_CONVERT in env.sh"
 if [ -e "$2/index.json" ]; then

@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -uo pipefail
-source "${HIVE_DS:-$SLURM_SUBMIT_DIR}/slurm/body.sh" || exit 2
+source "${HIVE_DS:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/body.sh" || exit 2
 run=$(absolute "${1:-$HIVE_RUN}")
 out=$(absolute "${2:-$run/eval}")
 [ ${#HIVE_EVAL[@]} -ge 2 ] || fail "eval.sh needs HIVE_EVAL in env.sh: benchmarks and the folder of their data"

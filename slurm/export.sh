@@ -8,7 +8,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -uo pipefail
-source "${HIVE_DS:-$SLURM_SUBMIT_DIR}/slurm/body.sh" || exit 2
+source "${HIVE_DS:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/body.sh" || exit 2
 run=$(absolute "${1:-$HIVE_RUN}")
 out=$(absolute "${2:-$run/encoder}")
 if [ -e "$out/config.json" ]; then

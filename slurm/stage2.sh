@@ -11,5 +11,5 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --output=%x-%j.log
 set -uo pipefail
-source "${HIVE_DS:-$SLURM_SUBMIT_DIR}/slurm/body.sh" || exit 2
+source "${HIVE_DS:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/body.sh" || exit 2
 run_stage 2 "$@"

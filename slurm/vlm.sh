@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --output=%x-%j.log
 set -uo pipefail
-source "${HIVE_DS:-$SLURM_SUBMIT_DIR}/slurm/body.sh" || exit 2
+source "${HIVE_DS:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/body.sh" || exit 2
 parse "$@"
 stage=4
 if [ -e "$run/stage4/DONE" ]; then stage=5; fi

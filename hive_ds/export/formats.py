@@ -35,13 +35,27 @@ class Written:
 
     architecture: str
     usage: str
-    """Python that loads it, for the model card."""
+    """Python that loads it and takes the features of the last block that the LLM saw, for the model card."""
     difference: float
     """Largest, between features before and after."""
     precision: str
     """In which they were compared."""
     notes: tuple[str, ...] = ()
     """What else a user must know, sentences for the model card."""
+
+
+PICTURE = 'Image.open("picture.jpg").convert("RGB")'
+"""What a card's lines look at."""
+
+
+def foreign_features(call: str, last_block: int, after: str = "") -> str:
+    """A card's lines that take a block's patches where blocks are counted from 0."""
+    return (
+        f"# Blocks are counted from 0 here: {last_block - 1} is block {last_block}, the last one that the LLM saw.\n"
+        f"with torch.no_grad():\n    found = {call}.forward_intermediates(\n"
+        f'        pixels, indices=[{last_block - 1}], output_fmt="NLC", intermediates_only=True\n    )\n'
+        f"features = found{after}[0]  # (1, patches, width)"
+    )
 
 
 def refuse_family(config: PretrainedConfig, library: str, supported: str) -> HiveError:

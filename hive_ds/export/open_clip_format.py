@@ -9,14 +9,24 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import BaseImageProcessor, PretrainedConfig
 
 from hive_ds.errors import HiveError
-from hive_ds.export.formats import WEIGHTS, Job, Written, mean_and_std, mlp_ratio, refuse_family
+from hive_ds.export.formats import (
+    PICTURE,
+    WEIGHTS,
+    Job,
+    Written,
+    foreign_features,
+    mean_and_std,
+    mlp_ratio,
+    refuse_family,
+)
 from hive_ds.export.names import OPEN_CLIP, rename
 from hive_ds.export.parity import check_names, foreign_difference
 from hive_ds.export.timm_format import find_named, import_timm, timm_arguments, timm_weights
 
+CONFIG = "open_clip_vision.json"
 SUPPORTED = "CLIP and SigLIP (and SigLIP2 of fixed resolution)"
 ACTIVATIONS = {"gelu": False, "quick_gelu": True}
 """transformers' name -> open_clip's ``quick_gelu``, for CLIP."""
@@ -66,9 +76,8 @@ def _write_clip(job: Job, open_clip: Any) -> Written:
         "`visual.proj`, the projection to the space shared with a text tower, is not in the file: HIVE does not train "
         "nor keep it. `load_state_dict` must name it alone as missing; features of blocks do not depend on it."
     )
-    return Written(
-        f"open_clip {_first(names)}", _usage(job, names, strict=False), _difference(job, visual), "fp64", (note,)
-    )
+    notes = (note, *_preprocessing_notes(job))
+    return Written(f"open_clip {_first(names)}", _usage(job, strict=False), _difference(job, visual), "fp64", notes)
 
 
 def _write_siglip(job: Job, open_clip: Any) -> Written:
@@ -91,10 +100,9 @@ def _write_siglip(job: Job, open_clip: Any) -> Written:
     visual = _tower(open_clip, vision, False, config.hidden_size)
     found = visual.load_state_dict(load_file(job.folder / WEIGHTS), strict=False)
     check_names(found.missing_keys, found.unexpected_keys, "open_clip")
-    notes = _set_activation(visual, config)
-    return Written(
-        f"open_clip {_first(names)}", _usage(job, names, strict=True) + notes, _difference(job, visual), "fp64"
-    )
+    usage = _usage(job, strict=True, activation=_set_activation(visual, config))
+    notes = _preprocessing_notes(job)
+    return Written(f"open_clip {_first(names)}", usage, _difference(job, visual), "fp64", notes)
 
 
 def _set_activation(visual: nn.Module, config: PretrainedConfig) -> str:
@@ -107,10 +115,10 @@ def _set_activation(visual: nn.Module, config: PretrainedConfig) -> str:
     for mlp in mlps:
         mlp.act = nn.GELU(approximate="tanh")
     return (
-        "\n\n# open_clip builds this tower with exact GELU; the encoder was trained with its tanh form.\n"
+        "# open_clip builds this tower with exact GELU; the encoder was trained with its tanh form.\n"
         "for module in visual.modules():\n"
         '    if hasattr(module, "act"):\n'
-        '        module.act = torch.nn.GELU(approximate="tanh")'
+        '        module.act = torch.nn.GELU(approximate="tanh")\n'
     )
 
 
@@ -136,23 +144,54 @@ def _first(names: list[str]) -> str:
 
 
 def _write_config(job: Job, vision: Any, quick_gelu: bool, names: list[str]) -> None:
-    """``open_clip_vision.json``: the tower in open_clip's words."""
-    size = job.encoder.config.image_size
+    """``open_clip_vision.json``: the tower, and what becomes of a picture before it, in open_clip's words."""
     description = {
         "models": names,
         "quick_gelu": quick_gelu,
         "vision_cfg": {name: value for name, value in asdict(vision).items() if value is not None},
-        "preprocess_cfg": {"size": size, **mean_and_std(job.processor)},
+        "preprocess_cfg": _preprocessing(job.processor, job.encoder.config.image_size),
     }
-    (job.folder / "open_clip_vision.json").write_text(json.dumps(description, indent=2) + "\n")
+    (job.folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
-def _usage(job: Job, names: list[str], *, strict: bool) -> str:
-    made = f'open_clip.create_model("{names[0]}").visual' if names else "...  # a tower of open_clip_vision.json"
-    loose = "" if strict else ", strict=False"
+def _preprocessing(processor: BaseImageProcessor, image_size: int) -> dict[str, Any]:
+    """Arguments of open_clip's ``image_transform``: the image processor's doing, at the encoder's own size."""
+    settings = {
+        "image_size": image_size,
+        "interpolation": "bilinear" if int(processor.resample) == 2 else "bicubic",
+        "resize_mode": "shortest" if getattr(processor, "do_center_crop", False) else "squash",
+        **mean_and_std(processor),
+    }
+    if getattr(processor, "do_pad", False):
+        settings |= {"resize_mode": "longest", "fill_color": [int(255 * channel) for channel in processor.image_mean]}
+    return settings
+
+
+def _preprocessing_notes(job: Job) -> tuple[str, ...]:
+    shortest, size = job.processor.size.get("shortest_edge"), job.encoder.config.image_size
+    if shortest in (None, size):
+        return ()
     return (
-        "import open_clip\nimport torch\nfrom safetensors.torch import load_file\n\n"
-        f'visual = {made}\nvisual.load_state_dict(load_file("{job.name}/{WEIGHTS}"){loose})'
+        f"In training a picture's shorter side became {shortest} pixels, of which the middle {size} were kept; "
+        f'open_clip makes it {size}. `transformers.AutoImageProcessor.from_pretrained("{job.name}")` does '
+        "as in training.",
+    )
+
+
+def _usage(job: Job, *, strict: bool, activation: str = "") -> str:
+    width = job.encoder.config.hidden_size
+    found = foreign_features("visual", job.blocks[-1], '["image_intermediates"]')
+    return (
+        "import json\n\nimport open_clip\nimport torch\nfrom PIL import Image\n"
+        "from safetensors.torch import load_file\n\n"
+        f'with open("{job.name}/{CONFIG}") as file:\n    config = json.load(file)\n'
+        'vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])\n'
+        "text = open_clip.CLIPTextCfg(context_length=4, vocab_size=8, width=64, heads=1, layers=1)  # not used\n"
+        f'visual = open_clip.CLIP({width}, vision, text, quick_gelu=config["quick_gelu"]).visual.eval()\n'
+        f'visual.load_state_dict(load_file("{job.name}/{WEIGHTS}"){"" if strict else ", strict=False"})\n'
+        f"{activation}"
+        'preprocess = open_clip.image_transform(is_train=False, **config["preprocess_cfg"])\n'
+        f"pixels = preprocess({PICTURE})[None]\n{found}"
     )
 
 

@@ -73,5 +73,5 @@ def describe_tail(tower: Tower, tail: str) -> str:
     return (
         f"{untrained}, the final norm and the pooling head come after the last routed block: no gradient reached them. "
         "They are kept here as they were before training, and were never fitted to the trained ones. Take the output "
-        f"of block {tower.last_block} (in transformers, `hidden_states[{tower.last_block}]`) where in doubt."
+        f"of block {tower.last_block}, as the lines below do, where in doubt."
     )

@@ -11,7 +11,17 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
 from hive_ds.errors import HiveError
-from hive_ds.export.formats import WEIGHTS, Job, Written, mean_and_std, mlp_ratio, refuse_family, shapes
+from hive_ds.export.formats import (
+    PICTURE,
+    WEIGHTS,
+    Job,
+    Written,
+    foreign_features,
+    mean_and_std,
+    mlp_ratio,
+    refuse_family,
+    shapes,
+)
 from hive_ds.export.names import TIMM_CLIP, TIMM_DINOV2, TIMM_SIGLIP, Table, rename
 from hive_ds.export.parity import check_names, foreign_difference
 
@@ -50,9 +60,8 @@ def write(job: Job) -> Written:
         "pretrained_cfg": {"num_classes": 0, **_preprocessing(job.processor, config.image_size)},
     }
     (job.folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    usage = f'import timm\n\nencoder = timm.create_model("local-dir:{job.name}", pretrained=True)'
     name = f"timm {named or 'VisionTransformer'}"
-    return Written(name, usage, _difference(job, timm), "fp64", _notes(config, named, arguments))
+    return Written(name, _usage(job), _difference(job, timm), "fp64", _notes(config, named, arguments))
 
 
 def import_timm() -> Any:
@@ -190,6 +199,16 @@ def _preprocessing(processor: BaseImageProcessor, image_size: int) -> dict[str, 
     if getattr(processor, "do_pad", False):
         settings |= {"crop_mode": "border"}
     return settings
+
+
+def _usage(job: Job) -> str:
+    return (
+        "import timm\nimport torch\nfrom PIL import Image\n\n"
+        f'encoder = timm.create_model("local-dir:{job.name}", pretrained=True).eval()\n'
+        "settings = timm.data.resolve_model_data_config(encoder)\n"
+        "preprocess = timm.data.create_transform(**settings, is_training=False)\n"
+        f"pixels = preprocess({PICTURE})[None]\n{foreign_features('encoder', job.blocks[-1])}"
+    )
 
 
 def _difference(job: Job, timm: Any) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hive_ds.export.formats import SHARD_SIZE, Job, Written
+from hive_ds.export.formats import PICTURE, SHARD_SIZE, Job, Written
 from hive_ds.export.parity import features_before, largest_difference, processed_pictures
 from hive_ds.model.vision import vision_class
 
@@ -13,8 +13,20 @@ def write(job: Job) -> Written:
     """Write config and weights, in shards where they are large, and compare features in fp32."""
     job.encoder.save_pretrained(job.folder, max_shard_size=SHARD_SIZE)
     name = type(job.encoder).__name__
-    usage = f'from transformers import {name}\n\nencoder = {name}.from_pretrained("{job.name}")'
-    return Written(name, usage, _difference(job), "fp32")
+    return Written(name, _usage(job, name), _difference(job), "fp32")
+
+
+def _usage(job: Job, name: str) -> str:
+    block = job.blocks[-1]
+    return (
+        f"import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor, {name}\n\n"
+        f'encoder = {name}.from_pretrained("{job.name}").eval()\n'
+        f'processor = AutoImageProcessor.from_pretrained("{job.name}")\n'
+        f'inputs = processor({PICTURE}, return_tensors="pt")\n'
+        "with torch.no_grad():\n    found = encoder(**inputs, output_hidden_states=True)\n"
+        f"# The output of block {block}, the last one that the LLM saw; class and register tokens stand first.\n"
+        f"features = found.hidden_states[{block}]  # (1, tokens, width)"
+    )
 
 
 @torch.no_grad()

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 from doc_pages import Block, blocks, page_names
+from export_models import save_hive
 from PIL import Image
 from scene_models import save_cascaded_scene_model, save_scene_model
 from tiny_models import tiny_language_model
 from tutorial import PAGE as TUTORIAL
+
+from hive_ds.export import export_encoder
 
 
 def blocks_of(page: str) -> list[Block]:
@@ -54,6 +57,17 @@ def training_files() -> dict[str, Any]:
     return {}
 
 
+def export_files() -> dict[str, Any]:
+    """An encoder in each format, CLIP: open_clip builds it without a name."""
+    for library in ("timm", "open_clip"):
+        pytest.importorskip(library, reason=f"{library} is not installed; pip install 'hive-ds[{library}]'")
+    save_hive(Path("model"), "clip")
+    for format, folder in {"transformers": "encoder", "timm": "encoder-timm", "open_clip": "encoder-open"}.items():
+        export_encoder("model", folder, format=format)
+    Image.new("RGB", (64, 64), "red").save("picture.jpg")
+    return {}
+
+
 def kernel_files() -> dict[str, Any]:
     """A folder by the name of the hub's model, which transformers then takes."""
     tiny_language_model().save_pretrained("HuggingFaceTB/SmolLM2-360M")
@@ -61,10 +75,14 @@ def kernel_files() -> dict[str, Any]:
 
 
 RUN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], bool]]] = {
-    "README.md": (readme_files, lambda names: isinstance(names["processor"].decode(names["answer"][0]), str)),
+    "README.md": (
+        readme_files,
+        lambda names: names["processor"].decode(names["tokens"]).endswith(f"circle?{names['answer']}"),
+    ),
     "docs/attention.md": (attention_arguments, lambda names: names["out"].shape == (8, 4, 16)),
     "docs/chat.md": (chat_files, lambda names: names["maps"].layers[0].on_patches(0).shape[1:] == (4, 4)),
     "docs/training.md": (training_files, lambda names: names["model"].projector is not None),
+    "docs/export.md": (export_files, lambda names: names["features"].shape == (1, 16, 32)),
     "docs/kernel.md": (kernel_files, lambda names: names["model"].config._attn_implementation == "hive"),
 }
 """Page -> what its block finds when it runs, and whether what it made is as it should be."""

@@ -149,7 +149,7 @@ def test_open_clip_loads_a_siglip_tower(tmp_path) -> None:
     with torch.no_grad():
         assert (visual(images) - expected).abs().max() > 1e-5  # it has another activation than the encoder
         card = (tmp_path / "out" / "README.md").read_text()
-        code = card[card.index("for module in visual") : card.index("```", card.index("for module in visual"))]
+        code = card[card.index("for module in visual") : card.index("preprocess = ")]
         exec(code, {"visual": visual, "torch": torch})
         torch.testing.assert_close(visual(images), expected, atol=1e-5, rtol=0)
 

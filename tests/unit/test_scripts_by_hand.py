@@ -1,0 +1,67 @@
+"""Slurm's scripts started by hand, outside of a job: one clear line, or the comment at their head."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SLURM = ROOT / "slurm"
+JOBS = sorted(path.name for path in SLURM.glob("*.sh") if "\n#SBATCH" in path.read_text())
+
+
+def by_hand(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "HIVE"))}
+    command = ["bash", str(SLURM / script), *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_a_job_script_says_how_to_submit_it(script: str, tmp_path: Path) -> None:
+    said = by_hand(script, "--recipe", "tiny", folder=tmp_path)
+    assert said.returncode == 2
+    assert said.stdout == ""
+    assert said.stderr.startswith(
+        f"error: slurm/{script} runs as a job; submit it in the clone's folder: sbatch slurm/"
+    )
+    assert said.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--nodes", "2", "-h")])
+@pytest.mark.parametrize("script", [*JOBS, "pipeline.sh"])
+def test_help_is_the_comment_at_the_head(script: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    said = by_hand(script, *arguments, folder=tmp_path)
+    assert (said.returncode, said.stderr) == (0, "")
+    head = [line for line in (SLURM / script).read_text().split("\nset -", 1)[0].splitlines()[1:] if line[:2] != "#S"]
+    assert len(head) >= 2
+    assert said.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_chain_of_the_cluster_page_is_submitted(tmp_path: Path) -> None:
+    """The page's own line, with an sbatch that only writes down what it is asked for."""
+    shutil.copytree(SLURM, tmp_path / "slurm")
+    with (tmp_path / "slurm" / "env.sh").open("a") as env:
+        env.write(f"\nHIVE_PYTHON={shlex.quote(sys.executable)}\n")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, script in {"squeue": "", "sbatch": f'echo "$@" >>{tmp_path}/asked; wc -l <{tmp_path}/asked'}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    line = re.search(r"^slurm/pipeline\.sh (.*\\\n)*.*", page, re.M)[0].replace("/shared/", f"{tmp_path}/")
+    path = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(line, shell=True, env={**os.environ, **path}, cwd=tmp_path, capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, "")
+    jobs = [f"stage{number}: job {number}" for number in (1, 2, 3)]
+    assert [words.split(",")[0] for words in said.stdout.splitlines()] == [*jobs, "export: job 4"]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert all(f"--set data.train={tmp_path}/my-captions --set data.validation=null" in one for one in asked[:3])
