@@ -79,7 +79,7 @@ def submit_all(runs: Sequence[ArmRun], command: Sequence[str]) -> None:
 
 def _train(run: ArmRun, stage: int, launcher: Sequence[str], environment: Mapping[str, str]) -> str | None:
     """Train one stage; returns what to say where it failed."""
-    arguments = ["--recipe", str(run.recipe), "--stage", str(stage), "--run-folder", str(run.folder), "--no-next"]
+    arguments = ["--recipe", str(run.recipe), "--stage", str(stage), "--run-folder", str(run.folder)]
     log = Path(run.folder) / f"stage{stage}.log"
     with log.open("a") as output:
         command = [*launcher, *arguments]
