@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,11 +20,12 @@ from torch import Tensor
 from hive_ds.analysis.maps import AttentionMaps, LayerMaps
 from hive_ds.files import write_whole
 
-COLOURS = "inferno"
+COLOURS = "YlOrRd"
+"""Pale to dark, as the picture below is light."""
 PANEL = 160
 """Longer side of a panel in pixels."""
 GAP = 6
-LEFT, RIGHT = 130, 110
+LEFT, RIGHT = 130, 130
 """Pixels beside the panels, for names of rows and for the scale."""
 DPI = 100
 
@@ -39,6 +40,21 @@ class Row:
     def on_patches(self, layer: LayerMaps, image: int) -> Tensor:
         """(rows, columns) of one image at one layer."""
         return layer.on_patches(image)[list(self.tokens)].mean(dim=0)
+
+
+class Scale(NamedTuple):
+    """Of the colours of a map."""
+
+    end: float
+    """The value from which on all have the darkest colour: the 99th percentile. One patch alone would pale the rest."""
+    highest: float
+
+    @classmethod
+    def of(cls, maps: Iterable[Tensor]) -> Scale:
+        """One for all of ``maps``, of which there may be none."""
+        values = np.concatenate([np.zeros(1), *(one.float().numpy().ravel() for one in maps)])
+        highest = float(values.max())
+        return cls(float(np.percentile(values, 99)) or highest or 1.0, highest)
 
 
 def token_name(text: str) -> str:
@@ -65,27 +81,28 @@ def seen_part(picture: Image.Image, image_processor: Any) -> Image.Image:
     return picture.crop((round(left), round(top), round(right), round(bottom)))
 
 
-def heat_over(picture: Image.Image, values: Tensor, highest: float) -> Image.Image:
-    """``picture`` under the map ``values`` (rows, columns), smoothly enlarged; ``highest`` gets the brightest colour.
+def pale(picture: Image.Image) -> Image.Image:
+    """``picture`` in light grey, so that every colour is the map's."""
+    return picture.convert("L").point(lambda grey: 190 + round(0.25 * grey))
 
-    Where there is no attention the picture is dimmed; the more there is, the more the colour covers it. The picture is
-    grey, so that every colour is the map's.
+
+def heat_over(picture: Image.Image, values: Tensor, end: float) -> Image.Image:
+    """``picture`` under the map ``values`` (rows, columns), smoothly enlarged; ``end`` and more get the darkest colour.
+
+    The picture is pale; the higher a value, the more its colour covers it, and zero leaves it as it is.
     """
-    grid = Image.fromarray(values.float().numpy() / max(highest, 1e-12))
+    grid = Image.fromarray(values.float().numpy() / max(end, 1e-12))
     heat = np.asarray(grid.resize(picture.size, Image.Resampling.BILINEAR)).clip(0, 1)
     colour = 255 * matplotlib.colormaps[COLOURS](heat)[..., :3]
-    cover = 0.25 + 0.5 * heat[..., None]
-    blended = (1 - cover) * np.asarray(picture.convert("L"))[..., None] + cover * colour
+    cover = 0.85 * np.sqrt(heat)[..., None]
+    blended = (1 - cover) * np.asarray(pale(picture))[..., None] + cover * colour
     return Image.fromarray(blended.round().astype(np.uint8))
 
 
-def highest_value(maps: AttentionMaps, rows: Sequence[Row]) -> float:
-    """The largest probability on one patch of any image at any layer in ``rows``: the shared scale of a figure."""
-    return max(
-        float(row.on_patches(layer, image).max())
-        for row in rows
-        for layer in maps.layers
-        for image in range(len(layer.images))
+def shared_scale(maps: AttentionMaps, rows: Sequence[Row]) -> Scale:
+    """Of the probabilities on patches of all images at all layers in ``rows``."""
+    return Scale.of(
+        row.on_patches(layer, image) for row in rows for layer in maps.layers for image in range(len(layer.images))
     )
 
 
@@ -96,7 +113,7 @@ def attention_figure(
     *,
     title: str = "",
     per_panel: bool = False,
-    highest: float | None = None,
+    scale: Scale | None = None,
 ) -> Image.Image:
     """Panels of ``rows`` by layers, for several images side by side.
 
@@ -107,9 +124,9 @@ def attention_figure(
         title: above the panels.
         per_panel: give each panel a scale of its own. It shows where each looks, but hides how much; by default one
             scale is shared by all panels and drawn beside them.
-        highest: end of the shared scale, for a figure that is part of a larger one.
+        scale: the shared one, for a figure that is part of a larger one.
     """
-    shared = highest_value(maps, rows) if highest is None else highest
+    shared = shared_scale(maps, rows) if scale is None else scale
     small = [fitted(picture, PANEL) for picture in pictures]
     columns = [(image, layer) for image in range(len(pictures)) for layer in maps.layers]
     step = PANEL + GAP
@@ -117,7 +134,7 @@ def attention_figure(
     for down, row in enumerate(rows):
         for across, (image, layer) in enumerate(columns):
             values = row.on_patches(layer, image)
-            panel = heat_over(small[image], values, float(values.max()) if per_panel else shared)
+            panel = heat_over(small[image], values, (Scale.of([values]) if per_panel else shared).end)
             corner = across * step + (PANEL - panel.width) // 2, down * step + (PANEL - panel.height) // 2
             canvas.paste(panel, corner)
     names = [_column_name(layer, image, len(pictures)) for image, layer in columns]
@@ -141,10 +158,10 @@ def _column_name(layer: LayerMaps, image: int, images: int) -> str:
 
 
 def _framed(
-    canvas: Image.Image, columns: Sequence[str], rows: Sequence[str], title: str, highest: float | None
+    canvas: Image.Image, columns: Sequence[str], rows: Sequence[str], title: str, scale: Scale | None
 ) -> Image.Image:
     """The panels with names of columns and rows, and the scale where there is one for all."""
-    right, top, bottom = RIGHT if highest is not None else 10, 90 if title else 60, 10
+    right, top, bottom = RIGHT if scale is not None else 10, 90 if title else 60, 10
     width, height = canvas.width + LEFT + right, canvas.height + top + bottom
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     axes = figure.add_axes((LEFT / width, bottom / height, canvas.width / width, canvas.height / height))
@@ -156,19 +173,24 @@ def _framed(
     axes.spines[:].set_visible(False)
     if title:
         figure.text(0.5, 1 - 22 / height, title, ha="center", va="center", fontsize=12, parse_math=False, wrap=True)
-    if highest is not None:
+    if scale is not None:
         long = min(canvas.height, 2 * PANEL)
         place = (LEFT + canvas.width + 14, bottom + canvas.height - long, 14, long)
-        add_colour_bar(figure, place, highest, "probability of a patch")
+        add_colour_bar(figure, place, scale, "probability of a patch")
     return rendered(figure)
 
 
-def add_colour_bar(figure: Figure, place: tuple[float, float, float, float], highest: float, label: str) -> None:
-    """Draw the scale from 0 to ``highest``; ``place`` is left, bottom, width and height in pixels."""
+def add_colour_bar(figure: Figure, place: tuple[float, float, float, float], scale: Scale, label: str) -> None:
+    """Draw the scale, and say where it ends; ``place`` is left, bottom, width and height in pixels."""
     width, height = figure.get_size_inches() * DPI
     left, bottom, across, up = place
-    bar = figure.add_axes((left / width, bottom / height, across / width, up / height))
-    figure.colorbar(ScalarMappable(Normalize(0, highest), COLOURS), cax=bar, label=label)
+    axes = figure.add_axes((left / width, bottom / height, across / width, up / height))
+    cut = scale.highest > scale.end
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, scale.end), COLOURS), cax=axes, extend="max" if cut else "neither"
+    )
+    bar.set_label(f"{label},\nto the 99th percentile\n(highest: {scale.highest:.2g})" if cut else label, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
 
 
 def rendered(figure: Figure) -> Image.Image:

@@ -13,9 +13,11 @@ from hive_ds.analysis.attention_pictures import (
     DPI,
     GAP,
     PANEL,
+    Scale,
     add_colour_bar,
     fitted,
     heat_over,
+    pale,
     rendered,
     seen_part,
 )
@@ -87,19 +89,19 @@ class GradientMaps:
         seen = seen_part(picture_of(self.sample), self.subject.processor.image_processor)
         picture = fitted(seen, PANEL)
         maps, norms = self.gradients.on_patches(0), self.gradients.norms()
-        highest = max((float(one.max()) for one in maps.values()), default=0.0) or 1.0
+        shared = Scale.of(maps.values())
         panels = [("the picture", picture)]
         for block in range(1, self.subject.num_blocks + 1):
             reader = shorten(self.subject.read_by(block), LONGEST_READER, placeholder=" …")
             name = f"block {block}" + (f"\n→ {reader}" if reader else "")
             if block in maps:
-                own = float(maps[block].max()) if per_panel else highest
-                panels.append((f"{name}\nnorm {norms[block]:.3g}", heat_over(picture, maps[block], own)))
+                end = (Scale.of([maps[block]]) if per_panel else shared).end
+                panels.append((f"{name}\nnorm {norms[block]:.3g}", heat_over(picture, maps[block], end)))
             else:
-                panels.append((f"{name}\n{NO_GRADIENT}", picture.convert("L").point(lambda grey: 160 + grey // 4)))
+                panels.append((f"{name}\n{NO_GRADIENT}", pale(picture)))
         said = shorten(" ".join(self.subject.supervised(self.batch)), LONGEST_TEXT, placeholder=" …")
         title = f"{self.subject.name}: gradient of the loss, {self.gradients.loss:.2f}, of “{said}”"
-        return _panel_figure(panels, title, None if per_panel else highest)
+        return _panel_figure(panels, title, None if per_panel else shared)
 
 
 def gradient_maps(subject: Subject, sample: Sample) -> GradientMaps:
@@ -113,12 +115,12 @@ def gradient_maps(subject: Subject, sample: Sample) -> GradientMaps:
     return GradientMaps(subject, sample, batch, block_gradients(subject.model, inputs))
 
 
-def _panel_figure(panels: list[tuple[str, Image.Image]], title: str, highest: float | None) -> Image.Image:
+def _panel_figure(panels: list[tuple[str, Image.Image]], title: str, scale: Scale | None) -> Image.Image:
     """Panels with captions, in rows of `COLUMNS`; the scale beside them where there is one for all."""
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     step, down = PANEL + 2 * GAP, PANEL + CAPTION
-    left, right, top, bottom = 14, 120 if highest is not None else 14, 40, 10
+    left, right, top, bottom = 14, 120 if scale is not None else 14, 40, 10
     width, height = left + columns * step + right, top + rows * down + bottom
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     figure.text(0.5, 1 - 20 / height, title, ha="center", va="center", fontsize=11, parse_math=False, wrap=True)
@@ -130,8 +132,8 @@ def _panel_figure(panels: list[tuple[str, Image.Image]], title: str, highest: fl
         axes.imshow(panel, interpolation="none", aspect="auto", cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
         axes.set_title(caption, fontsize=9, pad=4)
-    if highest is not None:
+    if scale is not None:
         long = min(rows * down - CAPTION, 2 * PANEL)
         place_of_bar = (left + columns * step + 6, height - top - CAPTION - long, 14, long)
-        add_colour_bar(figure, place_of_bar, highest, "norm of the gradient\nat a patch")
+        add_colour_bar(figure, place_of_bar, scale, "gradient norm at a patch")
     return rendered(figure)

@@ -19,9 +19,9 @@ from hive_ds.analysis.attention_pictures import (
     RIGHT,
     Row,
     attention_figure,
-    highest_value,
     rendered,
     seen_part,
+    shared_scale,
 )
 from hive_ds.analysis.maps import AttentionMaps
 from hive_ds.analysis.samples import Subject, picture_of
@@ -99,11 +99,11 @@ class TokenMaps:
         """
         rows, maps = self.rows()[:MOST_TOKENS], replace(self.maps, layers=_spread(self.maps.layers))
         seen = seen_part(picture_of(self.sample), self.subject.processor.image_processor)
-        highest = highest_value(maps, rows)
+        scale = shared_scale(maps, rows)
         groups = _groups(len(rows), len(maps.layers))
         size = -(-len(rows) // groups)
         parts = [
-            attention_figure(maps, rows[start : start + size], [seen], per_panel=per_panel, highest=highest)
+            attention_figure(maps, rows[start : start + size], [seen], per_panel=per_panel, scale=scale)
             for start in range(0, len(rows), size)
         ]
         return _side_by_side(parts, self._title(len(rows)))

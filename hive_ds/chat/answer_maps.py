@@ -10,12 +10,13 @@ from PIL import Image
 from hive_ds.analysis.attention_maps import token_attention_maps
 from hive_ds.analysis.attention_pictures import (
     Row,
+    Scale,
     attention_figure,
     fitted,
     heat_over,
-    highest_value,
     save_picture,
     seen_part,
+    shared_scale,
     token_name,
 )
 from hive_ds.analysis.maps import AttentionMaps
@@ -54,8 +55,8 @@ class AnswerMaps:
     def panel(self, row: int, layer: int, image: int, *, per_panel: bool = False) -> Image.Image:
         """One map over its picture, on the scale of all rows, layers and images unless ``per_panel``."""
         values = self.rows[row].on_patches(self.maps.layers[layer], image)
-        highest = float(values.max()) if per_panel else highest_value(self.maps, self.rows)
-        return heat_over(fitted(self.pictures[image], VIEW), values, highest)
+        scale = Scale.of([values]) if per_panel else shared_scale(self.maps, self.rows)
+        return heat_over(fitted(self.pictures[image], VIEW), values, scale.end)
 
 
 def answer_maps(chat: ChatModel, answer: Answer, *, head: int | None = None) -> AnswerMaps:

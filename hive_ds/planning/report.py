@@ -15,6 +15,8 @@ from hive_ds.planning.stage_model import StageModel
 from hive_ds.planning.timing import Assumptions, Cluster
 
 _GB = 1e9
+DASHES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
+"""Of the lines of a picture."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,10 @@ def _row(plan: ProfilePlan, best: bool) -> tuple[str, ...]:
 
 
 def draw_scaling(curves: Mapping[str, Sequence[ProfilePlan]], title: str) -> bytes:
-    """A PNG: images per second and efficiency against GPUs, by profile; hollow where the profile does not fit."""
+    """A PNG: images per second and efficiency against GPUs, by profile; hollow where the profile does not fit.
+
+    Profiles are often equal: each line is thinner than the one below it, and has dashes of its own.
+    """
     figure = Figure(figsize=(11, 4.6), dpi=100, layout="constrained")
     speed, efficiency = figure.subplots(1, 2)
     alone = [plan.samples_per_second / plan.ranks for plans in curves.values() for plan in plans]
@@ -139,7 +144,8 @@ def draw_scaling(curves: Mapping[str, Sequence[ProfilePlan]], title: str) -> byt
         rates = [plan.samples_per_second for plan in plans]
         shares = [rate / count / max(alone) for rate, count in zip(rates, counts, strict=True)]
         for axes, values in ((speed, rates), (efficiency, shares)):
-            axes.plot(counts, values, color=f"C{number}", label=name)
+            look = {"linestyle": DASHES[number % len(DASHES)], "linewidth": max(1.0, 3.4 - 0.4 * number)}
+            axes.plot(counts, values, color=f"C{number}", label=name, **look)
             for plan, value in zip(plans, values, strict=True):
                 filled = f"C{number}" if plan.fits else "white"
                 axes.plot([plan.ranks], [value], "o", color=f"C{number}", markerfacecolor=filled, markersize=4)
@@ -151,6 +157,7 @@ def draw_scaling(curves: Mapping[str, Sequence[ProfilePlan]], title: str) -> byt
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
     speed.set_yscale("log", base=2)
+    speed.yaxis.set_major_formatter(lambda rate, _: f"{rate:,.10g}")
     efficiency.set_ylim(0, 1.05)
     speed.legend(fontsize=7)
     figure.suptitle(title, fontsize=11)

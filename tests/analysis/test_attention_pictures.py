@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from hive_ds.analysis.attention_pictures import GAP, PANEL, Row, attention_figure, heat_over, seen_part
+from hive_ds.analysis.attention_pictures import GAP, PANEL, Row, Scale, attention_figure, heat_over, seen_part
 from hive_ds.analysis.maps import AttentionMaps, LayerMaps
 from hive_ds.data.images import process_images
 
@@ -62,7 +62,7 @@ def panel(figure: Image.Image, row: int, column: int) -> np.ndarray:
 
 def test_one_scale_for_all_panels_or_one_for_each() -> None:
     hot = torch.zeros(2, 4, 4)
-    hot[0, 1, 2], hot[1, 1, 2] = 0.4, 0.1
+    hot[0, 1:3, 2:4], hot[1, 1:3, 2:4] = 0.4, 0.1
     rows = [Row("strong", [0]), Row("weak", [1])]
     picture = Image.new("RGB", (64, 64), (90, 90, 90))
     shared = attention_figure(maps_of(hot), rows, [picture])
@@ -71,7 +71,7 @@ def test_one_scale_for_all_panels_or_one_for_each() -> None:
     assert np.abs(panel(own, 0, 0) - panel(own, 1, 0)).max() <= 2
     assert np.abs(panel(shared, 0, 0) - panel(own, 0, 0)).max() <= 2
     middle = (slice(50, 70), slice(90, 110))  # of the hot patch
-    assert panel(shared, 0, 0)[middle].mean() > 1.5 * panel(shared, 1, 0)[middle].mean()
+    assert np.ptp(panel(shared, 0, 0)[middle], axis=2).mean() > 1.5 * np.ptp(panel(shared, 1, 0)[middle], axis=2).mean()
     mean = attention_figure(maps_of(hot), [Row("both", [0, 1])], [picture], per_panel=True)
     assert np.abs(panel(mean, 0, 0) - panel(own, 0, 0)).max() <= 2
 
@@ -85,5 +85,20 @@ def test_images_of_any_shape_stand_side_by_side() -> None:
     assert over.size == (500, 200)
     nowhere = np.asarray(heat_over(pictures[0], torch.zeros(2, 2), 1.0)).astype(int)
     assert np.ptp(nowhere, axis=2).max() <= 3, "grey: every colour is the map's"
-    brightness = np.asarray(over).astype(int).sum(2)
-    assert brightness[:40, :100].mean() > brightness[:40, -100:].mean()
+    assert nowhere.min() >= 180, "light: the map's colours are darker"
+    strength = np.ptp(np.asarray(over).astype(int), axis=2)
+    assert strength[:40, :100].mean() > 3 * strength[:40, -100:].mean()
+
+
+def test_one_patch_alone_does_not_pale_the_rest() -> None:
+    """The scale ends at the 99th percentile, and says so: the figure has the highest value too."""
+    values = torch.full((1, 16, 16), 0.02)
+    values[0, 0, 0], values[0, 15, :8] = 0.6, 0.05
+    assert Scale.of([values]) == pytest.approx((0.05, 0.6))
+    assert Scale.of([torch.eye(20)[None] * (torch.arange(20) == 3)]).end == 1, "nearly all are zero"
+    assert Scale.of([]) == (1, 0)
+    picture = Image.new("RGB", (64, 64), (20, 20, 20))
+    figure = attention_figure(maps_of(values), [Row("one", [0])], [picture])
+    few, more = (panel(figure, 0, 0)[at] for at in (np.s_[40:60, 90:110], np.s_[155:, 20:60]))
+    assert np.ptp(few, axis=2).mean() > 30, "coloured, though the highest is 30 times as high"
+    assert more.mean() < few.mean() - 30
