@@ -50,7 +50,13 @@ def counted_run(ranks: Any, recipe: Path, run: Path, case: Case) -> dict[str, An
     )
     steps = f"stages.{stage.name}.steps={STEPS}"
     options = argparse.Namespace(
-        recipe=str(recipe), stage=case.stage, run=str(run), debug=False, local_rank=None, set=[*settings, steps]
+        recipe=str(recipe),
+        stage=str(case.stage),
+        run=str(run),
+        debug=False,
+        no_next=True,
+        local_rank=None,
+        set=[*settings, steps],
     )
     counter = _StepCounter()
     with ExitStack() as stack:
