@@ -11,3 +11,9 @@ def names_folder(name: str) -> bool:
 def how_made(path: str) -> str:
     """What makes a folder that the recipes `tiny` name, to be said where it is not there; nothing for all others."""
     return "`make quickstart` makes it" if path.startswith("runs/quickstart/") else ""
+
+
+def does_not_exist(path: str) -> str:
+    """What to say of a folder that is not there."""
+    hint = how_made(path)
+    return f"does not exist; {hint}" if hint else "does not exist"

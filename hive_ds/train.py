@@ -27,7 +27,7 @@ from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import VLM_STAGES, Stage, stage_called
-from hive_ds.train_options import build_parser, check_quickstart, how_to_go_on, next_commands
+from hive_ds.train_options import build_parser, how_to_go_on, next_commands
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
@@ -113,7 +113,6 @@ def train(options: argparse.Namespace, world: World) -> bool:
         for line in changed_values(folder.path / "recipe.yaml", recipe, stage):
             run.say(f"warning: it was trained with {line}; a new run folder trains it anew")
         return True
-    check_quickstart(recipe, stage)
     check_folders(recipe.data_of(stage.name))
     run.attempt.sign()
     if isinstance(asked.micro_batch_size, int):

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hive_ds.cli_parts import Parser
-from hive_ds.config import Recipe
 from hive_ds.errors import HiveError
-from hive_ds.names import how_made
 from hive_ds.recipe import load_recipe
-from hive_ds.stages import HIVE_STAGES, STAGES, VLM_STAGES, Stage, next_stage
+from hive_ds.stages import STAGES, VLM_STAGES, next_stage
 
 if TYPE_CHECKING:
     from hive_ds.train import Run
@@ -39,21 +37,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
-
-
-def check_quickstart(recipe: Recipe, stage: Stage) -> None:
-    """HiveError where ``stage`` reads a folder that `make quickstart` makes and has not made yet."""
-    data, joined = recipe.data_of(stage.name), recipe.model
-    named = [("data folder", folder) for folder in ([data.train] if isinstance(data.train, str) else data.train)]
-    named += [("data folder", folder) for folder in (data.validation, data.text_validation) if folder]
-    if stage.number in (HIVE_STAGES[0].number, VLM_STAGES[0].number):  # the others start from the one before
-        if stage in VLM_STAGES:
-            assert recipe.vlm is not None
-            joined = recipe.vlm_model(recipe.vlm.vision_encoder or "")
-        named += [("vision encoder", joined.vision_encoder), ("language model", joined.language_model)]
-    for what, folder in named:
-        if not Path(folder).exists() and (how := how_made(folder)):
-            raise HiveError(f"{what} {folder}: does not exist; {how}")
 
 
 def next_commands(options: argparse.Namespace, run: Run) -> list[str]:

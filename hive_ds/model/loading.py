@@ -22,7 +22,7 @@ from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.language import check_language_model, check_window
 from hive_ds.model.vision import vision_class, vision_config_of
 from hive_ds.model.weights import LoadReport, load_weights, own_image_attentions, shortened
-from hive_ds.names import how_made, names_folder
+from hive_ds.names import does_not_exist, names_folder
 
 try:
     from transformers.initialization import no_init_weights
@@ -276,8 +276,7 @@ def _mobilellm_config(values: dict) -> LlamaConfig:
 def _read_config(name: str, what: str) -> dict:
     """``config.json`` of a Hugging Face name or a folder; a path that does not exist is not taken for a hub name."""
     if names_folder(name) and not Path(name).expanduser().is_dir():
-        hint = how_made(name)
-        raise HiveError(f"{what} folder {name} does not exist{f'; {hint}' if hint else ''}")
+        raise HiveError(f"{what} folder {name} {does_not_exist(name)}")
     try:
         values, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError, json.JSONDecodeError) as error:

@@ -84,3 +84,17 @@ def device() -> str:
     from hive_ds.kernels import tiles
 
     return "cpu" if tiles.INTERPRETED else "cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_90"), ((12, 0), "sm_80")],
+)
+def test_tiles_fit_the_shared_memory_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], row: str
+) -> None:
+    from hive_ds.kernels import tiles
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert tiles.architecture_of.__wrapped__(torch.device("cuda", 0)) == row

@@ -63,6 +63,25 @@ def test_fused_is_plain(kind: str, tied: bool, frozen: bool, labels_from: int, m
         torch.testing.assert_close(model(**inputs, num_items_in_batch=7).loss, plain, rtol=1e-5, atol=1e-6)
 
 
+@needs_liger
+@pytest.mark.parametrize(("room", "copies"), [(10, 10), (0.5, 1)])
+def test_pieces_of_logits_fill_the_room(monkeypatch: pytest.MonkeyPatch, room: float, copies: int) -> None:
+    """In copies of the hidden states, as Liger-Kernel counts; never less than one."""
+    from liger_kernel.ops import fused_linear_cross_entropy as liger
+
+    loss, hidden = tiny_hive().to(DEVICE).language_loss, torch.randn(7, 48, device=DEVICE)
+    loss.backend = "liger"
+    given, forward = [], liger.fused_linear_cross_entropy_forward
+    monkeypatch.setattr(
+        liger,
+        "fused_linear_cross_entropy_forward",
+        lambda **named: given.append(named["chunk_mem_const"]) or forward(**named),
+    )
+    monkeypatch.setattr(language_loss, "LOGITS_BYTES", int(room * hidden.nbytes))
+    loss(hidden, torch.arange(7, device=DEVICE))
+    assert given == [copies]
+
+
 def test_what_cannot_be_fused_is_plain_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, gpu = tiny_hive().language_loss, torch.device("cuda")
     assert describe_loss(loss, torch.device("cpu")) == "language-modelling loss: plain (the device is cpu)"

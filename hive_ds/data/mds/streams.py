@@ -11,6 +11,7 @@ import numpy as np
 from streaming import Stream
 
 from hive_ds.errors import HiveError
+from hive_ds.names import does_not_exist
 
 
 def make_streams(weights: Mapping[str, float], *, cache: str | None, cache_limit: str | None) -> list[Stream]:
@@ -46,7 +47,7 @@ def check_index(folder: str) -> None:
     """HiveError where the local ``folder`` is not one of MDS shards with samples in it."""
     index = Path(folder) / "index.json"
     if not Path(folder).is_dir():
-        raise HiveError(f"data folder {folder}: does not exist")
+        raise HiveError(f"data folder {folder}: {does_not_exist(folder)}")
     if not index.is_file():
         raise HiveError(f"data folder {folder}: holds no index.json; expected MDS shards (hive-ds data convert)")
     try:
