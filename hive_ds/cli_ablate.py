@@ -121,10 +121,15 @@ def add_compare_command(commands: Any) -> None:
     """Add ``hive-ds compare``."""
 
     def run(args: argparse.Namespace) -> None:
+        from dataclasses import replace
+
         from hive_ds.compare.pipeline import Comparison
         from hive_ds.compare.settings import PRESETS
 
-        print(f"page: {Comparison(args.out, PRESETS[args.preset]).run().resolve()}")
+        settings = PRESETS[args.preset]
+        if args.seeds is not None:
+            settings = replace(settings, seeds=tuple(_seeds(args.seeds)))
+        print(f"page: {Comparison(args.out, settings).run().resolve()}")
 
     parser = command(
         commands,
@@ -137,3 +142,4 @@ def add_compare_command(commands: Any) -> None:
     parser.add_argument(
         "--preset", choices=("default", "gpu", "smoke"), default="default", help="sizes (default: %(default)s)"
     )
+    parser.add_argument("--seeds", help="of training, as 0,1,2,3 (default: the preset's); more tell smaller differences")
