@@ -142,4 +142,6 @@ def add_compare_command(commands: Any) -> None:
     parser.add_argument(
         "--preset", choices=("default", "gpu", "smoke"), default="default", help="sizes (default: %(default)s)"
     )
-    parser.add_argument("--seeds", help="of training, as 0,1,2,3 (default: the preset's); more tell smaller differences")
+    parser.add_argument(
+        "--seeds", help="of training, as 0,1,2,3 (default: the preset's); more tell smaller differences"
+    )
