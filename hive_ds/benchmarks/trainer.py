@@ -114,20 +114,24 @@ class EngineStepper:
         self.engine = Engine(model, plan.groups, config, CONFIG, world=world, device=device)
 
     def step(self, batch: PackedBatch) -> float:
-        """One optimizer step; the mean loss."""
-        loss = self._accumulate(batch)
+        """One optimizer step; the mean loss. As the loop does, it asks for loss and norms at once."""
+        from hive_ds.training.distributed import sum_over_ranks
+
+        own = self._accumulate(batch)
         with record_function("part:optimizer"):
-            self.engine.step(1.0)
+            told = torch.cat([own.double()[None], self.engine.gradient_squares()])
+            loss, *squares = sum_over_ranks(told, self.engine.device)
+            self.engine.step(1.0, squares)
         return loss
 
     def outcome(self, batch: PackedBatch) -> Outcome:
         """One optimizer step; what the batch gave before it."""
-        loss = self._accumulate(batch)
+        loss = float(self._accumulate(batch))
         gradients = [self.engine._optimizer.get_fp32_grad_for_param(weight) for weight in self._weights]
         self.engine.step(1.0)
         return Outcome(loss, gradients)
 
-    def _accumulate(self, batch: PackedBatch) -> float:
+    def _accumulate(self, batch: PackedBatch) -> Tensor:
         from hive_ds.training.loop import run_micro_batches
 
         return run_micro_batches(self.engine, [batch], batch.supervised_tokens)

@@ -10,16 +10,14 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
-from hive_ds.training.distributed import World, from_main, sum_over_ranks
+from hive_ds.training.distributed import World, from_main
 
 _GO_ON, _STOP, _REPLACED = 0.0, 1.0, 2.0
 """What rank 0 tells the others after a step; theirs is 0, so that the sum is its word."""
@@ -51,6 +49,7 @@ class Attempt:
     def __init__(self, folder: Path, world: World, env: Mapping[str, str] = os.environ) -> None:
         self._stop_file, self._signature, self._world = folder / "STOP", folder / "attempt", world
         self._name = env.get("HIVE_ATTEMPT") or uuid.uuid4().hex
+        self._successor: str | None = None
         given = env.get("HIVE_STOP_AT", "inf")
         try:
             self._stop_at = float(given)
@@ -78,31 +77,38 @@ class Attempt:
     def _refusal(self, now: str) -> str:
         return f"{self._signature.parent}: attempt {now} took over from this one, {self._name}; nothing was written"
 
-    def _successor(self) -> str | None:
+    def _read_successor(self) -> str | None:
         """Who has taken over, as far as can be read: a file system that fails for a moment ends no training."""
         with suppress(OSError):
             now = self._signature.read_text()
             return now if now != self._name else None
         return None
 
-    def agree(self, device: torch.device, *, writing: bool) -> Agreement:
-        """What all ranks know after a step; rank 0 asks before it logs the step.
+    def word(self, *, writing: bool) -> list[float]:
+        """What this rank says after a step; `agree` takes the sum over all ranks. Rank 0 says it before it logs.
 
         Args:
-            device: of this rank.
             writing: this rank is still writing its part of a checkpoint.
+        """
+        word, self._successor = _GO_ON, None
+        if self._world.is_main:
+            self._successor = self._read_successor()
+            if self._successor is not None:
+                word = _REPLACED
+            elif self._stop_file.exists() or time.time() >= self._stop_at:
+                word = _STOP
+        return [word, float(writing)]
+
+    def agree(self, said: Sequence[float]) -> Agreement:
+        """What all ranks know then.
+
+        Args:
+            said: `word` added up over all ranks.
 
         Raises:
             HiveError: on every rank, where another attempt has taken over; names both.
         """
-        word, successor = _GO_ON, None
-        if self._world.is_main:
-            successor = self._successor()
-            if successor is not None:
-                word = _REPLACED
-            elif self._stop_file.exists() or time.time() >= self._stop_at:
-                word = _STOP
-        word, writers = sum_over_ranks([word, float(writing)], device)
+        word, writers = said
         if word == _REPLACED:
-            raise HiveError(self._refusal(from_main(successor)))
+            raise HiveError(self._refusal(from_main(self._successor)))
         return Agreement(stop=word == _STOP, writing=writers > 0)

@@ -8,6 +8,7 @@ that is frozen or unfrozen after the start, a gradient that is not finite.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
 from hive_ds.training.gather_units import WholeModel, gather_by_unit, gathers_by_layer, layer_units, restore_linear
-from hive_ds.training.grad_norms import grad_norms
+from hive_ds.training.grad_norms import gradient_squares, module_group_names
 from hive_ds.training.groups import OptimizerGroup, adamw
 from hive_ds.training.piece_files import PieceReader
 from hive_ds.training.pieces import Piece, own_part, own_pieces, own_tensors, publish_weights, start_state
@@ -146,11 +147,18 @@ class Engine:
         if self.zero_stage == 3:
             self._optimizer.parameter_offload.partition_all_parameters()
 
-    def step(self, lr_factor: float) -> StepReport:
+    def gradient_squares(self) -> Tensor:
+        """This rank's share of the squared L2 norm of each module group's gradient: fp64 (module groups,)."""
+        main = self.world.is_main
+        return gradient_squares(self._optimizer, self.groups, self.zero_stage, is_main=main, device=self.device)
+
+    def step(self, lr_factor: float, squares: Sequence[float] | None = None) -> StepReport:
         """Clip, update the weights and clear the gradients; skip all that where a gradient is not finite.
 
         Args:
             lr_factor: share of each group's peak learning rate.
+            squares: `gradient_squares` added up over all ranks, from a caller that asked for more at the same time;
+                asked for here if None.
 
         Raises:
             HiveError: the first step finds a trained parameter without gradient; or ``requires_grad`` of a parameter
@@ -158,18 +166,20 @@ class Engine:
         """
         self._check_flips()
         self._check_gradients()
-        norms = grad_norms(self._optimizer, self.groups, self.zero_stage, self.device)
+        if squares is None:
+            squares = sum_over_ranks(self.gradient_squares(), self.device)
+        norms = {name: math.sqrt(x) for name, x in zip(module_group_names(self.groups), squares, strict=True)}
         total = sum(norm**2 for norm in norms.values()) ** 0.5
         self._norm = torch.tensor(total, dtype=torch.float64, device=self.device)
         skipped = not total < float("inf")
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
-        if skipped:
-            self._discard_gradients()
-        else:
+        if skipped and not self.zero_stage:
+            self._engine.zero_grad()
+        else:  # ZeRO 1 to 3 find gradients that are not finite themselves, skip and clear their buffers
             self._engine.step()
-            if self._whole is not None:
-                self._whole.renew()
+        if self._whole is not None and not skipped:
+            self._whole.renew()
         self.skipped_steps += skipped
         return StepReport(norms, total, skipped)
 
@@ -297,13 +307,6 @@ class Engine:
             raise HiveError(
                 f"step 1 gave no gradient to {len(without)} parameters that should train: {', '.join(without)}"
             )
-
-    def _discard_gradients(self) -> None:
-        """Forget this step's gradients. ZeRO 1 to 3 find them not finite themselves, skip and clear their buffers."""
-        if self.zero_stage:
-            self._engine.step()
-        else:
-            self._engine.zero_grad()
 
 
 def _register_external_parameters(model: nn.Module) -> None:

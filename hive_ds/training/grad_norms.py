@@ -1,4 +1,4 @@
-"""Norms of the averaged gradients that DeepSpeed holds, by module group."""
+"""Squared norms of the averaged gradients that DeepSpeed holds, by module group."""
 
 from __future__ import annotations
 
@@ -8,30 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hive_ds.training.distributed import sum_over_ranks
 from hive_ds.training.groups import OptimizerGroup
 
 
-def grad_norms(
-    optimizer: Any, groups: Sequence[OptimizerGroup], zero_stage: int, device: torch.device
-) -> dict[str, float]:
-    """Norm of each module group; the same number on every rank, NaN or infinite as soon as one element is.
+def gradient_squares(
+    optimizer: Any, groups: Sequence[OptimizerGroup], zero_stage: int, *, is_main: bool, device: torch.device
+) -> Tensor:
+    """This rank's share of each module group's squared norm: the sum over all ranks is the whole of it.
 
     Args:
         optimizer: DeepSpeed's, after backward.
         groups: of it, in its order.
         zero_stage: 0 to 3.
+        is_main: this rank is the one that answers for all where each holds every gradient (ZeRO 0).
         device: of the gradients' norms.
+
+    Returns:
+        fp64 (module groups,), in the order of `module_group_names`; NaN or infinite as soon as one element is.
     """
-    names = list(dict.fromkeys(group.module_group for group in groups))
+    names = module_group_names(groups)
     squares = torch.zeros(len(names), dtype=torch.float64, device=device)
+    if zero_stage == 0 and not is_main:
+        return squares
     for index, gradients in _local_gradients(optimizer, groups, zero_stage):
         if gradients:
             norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
             squares[names.index(groups[index].module_group)] += norms.double().square().sum()
-    if zero_stage:  # each rank holds its part; under ZeRO 0 each holds all
-        squares = torch.tensor(sum_over_ranks(squares, device))
-    return dict(zip(names, squares.sqrt().tolist(), strict=True))
+    return squares
+
+
+def module_group_names(groups: Sequence[OptimizerGroup]) -> list[str]:
+    """The module groups of ``groups``, each once, in order."""
+    return list(dict.fromkeys(group.module_group for group in groups))
 
 
 def _local_gradients(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -24,7 +24,7 @@ from hive_ds.training.bad_samples import check_bad_share
 from hive_ds.training.checkpoint_writer import CheckpointWriter, SaveReport
 from hive_ds.training.distributed import World, all_values, sum_over_ranks
 from hive_ds.training.engine import Engine, StepReport
-from hive_ds.training.flops import BatchSize, FlopCounter
+from hive_ds.training.flops import FlopCounter
 from hive_ds.training.maps import SampleMaps, norms_over_ranks
 from hive_ds.training.metrics import LISTED_IN_MONITOR, Meter, MetricsLog, Totals
 from hive_ds.training.pace import Pace
@@ -32,6 +32,7 @@ from hive_ds.training.place import here
 from hive_ds.training.profile import StepProfile
 from hive_ds.training.questions import Questions
 from hive_ds.training.schedule import Schedule
+from hive_ds.training.step_sums import Fetched, add_up, fetch
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,27 @@ def train(job: Job, first_step: int) -> int:
     batches, steps, skipped_in_row, done = iter(job.loader), job.schedule.steps, 0, first_step
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=not job.world.is_main, dynamic_ncols=True)
     job.meter.restart()
+    ahead: Fetched | None = None
+    totals = Totals()
     left = range(first_step, steps)
     for step in left if job.profile is None else job.profile.over(left, job.engine.model):
         done = step + 1
         here.begin_step(done)
-        micro_batches, totals = _fetch(job, batches)
+        if ahead is None:
+            ahead = fetch(job, batches)
+            totals = Totals(*sum_over_ranks(ahead.own.vector(), job.device))
+        micro_batches = ahead.micro_batches
         mapped = job.maps is not None and done % job.training.maps_interval == 0
         watch: Any = watched_gradients(job.engine.model) if mapped else nullcontext()
         with watch as squares:
             loss = run_micro_batches(job.engine, micro_batches, totals.supervised)
+        ahead = fetch(job, batches) if done < steps else None  # a GPU is still at work
+        position = job.loader.state_dict() if ahead is None else ahead.position
         here.enter("step")
         with record_function("part:optimizer"):
-            report = job.engine.step(job.schedule.factor(step))
-        agreed = job.attempt.agree(job.device, writing=job.checkpoints.writing)
-        job.meter.add(totals, math.nan if report.skipped else loss)
+            sums = add_up(job, loss, ahead)
+            report = job.engine.step(job.schedule.factor(step), sums.squares)
+        job.meter.add(totals, math.nan if report.skipped else sums.loss)
         _watch_bad_samples(job, done, micro_batches, totals)
         skipped_in_row = _watch_skips(job, done, report, micro_batches, skipped_in_row)
         bar.update()
@@ -98,11 +106,12 @@ def train(job: Job, first_step: int) -> int:
             _validate(job, done)
         if mapped:
             _map(job, done, squares)
-        _report_save(job, job.checkpoints.advance(agreed.writing))
-        if agreed.stop or _due(done, job.training.checkpoint_interval, steps):
-            _save(job, done, last=agreed.stop or done == steps)
-        if agreed.stop:
+        _report_save(job, job.checkpoints.advance(sums.agreed.writing))
+        if sums.agreed.stop or _due(done, job.training.checkpoint_interval, steps):
+            _save(job, done, position, last=sums.agreed.stop or done == steps)
+        if sums.agreed.stop:
             break
+        totals = sums.ahead
     bar.close()
     return done
 
@@ -131,13 +140,20 @@ def evaluate(job: Job, loader: Any) -> float:
     return loss_sum / max(tokens, 1)
 
 
-def _save(job: Job, done: int, *, last: bool) -> None:
-    """Begin a checkpoint, once the one before is there; the last one is waited for."""
+def _save(job: Job, done: int, position: Mapping[str, Any], *, last: bool) -> None:
+    """Begin a checkpoint, once the one before is there; the last one is waited for.
+
+    Args:
+        job: of the stage.
+        done: steps.
+        position: of the loader behind them.
+        last: the run ends here.
+    """
     here.enter("save", ())
     job.meter.pause()
     _report_save(job, job.checkpoints.wait())
     counts = {"cut_samples": job.meter.cut_samples, "bad_samples": job.meter.bad_samples}
-    job.checkpoints.begin(done, {**job.loader.state_dict(), "counts": counts})
+    job.checkpoints.begin(done, {**position, "counts": counts})
     if last:
         _report_save(job, job.checkpoints.wait(), last=True)
     job.meter.restart()
@@ -161,30 +177,7 @@ def _report_save(job: Job, save: SaveReport | None, *, last: bool = False) -> No
             tqdm.write(f"warning: {message}, training goes on")
 
 
-def _fetch(job: Job, batches: Iterator[Any]) -> tuple[list[Any], Totals]:
-    """The micro-batches of one step, and sums over all ranks of what they hold."""
-    start = time.perf_counter()
-    with record_function("part:data"):
-        micro_batches = [next(batches) for _ in range(job.engine.accumulation)]
-    own = Totals(wait=time.perf_counter() - start)
-    job.pace.add(own.wait)
-    for batch in micro_batches:
-        size = batch_size(batch, job.patch_size)
-        own.add(
-            Totals(
-                supervised=size.supervised_tokens,
-                tokens=size.text_tokens,
-                images=batch.num_images,
-                samples=batch.num_samples,
-                cut=batch.num_cut,
-                bad=len(batch.bad),
-                flops=job.flops.count(size),
-            )
-        )
-    return micro_batches, Totals(*sum_over_ranks(own.vector(), job.device))
-
-
-def run_micro_batches(engine: Engine, micro_batches: Sequence[Any], supervised: float) -> float:
+def run_micro_batches(engine: Engine, micro_batches: Sequence[Any], supervised: float) -> Tensor:
     """Forward and backward over one step's micro-batches.
 
     Args:
@@ -193,7 +186,7 @@ def run_micro_batches(engine: Engine, micro_batches: Sequence[Any], supervised: 
         supervised: tokens with a label on all ranks, over the whole step.
 
     Returns:
-        The mean loss over all supervised tokens of all ranks and micro-batches.
+        Scalar, not waited for: its mean over ranks is the mean loss over all supervised tokens of the step.
     """
     # Gradients are averaged over ranks and summed over micro-batches, hence this share of the tokens.
     items = max(supervised, 1) / engine.world.size
@@ -204,7 +197,7 @@ def run_micro_batches(engine: Engine, micro_batches: Sequence[Any], supervised: 
         here.enter("backward")
         engine.backward(output.loss, last=index == len(micro_batches) - 1)
         loss += output.loss.detach()
-    return sum_over_ranks(loss[None], engine.device)[0] / engine.world.size
+    return loss
 
 
 def _watch_skips(job: Job, done: int, report: StepReport, micro_batches: list[Any], in_row: int) -> int:
@@ -291,17 +284,6 @@ def _map(job: Job, done: int, squares: Mapping[int, Tensor]) -> None:
     if job.world.is_main:
         job.engine.write_events({f"block_grad_norm/{block}": norm for block, norm in norms.items()}, done)
     job.meter.restart()
-
-
-def batch_size(batch: Any, patch_size: int) -> BatchSize:
-    """What a `PackedBatch` asks of the model."""
-    images = batch.images
-    if "spatial_shapes" in images:
-        patches = images["spatial_shapes"].prod(dim=1).tolist()
-    else:
-        count, _, height, width = images["pixel_values"].shape
-        patches = [(height // patch_size) * (width // patch_size)] * count
-    return BatchSize.of(batch.text_lengths, batch.image_offsets, batch.supervised_tokens, patches)
 
 
 def _due(done: int, interval: int, steps: int) -> bool:

@@ -44,9 +44,8 @@ class Place:
         self._names: dict[nn.Module, str] = {}
 
     def begin_step(self, step: int) -> None:
-        """A step begins, with its data."""
+        """A step begins; the loop fetches the data of the next one before it ends."""
         self.step, self.steps_begun = step, self.steps_begun + 1
-        self.enter("data", ())
 
     def enter(self, phase: str, samples: Sequence[str] | None = None) -> None:
         """Another phase begins, with these samples or with the ones before."""

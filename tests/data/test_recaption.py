@@ -34,7 +34,7 @@ def save_blip(folder: Path) -> None:
         "left",
     ]
     (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+    tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**size, "vocab_size": len(words), "encoder_hidden_size": 32, "max_position_embeddings": 64}
     ids = {"bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
@@ -157,6 +157,7 @@ def test_captions_are_the_models_own(
     options = ["--prompt", prompt] if prompt else []
     assert run(tmp_path / "data", tmp_path / "out.jsonl", captioners[kind], *options) == 0
     found = lines(tmp_path / "out.jsonl")
+    assert any(line["caption"] for line in found)
     alone = Captioner(CaptionerSettings(captioners[kind], prompt, 6, "cpu"))
     with_images = [sample for sample in samples if sample.images and sample.id != "s002"]
     assert found == [

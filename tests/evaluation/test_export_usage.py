@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from export_models import PROCESSORS, save_hive
 from PIL import Image
 from tiny_models import IMAGE_SIZE
@@ -28,6 +31,12 @@ def tiny_siglip_of_timm() -> None:
 
     vit_usage_patch8_siglip_32.__module__ = "timm.models.vision_transformer"
     timm.models.register_model(vit_usage_patch8_siglip_32)
+
+
+def of_pillow(processor: Any) -> Any:
+    """The processor that resizes with Pillow, as timm and open_clip do; the usual one of transformers 5 does not."""
+    kind = getattr(transformers, f"{type(processor).__name__}Pil", None)
+    return processor if kind is None else kind.from_dict(processor.to_dict())
 
 
 @pytest.mark.parametrize(
@@ -63,7 +72,7 @@ def test_the_cards_lines_take_what_training_saw(format, family, tail, tmp_path, 
     names: dict = {}
     exec(code, names)
 
-    processor = PROCESSORS[family]
+    processor = PROCESSORS[family] if format == "transformers" else of_pillow(PROCESSORS[family])
     if (format, family) == ("open_clip", "clip"):
         processor = type(processor)(size={"shortest_edge": IMAGE_SIZE}, crop_size=processor.crop_size)
     inputs = dict(processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt"))

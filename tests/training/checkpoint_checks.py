@@ -302,9 +302,16 @@ def endless_skips(ranks: Any, precision: str) -> None:
                     batch.images["pixel_values"][:] = float("inf" if step == 1 else "nan")
                 yield batch
 
+    class Batches:
+        def __iter__(self) -> Iterator[Any]:
+            return batches()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
     folder = ranks.folder / f"skips-{precision}"
     folder.mkdir(exist_ok=True)
-    job = job_over(ranks, trainee, batches(), folder, 20, TrainingConfig(max_skipped_steps=3))
+    job = job_over(ranks, trainee, Batches(), folder, 20, TrainingConfig(max_skipped_steps=3))
     message = expect_error(lambda: train(job, 0))
     assert message.startswith("step 7: the gradient was not finite for 3 steps in a row"), message
     assert "[['s0', 's1'], ['s2', 's3']]" in message

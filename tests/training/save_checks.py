@@ -22,7 +22,7 @@ from hive_ds.events import read_events
 from hive_ds.training.attempt import Agreement, Attempt
 from hive_ds.training.checkpoint_files import check_space
 from hive_ds.training.checkpoint_writer import SaveReport
-from hive_ds.training.distributed import barrier
+from hive_ds.training.distributed import barrier, sum_over_ranks
 from hive_ds.training.loop import _report_save
 from hive_ds.training.metrics import MetricsLog
 
@@ -89,14 +89,14 @@ def check_background_save(ranks: Any) -> None:
         writer.begin(1, {})
         while writer.writing and not slow:
             time.sleep(0.001)
-        agreed = attempt.agree(ranks.device, writing=writer.writing)
+        agreed = agree(ranks, attempt, writing=writer.writing)
         assert agreed.writing
         assert writer.advance(agreed.writing) is None
         assert not (folder / "latest").exists()
         threads.set()
         report, steps = None, 0
         while report is None:
-            report = writer.advance(attempt.agree(ranks.device, writing=writer.writing).writing)
+            report = writer.advance(agree(ranks, attempt, writing=writer.writing).writing)
             steps += 1
     assert report.failed is None
     assert steps > 1
@@ -123,5 +123,5 @@ def expect_reports(ranks: Any, metrics: MetricsLog, report: SaveReport) -> None:
             _report_save(job, report)
 
 
-def agree(ranks: Any, attempt: Attempt) -> Agreement:
-    return attempt.agree(ranks.device, writing=False)
+def agree(ranks: Any, attempt: Attempt, *, writing: bool = False) -> Agreement:
+    return attempt.agree(sum_over_ranks(attempt.word(writing=writing), ranks.device))

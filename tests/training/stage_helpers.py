@@ -146,7 +146,8 @@ def run_step(ranks: Any, trainee: Trainee, batches: list[PackedBatch], factor: f
     """One optimizer step through the loop's own code; returns the loss over all ranks and the report."""
     supervised = sum_over_ranks([sum(batch.supervised_tokens for batch in batches)], ranks.device)[0]
     loss = run_micro_batches(trainee.engine, batches, supervised)
-    return loss, trainee.engine.step(factor)
+    mean = sum_over_ranks(loss[None], ranks.device)[0] / ranks.world.size
+    return mean, trainee.engine.step(factor)
 
 
 def in_plain_pytorch(model: Any, stage: Stage, steps: int, images: Sequence[int]) -> list[list[float]]:

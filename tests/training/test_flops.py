@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hive_ds.stages import stage_by_number
 from hive_ds.training.flops import BatchSize, FlopCounter
 from hive_ds.training.groups import groups_of, plan_stage
-from hive_ds.training.loop import batch_size
+from hive_ds.training.step_sums import batch_size
 
 HIVE = [("hive", stage) for stage in (1, 2, 3)]
 CASCADED = [("cascaded", stage) for stage in (1, 2, 3, 4, 5)]

@@ -71,6 +71,7 @@ if __name__ == "__main__":
     watchdog.watch(Path(sys.argv[2]), world, TIMEOUT)
     for step in (1, 2):
         here.begin_step(step)
+        here.enter("data", ())
         barrier()
     if world.rank == 0:
         FAULTS[sys.argv[1]]()
