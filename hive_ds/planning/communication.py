@@ -192,14 +192,13 @@ class _Scale:
         return [self._message(kind, bucket * self.weight_bytes) for bucket in buckets] * times
 
     def scalars(self) -> list[Message]:
-        """The loop's one: loss, norms, totals, agreement to stop; and, below ZeRO-3, DeepSpeed's norms."""
-        numbers, norms = 1 + self.layout.module_groups + len(Totals().vector()) + 2, []
-        if self.policy.stage in (1, 2):
-            norms = [FLOAT32] * len(self.layout.groups)
-            norms += [1] if self.weight_bytes == 2 else []  # one byte: did anything overflow
+        """The loop's one: loss, norms, totals, agreement to stop; and what DeepSpeed asks besides."""
+        sizes = [FLOAT64 * (1 + self.layout.module_groups + len(Totals().vector()) + 2)]
+        if self.policy.stage in (1, 2) and self.weight_bytes == 2:
+            sizes.append(1)  # did anything overflow
         elif self.policy.stage == 0 and self.weight_bytes == 4:
-            norms = [FLOAT32]
-        return [self._message(ALL_REDUCE, size) for size in [FLOAT64 * numbers, *norms]]
+            sizes.append(FLOAT32)  # its norm
+        return [self._message(ALL_REDUCE, size) for size in sizes]
 
     @property
     def _is_whole(self) -> bool:

@@ -97,13 +97,15 @@ class Engine:
         self.model: Any = self._engine.module
         self._parameters = dict(self.model.named_parameters())
         self._whole: WholeModel | None = None
+        # DeepSpeed would ask all ranks for the norm of each optimizer group: it gets the one that `step` knows.
         if self.zero_stage == 3:
             if by_layer:
                 gather_by_unit(self._optimizer, layer_units(self.model), deepspeed.utils.set_z3_leaf_module)
             else:
                 self._whole = WholeModel(self._engine)
-            # DeepSpeed would ask all ranks for the norm of each optimizer group.
             self._optimizer._get_norm_groups = lambda: [self._norm]
+        elif self.zero_stage > 0:
+            self._optimizer.scaled_global_norm = lambda: self._norm
         _register_external_parameters(self.model)
 
     @property
@@ -170,7 +172,7 @@ class Engine:
             squares = sum_over_ranks(self.gradient_squares(), self.device)
         norms = {name: math.sqrt(x) for name, x in zip(module_group_names(self.groups), squares, strict=True)}
         total = sum(norm**2 for norm in norms.values()) ** 0.5
-        self._norm = torch.tensor(total, dtype=torch.float64, device=self.device)
+        self._norm = torch.tensor(total, dtype=torch.float64)  # on the CPU, where offloaded gradients are
         skipped = not total < float("inf")
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
