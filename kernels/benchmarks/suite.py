@@ -165,11 +165,15 @@ def training(part: str, out: Path) -> list[Step]:
     return [Step("training step", [*command, "--seconds", str(SECONDS - GRACE), *chosen], SECONDS)]
 
 
-def write_training(part: str, out: Path, command: str) -> None:
-    """The result file of a stage, as far as it came."""
+def write_training(part: str, step: Step, out: Path, command: str) -> None:
+    """The result file of a stage, as far as it came; ``step`` is red if it timed nothing."""
+    rows = []
     if out.exists():
         record = records.describe(part) | json.loads(out.read_text(encoding="utf-8")) | {"command": command}
+        rows = record["rows"]
         print(f"result file: {records.write(record)}")
+    if step.verdict == "passed" and not any("seconds" in row for row in rows):
+        step.verdict, step.detail = "failed", "nothing was timed"
 
 
 def run(steps: list[Step], environment: dict[str, str], tree: Path) -> None:
@@ -228,7 +232,8 @@ def main() -> int:
         else:
             steps = checks(xml) if part == "checks" else bench(xml)
         run(steps, environment, tree)
-        write_training(part, result, environment["HIVE_SUITE_COMMAND"])
+        if part in STAGES:
+            write_training(part, steps[0], result, environment["HIVE_SUITE_COMMAND"])
     print()
     for step in steps:
         counts = ", ".join(f"{count} {key}" for key, count in step.tests.items())
