@@ -139,6 +139,15 @@ def test_a_stage_that_times_nothing_is_red(
     assert json.loads(path.read_text())["rows"] == rows
 
 
+def test_large_checks_fit_a_gpu_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xdist", reason="needs pytest-xdist: run `make venv`")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    steps = {step.name: step.command for step in suite.checks(Path("xml"))}
+    assert steps["gpu tests"][-2:] == ["-n", "12"]
+    assert steps["agreement"][-2:] == ["-n", "3"]
+
+
 def test_steps_import_this_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is installed, and where nothing is; and wheels that a folder of PYTHONPATH holds, from any folder."""
     wheels = tmp_path / "wheels"
