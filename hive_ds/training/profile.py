@@ -23,7 +23,7 @@ from hive_ds.training.place import here
 KINDS = ("matrix products", "attention", "elementwise, copies", "communication", "optimizer", "Python, waiting")
 """What a step's time is spent on. The last is what no operator accounts for, or the GPU's idle time."""
 _OPERATOR = re.compile(r"(aten|hive_ds|c10d|nccl|gloo)\w*:")
-"""Other events are Python code, or DeepSpeed's, that the trace names."""
+"""On a CPU other events are Python code, or DeepSpeed's, that the trace names."""
 _PRODUCT = re.compile(r"aten::(\w*mm|linear|\w*conv\w*)$")
 STEP = "profiled step"
 """Mark around each step in the trace."""
@@ -101,7 +101,8 @@ def kinds_of_work(events: list[Any], *, cuda: bool) -> dict[str, float]:
     steps = [event for event in events if event.name == STEP and event.device_type == torch.autograd.DeviceType.CPU]
     spent = dict.fromkeys(KINDS, 0.0)
     for event in events:
-        if _OPERATOR.match(event.name) and (cuda or event.thread == steps[0].thread):
+        # Kernels of a GPU are work whoever starts them: Inductor's and Liger-Kernel's are no operator's.
+        if cuda or (_OPERATOR.match(event.name) and event.thread == steps[0].thread):
             spent[_kind(event)] += own_time(event, cuda=cuda)
     if not cuda:
         spent["communication"] += _waited(events, steps[0].thread)

@@ -17,10 +17,6 @@ BUDGET = float(os.environ.get("HIVE_BENCH_SECONDS", "inf"))
 """No timing begins later than so many seconds after the start: a suite with a limit still ends with its table."""
 
 
-CROWDED = 2**29
-"""Scores of a shape from which on its checks take 20 GB: with pytest-xdist they all run in one process."""
-
-
 def target() -> tuple[torch.device, torch.dtype]:
     """Where and in what dtype to measure."""
     if torch.cuda.is_available():
@@ -76,9 +72,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if shapes.get(item, "") in wanted]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = sorted(kept, key=lambda item: order.index(shapes[item]))
-    for item in items if config.pluginmanager.hasplugin("xdist") else []:
-        if SHAPES[shapes[item]].pairs * SHAPES[shapes[item]].heads > CROWDED:
-            item.add_marker(pytest.mark.xdist_group(shapes[item]))
 
 
 @pytest.fixture(scope="session")

@@ -125,6 +125,29 @@ def test_a_step_that_hangs_or_fails_is_red(tmp_path: Path) -> None:
     assert (hangs.verdict, fails.verdict, fails.detail) == ("timed out", "failed", "exit status 3")
 
 
+@pytest.mark.parametrize(("rows", "verdict"), [([{"seconds": 0.1}, {"check": "red"}], "passed"), ([{}], "failed")])
+def test_a_stage_that_times_nothing_is_red(
+    rows: list[dict[str, float]], verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where compiling took all of the time."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    (tmp_path / "step.json").write_text(json.dumps({"rows": rows, "skipped": []}))
+    step = suite.Step("training step", [], 1, verdict="passed")
+    suite.write_training("stage3", step, tmp_path / "step.json", "make")
+    assert step.verdict == verdict
+    (path,) = (tmp_path / "out").iterdir()
+    assert json.loads(path.read_text())["rows"] == rows
+
+
+def test_large_checks_fit_a_gpu_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xdist", reason="needs pytest-xdist: run `make venv`")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    steps = {step.name: step.command for step in suite.checks(Path("xml"))}
+    assert steps["gpu tests"][-2:] == ["-n", "12"]
+    assert steps["agreement"][-2:] == ["-n", "3"]
+
+
 def test_steps_import_this_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is installed, and where nothing is; and wheels that a folder of PYTHONPATH holds, from any folder."""
     wheels = tmp_path / "wheels"

@@ -129,7 +129,7 @@ def test_torch_compile() -> None:
 
 
 def test_new_lengths_compile_nothing() -> None:
-    """After the warm-up no batch of the model's shape adds a binary to any kernel."""
+    """After the warm-up no batch of the model's shape, norm weights in bf16 too, adds a binary to any kernel."""
     from hive_ds.kernels import triton_launch
     from hive_ds.kernels.launching import Launcher
 
@@ -137,6 +137,9 @@ def test_new_lengths_compile_nothing() -> None:
 
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    def in_bf16(**a: Any) -> Any:
+        return triton_attention(**a | {name: a[name].bfloat16() for name in a if name.endswith("weight")})
 
     options = {"heads": 6, "groups": 2, "head_dim": 64}
     warm_up(**options, dtype=torch.bfloat16, device="cuda", qk_norm="pre_rope")  # type: ignore[arg-type]
@@ -153,7 +156,7 @@ def test_new_lengths_compile_nothing() -> None:
         inputs = random_inputs(layout, qk_norm="pre_rope", rotate=True, **options)
         half = {key: table[:, :32].contiguous() for key, table in inputs.tables.items()}
         half_tables = Inputs(layout, inputs.tensors, half, "pre_rope")
-        evaluate(half_tables, lambda **a: triton_attention(**a), dtype=torch.bfloat16)
+        evaluate(half_tables, in_bf16, dtype=torch.bfloat16)
     assert compiled() == before
 
 

@@ -18,7 +18,7 @@ from stage_helpers import make_model, step_batches
 from torch.profiler import record_function
 
 from hive_ds.stages import stage_by_number
-from hive_ds.training.profile import StepProfile
+from hive_ds.training.profile import STEP, StepProfile, kinds_of_work
 
 ALONE = SimpleNamespace(world=SimpleNamespace(rank=0, size=1))
 STEPS = 4
@@ -87,3 +87,28 @@ def test_a_profile_that_cannot_be_written_does_not_end_the_training(
     done, _ = train(StepProfile(tmp_path / "profile", 1, 1, torch.device("cpu")))
     assert done == [0, 1, 2, 3]
     assert "warning: step 1: no profile could be written" in capsys.readouterr().out
+
+
+def test_kernels_of_a_gpu_count_whoever_starts_them() -> None:
+    """Inductor's and Liger-Kernel's are started by no operator of PyTorch."""
+    cpu, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(name: str, kernels: float, device: Any = cpu, long: float = 0.0) -> SimpleNamespace:
+        interval = SimpleNamespace(start=0.0, end=long, elapsed_us=lambda: long)
+        return SimpleNamespace(
+            name=name, device_type=device, time_range=interval, cpu_parent=None, self_device_time_total=kernels
+        )
+
+    events = [
+        event(STEP, 0.0, long=100.0),
+        event("aten::mm", 40.0),
+        event("triton_poi_fused_mul_silu_3", 20.0),
+        event("LigerFusedLinearCrossEntropyFunction", 10.0),
+        event("triton_poi_fused_mul_silu_3", 20.0, gpu),  # the kernel itself
+    ]
+    found = kinds_of_work(events, cuda=True)
+    assert {kind: share for kind, share in found.items() if share} == {
+        "matrix products": 0.4,
+        "elementwise, copies": 0.3,
+        "Python, waiting": 0.3,
+    }
