@@ -41,9 +41,9 @@ class AnswerSettings:
                 raise HiveError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {low}")
 
     def for_generate(self) -> dict[str, Any]:
-        """Arguments of ``generate``; a base model's own defaults are not to draw where 0 was asked for."""
-        chosen = {"do_sample": True, "temperature": self.temperature} if self.temperature else GREEDY
-        return {**chosen, "num_beams": self.beams}
+        """Arguments of ``generate``; a base model's own defaults neither draw where 0 was asked for, nor penalise."""
+        drawn = {"do_sample": True, "temperature": self.temperature} if self.temperature else {}
+        return {**GREEDY, **drawn, "num_beams": self.beams}
 
 
 @dataclass(frozen=True)

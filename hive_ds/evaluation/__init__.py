@@ -1,1 +1,1 @@
-"""."""
+"""Judging what was trained: generated answers, benchmarks, and probes of the frozen encoder."""

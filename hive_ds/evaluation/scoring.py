@@ -44,10 +44,11 @@ class Share:
 def normalise(answer: str) -> str:
     """Lower case, without punctuation, articles and surplus spaces.
 
-    Marks that belong to a number stay, but for the comma of thousands; so do articles where there is no other word.
+    Marks that belong to a number stay, but for the comma of thousands; so do articles where there is no other word, and
+    an answer of marks alone: "+" is neither "-" nor silence.
     """
     words = _PUNCTUATION.sub("", _THOUSANDS.sub("", answer.lower())).split()
-    return " ".join([word for word in words if word not in ARTICLES] or words)
+    return " ".join([word for word in words if word not in ARTICLES] or words or answer.split())
 
 
 def exact_match(answer: str, truth: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +47,8 @@ def write(job: Job) -> Written:
         HiveError: timm is not installed, or has no such model.
     """
     timm = import_timm()
+    own = job.encoder.config
+    job = _at_trained_size(job)
     config = job.encoder.config
     weights = timm_weights(job.encoder)
     arguments = timm_arguments(config)
@@ -61,7 +65,34 @@ def write(job: Job) -> Written:
     }
     (job.folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     name = f"timm {named or 'VisionTransformer'}"
-    return Written(name, _usage(job), _difference(job, timm), "fp64", _notes(config, named, arguments))
+    return Written(name, _usage(job), _difference(job, timm), "fp64", _notes(config, named, arguments, own.image_size))
+
+
+def _at_trained_size(job: Job) -> Job:
+    """The job with position embeddings for the pictures that the image processor gives, by transformers' rule.
+
+    Stock DINOv2 has those of 518 pixels and sees 224; timm's rule for that is another one.
+    """
+    config = job.encoder.config
+    if not config.model_type.startswith("dinov2"):
+        return job
+    size = _picture_size(job.processor)
+    if size is None or size == config.image_size or size % config.patch_size:
+        return job
+    encoder = copy.deepcopy(job.encoder)
+    embeddings = encoder.embeddings
+    tokens = torch.empty(1, 1 + (size // config.patch_size) ** 2, config.hidden_size)
+    with torch.no_grad():
+        embeddings.position_embeddings = torch.nn.Parameter(embeddings.interpolate_pos_encoding(tokens, size, size))
+    encoder.config.image_size = size
+    return replace(job, encoder=encoder)
+
+
+def _picture_size(processor: BaseImageProcessor) -> int | None:
+    """Side of the squares that an image processor gives; None where they are none."""
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    height, width = size.get("height"), size.get("width")
+    return height if height == width else None
 
 
 def import_timm() -> Any:
@@ -224,7 +255,7 @@ def _difference(job: Job, timm: Any) -> float:
     return foreign_difference(job.encoder, job.blocks, features, torch.no_grad()(model))
 
 
-def _notes(config: PretrainedConfig, named: str | None, arguments: dict[str, Any]) -> tuple[str, ...]:
+def _notes(config: PretrainedConfig, named: str | None, arguments: dict[str, Any], own_size: int) -> tuple[str, ...]:
     notes = []
     if named is None:
         notes.append("timm has no model of these sizes under a name of its own; config.json holds its arguments.")
@@ -233,6 +264,11 @@ def _notes(config: PretrainedConfig, named: str | None, arguments: dict[str, Any
         notes.append(
             f'The weights also load into `timm.create_model("{named}"{act}, num_classes=0)`. The activation must be '
             "the one that the encoder was trained with: timm's default for this name may be another."
+        )
+    if config.image_size != own_size:
+        notes.append(
+            f"In training pictures came at {config.image_size} x {config.image_size} pixels: position embeddings are "
+            f"those of that size here, resampled from {own_size} by transformers' rule."
         )
     if config.model_type.startswith("dinov2"):
         notes.append(

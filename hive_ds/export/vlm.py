@@ -19,6 +19,7 @@ from hive_ds.data.text import render_prompt, start_token_id
 from hive_ds.errors import HiveError
 from hive_ds.evaluation.generation import GREEDY
 from hive_ds.export.card import PAPER, Section, write_card
+from hive_ds.export.formats import PICTURE
 from hive_ds.export.parity import check_names
 from hive_ds.export.source import VLM_STAGES, find_source, read_config
 from hive_ds.files import whole_folder
@@ -242,7 +243,7 @@ def _usage(name: str, own: HiveProcessor) -> str:
         "from PIL import Image\nfrom transformers import AutoProcessor, LlavaForConditionalGeneration\n\n"
         f'processor = AutoProcessor.from_pretrained("{name}")\n'
         f'model = LlavaForConditionalGeneration.from_pretrained("{name}")\n'
-        'picture = Image.open("picture.jpg")\n'
+        f"picture = {PICTURE}\n"
     )
     if own.tokenizer.chat_template is None:
         ask = (

@@ -189,6 +189,20 @@ def test_the_command_answers_once_or_talks(
     assert (tmp_path / "map.png").is_file()
 
 
+def test_drawn_answers_know_no_penalty_either(run: Path) -> None:
+    """A base LLM's own penalty would count other tokens in HIVE models than in LLaVA-style ones."""
+    chat = load_chat_model(run / "stage3")
+    settings = AnswerSettings(max_new_tokens=12, temperature=0.7)
+    said = []
+    for penalty in (1.0, 50.0):
+        chat.model.generation_config.repetition_penalty = penalty
+        conversation = Conversation(chat, settings)
+        conversation.show(decode_image(SAMPLES[0].images[0]))
+        torch.manual_seed(0)
+        said.append(conversation.ask("what is this?").token_ids.tolist())
+    assert said[0] == said[1]
+
+
 def test_wrong_input(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(HiveError, match=r"text\.png: image of 10 bytes cannot be read"):

@@ -84,6 +84,24 @@ def test_the_cards_lines_take_what_training_saw(format, family, tail, tmp_path, 
     torch.testing.assert_close(found.reshape(expected.shape), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["dinov2", "dinov2_with_registers"])
+def test_timm_takes_what_training_saw_at_another_size_than_the_encoders_own(family, tmp_path) -> None:
+    """As stock DINOv2: position embeddings for 518 pixels, an image processor that gives 224."""
+    timm = pytest.importorskip("timm", reason="timm is not installed; pip install 'hive-ds[timm]'")
+    model = save_hive(tmp_path / "model", family, image_size=2 * IMAGE_SIZE)
+    export_encoder(tmp_path / "model", tmp_path / "out", format="timm")
+    exported = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(exported), is_training=False)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    inputs = dict(PROCESSORS[family](picture, return_tensors="pt"))
+    with torch.no_grad():
+        expected = encode_images(model.vision_encoder, (LAST_ROUTED,), **inputs).by_block[LAST_ROUTED]
+        (found,) = exported.forward_intermediates(
+            preprocess(picture)[None], indices=[LAST_ROUTED - 1], output_fmt="NLC", intermediates_only=True
+        )
+    torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(("family", "aspect"), [("siglip", "square"), ("siglip", "pad"), ("clip", "pad")])
 @pytest.mark.parametrize("size", [(96, 48), (40, 100)])
 def test_open_clip_sees_the_pictures_that_the_image_processor_makes(family, aspect, size) -> None:

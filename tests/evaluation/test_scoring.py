@@ -35,6 +35,9 @@ from hive_ds.evaluation.scoring import Share, accuracy_by_kind, exact_match, nor
         ("U.S.", "us", True),
         ("ox", "o x", False),
         ("an", "ant", False),
+        ("", "+", False),
+        ("-", "+", False),
+        (" + ", "+", True),
     ],
 )
 def test_exact_match(answer: str, truth: str, same: bool) -> None:
