@@ -39,9 +39,12 @@ class HuggingFaceSource:
         self._store = None if images is None else open_store(images)
         path = Path(name)
         files = sorted(file for file in path.rglob("*") if file.suffix in DATA_SUFFIXES) or [path]
-        self.origin = describe_origin(
-            "huggingface", name, self._columns, files=files if path.exists() else [], images=images, split=split
-        )
+        self.origin = {
+            **describe_origin(
+                "huggingface", name, self._columns, files=files if path.exists() else [], images=images, split=split
+            ),
+            "source revision": None if path.exists() else _revision(self._rows),
+        }
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -139,6 +142,11 @@ def _load(name: str, split: str | None) -> Any:
     if chosen is None or chosen not in loaded:
         raise HiveError(f"dataset {name}: has no split {split or 'train'!r}; name one of {', '.join(loaded)} (--split)")
     return loaded[chosen]
+
+
+def _revision(rows: Any) -> str:
+    """What tells one commit of a dataset on the hub from another: ``datasets`` names the folder of its cache so."""
+    return ", ".join(sorted({Path(file["filename"]).parent.name for file in rows.cache_files}))
 
 
 def undecoded(rows: Any) -> Any:

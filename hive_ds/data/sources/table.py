@@ -18,7 +18,7 @@ class TableSource:
     """Rows with an image path and a caption (or a JSON of conversations), with a header or in that order.
 
     Args:
-        path: .csv or .tsv, UTF-8.
+        path: .csv or .tsv, UTF-8; commas or tabs between fields, whichever its first line has.
         images: folder, zip or tar that the paths start at; default the file's own folder.
         columns: names in the header.
     """
@@ -30,7 +30,9 @@ class TableSource:
         csv.field_size_limit(CSV_LARGEST_FIELD)
         try:
             with self._path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.reader(file, delimiter="\t" if self._path.suffix == ".tsv" else ","))
+                delimiter = _delimiter(self._path, file.readline())
+                file.seek(0)
+                rows = list(csv.reader(file, delimiter=delimiter))
         except (UnicodeDecodeError, csv.Error) as error:
             raise HiveError(f"table {self._path}: cannot be read ({error})") from error
         rows = [row for row in rows if row]
@@ -40,6 +42,10 @@ class TableSource:
         usual = {*Columns.USUAL_TEXT, *Columns.USUAL_IMAGE, *Columns.USUAL_CONVERSATIONS}
         if usual & {name.lower() for name in rows[0]} or {columns.text, columns.image} & set(rows[0]):
             self._names, self._rows = rows[0], rows[1:]
+        elif len(rows[0]) == 1:
+            raise HiveError(
+                f"table {self._path}: line {rows[0][0][:80]!r} has one field; expected commas or tabs between"
+            )
         else:
             self._names, self._rows = ["image", "caption", *map(str, range(2, len(rows[0])))], rows
         self._columns = columns.resolve(self._names, f"table {self._path}")
@@ -67,3 +73,10 @@ class TableSource:
         if len(row) != len(self._names):
             raise HiveError(f"has {len(row)} fields; expected {len(self._names)}: {', '.join(self._names)}")
         return dict(zip(self._names, row, strict=True))
+
+
+def _delimiter(path: Path, line: str) -> str:
+    """What separates the fields of the table at ``path``, whose first line is ``line``."""
+    if path.suffix == ".tsv":
+        return "," if "," in line and "\t" not in line else "\t"
+    return "\t" if "\t" in line.split(",")[0] else ","  # a caption after the first field may hold either
