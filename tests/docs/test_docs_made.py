@@ -27,6 +27,7 @@ from hive_ds.model.language import decoder
 from hive_ds.model.vision import vision_blocks
 from hive_ds.recipe import load_recipe, recipe_names
 from hive_ds.recipe_values import known_keys
+from hive_ds.training.metrics import TRAIN_KEYS
 
 
 @cache
@@ -50,6 +51,13 @@ def test_roofline_table_is_that_of_the_result_file():
     from hive_docs.roofline import table
 
     assert "\n".join(table()) in (DOCS / "performance.md").read_text()
+
+
+def test_keys_of_a_train_line_are_explained():
+    text = (DOCS / "training.md").read_text()
+    table = text[text.index("## Watch a run") : text.index("**A healthy run**")]
+    first_cells = " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("|"))
+    assert sorted(re.findall(r"`(\w+)`", first_cells)) == sorted(TRAIN_KEYS)
 
 
 def test_sketch_in_the_readme_has_routes_of_the_recipe():
