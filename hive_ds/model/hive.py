@@ -27,7 +27,7 @@ from hive_ds.model.positions import RotaryFrequencies
 from hive_ds.model.projector import Projector, projector_name
 from hive_ds.model.routes import Routes
 from hive_ds.model.runs import image_states, run_layers, split_runs
-from hive_ds.model.vision import encode_images, rest_if_frozen, tower_key_mapping, vision_blocks, vision_class
+from hive_ds.model.vision import rest_if_frozen, tower_key_mapping, vision_blocks, vision_class
 
 
 class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
@@ -232,23 +232,15 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         spatial_shapes: Tensor | None = None,
     ) -> PromptImages:
         """Run the encoder over the images of ``prompts`` prompts; arguments as in `forward`."""
-        if pixel_values is None:
-            if any(image_offsets or ()):
-                raise ValueError("image_offsets lists images but pixel_values is None; give both or neither")
-            return PromptImages.none(prompts)
-        if image_offsets is None or len(image_offsets) != prompts:
-            raise ValueError(
-                f"image_offsets is {image_offsets}; with pixel_values it must be a list of offsets for each of the "
-                f"{prompts} rows"
-            )
-        encoded = encode_images(
+        return PromptImages.encode(
             self.vision_encoder,
             self.routes.blocks,
             pixel_values,
+            image_offsets,
+            prompts,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
         )
-        return PromptImages.build(encoded, image_offsets)
 
     def _decode(
         self, text: PackedText, new_images: PromptImages | None, cache: HiveCache | None, rows_R: Tensor | None = None
