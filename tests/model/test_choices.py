@@ -1,0 +1,26 @@
+"""A recipe may name what the code has: no more, and no less."""
+
+from __future__ import annotations
+
+from typing import get_type_hints
+
+import pytest
+
+from hive_ds.config import ModelConfig
+from hive_ds.kernels import BACKENDS, QK_NORMS
+from hive_ds.model.flash import FLASH_BACKENDS
+from hive_ds.model.positions import ROPES
+
+
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [
+        ("qk_norm", QK_NORMS),
+        ("rope", ROPES),
+        ("attention_backend", BACKENDS),
+        ("text_attention_backend", (*BACKENDS, *FLASH_BACKENDS)),
+    ],
+)
+def test_choices_of_a_recipe_are_those_of_the_code(field: str, known: tuple[str, ...]) -> None:
+    (check,) = get_type_hints(ModelConfig, include_extras=True)[field].__metadata__
+    assert sorted(check.choices) == sorted(known)
