@@ -32,7 +32,7 @@ from hive_ds.checks import (
 from hive_ds.errors import HiveError
 from hive_ds.stages import STAGES, STAGES_BY_KIND, VLM_STAGES
 
-# Written out here, for the code that has them imports torch; tests/model/test_choices.py compares.
+# Written out here, for the code that has them imports torch; tests/unit/test_choices.py compares.
 ATTENTION = ("auto", "triton", "sdpa", "reference")
 """Attention of routed layers (`hive_ds.kernels.BACKENDS`)."""
 TEXT_ATTENTION = (*ATTENTION, "torch_flash", "flash_attention_2")

@@ -253,7 +253,7 @@ def test_images_of_any_size() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_offsets": [[0]]}, "for each of the 4 rows"),
+        ({"image_offsets": [[0, 1, 2, 3]]}, "for each of the 4 rows"),
         ({"image_offsets": None}, "for each of the 4 rows"),
         ({"pixel_values": None}, "pixel_values is None"),
     ],

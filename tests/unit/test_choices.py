@@ -6,21 +6,24 @@ from typing import get_type_hints
 
 import pytest
 
-from hive_ds.config import ModelConfig
+from hive_ds.config import DataConfig, ModelConfig
+from hive_ds.data.text import IMAGE_POSITIONS, TEMPLATES
 from hive_ds.kernels import BACKENDS, QK_NORMS
 from hive_ds.model.flash import FLASH_BACKENDS
 from hive_ds.model.positions import ROPES
 
 
 @pytest.mark.parametrize(
-    ("field", "known"),
+    ("section", "field", "known"),
     [
-        ("qk_norm", QK_NORMS),
-        ("rope", ROPES),
-        ("attention_backend", BACKENDS),
-        ("text_attention_backend", (*BACKENDS, *FLASH_BACKENDS)),
+        (ModelConfig, "qk_norm", QK_NORMS),
+        (ModelConfig, "rope", ROPES),
+        (ModelConfig, "attention_backend", BACKENDS),
+        (ModelConfig, "text_attention_backend", (*BACKENDS, *FLASH_BACKENDS)),
+        (DataConfig, "template", TEMPLATES),
+        (DataConfig, "image_position", IMAGE_POSITIONS),
     ],
 )
-def test_choices_of_a_recipe_are_those_of_the_code(field: str, known: tuple[str, ...]) -> None:
-    (check,) = get_type_hints(ModelConfig, include_extras=True)[field].__metadata__
+def test_choices_of_a_recipe_are_those_of_the_code(section: type, field: str, known: tuple[str, ...]) -> None:
+    (check,) = get_type_hints(section, include_extras=True)[field].__metadata__
     assert sorted(check.choices) == sorted(known)
