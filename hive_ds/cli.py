@@ -23,7 +23,7 @@ from hive_ds.cli_doctor import add_doctor_command
 from hive_ds.cli_eval import add_eval_command
 from hive_ds.cli_export import add_export_commands
 from hive_ds.cli_hosts import add_host_commands
-from hive_ds.cli_parts import Parser, command, group
+from hive_ds.cli_parts import Parser, add_overrides, command, group
 from hive_ds.cli_plan import add_plan_command
 from hive_ds.cli_probe import add_probe_command
 from hive_ds.cli_report import add_report_command
@@ -122,11 +122,7 @@ def _add_recipe_show(commands: Any) -> None:
         "The output is YAML, a recipe itself. Precedence: defaults < base recipe < the file < --set.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or path of a .yaml file")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one value, as model.rope=1d or stages.vision_finetuning.lr=1e-5; the value is YAML; repeatable",
+    add_overrides(
+        parser,
+        "override one value, as model.rope=1d or stages.vision_finetuning.lr=1e-5; the value is YAML; repeatable",
     )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import add_overrides, command
 
 ARMS_HELP = (
     "hive (the recipe itself), sa and base (the paper's baselines), last (every route from the last block), routes-N"
@@ -112,9 +112,7 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder: one run folder an arm and seed below it")
     parser.add_argument("--arms", default="hive,sa,base,last", help=f"{ARMS_HELP} (default: %(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="of training (default: %(default)s)")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a value in all arms"
-    )
+    add_overrides(parser, "override one value in all arms; repeatable")
 
 
 def add_compare_command(commands: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import command, require_positive, split_name
 from hive_ds.errors import HiveError
 
 if TYPE_CHECKING:
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
     from hive_ds.analysis.samples import Subject
     from hive_ds.data.schema import Sample
+
+
+CHECKPOINT = "folder of a run (its last finished stage), a stage or a model, HIVE's or a LLaVA-style one; NAME heads it"
 
 
 def add_analyze_commands(commands: Any) -> None:
@@ -100,9 +105,6 @@ def _add_flow(commands: Any) -> None:
     _add_output(parser, "flow.png")
 
 
-CHECKPOINT = "folder of a run (its last finished stage), a stage or a model, HIVE's or a LLaVA-style one; NAME heads it"
-
-
 def _add_picture(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--image", metavar="FILE", type=Path, required=required, help="the picture")
     parser.add_argument("--text", required=required, help="the caption or the answer; the loss is on it")
@@ -136,28 +138,23 @@ def _check(args: argparse.Namespace) -> None:
     pictured = args.image is not None and args.text is not None
     if (args.data is None) != pictured or (args.data is not None and (args.image or args.text or args.question)):
         raise HiveError("flow: expected either --data, or --image and --text (and --question)")
-    if args.samples < 1:
-        raise HiveError(f"samples is {args.samples}, expected at least 1")
+    require_positive(args, "samples")
 
 
 def _subject(checkpoint: str, args: argparse.Namespace) -> Subject:
     """The model of ``[NAME=]CHECKPOINT``, which is named by its folder otherwise."""
-    import sys
-
     import transformers
 
     from hive_ds.analysis.samples import Subject
     from hive_ds.chat.loading import load_chat_model
 
     transformers.logging.set_verbosity_error()
-    name, equals, folder = checkpoint.partition("=")
-    if not equals or "/" in name:
-        name = folder = checkpoint
+    name, folder = split_name(checkpoint)
     chat = load_chat_model(folder)
     print(chat, file=sys.stderr)
     if args.question is not None and chat.template == "plain":
         raise HiveError(f"{folder} has learned captions (template plain): expected no --question")
-    return Subject(name, chat.model, chat.processor, chat.template)
+    return Subject(checkpoint if name is None else name, chat.model, chat.processor, chat.template)
 
 
 def _picture(args: argparse.Namespace) -> Sample:
@@ -174,9 +171,6 @@ def _samples(args: argparse.Namespace) -> list[Sample]:
 
 def _report(args: argparse.Namespace, values: dict[str, Any], lines: list[str], picture: Image.Image) -> None:
     """Write the picture, and print the numbers."""
-    import json
-    import sys
-
     from hive_ds.analysis.attention_pictures import save_picture
 
     save_picture(picture, args.out)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import add_overrides, command, require_positive
 from hive_ds.errors import HiveError
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def add_cost_command(commands: Any) -> None:
     )
     parser.add_argument("--batch", metavar="B", type=int, help="samples of a micro-batch (default: the recipe's)")
     parser.add_argument("--ranks", metavar="R", type=int, default=8, help="(default: %(default)s)")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in training"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--measure", action="store_true", help="also run and time steps with random weights on the GPU, without ZeRO"
     )
@@ -67,8 +65,7 @@ def _run(args: argparse.Namespace) -> None:
     from hive_ds.files import write_whole
     from hive_ds.recipe import load_recipe
 
-    if args.ranks < 1:
-        raise HiveError(f"--ranks {args.ranks}: expected 1 or more")
+    require_positive(args, "ranks")
     if args.curves and len(args.against) != 1:
         raise HiveError(f"--curves compares two recipes; expected one --against, got {len(args.against)}")
     if args.picture and not args.curves:

@@ -106,7 +106,9 @@ def _add_source_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     """Add what names the samples and images of a SOURCE; return their group, for more."""
     group = parser.add_argument_group("source")
     group.add_argument("--preset", metavar="NAME", help="cc3m, llava-pretrain, llava-next or sharegpt4v")
-    group.add_argument("--format", metavar="F", help="llava, table, webdataset, huggingface or image_folder, untold")
+    group.add_argument(
+        "--format", metavar="F", help="llava, table, webdataset, huggingface or image_folder (default: by SOURCE)"
+    )
     group.add_argument("--images", metavar="PATH", help="folder, .zip or .tar that image paths start at")
     group.add_argument("--split", help="of a Hugging Face dataset (default: train)")
     group.add_argument("--id-column", metavar="NAME", help="names of fields, where they are not the usual ones")

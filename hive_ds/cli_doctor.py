@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import add_overrides, command
 
 
 def add_doctor_command(commands: Any) -> None:
@@ -21,9 +21,7 @@ def add_doctor_command(commands: Any) -> None:
     )
     parser.add_argument("--hostfile", type=Path, metavar="F", help="also ask these hosts over ssh: lines NAME slots=N")
     parser.add_argument("--recipe", metavar="R", help="also look at the data, models and batch sizes that it names")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a value of --recipe"
-    )
+    add_overrides(parser, "override one value of --recipe; repeatable")
     parser.add_argument("--run", dest="run_folder", type=Path, metavar="FOLDER", help="also look at a run's folder")
     parser.add_argument("--data", metavar="FOLDER", help="also look at a folder of MDS shards, for data.train")
     parser.add_argument("--port", type=int, default=29500, help="that rank 0 is to listen on (default: %(default)s)")

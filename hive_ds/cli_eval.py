@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import command, require_positive
 from hive_ds.errors import HiveError
 
 
@@ -48,10 +48,7 @@ def add_eval_command(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     if args.checkpoint is None and not args.self_test:
         raise HiveError("no CHECKPOINT: expected one, or --self-test")
-    for name in ("limit", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise HiveError(f"--{name.replace('_', '-')} {value}: expected a number of at least 1")
+    require_positive(args, "limit", "batch_size")
     if importlib.util.find_spec("lmms_eval") is None:
         raise HiveError('lmms-eval is not installed; install it with: pip install -e ".[eval]"')
     from hive_ds.evaluation.benchmarks.run import Request, evaluate

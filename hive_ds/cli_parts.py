@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from hive_ds.errors import HiveError
+
 Command = Callable[[argparse.Namespace], int | None]
 
 
@@ -30,6 +32,25 @@ def command(group: Any, name: str, run: Command, help: str, more: str = "") -> a
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="print an error's stack trace")
     parser.set_defaults(run=run)
     return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser, help: str = "override one value of the recipe; repeatable") -> None:
+    """Add ``--set KEY=VALUE``, which may be given often: ``args.overrides``."""
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=help)
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """HiveError where a number of these was given and is less than 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise HiveError(f"--{name.replace('_', '-')} {value}: expected a number of at least 1")
+
+
+def split_name(given: str) -> tuple[str | None, str]:
+    """Name and source of ``[NAME=]SOURCE``; a path with a ``=`` in it is no name."""
+    name, equals, source = given.partition("=")
+    return (None, given) if not equals or "/" in name else (name, source)
 
 
 def _sentence(text: str) -> str:

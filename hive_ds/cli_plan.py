@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import add_overrides, command, require_positive
 from hive_ds.errors import HiveError
 from hive_ds.planning.hardware import GPUS, NETWORKS, gpu_named, network_named
 
@@ -36,27 +37,15 @@ def add_plan_command(commands: Any) -> None:
     parser.add_argument("--overlap", type=float, metavar="SHARE", help="of communication and compute (default: 0.7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, assumptions included")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the scaling from 1 to 1,024 GPUs")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one value of the recipe; repeatable",
-    )
+    add_overrides(parser)
 
 
 def _run(args: argparse.Namespace) -> None:
-    for name in ("nodes", "gpus_per_node", "text_length", "samples"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise HiveError(f"--{name.replace('_', '-')} {value}: expected a number of at least 1")
+    require_positive(args, "nodes", "gpus_per_node", "text_length", "samples")
     shares = {name: getattr(args, name) for name in ("efficiency", "overlap") if getattr(args, name) is not None}
     for name, share in shares.items():
         if not 0 < share <= 1:
             raise HiveError(f"--{name} {share}: expected a share above 0, at most 1")
-    import json
-
     from hive_ds.files import write_whole
     from hive_ds.planning.plan import count_samples, plan_profiles, scaling, steps_of
     from hive_ds.planning.report import PlanReport, draw_scaling

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import command, split_name
 from hive_ds.errors import HiveError
 
 if TYPE_CHECKING:
@@ -134,9 +134,8 @@ def _named(encoders: list[str]) -> dict[str, str]:
     """Name -> source."""
     named: dict[str, str] = {}
     for given in encoders:
-        name, equals, source = given.partition("=")
-        if not equals or "/" in name:
-            name, source = Path(given).name, given
+        name, source = split_name(given)
+        name = Path(given).name if name is None else name
         if not name or not source:
             raise HiveError(f"encoder {given!r}: expected ENCODER or NAME=ENCODER")
         if name in named:

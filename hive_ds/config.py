@@ -32,8 +32,11 @@ from hive_ds.checks import (
 from hive_ds.errors import HiveError
 from hive_ds.stages import STAGES, STAGES_BY_KIND, VLM_STAGES
 
-TEXT_ATTENTION = ("auto", "triton", "sdpa", "torch_flash", "flash_attention_2", "reference")
-"""Attention of un-routed layers."""
+# Written out here, for the code that has them imports torch; tests/unit/test_choices.py compares.
+ATTENTION = ("auto", "triton", "sdpa", "reference")
+"""Attention of routed layers (`hive_ds.kernels.BACKENDS`)."""
+TEXT_ATTENTION = (*ATTENTION, "torch_flash", "flash_attention_2")
+"""Attention of un-routed layers: those and `hive_ds.model.flash.FLASH_BACKENDS`."""
 
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 """The stages that a recipe may describe."""
@@ -84,7 +87,7 @@ class ModelConfig:
     """``none``, ``pre_rope`` or ``post_rope`` (the paper's); an LLM with its own q/k norms keeps those."""
     rope: Annotated[str, one_of("2d", "1d")] = "2d"
     """Image positions: ``2d`` (row, column, time) or ``1d`` (one after another, as the paper's code)."""
-    attention_backend: Annotated[str, one_of("auto", "triton", "sdpa", "reference")] = "auto"
+    attention_backend: Annotated[str, one_of(*ATTENTION)] = "auto"
     """Attention of routed layers: ``auto`` (``triton`` on a GPU, ``sdpa`` elsewhere) or one by name."""
     text_attention_backend: Annotated[str, one_of(*TEXT_ATTENTION)] = "auto"
     """Attention of un-routed layers: as above, torch's own flash attention, or the package flash-attn."""

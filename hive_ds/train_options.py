@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "write --run-folder: it takes --run for its own --run-path",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the recipe; may repeat"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the recipe; repeatable"
     )
     parser.add_argument("--no-next", action="store_true", help="do not say at the end how the next stage is started")
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")

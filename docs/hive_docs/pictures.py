@@ -151,6 +151,7 @@ def visible_keys(text: int, images: Sequence[int], offsets: Sequence[int]) -> to
     out = hierarchical_attention(
         zeros[:text], zeros[:text], value[:text], zeros[text:], value[text:], layout, backend="reference"
     )
+    assert isinstance(out, torch.Tensor)
     return out[:, 0] > 0
 
 

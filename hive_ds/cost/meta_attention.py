@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hive_ds.kernels.padded_op import padded_attention
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.cascaded import CascadedForCausalLM
-from hive_ds.model.language import decoder
-from hive_ds.training.flops import BatchSize, head_dim_of
+from hive_ds.model.language import decoder, head_dim_of
+from hive_ds.training.flops import BatchSize
 
 _ENCODER, _LANGUAGE = "hive_meta_encoder", "hive_meta_language"
 

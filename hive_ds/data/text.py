@@ -142,15 +142,11 @@ def encode_sample(
     return EncodedSample(input_ids, labels, offsets, cut)
 
 
-def encode_prompt(
-    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str, image_position: str
-) -> EncodedText:
-    """Tokenise ``turns``, the last a user's, up to the point where the answer starts, exactly as in training."""
-    return encode_text(render_prompt(turns, tokenizer, template=template), tokenizer, image_position=image_position)
-
-
 def render_prompt(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str) -> str:
-    """Return the text before the answer: "plain" keeps the images of ``turns`` alone, "chat" renders all of them."""
+    """Return the text before the answer, as in training; the last of ``turns`` is a user's.
+
+    "plain" keeps their images alone, "chat" renders all of them.
+    """
     if template == "plain":
         return IMAGE_TOKEN * sum(turn.content.count(IMAGE_TOKEN) for turn in turns)
     return render_chat(turns, tokenizer, for_answer=True)

@@ -13,7 +13,7 @@ from hive_ds.doctor.findings import Finding
 from hive_ds.launch.probe import version
 
 AREA = "versions"
-STREAMING, FLASH = "mosaicml-streaming", "flash-attn"
+FLASH = "flash-attn"
 _FLASH_USE = "only model.text_attention_backend=flash_attention_2 and model.vision_attention=flash_attention_2 use it"
 Installed = Callable[[str], "str | None"]
 """Version of a package, None where it is not installed."""

@@ -8,7 +8,7 @@ Axes: T text token, N image token, D model, H query head, G key/value head, K he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class AttentionCall:
     """What one forward pass hands a layer's attention, beside the hidden states.
 
-    Not frozen: torch.compile reads every field of what is, down to the lists of the layout, and compiles anew when one
-    changes.
+    Not frozen: torch.compile guards on every field of a frozen dataclass, down to the lists of the layout, and compiles
+    anew when one changes.
 
     Attributes:
         layout: who sees whom, shared by all layers with the same number of routes.
@@ -42,8 +42,8 @@ class AttentionCall:
         cache: where keys are kept between calls, or None.
         texts: where the texts are, for an un-routed layer that a library's flash attention serves.
         tables: what the kernels read of the layout, for a layer that is compiled.
-        text_TD, rows_R: where a layer is asked for some tokens only, the normed states of all of them, and which: the
-            layer's own input then holds those (R,) alone.
+        text_TD, rows_R: for a layer of which only some tokens are wanted (`hive_ds.model.last_layer`): the normed
+            states of all tokens, and the rows of the wanted ones (R,), which are then the layer's whole input.
     """
 
     layout: AttentionLayout
@@ -123,8 +123,8 @@ class HiveAttention(nn.Module):
         """Whether a library's flash attention serves whole texts."""
         return self.backend in FLASH_BACKENDS
 
-    def made_ahead(self, layout: AttentionLayout, dtype: torch.dtype) -> dict[str, Any]:
-        """Fields of the calls of all layers like this one on a batch of whole texts."""
+    def shared_fields(self, layout: AttentionLayout, dtype: torch.dtype) -> dict[str, Any]:
+        """Fields of `AttentionCall` that all layers of this kind share on a batch of whole texts, made once for it."""
         if self.is_flash:
             return {"texts": TextBounds.of(layout)}
         if not self.prepared:
@@ -183,7 +183,8 @@ class HiveAttention(nn.Module):
         )  # fmt: skip
         if hive.tables is not None:
             return prepared_attention(q, k, v, image_k, image_v, hive.tables, **options)
-        return hierarchical_attention(q, k, v, image_k, image_v, hive.layout, backend=self.backend, **options)
+        out = hierarchical_attention(q, k, v, image_k, image_v, hive.layout, backend=self.backend, **options)
+        return cast(Tensor, out)  # without lse
 
     def _attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, hive: AttentionCall
@@ -198,12 +199,13 @@ class HiveAttention(nn.Module):
             image_k = finish_keys(image_k, k_weight, eps, self.qk_norm, hive.image_cos_NK, hive.image_sin_NK)
             cache.image_keys[self.layer] = (image_k, image_v)
         image_k, image_v = cache.image_keys.get(self.layer, (None, None))
-        return hierarchical_attention(
+        out = hierarchical_attention(
             q, k_BSGK, v_BSGK, image_k, image_v, hive.layout,
             q_norm_weight=q_weight, norm_eps=eps, qk_norm=self.qk_norm,
             cos=hive.cos_TK, sin=hive.sin_TK, softmax_scale=self.softmax_scale,
             backend="auto" if self.is_flash else self.backend,
         )  # fmt: skip
+        return cast(Tensor, out)  # without lse
 
 
 def _linear_like(linear: Any) -> nn.Linear:

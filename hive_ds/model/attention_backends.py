@@ -12,6 +12,7 @@ from hive_ds.model.attention import HiveAttention
 from hive_ds.model.cascaded import CascadedForCausalLM
 from hive_ds.model.flash import FLASH_BACKENDS, flash_attention_refusal
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.language import head_dim_of
 
 TrainedModel = HiveForCausalLM | CascadedForCausalLM
 
@@ -83,8 +84,7 @@ def _kinds(model: TrainedModel) -> dict[_Kind, list[int]]:
     heads = text.num_attention_heads
     groups = getattr(text, "num_key_value_heads", None) or heads
     if isinstance(model, CascadedForCausalLM):  # queries and keys come to its attention normed and rotated
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        kind = _Kind(False, model.attention_backend, heads, groups, head_dim, "none", rotate=False)
+        kind = _Kind(False, model.attention_backend, heads, groups, head_dim_of(text), "none", rotate=False)
         return {kind: list(range(text.num_hidden_layers))}
     for module in model.modules():
         if isinstance(module, HiveAttention):

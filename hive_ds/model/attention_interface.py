@@ -22,20 +22,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hive_ds.errors import HiveError
-from hive_ds.kernels import AttentionLayout, hierarchical_attention
+from hive_ds.kernels import BACKENDS, AttentionLayout, hierarchical_attention
 from hive_ds.model.flash import FLASH_ATTENTION, TORCH_FLASH, TextBounds, flash_attention
 
 NAME = "hive"
-BACKENDS = ("triton", "sdpa", "reference", TORCH_FLASH)
-"""Of `hierarchical_attention`, and torch's own for whole texts; each is also there by name, as ``hive_sdpa``."""
-
 _described: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What the host read from a mask, positions or bounds, and their version: all layers are handed the same tensor."""
 
 
 def register_attention() -> None:
-    """Make ``attn_implementation="hive"`` known to transformers, and ``hive_BACKEND``; again is the same as once."""
-    for name, backend in {NAME: "auto", **{f"{NAME}_{backend}": backend for backend in BACKENDS}}.items():
+    """Make ``attn_implementation="hive"`` known to transformers, and each backend by name, as ``hive_sdpa``.
+
+    Those are the backends of `hierarchical_attention`, and torch's flash attention for whole texts. Calling it again
+    changes nothing.
+    """
+    for backend in (*BACKENDS, TORCH_FLASH):
+        name = _name(backend)
         AttentionInterface.register(name, partial(attend, backend=backend))
         AttentionMaskInterface.register(name, key_mask)
 
@@ -45,6 +47,10 @@ def attention_name(backend: str) -> str:
     if backend == FLASH_ATTENTION:
         return backend
     register_attention()
+    return _name(backend)
+
+
+def _name(backend: str) -> str:
     return NAME if backend == "auto" else f"{NAME}_{backend}"
 
 

@@ -21,12 +21,11 @@ from hive_ds.errors import HiveError
 from hive_ds.kernels import to_device
 from hive_ds.model.attention_interface import attention_name
 from hive_ds.model.identity import weights_sha256
-from hive_ds.model.inputs import PackedText
+from hive_ds.model.inputs import PackedText, PromptImages
 from hive_ds.model.interleaving import Interleaving
 from hive_ds.model.language_loss import LanguageLoss, sum_of_cross_entropy
-from hive_ds.model.positions import Grid
 from hive_ds.model.projector import MlpProjector
-from hive_ds.model.vision import FAMILIES, encode_images, rest_if_frozen, vision_blocks, vision_class
+from hive_ds.model.vision import FAMILIES, rest_if_frozen, vision_blocks, vision_class
 
 STOCK_NAMES = {
     "vision_encoder.": "vision_tower.",
@@ -167,8 +166,9 @@ class CascadedForCausalLM(nn.Module):
             text = PackedText.from_packed(input_ids, text_lengths)
         else:
             text = PackedText.from_padded(input_ids, attention_mask)
-        images = self._encode(pixel_values, image_offsets, pixel_attention_mask, spatial_shapes)
-        places, states_SD = self._embed(text, images, image_offsets, keep_last=False)
+        places, states_SD = self._read(
+            text, image_offsets, pixel_values, pixel_attention_mask, spatial_shapes, keep_last=False
+        )
         if labels is None:
             logits = self._logits(places, states_SD, to_device(places.text_T, states_SD.device))
             return CausalLMOutputWithPast(logits=text.padded(logits))
@@ -204,52 +204,39 @@ class CascadedForCausalLM(nn.Module):
             (B, S + new) tokens, or (B * k, S + new) where k sequences are asked for.
         """
         text = PackedText.from_padded(input_ids, attention_mask)
-        images = self._encode(pixel_values, image_offsets, pixel_attention_mask, spatial_shapes)
-        places, states_SD = self._embed(text, images, image_offsets, keep_last=True)
+        places, states_SD = self._read(
+            text, image_offsets, pixel_values, pixel_attention_mask, spatial_shapes, keep_last=True
+        )
         embeds_BWD, mask_BW = places.left_padded(states_SD)
         new = self.language_model.generate(inputs_embeds=embeds_BWD, attention_mask=mask_BW, **arguments)
         return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
 
-    def _encode(
-        self,
-        pixel_values: Tensor | None,
-        image_offsets: Sequence[Sequence[int]] | None,
-        pixel_attention_mask: Tensor | None,
-        spatial_shapes: Tensor | None,
-    ) -> tuple[Tensor, list[Grid]] | None:
-        """Projected patches (N, D) of all images, and the patches of each; None without images."""
-        if pixel_values is None:
-            if any(image_offsets or ()):
-                raise ValueError("image_offsets lists images but pixel_values is None; give both or neither")
-            return None
-        encoded = encode_images(
-            self.vision_encoder,
-            (self.last_vision_block,),
-            pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
-            spatial_shapes=spatial_shapes,
-        )
-        listed = sum(len(one) for one in image_offsets or ())
-        if listed != len(encoded.grids):
-            raise ValueError(f"image_offsets lists {listed} images; pixel_values holds {len(encoded.grids)}")
-        return self.projector(encoded.by_block[self.last_vision_block]), encoded.grids
-
-    def _embed(
+    def _read(
         self,
         text: PackedText,
-        images: tuple[Tensor, list[Grid]] | None,
         image_offsets: Sequence[Sequence[int]] | None,
+        pixel_values: Tensor | None,
+        pixel_attention_mask: Tensor | None,
+        spatial_shapes: Tensor | None,
         *,
         keep_last: bool,
     ) -> tuple[Interleaving, Tensor]:
         """Where tokens stand, and what the LLM reads there, (tokens of all sequences, D)."""
+        images = PromptImages.encode(
+            self.vision_encoder,
+            self.feature_blocks,
+            pixel_values,
+            image_offsets,
+            len(text.lengths),
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+        )
+        projected = [self.projector(features) for features in images.features.values()]  # none without images
         states = self.language_model.get_input_embeddings()(text.input_ids_T)
-        offsets = image_offsets if images is not None and image_offsets is not None else [[] for _ in text.lengths]
-        grids = iter(images[1] if images is not None else ())
-        patches = [[rows * columns for rows, columns in (next(grids) for _ in one)] for one in offsets]
-        places = Interleaving.build(text.lengths, patches, offsets, keep_last=keep_last)
-        if images is not None:  # one gather: patches that do not enter get a zero gradient, never None
-            states = torch.cat([states, images[0].to(states.dtype)])
+        # One gather from both: patches that do not enter get a zero gradient, never None.
+        states = torch.cat([states, *(patches.to(states.dtype) for patches in projected)])
+        lengths = [[rows * columns for rows, columns in grids] for grids in images.grids]
+        places = Interleaving.build(text.lengths, lengths, images.offsets, keep_last=keep_last)
         return places, states.index_select(0, to_device(places.source_S, states.device))
 
     def _loss(self, places: Interleaving, states_SD: Tensor, at: Tensor, targets_T: Tensor) -> Tensor:

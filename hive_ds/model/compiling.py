@@ -37,7 +37,7 @@ def compile_blocks(
             brings its weights stays outside.
     """
     torch._dynamo.config.specialize_float = True  # scales and epsilons: else a tensor each, made at every call
-    # After so many torch gives up, by functions: runs of all lengths are one, and compiled for validation too.
+    # torch gives up on a function after so many compilations: all runs are one function, in validation too.
     torch._dynamo.config.recompile_limit = 64
     compile_encoder(model.vision_encoder, backend, apart=apart)
     compiled = partial(torch.compile, backend=backend, dynamic=True)
@@ -73,7 +73,7 @@ def _is_triton(attention: HiveAttention, device: torch.device, dtype: torch.dtyp
 
 
 def compile_encoder(encoder: nn.Module, backend: str = "inductor", *, apart: bool = False) -> None:
-    """Compile the blocks of a vision encoder in place: runs of them, and each by itself for who looks between them."""
+    """Compile the blocks of a vision encoder in place: in runs, and one by one for callers that read in between."""
     blocks = vision_blocks(encoder)
     if not apart and not any(getattr(block, "gradient_checkpointing", False) for block in blocks):
         encoder.run_blocks = torch.compile(run_blocks, backend=backend)  # type: ignore[assignment]

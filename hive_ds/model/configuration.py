@@ -8,8 +8,10 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from hive_ds.errors import HiveError
+from hive_ds.kernels import QK_NORMS
+from hive_ds.model.positions import ROPES
 
-CHOICES = {"qk_norm": ("none", "pre_rope", "post_rope"), "rope": ("2d", "1d"), "image_kv": ("shared", "own")}
+CHOICES = {"qk_norm": QK_NORMS, "rope": ROPES, "image_kv": ("shared", "own")}
 
 
 class HiveConfig(PretrainedConfig):

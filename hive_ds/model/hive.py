@@ -27,7 +27,7 @@ from hive_ds.model.positions import RotaryFrequencies
 from hive_ds.model.projector import Projector, projector_name
 from hive_ds.model.routes import Routes
 from hive_ds.model.runs import image_states, run_layers, split_runs
-from hive_ds.model.vision import encode_images, rest_if_frozen, tower_key_mapping, vision_blocks, vision_class
+from hive_ds.model.vision import rest_if_frozen, tower_key_mapping, vision_blocks, vision_class
 
 
 class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
@@ -232,66 +232,64 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         spatial_shapes: Tensor | None = None,
     ) -> PromptImages:
         """Run the encoder over the images of ``prompts`` prompts; arguments as in `forward`."""
-        if pixel_values is None:
-            if any(image_offsets or ()):
-                raise ValueError("image_offsets lists images but pixel_values is None; give both or neither")
-            return PromptImages.none(prompts)
-        if image_offsets is None or len(image_offsets) != prompts:
-            raise ValueError(
-                f"image_offsets is {image_offsets}; with pixel_values it must be a list of offsets for each of the "
-                f"{prompts} rows"
-            )
-        encoded = encode_images(
+        return PromptImages.encode(
             self.vision_encoder,
             self.routes.blocks,
             pixel_values,
+            image_offsets,
+            prompts,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
         )
-        return PromptImages.build(encoded, image_offsets)
 
     def _decode(
         self, text: PackedText, new_images: PromptImages | None, cache: HiveCache | None, rows_R: Tensor | None = None
     ) -> Tensor:
         """Final hidden states of the new tokens, (T, D) or (R, D); ``new_images`` are those of a first call."""
         trunk = decoder(self.language_model)
-        lengths, query_lengths = text.lengths, None
+        images, batch = self._context(text, new_images, cache)
+        routed = {} if images.is_empty else self.routes.blocks_by_layer
+        hidden = trunk.embed_tokens(text.input_ids_T)[None]
+        shared: dict[tuple[int, str], dict[str, Any]] = {}
+        for run in self.runs:
+            calls = []
+            for index in run:
+                blocks, attention = routed.get(index, ()), trunk.layers[index].self_attn
+                context, kind = batch.by_blocks[len(blocks)], (len(blocks), attention.backend)
+                if cache is None and kind not in shared:
+                    shared[kind] = attention.shared_fields(context.layout, hidden.dtype)
+                fields = shared.get(kind, {}) | {"rows_R": rows_R if index == len(trunk.layers) - 1 else None}
+                if blocks and new_images:
+                    fields["image_ND"] = self._image_states(index, blocks, images, context)
+                    fields |= {"image_cos_NK": context.image_cos_NK, "image_sin_NK": context.image_sin_NK}
+                calls.append(AttentionCall(context.layout, batch.cos_TK, batch.sin_TK, cache=cache, **fields))
+            with contextlib.nullcontext() if cache is None else torch.compiler.set_stance("force_eager"):
+                hidden = self.run_layers([trunk.layers[index] for index in run], hidden, calls)
+        return trunk.norm(hidden).squeeze(0)
+
+    def _context(
+        self, text: PackedText, new_images: PromptImages | None, cache: HiveCache | None
+    ) -> tuple[PromptImages, BatchContext]:
+        """The prompts' images, and what all layers share; a cache makes room for the new tokens."""
+        images, lengths, query_lengths = new_images, text.lengths, None
         if cache is not None:
-            cache.images = new_images or cache.images
+            images = cache.images = new_images or cache.images
             cache.start(text.lengths, text.mask_BS.shape[1] if text.mask_BS is not None else 0, text.input_ids_T.device)
             lengths, query_lengths = cache.lengths, text.lengths
-        images = new_images if cache is None else cache.images
         assert images is not None
         check_texts(self.config.text_config, lengths)
-        routed = {} if images.is_empty else self.routes.blocks_by_layer
-        batch = BatchContext.build(
+        routed = () if images.is_empty else self.routes.blocks_by_layer.values()
+        return images, BatchContext.build(
             images,
-            [row // (len(lengths) // max(len(images.grids), 1)) for row in range(len(lengths))],
+            images.prompt_of_row(len(lengths)),
             lengths,
-            block_counts={len(blocks) for blocks in routed.values()},
+            block_counts={len(blocks) for blocks in routed},
             frequencies=self.frequencies,
             rope=self.config.rope,
             query_lengths=query_lengths,
             images_cached=new_images is None,
             device=text.input_ids_T.device,
         )
-        hidden = trunk.embed_tokens(text.input_ids_T)[None]
-        ahead: dict[tuple[int, str], dict[str, Any]] = {}
-        for run in self.runs:
-            calls = []
-            for index in run:
-                blocks, attention = routed.get(index, ()), trunk.layers[index].self_attn
-                context, kind = batch.by_blocks[len(blocks)], (len(blocks), attention.backend)
-                if cache is None and kind not in ahead:
-                    ahead[kind] = attention.made_ahead(context.layout, hidden.dtype)
-                made = ahead.get(kind, {}) | {"rows_R": rows_R if index == len(trunk.layers) - 1 else None}
-                if blocks and new_images:
-                    made["image_ND"] = self._image_states(index, blocks, images, context)
-                    made |= {"image_cos_NK": context.image_cos_NK, "image_sin_NK": context.image_sin_NK}
-                calls.append(AttentionCall(context.layout, batch.cos_TK, batch.sin_TK, cache=cache, **made))
-            with contextlib.nullcontext() if cache is None else torch.compiler.set_stance("force_eager"):
-                hidden = self.run_layers([trunk.layers[index] for index in run], hidden, calls)
-        return trunk.norm(hidden).squeeze(0)
 
     def _image_states(
         self, index: int, blocks: tuple[int, ...], images: PromptImages, context: AttentionContext

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.kernels import AttentionLayout, to_device
 from hive_ds.model.positions import Grid, Positions, RotaryFrequencies, build_positions
-from hive_ds.model.vision import VisionFeatures
+from hive_ds.model.vision import VisionFeatures, encode_images
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,47 @@ class PromptImages:
         return cls(encoded.by_block, [[next(grids) for _ in one] for one in offsets], [list(one) for one in offsets])
 
     @classmethod
+    def encode(
+        cls,
+        encoder: PreTrainedModel,
+        blocks: Sequence[int],
+        pixel_values: Tensor | None,
+        offsets: Sequence[Sequence[int]] | None,
+        prompts: int,
+        *,
+        pixel_attention_mask: Tensor | None,
+        spatial_shapes: Tensor | None,
+    ) -> PromptImages:
+        """Run the encoder over the images of ``prompts`` prompts; None of ``pixel_values`` means no image.
+
+        Args:
+            encoder, blocks, pixel_values, pixel_attention_mask, spatial_shapes: as in `encode_images`.
+            offsets: media offset of each image of each prompt, ascending.
+            prompts: how many there are.
+
+        Raises:
+            ValueError: pixels without offsets or offsets without pixels, or numbers of prompts or images that differ.
+            HiveError: the images do not fit the encoder.
+        """
+        if pixel_values is None:
+            if any(offsets or ()):
+                raise ValueError("image_offsets lists images but pixel_values is None; give both or neither")
+            return cls.none(prompts)
+        if offsets is None or len(offsets) != prompts:
+            raise ValueError(
+                f"image_offsets is {offsets}; with pixel_values it must be a list of offsets for each of the "
+                f"{prompts} rows"
+            )
+        encoded = encode_images(
+            encoder,
+            blocks,
+            pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+        )
+        return cls.build(encoded, offsets)
+
+    @classmethod
     def none(cls, prompts: int) -> PromptImages:
         """No image in any of ``prompts`` prompts."""
         return cls({}, [[] for _ in range(prompts)], [[] for _ in range(prompts)])
@@ -114,6 +156,11 @@ class PromptImages:
     def is_empty(self) -> bool:
         """Whether no prompt has an image."""
         return not any(self.offsets)
+
+    def prompt_of_row(self, rows: int) -> list[int]:
+        """The prompt that each of ``rows`` rows continues: equally many rows for each, prompt by prompt."""
+        rows_per_prompt = rows // max(len(self.grids), 1)
+        return [row // rows_per_prompt for row in range(rows)]
 
 
 @dataclass(frozen=True)

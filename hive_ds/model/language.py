@@ -28,6 +28,11 @@ def decoder(language_model: transformers.PreTrainedModel) -> Any:
     return language_model.model
 
 
+def head_dim_of(config: transformers.PretrainedConfig) -> int:
+    """Width of one head of an LLM (K)."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def check_language_model(language_model: transformers.PreTrainedModel, *, max_length: int | None = None) -> None:
     """Refuse an LLM whose attention is not q/k/v/o projections with plain rotary positions.
 

@@ -1,7 +1,7 @@
 """The LLM's last layer computes only what the loss reads.
 
-Behind its attention nothing mixes tokens any more: its output projection and MLP, and then the head, need the tokens
-alone that predict a supervised one. Axes: T text token, R asked-for token, D model.
+After its attention nothing mixes tokens: output projection, MLP and head need only the tokens that predict a supervised
+one. Axes: T text token, R wanted token, D model.
 """
 
 from __future__ import annotations

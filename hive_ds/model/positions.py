@@ -22,6 +22,8 @@ from hive_ds.kernels import to_device
 
 Grid = tuple[int, int]
 """Patches of an image: (rows, columns)."""
+ROPES = ("2d", "1d")
+"""Ways to number the patches of an image, as above."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def build_positions(
     Raises:
         ValueError: ``rope`` is unknown, or the offsets of a sample are not in ascending order.
     """
-    if rope not in ("1d", "2d"):
-        raise ValueError(f"rope is {rope!r}; it must be '2d' or '1d'")
+    if rope not in ROPES:
+        raise ValueError(f"rope is {rope!r}; it must be one of {', '.join(ROPES)}")
     # Counted with NumPy: a batch of hundreds of images is a thousand tiny arrays, made while the device waits.
     text_ids, image_ids = [np.empty(0, np.int64)], [np.empty((0, 3), np.int64)]
     for sample, (length, grids, offsets) in enumerate(zip(text_lengths, image_grids, image_offsets, strict=True)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from hive_ds.model.attention import AttentionCall
 
 MOST_LAYERS = 5
-"""Of a run. The paper's routes end runs of five, all alike: they share what is compiled."""
+"""Layers of a run, at most. The paper's routes end runs of five, all alike: they share what is compiled."""
 
 
 def split_runs(num_layers: int, routed: Container[int]) -> list[range]:

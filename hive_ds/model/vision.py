@@ -104,7 +104,7 @@ def encode_images(
 ) -> VisionFeatures:
     """Run the encoder up to the last of ``blocks`` and return their features.
 
-    Of a frozen encoder PyTorch records nothing, unless the pixels ask for a gradient.
+    PyTorch records no graph of a frozen encoder, unless the pixels require a gradient.
 
     Args:
         encoder: a vision tower of one of `FAMILIES`.
@@ -220,7 +220,7 @@ def _count_masks(forward: Callable[..., Any]) -> int:
 def patch_rows(grids: Sequence[Grid], tokens: int, device: torch.device) -> Tensor:
     """Where the patches of images of these grids stand among ``tokens`` of each, padded at the end: (N,) on ``device``.
 
-    Made on the CPU, for to pick by a mask on a GPU is to wait for it.
+    Made on the CPU: selecting by a mask on a GPU would make the host wait for it.
     """
     rows = [torch.arange(rows * columns) + index * tokens for index, (rows, columns) in enumerate(grids)]
     return to_device(torch.cat(rows), device)

@@ -101,8 +101,8 @@ def device_name(device: torch.device) -> str:
 def start(world: World, timeout: timedelta | None = None) -> torch.device:
     """Join the process group (gloo on CPUs, nccl on GPUs) and return this rank's device.
 
-    What is imported by then is left out of garbage collections from here on: DeepSpeed runs whole ones whenever weights
-    are gathered to be saved, and a collection of one rank is a wait of all.
+    What exists by then is left out of garbage collection from here on: DeepSpeed runs full collections whenever it
+    gathers weights to save them, and while one rank collects, all wait.
 
     Args:
         world: this process among all.
@@ -121,7 +121,7 @@ def start(world: World, timeout: timedelta | None = None) -> torch.device:
     ):
         os.environ[name] = str(value)
     gc.freeze()
-    # DeepSpeed calls what torch 2.14 deprecates, and torch 2.9 knows nothing newer.
+    # DeepSpeed calls functions that torch 2.14 deprecates, and whose replacements torch 2.9 does not have.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     _store.append(_join(world))
     device = _own_device(world)

@@ -82,9 +82,9 @@ class Engine:
         if not deepspeed_logger.isEnabledFor(logging.DEBUG):
             deepspeed_logger.setLevel(logging.WARNING)
         self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._ungraded = {name for group in groups for name in group.parameters}
+        self._without_gradient = {name for group in groups for name in group.parameters}
         self._watch = [
-            parameter.register_hook(lambda _, name=name: self._ungraded.discard(name))
+            parameter.register_hook(lambda _, name=name: self._without_gradient.discard(name))
             for group in groups
             for name, parameter in group.parameters.items()
         ]
@@ -303,8 +303,8 @@ class Engine:
             handle.remove()
         self._watch = []
         names = [name for group in self.groups for name in group.parameters]
-        graded = min_over_ranks([float(name not in self._ungraded) for name in names], self.device)
-        without = [name for name, flag in zip(names, graded, strict=True) if not flag]
+        reached = min_over_ranks([float(name not in self._without_gradient) for name in names], self.device)
+        without = [name for name, flag in zip(names, reached, strict=True) if not flag]
         if without:
             raise HiveError(
                 f"step 1 gave no gradient to {len(without)} parameters that should train: {', '.join(without)}"

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from hive_ds.model.language import head_dim_of
 from hive_ds.training.groups import StagePlan
 
 
@@ -204,11 +205,6 @@ class FlopCounter:
 
     def _encoder_attention(self, batch: BatchSize, passes: float) -> float:
         return passes * 4.0 * self._vision_width * batch.encoder_pairs * self._blocks
-
-
-def head_dim_of(text_config: Any) -> int:
-    """Width of one head of an LLM."""
-    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -29,8 +29,8 @@ def layer_units(model: Any) -> list[nn.Module]:
 def gather_by_unit(optimizer: Any, units: Sequence[nn.Module], mark: Callable[[nn.Module, bool], None]) -> None:
     """Put DeepSpeed's ZeRO-3 hooks on ``units`` (its "leaves") in place of the modules inside of them.
 
-    They must be marked after DeepSpeed's start (0.19.8): of a leaf that is known then, it reduces the gradients when
-    those of the leaf's inputs are there, which is before the first gradient of a leaf whose inputs need none.
+    They must be marked after DeepSpeed's start (0.19.8). It reduces the gradients of a leaf that it knows at its start
+    as soon as those of the leaf's inputs exist; where these need none, that is before the leaf's first gradient.
 
     Small weights (``stage3_param_persistence_threshold``), which DeepSpeed renews after every step by a message each,
     frozen or not, come with their unit in the next forward pass instead.
@@ -59,8 +59,8 @@ def _remove_hooks(optimizer: Any) -> None:
 class WholeModel:
     """A model that ZeRO-3 would hardly let go of within a step: gathered once, renewed after every step.
 
-    What looks for weights that are not there has nothing left to do and is taken off: ZeRO-3's hooks, its dictionaries
-    of parameters, and its linear function, which lets weights go between forward and backward.
+    Whatever fetches missing weights has nothing left to do and is removed: ZeRO-3's hooks, its dictionaries of
+    parameters, and its linear function, which releases weights between forward and backward.
 
     Args:
         engine: DeepSpeed's, of ZeRO-3.
@@ -121,11 +121,11 @@ def gathers_by_layer(model: nn.Module, policy: Mapping[str, Any]) -> bool:
 
 
 def _use_plain_linear_in_graphs() -> None:
-    """Let what torch.compile traces have PyTorch's linear function, until `restore_linear`.
+    """Give what torch.compile traces PyTorch's own linear function, until `restore_linear`.
 
-    The backward pass of ZeRO-3's asks a weight for its number, which becomes a constant of the graph: each layer would
-    be compiled by itself, and after the eighth torch gives up. A compiled piece saves weights as they are, so that they
-    can go all the same (`tests/training/compile_checks.py`).
+    The backward pass of ZeRO-3's reads a weight's id, which becomes a constant of the graph: each layer would be
+    compiled by itself, and after the eighth torch gives up. A compiled piece saves weights as they are, so that they
+    can be released all the same (`tests/training/compile_checks.py`).
     """
     of_zero3 = nn.functional.linear
 

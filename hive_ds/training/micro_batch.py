@@ -1,9 +1,9 @@
 """``micro_batch_size: auto``: the largest micro-batch that fits, found by steps of the engine that will train.
 
-A trial is an optimizer step of two micro-batches at a rate of 0, which changes no weight. Its samples are one of the
-data's first, that with most of image, its text as long as `DataConfig.max_length` allows. Sizes are tried from small to
-large, and none that the two before it do not predict to fit (activations grow by the sample): a rank that runs out of
-memory in the middle of a step leaves the others waiting. All ranks decide alike, by the fullest of them.
+A trial is an optimizer step of two micro-batches at a rate of 0, which changes no weight. They repeat one sample: of
+the data's first, the one with the most image data, its text as long as `DataConfig.max_length` allows. Sizes are tried
+from small to large, each only if the two before it predict that it fits (activations grow linearly with the samples): a
+rank that runs out of memory in the middle of a step leaves the others waiting. All ranks decide alike, by the fullest.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def find_micro_batch(
 
 
 def costliest(batches: Iterable[PackedBatch]) -> PackedBatch:
-    """Of the first batches, of one sample each, the one with most of image."""
+    """Of the first batches, of one sample each, the one with the most image data."""
     return max(islice(batches, SAMPLES), key=lambda batch: sum(value.numel() for value in batch.images.values()))
 
 
@@ -220,7 +220,7 @@ def _sample_loader(recipe: Recipe, stage: str, processor: HiveProcessor, ranks: 
 
 
 def _recall(record: Path, setting: dict[str, Any], sizes: Sequence[int]) -> int | None:
-    """What an earlier start of this run has found; None where there was none, or anything that it hangs on differs."""
+    """What an earlier start of this run has found; None where there was none, or what it depends on differs."""
     try:
         written = json.loads(record.read_text())
         return sizes[sizes.index(written["micro_batch_size"])] if written["setting"] == setting else None

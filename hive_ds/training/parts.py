@@ -16,7 +16,7 @@ PARTS = ("encoder", "projectors", "LLM", "attention of the LLM", "optimizer", "d
 ATTENTION = ("hive_ds::", "scaled_dot_product", "flash_attn", "flash_attention", "varlen_attn")
 """In names of operators that attend."""
 PIECES = {"image_states": "projectors", "run_layers": "LLM"}
-"""What a HIVE model calls its projectors and its layers by, and the part."""
+"""Attribute through which a HIVE model calls its projectors or its layers -> their part."""
 COMMUNICATION = ("nccl", "gloo", "c10d::")
 """In names of operators that send."""
 

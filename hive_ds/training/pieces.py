@@ -56,9 +56,10 @@ def own_pieces(optimizer: Any, base: torch.optim.Optimizer, groups: Sequence[Opt
 def _locate(
     optimizer: Any, base: torch.optim.Optimizer, parameter: Any, masters: Mapping[int, Tensor]
 ) -> tuple[Tensor, int, int, int] | None:
-    """The tensor that AdamW steps for ``parameter``, where in it this rank's part lies, where in the parameter that is.
+    """Where AdamW keeps this rank's part of ``parameter``; None where it has none.
 
-    (tensor, its first element of the part, the parameter's, elements), or None where this rank has no part.
+    Returns:
+        The tensor that AdamW steps, the part's first element in it, the same in the parameter, and how many elements.
     """
     if hasattr(parameter, "ds_tensor"):  # ZeRO 3
         index, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]

@@ -11,7 +11,7 @@ from .padded_op import padded_attention, rows_in_memory
 from .rectangle_op import attend
 
 IN_PLACE_ELEMENTS = 2**18
-"""Elements of the joined keys from which on a step of one token reads cache and image keys where they are.
+"""From so many elements of joined keys on, a step of one token reads cache and image keys where they lie instead.
 
 Measured on one core (fp32 and bf16, head dims 64 and 128): at 3 million elements it takes less than half the time of
 joining them; at small sizes, and with more queries a sample, joining them for the fused kernel is faster.

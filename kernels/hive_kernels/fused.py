@@ -119,7 +119,7 @@ def prepare_layout(
     Raises:
         ValueError: samples share images.
     """
-    layout.max_seen, layout.num_queries, layout.num_text, layout.max_text  # noqa: B018 (kept by the layout)
+    layout.max_seen, layout.num_queries, layout.num_text, layout.max_text  # noqa: B018 (the layout caches them)
     if layout.shares_images and not layout.decoding:
         raise ValueError("samples of the layout share images; expected each to have its own")
     q, k = (torch.empty(0, count, head_dim, dtype=dtype, device=layout.device) for count in (heads, groups))
@@ -127,7 +127,7 @@ def prepare_layout(
     if not layout.decoding:  # those of long texts as well: what is there now and then would be compiled for both
         key_work = layout.schedule.key_work(made.tile("keys").keys)
         made = made._replace(first_token=layout.schedule.first_token, key_work=key_work)
-    made = made._replace(backward_work=made.backward_work[:])
+    made = made._replace(backward_work=made.backward_work[:])  # never the same tensor as row_work
     tables = KernelTables(*(getattr(made, name) for name in KernelTables._fields))
     for table in tables[:-2]:
         torch._dynamo.maybe_mark_dynamic(table, 0)

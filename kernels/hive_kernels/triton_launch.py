@@ -14,11 +14,11 @@ from . import triton_backward, triton_finish, triton_forward, triton_short
 from .arguments import KernelArguments
 from .launching import Launcher, Settings
 from .tiles import INTERPRETED, Tile
-from .triton_common import LOG2E
+from .triton_common import LOG2E, NORM_NONE, NORM_POST_ROPE, NORM_PRE_ROPE
 
 FINISHED_ROWS = 32
 """Rows of a program of the kernel that goes over rows one by one."""
-NORMS = {"none": 0, "pre_rope": 1, "post_rope": 2}
+NORMS = {"none": NORM_NONE.value, "pre_rope": NORM_PRE_ROPE.value, "post_rope": NORM_POST_ROPE.value}
 
 forward_kernel = Launcher(triton_forward.hierarchical_attention_forward_kernel)
 finish_kernel = Launcher(triton_finish.finish_kernel)

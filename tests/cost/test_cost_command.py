@@ -57,7 +57,7 @@ def test_the_command_prints_and_writes_what_the_library_says(
     [
         (["--curves"], "--curves compares two recipes; expected one --against, got 0"),
         (["--picture", "x.png"], "--picture draws the curves; expected --curves beside it"),
-        (["--ranks", "0"], "--ranks 0: expected 1 or more"),
+        (["--ranks", "0"], "--ranks 0: expected a number of at least 1"),
         (["--ranks", "5"], "global_batch_size 32 is not divisible by 5 ranks"),
         (["--batch", "-1"], "batch is -1; expected 1 or more"),
         (["--stage", "7"], "--stage 7: no recipe here has it"),

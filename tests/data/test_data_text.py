@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.schema import Sample, Turn, caption_sample
-from hive_ds.data.text import encode_prompt, encode_sample, encode_text, prepare_tokenizer, start_token_id
+from hive_ds.data.text import encode_sample, encode_text, prepare_tokenizer, render_prompt, start_token_id
 from hive_ds.errors import HiveError
 
 KEEP_ALL = {"image_position": "first", "max_length": 10_000}
@@ -75,7 +75,7 @@ def test_prompt_at_inference_has_the_tokens_of_training(kind: str, answer: int) 
     tok, sample = tokenizer(kind), conversation()
     sample = Sample("x", sample.turns[: answer + 1], sample.images[:1] if answer == 1 else sample.images)
     encoded = encode_sample(sample, tok, template="chat", **KEEP_ALL)
-    prompt = encode_prompt(sample.turns[:answer], tok, template="chat", image_position="first")
+    prompt = encode_text(render_prompt(sample.turns[:answer], tok, template="chat"), tok, image_position="first")
     length = len(prompt.input_ids)
     assert encoded.input_ids[:length] == prompt.input_ids
     assert encoded.image_offsets[: len(prompt.image_offsets)] == prompt.image_offsets
@@ -97,7 +97,7 @@ def test_caption_is_start_caption_end(kind: str, position: str) -> None:
     assert encoded.input_ids == [start, *words, tok.eos_token_id]
     assert encoded.labels == [IGNORE_INDEX, *words, tok.eos_token_id]
     assert encoded.image_offsets == [0 if position == "first" else 1]
-    prompt = encode_prompt(sample.turns[:1], tok, template="plain", image_position=position)
+    prompt = encode_text(render_prompt(sample.turns[:1], tok, template="plain"), tok, image_position=position)
     assert (prompt.input_ids, prompt.image_offsets) == ([start], encoded.image_offsets)
 
 

@@ -250,6 +250,19 @@ def test_images_of_any_size() -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_offsets": [[0, 1, 2, 3]]}, "for each of the 4 rows"),
+        ({"image_offsets": None}, "for each of the 4 rows"),
+        ({"pixel_values": None}, "pixel_values is None"),
+    ],
+)
+def test_wrong_batches_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_cascaded()(**{**packed(), **changes})
+
+
 def test_block_out_of_range_is_named() -> None:
     with pytest.raises(
         HiveError, match="feature_block is 7, but the encoder has 4 blocks; expected 1 to 4, or -1 to -4"

@@ -152,7 +152,10 @@ WRONG = {
         "there is no folder {tmp}/out",
     ),
     "no text to analyze": (["analyze", "flow", "{tmp}", "--image", "{tmp}/a.png"], "either --data, or --image and"),
-    "too few samples": (["analyze", "flow", "{tmp}", "--data", "{tmp}", "--samples", "0"], "samples is 0, expected"),
+    "too few samples": (
+        ["analyze", "flow", "{tmp}", "--data", "{tmp}", "--samples", "0"],
+        "--samples 0: expected a number of at least 1",
+    ),
     "page with a question": (["chat", "{tmp}", "hm?", "--browser"], "--browser with QUESTION"),
 }
 
