@@ -210,9 +210,7 @@ class TrainingConfig:
     validation_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between validation losses; 0 means at the end only."""
     validation_samples: Annotated[int, at_least(1)] = 1024
-    """The first so many samples of each held-out folder make one validation loss, on all ranks together: whole
-    micro-batches of all ranks, so at least one each, and more than named where that does not divide the number. A
-    folder with fewer, that they do not divide either, is filled up with samples that then count twice."""
+    """The first so many samples of each held-out folder, or all, make one validation loss, on all ranks together."""
     maps_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between gradient norms of the encoder's blocks and maps of one held-out sample; 0 means none."""
     profile: Annotated[tuple[int, int] | None, RISING] = None

@@ -62,6 +62,10 @@ class PreparedSample:
     images: Mapping[str, Tensor]
     bad: tuple[BadSample, ...] = ()
 
+    def without_loss(self) -> PreparedSample:
+        """The same with no token supervised: it takes a place and counts for nothing."""
+        return replace(self, text=replace(self.text, labels=[IGNORE_INDEX] * len(self.text.labels)))
+
 
 @dataclass(frozen=True)
 class PackedBatch:

@@ -110,6 +110,7 @@ def build_loader(
         shuffle=data.shuffle and train,
         seed=seed,
         balance=data.balance and train,
+        train=train,
     )
     return SampleLoader(
         dataset,

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -122,21 +121,19 @@ def evaluate(job: Job, loader: Any) -> float:
     Raises:
         HiveError: too many of its samples are bad.
     """
-    one_batch_each = loader.batch_size * job.world.size
-    count = math.ceil(job.training.validation_samples / one_batch_each)
-    loss, tokens, samples, bad = torch.zeros((), dtype=torch.float64, device=job.device), 0.0, 0.0, []
+    count = min(job.training.validation_samples, loader.num_samples)
+    loss, tokens, bad = torch.zeros((), dtype=torch.float64, device=job.device), 0.0, []
     job.engine.model.eval()
-    for batch in islice(iter(loader), count):
+    for batch in loader.first(count):
         here.enter("validation", batch.sample_ids)
         output = job.engine.forward(**batch.model_inputs(job.device, job.engine.dtype), num_items_in_batch=1)
         loss += output.loss.detach()
         tokens += batch.supervised_tokens
-        samples += batch.num_samples
         bad += batch.bad
     job.engine.model.train()
-    loss_sum, tokens, samples, num_bad = sum_over_ranks([float(loss), tokens, samples, len(bad)], job.device)
+    loss_sum, tokens, num_bad = sum_over_ranks([float(loss), tokens, len(bad)], job.device)
     if num_bad:
-        check_bad_share(num_bad, samples, loader.max_bad_share, _of_all_ranks(bad))
+        check_bad_share(num_bad, count, loader.max_bad_share, _of_all_ranks(bad))
     return loss_sum / max(tokens, 1)
 
 

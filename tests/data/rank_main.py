@@ -3,7 +3,7 @@
 `main` takes the paths PLAN and OUT, with RANK, WORLD_SIZE and the ranks of the machine set as a launcher does.
 PLAN is a JSON list of runs: name, folder (or folders with weights), cache, micro, global_batch, workers, steps,
 save_at, shuffle, balance, max_bad_share, and resume, the name of a run whose saved state to start from (an earlier
-plan's included).
+plan's included); or of validations: name, folder, micro, workers, and first, how many samples.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from tiny_data import make_image_processor, make_tokenizer
 
 from hive_ds.config import DataConfig
+from hive_ds.constants import IGNORE_INDEX
+from hive_ds.data.environment import find_world
 from hive_ds.data.loader import build_loader
 
 
@@ -54,6 +56,29 @@ def run(plan: dict, states: Path) -> dict:
     return {"steps": steps, "bad": bad, "length": len(loader), "state": loader.state_dict()}
 
 
+def hold_out(plan: dict) -> dict:
+    """Ids of the samples that carry loss in each batch of the first so many, and how many labels do."""
+    data = DataConfig(train="", validation=plan["folder"], num_workers=plan["workers"])
+    loader = build_loader(
+        data,
+        make_tokenizer("llama3"),
+        make_image_processor(),
+        micro_batch_size=plan["micro"],
+        global_batch_size=plan["micro"] * find_world().size,
+        seed=7,
+        train=False,
+    )
+    batches = list(loader.first(plan["first"]))
+    ids, labels = [], []
+    for batch in batches:
+        for name, own in zip(batch.sample_ids, batch.labels.split(batch.text_lengths), strict=True):
+            if (own != IGNORE_INDEX).any():
+                ids.append(name)
+                labels.append(own.tolist())
+    bad = [item.id for batch in batches for item in batch.bad]
+    return {"batches": len(batches), "ids": ids, "labels": labels, "bad": bad}
+
+
 def main(arguments: list[str]) -> int:
     plan, out = json.loads(Path(arguments[0]).read_text()), Path(arguments[1])
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -61,7 +86,7 @@ def main(arguments: list[str]) -> int:
         dist.init_process_group("gloo", init_method=f"file://{out.parent}/store{size}", rank=rank, world_size=size)
     results = {}
     for item in plan:
-        results[item["name"]] = run(item, out.parent)
+        results[item["name"]] = hold_out(item) if "first" in item else run(item, out.parent)
         if size > 1:
             dist.barrier()
     out.with_suffix(f".{rank}").write_text(json.dumps(results))

@@ -16,6 +16,9 @@ from hive_ds.data.mds import write_mds
 
 NUMBER, GLOBAL, STEPS = 22, 4, 14  # 22 samples: six steps an epoch, of which the last is filled up
 BAD = (2, 3, 11)
+UNREADABLE = (4, 5, 12, 21)
+HELD_OUT = ((1, 4, 0), (1, 5, 2), (2, 1, 0), (2, 3, 2), (2, 16, 0))
+"""Ranks, micro-batch and workers of validations; the last holds the folder in one batch, mostly of fillers."""
 
 
 def launch(plan: list[dict], out: Path, size: int) -> list[dict]:
@@ -71,6 +74,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         {"name": "balanced resumed", "micro": 1, "workers": 0, "resume": "balanced", **even, "steps": STEPS - 8},
         {"name": "balanced mixture", "micro": 2, "workers": 0, **mixed, "balance": True},
     ]
+    write_mds(make_samples(NUMBER, bad=UNREADABLE), root / "held out")
+    for ranks, micro, workers in HELD_OUT:
+        for first in (9, NUMBER, 1000):
+            held_out = {"folder": str(root / "held out"), "first": first, "micro": micro, "workers": workers}
+            (alone if ranks == 1 else pair).append({"name": f"{first} of {ranks} x {micro} x {workers}", **held_out})
     one = launch(alone, root / "one", 1)
     two = launch(pair, root / "two", 2)
     return {name: [result[name] for result in ranks] for ranks in (one, two) for name in ranks[0]}
@@ -97,6 +105,21 @@ def test_epoch_holds_every_sample_and_is_shuffled_anew(runs: dict[str, list[dict
     assert len(set(first)) == len(set(second)) == NUMBER
     assert first != second
     assert all(len(step) == GLOBAL for step in seen)
+
+
+@pytest.mark.parametrize("first", [9, NUMBER, 1000])
+def test_validation_takes_each_of_the_first_samples_once(runs: dict[str, list[dict]], first: int) -> None:
+    places = range(min(first, NUMBER))
+    expected = [sample.id for place, sample in enumerate(make_samples(NUMBER)[:first]) if place not in UNREADABLE]
+    supervised = []
+    for ranks, micro, workers in HELD_OUT:
+        found = runs[f"{first} of {ranks} x {micro} x {workers}"]
+        assert {part["batches"] for part in found} == {-(-len(places) // (ranks * micro))}
+        assert sorted(flat(part["bad"] for part in found)) == [f"s{place:03d}" for place in UNREADABLE if place < first]
+        by_id = [pair for part in found for pair in zip(part["ids"], part["labels"], strict=True)]
+        assert sorted(name for name, _ in by_id) == sorted(expected)
+        supervised.append(sorted(by_id))
+    assert all(one == supervised[0] for one in supervised)
 
 
 def test_ranks_read_disjoint_samples_and_take_equal_steps(runs: dict[str, list[dict]]) -> None:

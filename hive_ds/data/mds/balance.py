@@ -1,4 +1,4 @@
-"""Dealing the samples of a global batch so that every rank carries as equal a load as possible."""
+"""Orders of an epoch other than streaming's: each global batch dealt by load, and each sample once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ CHUNK = 4096
 """Global batches that are dealt at a time: bounds the memory on large data sets."""
 IMAGE = 1 << 40
 """What an image counts in characters when cells are compared: more than any text, so that images come first."""
+
+
+def each_once(order: Order, samples: int) -> Order:
+    """Samples 0 to ``samples`` - 1 one after another, dealt to the ranks in turn; the last again where some lack.
+
+    Args:
+        order: streaming's array, as in `balance_order`, of a whole epoch.
+        samples: of all folders.
+    """
+    nodes, ranks, workers, batches, micro = order.shape
+    sequences = order.transpose(0, 1, 3, 2, 4).reshape(nodes * ranks, -1)
+    length = int((sequences[0] >= 0).sum())
+    places = np.arange(length * len(sequences)).reshape(length, -1).T
+    sequences[:, :length] = np.minimum(places, samples - 1)
+    return sequences.reshape(nodes, ranks, batches, workers, micro).transpose(0, 1, 3, 2, 4)
 
 
 def balance_order(order: Order, sizes: Sizes, global_batch_size: int) -> Order:

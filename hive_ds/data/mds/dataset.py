@@ -14,10 +14,11 @@ from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.distributed import barrier
 from streaming.base.shared import SharedMemory
+from torch.utils.data import get_worker_info
 
 from hive_ds.data.batch import BadSample, PreparedSample
 from hive_ds.data.environment import find_world
-from hive_ds.data.mds.balance import Order, balance_order
+from hive_ds.data.mds.balance import Order, balance_order, each_once
 from hive_ds.data.mds.reading import sample_from
 from hive_ds.data.mds.shared_memory import own_prefix, release_caches
 from hive_ds.data.mds.sizes import SIZES, Sizes, read_sizes
@@ -47,7 +48,8 @@ class SampleDataset(StreamingDataset):
     ranks, micro-batches and workers. Three things make it so: streaming deals its order out sample by sample to
     the ranks, the canonical nodes are pinned to one, and an epoch is rounded up to whole global batches with samples
     drawn again (streaming's own up-sampling, another draw each epoch), so that no rank has a batch more than another.
-    With ``balance`` the samples of each global batch are dealt to ranks and micro-batches by their sizes.
+    With ``balance`` the samples of each global batch are dealt to ranks and micro-batches by their sizes. Without
+    ``train`` there is one epoch: each sample once, and at its end the last one as often as it takes.
     HiveError where a folder holds no samples, cannot be cached, is too large for the cache, or has no table of sizes.
     """
 
@@ -63,8 +65,9 @@ class SampleDataset(StreamingDataset):
         shuffle: bool,
         seed: int,
         balance: bool = False,
+        train: bool = True,
     ) -> None:
-        self.world = find_world()
+        self.world, self._train = find_world(), train
         self._asked_for: dict[int, object] = {}
         self.global_batch_size = global_batch_size
         self._prepare = prepare
@@ -88,6 +91,8 @@ class SampleDataset(StreamingDataset):
         for stream, samples in zip(self.streams, share_out(self.epoch_size, list(self.weights.values())), strict=True):
             stream.choose = samples
         self.length = self.epoch_size // self.world.size
+        self.held_out = self.num_samples
+        """Without ``train``: so many samples carry loss, from the first on."""
         compressed = any(shard.compression for shard in self.shards)
         self._all_is_here = not compressed and all(stream.remote is None for stream in self.streams)
         if self._all_is_here:
@@ -114,7 +119,9 @@ class SampleDataset(StreamingDataset):
         return MissingShardError(f"data folder {shard.dirname}: index.json lists {name}, which is missing")
 
     def _share_work(self, sample_ids: Order) -> tuple[SharedMemory, SharedMemory | None]:
-        """Let streaming hand out the order of the rest of an epoch, balanced if asked for."""
+        """Let streaming hand out the order of the rest of an epoch, in which ours differs from its own."""
+        if not self._train and sample_ids.size:
+            sample_ids = each_once(sample_ids, self.num_samples)
         if self._sizes is not None and sample_ids.size:
             sample_ids = balance_order(sample_ids, self._sizes, self.global_batch_size)
         return super()._share_work(sample_ids)
@@ -170,10 +177,22 @@ class SampleDataset(StreamingDataset):
     def __iter__(self) -> Iterator[Any]:
         """Iterate over this worker's samples of the epoch; streaming's threads end when the iterator is dropped."""
         try:
-            yield from super().__iter__()
+            for number, sample in enumerate(super().__iter__()):
+                yield sample if self._train else self._once(number, sample)
         finally:
             if hasattr(self, "_iterator"):
                 self._iterator.non_blocking_exit()
+
+    def _once(self, number: int, sample: PreparedSample) -> PreparedSample:
+        """This worker's sample ``number`` of a validation, without loss where it fills up or stands in for another."""
+        worker = get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        batch, within = divmod(number, self.batch_size)
+        place = ((batch * workers + own) * self.batch_size + within) * self.world.size + self.world.rank
+        if place >= self.held_out:
+            return replace(sample, bad=()).without_loss()
+        # A bad one after it has a place of its own.
+        return replace(sample, bad=sample.bad[:1]).without_loss() if sample.bad else sample
 
     def seek(self, epoch: int, samples: int) -> None:
         """Let the next iteration start at sample ``samples`` (over all ranks) of ``epoch``.

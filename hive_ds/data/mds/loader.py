@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -71,6 +72,21 @@ class SampleLoader(StreamingDataLoader):
             if not self._endless:
                 return
             self._epoch, self._start, self.num_samples_yielded = self._epoch + 1, 0, 0
+
+    def first(self, count: int) -> Iterator[PackedBatch]:
+        """Iterate over the first ``count`` samples, or all there are, each with its loss once on one rank.
+
+        Of a loader that is not ``endless``. Every rank yields equally many batches: what fills them up, and what stands
+        in for a bad sample, carries no loss.
+        """
+        self._samples.held_out = min(count, self.num_samples)
+        at_once = self._samples.batch_size * self._samples.world.size
+        return islice(self, -(-self._samples.held_out // at_once))
+
+    @property
+    def num_samples(self) -> int:
+        """Of all folders."""
+        return int(self._samples.num_samples)
 
     def _position(self) -> tuple[int, int]:
         samples = self._start + self.num_samples_yielded * self._samples.world.size
