@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class SampleDataset(StreamingDataset):
     ) -> None:
         self.world, self._train = find_world(), train
         self._asked_for: dict[int, object] = {}
-        self.global_batch_size = global_batch_size
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self._prepare = prepare
         self.weights = dict(sorted(weights.items()))
         streams = make_streams(self.weights, cache=cache, cache_limit=cache_limit)
@@ -177,8 +178,8 @@ class SampleDataset(StreamingDataset):
     def __iter__(self) -> Iterator[Any]:
         """Iterate over this worker's samples of the epoch; streaming's threads end when the iterator is dropped."""
         try:
-            for number, sample in enumerate(super().__iter__()):
-                yield sample if self._train else self._once(number, sample)
+            samples: Iterator[Any] = super().__iter__()
+            yield from samples if self._train else map(self._once, count(), samples)
         finally:
             if hasattr(self, "_iterator"):
                 self._iterator.non_blocking_exit()
@@ -187,8 +188,8 @@ class SampleDataset(StreamingDataset):
         """This worker's sample ``number`` of a validation, without loss where it fills up or stands in for another."""
         worker = get_worker_info()
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
-        batch, within = divmod(number, self.batch_size)
-        place = ((batch * workers + own) * self.batch_size + within) * self.world.size + self.world.rank
+        batch, within = divmod(number, self.micro_batch_size)
+        place = ((batch * workers + own) * self.micro_batch_size + within) * self.world.size + self.world.rank
         if place >= self.held_out:
             return replace(sample, bad=()).without_loss()
         # A bad one after it has a place of its own.

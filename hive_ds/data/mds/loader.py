@@ -80,7 +80,7 @@ class SampleLoader(StreamingDataLoader):
         in for a bad sample, carries no loss.
         """
         self._samples.held_out = min(count, self.num_samples)
-        at_once = self._samples.batch_size * self._samples.world.size
+        at_once = self._samples.micro_batch_size * self._samples.world.size
         return islice(self, -(-self._samples.held_out // at_once))
 
     @property
