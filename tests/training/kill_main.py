@@ -12,9 +12,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import hive_ds.train
 import hive_ds.training.loop as loop
-from hive_ds.training.distributed import all_values
+from hive_ds.training.distributed import all_values, sum_over_ranks
 
 FILE = Path(sys.argv[1])
 run_loop, run_micro_batches, load_checkpoint = loop.train, loop.run_micro_batches, hive_ds.train.load_checkpoint
@@ -34,11 +36,12 @@ def load_and_write(path: Path, engine: Any, identity: Any, world: Any, **options
 def train_and_write(job: Any, first_step: int) -> int:
     steps = count(first_step + 1)
 
-    def run_and_write(engine: Any, micro_batches: Any, supervised: float) -> float:
+    def run_and_write(engine: Any, micro_batches: Any, supervised: float) -> Tensor:
         loss = run_micro_batches(engine, micro_batches, supervised)
+        mean = sum_over_ranks(loss[None], engine.device)[0] / engine.world.size
         ids = all_values([name for batch in micro_batches for name in batch.sample_ids])
         if job.world.is_main:
-            write({"step": next(steps), "ids": ids, "loss": loss})
+            write({"step": next(steps), "ids": ids, "loss": mean})
         return loss
 
     loop.run_micro_batches = run_and_write

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from hive_ds import train
-from hive_ds.training import loop, pace, watchdog
+from hive_ds.training import pace, step_sums, watchdog
 from hive_ds.training.faults import leave
 from hive_ds.training.place import here
 
@@ -70,7 +70,7 @@ def slow_data(seconds: float) -> None:
         time.sleep(seconds)
         return next(batches)
 
-    loop.next = slow_next  # type: ignore[attr-defined]
+    step_sums.next = slow_next  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
