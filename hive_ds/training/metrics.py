@@ -31,7 +31,7 @@ TRAIN_KEYS = {
     "tokens_per_second_per_gpu": "text tokens",
     "images_per_second_per_gpu": "images, dummies not counted",
     "mfu": "model FLOPs per second over this device's measured matrix-product rate",
-    "data_wait_share": "share of the time spent waiting for data, mean over ranks",
+    "data_wait_share": "share of the time spent waiting for data, mean over ranks; a GPU may compute meanwhile",
     "memory_gb": "peak memory of rank 0: allocated on its GPU, or resident on a CPU",
     "skipped_steps": "steps so far whose gradient was not finite",
     "supervised_share": "share of the text tokens that carry loss",
