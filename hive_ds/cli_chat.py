@@ -34,6 +34,9 @@ def add_chat_command(commands: Any) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default); above: drawn"
     )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of drawn tokens: the same answers again (default: other ones each time)"
+    )
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="of a beam search (default: %(default)s)")
     parser.add_argument(
         "--map", metavar="PNG", type=Path, help="write where the model looked for the answer, by token and layer"
@@ -62,7 +65,7 @@ def _run(args: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"gradio\.")  # of what other packages have deprecated
-    settings = AnswerSettings(args.max_new_tokens, args.temperature, args.beams)
+    settings = AnswerSettings(args.max_new_tokens, args.temperature, args.beams, args.seed)
     images = [read_image(path) for path in args.images]
     chat = load_chat_model(args.checkpoint)
     print(chat, file=sys.stderr)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from hive_ds.chat.loading import ChatModel
+from hive_ds.config import SEED
 from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.chat import end_token_ids
 from hive_ds.data.images import decode_image, read_image_file
@@ -34,11 +35,15 @@ class AnswerSettings:
     """0 takes the likeliest token each time; above it, tokens are drawn."""
     beams: int = 1
     """Beams search for a likelier answer; it then comes in one piece."""
+    seed: int | None = None
+    """Of what is drawn: the same question after the same history gets the same answer. None draws anew each time."""
 
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("temperature", 0), ("beams", 1)):
             if getattr(self, name) < low:
                 raise HiveError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {low}")
+        if self.seed is not None and not SEED.accepts(self.seed):
+            raise HiveError(f"seed is {self.seed}, expected {SEED.expected}")
 
     def for_generate(self) -> dict[str, Any]:
         """Arguments of ``generate``; a base model's own defaults neither draw where 0 was asked for, nor penalise."""
@@ -122,6 +127,8 @@ class Conversation:
         length, longest = inputs["input_ids"].shape[1], self._longest_text(inputs)
         if length >= longest:
             raise HiveError(f"prompt of {length} tokens: expected at most {longest - 1}")
+        if self.settings.seed is not None:
+            torch.manual_seed(self.settings.seed)
         token_ids = model.generate(
             **inputs,
             **self.settings.for_generate(),

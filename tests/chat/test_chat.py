@@ -203,6 +203,18 @@ def test_drawn_answers_know_no_penalty_either(run: Path) -> None:
     assert said[0] == said[1]
 
 
+def test_a_seed_draws_the_same_answers_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["chat", f"{run}/stage3", "--image", f"{run}/0.png", "what is it?", "--max-new-tokens", "8"]
+    said = []
+    for seed in ("1", "1", "2"):
+        assert main([*command, "--temperature", "2", "--seed", seed]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+    for wrong in ("-1", str(1 << 63)):
+        assert main([*command, "--seed", wrong]) == 2
+        assert f"seed is {wrong}, expected from 0 to 2**63 - 1" in capsys.readouterr().err
+
+
 def test_wrong_input(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(HiveError, match=r"text\.png: image of 10 bytes cannot be read"):
