@@ -28,9 +28,11 @@ from hive_ds.stages import Stage, stage_by_number
 from hive_ds.training.ds_config import read_policy
 from hive_ds.training.flops import BatchSize, FlopCounter
 from hive_ds.training.gather_units import gathers_by_layer
-from hive_ds.training.groups import groups_of, plan_stage
+from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 
 POLICY = "zero3"
+Way = tuple[Callable[[PackedBatch], Outcome], Callable[[], Stepper]]
+"""What gives loss and gradients of a batch, to be checked, and what makes the stepper, to be timed."""
 
 
 @dataclass
@@ -131,21 +133,26 @@ def build_arm(name: str, setting: Setting, probes: Sequence[PackedBatch]) -> Arm
     own = packed_loss(model)
     references = [outcome(own, plan, probe, setting.device).kept_aside() for probe in probes]
     if name == "ours zero3":
-        if setting.compiled:
-            apart = gathers_by_layer(model, read_policy(POLICY))
-            compile_blocks(model, setting.device, setting.dtype, apart=apart)
-        precision = "bf16" if setting.dtype == torch.bfloat16 else "fp32"
-        stepper = EngineStepper(model, plan, POLICY, precision)
-        # Each of these is a step, too small a one to be seen in the next loss.
-        found: Callable[[PackedBatch], Outcome] = stepper.outcome
-        make_stepper: Callable[[], Stepper] = lambda: stepper  # noqa: E731
+        run, make_stepper = _under_engine(model, plan, setting)
     else:
-        loss = _loss_of(name, model, setting)
-        found = partial(outcome, loss, plan, device=setting.device)
-        make_stepper = partial(PlainStepper, plan, loss, setting.device)
-    verdicts = [compared(found(probe), wanted, setting.dtype) for probe, wanted in zip(probes, references, strict=True)]
+        run, make_stepper = _in_plain_torch(_loss_of(name, model, setting), plan, setting)
+    verdicts = [compared(run(probe), wanted, setting.dtype) for probe, wanted in zip(probes, references, strict=True)]
     verdict = next((verdict for verdict in verdicts if verdict != "passed"), "passed")
     return Arm(name, LABELS[name], model, make_stepper, counter, verdict, stays=name == "ours zero3")
+
+
+def _under_engine(model: Any, plan: StagePlan, setting: Setting) -> Way:
+    """Partition the model for good. Each check is a step, too small a one to be seen in the next loss."""
+    if setting.compiled:
+        apart = gathers_by_layer(model, read_policy(POLICY))
+        compile_blocks(model, setting.device, setting.dtype, apart=apart)
+    precision = "bf16" if setting.dtype == torch.bfloat16 else "fp32"
+    stepper = EngineStepper(model, plan, POLICY, precision)
+    return stepper.outcome, lambda: stepper
+
+
+def _in_plain_torch(loss: Loss, plan: StagePlan, setting: Setting) -> Way:
+    return partial(outcome, loss, plan, device=setting.device), partial(PlainStepper, plan, loss, setting.device)
 
 
 def _loss_of(name: str, model: Any, setting: Setting) -> Loss:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -90,27 +92,43 @@ def hierarchical_attention(
         decoding=layout.decoding,
         gradient=torch.is_grad_enabled() and _needs_gradient(q, k, v, image_k, image_v),
     )
+    out: Tensor
+    lse: Tensor | None
     if backend == "triton":
         out, lse = fused_attention(
             q, k, v, image_k, image_v, layout, scale, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
             norm_eps=norm_eps, qk_norm=qk_norm, cos=cos, sin=sin, image_cos=image_cos, image_sin=image_sin,
         )  # fmt: skip
-        return (out, lse) if return_lse else out
+    else:
+        q = finish(q, q_norm_weight, norm_eps, qk_norm, cos, sin)
+        if not layout.decoding:
+            k = finish(k, k_norm_weight, norm_eps, qk_norm, cos, sin)
+            if image_k is not None:
+                image_k = finish(image_k, k_norm_weight, norm_eps, qk_norm, image_cos, image_sin)
+        attend = reference_attention if backend == "reference" else dense_attention
+        out, lse = _finished_attention(attend, q, k, v, image_k, image_v, layout, scale, return_lse=return_lse)
+    return (out, lse) if return_lse and lse is not None else out
 
-    q = finish(q, q_norm_weight, norm_eps, qk_norm, cos, sin)
-    if not layout.decoding:
-        k = finish(k, k_norm_weight, norm_eps, qk_norm, cos, sin)
-        if image_k is not None:
-            image_k = finish(image_k, k_norm_weight, norm_eps, qk_norm, image_cos, image_sin)
 
+def _finished_attention(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    layout: AttentionLayout,
+    scale: float,
+    *,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``attend`` on normed and rotated queries and keys, and what it does not know: a batch in which nothing is seen."""
     if layout.num_queries == 0:
         q = _tie(q, k, v, image_k, image_v)
-        return (q, q.to(torch.promote_types(q.dtype, torch.float32)).sum(-1)) if return_lse else q
+        return q, q.to(torch.promote_types(q.dtype, torch.float32)).sum(-1)
     if layout.max_seen == 0:
         q = _tie(q, image_k, image_v)
-    attend = reference_attention if backend == "reference" else dense_attention
-    found, found_lse = attend(q, k, v, image_k, image_v, layout, scale, return_lse=return_lse)
-    return found if found_lse is None else (found, found_lse)
+    return attend(q, k, v, image_k, image_v, layout, scale, return_lse=return_lse)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
