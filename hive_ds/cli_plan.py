@@ -31,10 +31,22 @@ def add_plan_command(commands: Any) -> None:
     parser.add_argument(
         "--network", default="ib400x8", metavar="NAME", help=f"{', '.join(NETWORKS)} (default: %(default)s)"
     )
-    parser.add_argument("--text-length", type=int, default=128, metavar="T", help="mean tokens (default: %(default)s)")
-    parser.add_argument("--samples", type=int, metavar="N", help="in the training data, where they are not here")
-    parser.add_argument("--efficiency", type=float, metavar="SHARE", help="of the peak FLOP/s (default: 0.4)")
-    parser.add_argument("--overlap", type=float, metavar="SHARE", help="of communication and compute (default: 0.7)")
+    parser.add_argument(
+        "--text-length",
+        type=int,
+        default=128,
+        metavar="T",
+        help="text tokens of a sample, on average (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="of the training data, where its folders are elsewhere"
+    )
+    parser.add_argument(
+        "--efficiency", type=float, metavar="SHARE", help="of the peak FLOP/s that is reached (default: 0.4)"
+    )
+    parser.add_argument(
+        "--overlap", type=float, metavar="SHARE", help="of communication and computing that run at once (default: 0.7)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, assumptions included")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the scaling from 1 to 1,024 GPUs")
     add_overrides(parser)
@@ -64,5 +76,6 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         write_whole(args.json, json.dumps({**made_with(), **report.as_json()}, indent=2) + "\n")
     if args.picture:
-        title = f"{recipe.name}, stage {args.stage}, {args.gpu}, {args.network}, global batch as the recipe's"
+        batch = f"global batch {model.config.global_batch_size:,}"
+        title = f"predicted: {recipe.name}, stage {args.stage}, {batch}, {args.gpu} GPUs, network {args.network}"
         write_whole(args.picture, draw_scaling(scaling(model, cluster, assumed), title))

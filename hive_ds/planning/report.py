@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isclose
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,8 +16,13 @@ from hive_ds.planning.stage_model import StageModel
 from hive_ds.planning.timing import Assumptions, Cluster
 
 _GB = 1e9
-DASHES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
-"""Of the lines of a picture."""
+COLUMNS = (
+    *("profile", "batch x accum.", "GPU GB", "fits", "CPU GB", "sends GB", "messages", "step ms", "computing"),
+    "images/s",
+)
+"""Of the table in a terminal."""
+SAME = 0.002
+"""Relative difference of speeds that no picture shows."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,8 @@ class PlanReport:
             f"a GPU and a network ({self.network_name}) of {network.bandwidth / _GB:.3g} GB/s a node; "
             f"{assumed.overlap:.0%} overlap; {assumed.usable_memory:.0%} of {gpu.memory / _GB:.0f} GB usable",
             "predicted, not measured: everything below" + self._batch_note(),
+            "per GPU: micro-batch x accumulation, peak memory, CPU memory; per optimizer step: what a GPU sends, in how many "
+            "messages, the time, and the share of it spent computing",
         ]
 
     def _batch_note(self) -> str:
@@ -96,9 +104,8 @@ class PlanReport:
         return "; micro_batch_size is auto: batches are the largest predicted to fit, a run finds its own"
 
     def _table(self, best: ProfilePlan | None) -> list[str]:
-        head = ("profile", "batch", "GB", "fits", "CPU GB", "sent GB", "messages", "ms", "compute", "images/s")
-        rows = [head, *(_row(plan, plan is best) for plan in self.plans)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        rows = [COLUMNS, *(_row(plan, plan is best) for plan in self.plans)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
         return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
     def _verdict(self, best: ProfilePlan | None) -> list[str]:
@@ -131,35 +138,58 @@ def _row(plan: ProfilePlan, best: bool) -> tuple[str, ...]:
     )
 
 
+def merged(curves: Mapping[str, Sequence[ProfilePlan]]) -> dict[str, Sequence[ProfilePlan]]:
+    """Profiles that are equally fast on every number of GPUs as one curve, under the names of all."""
+    found: list[tuple[list[str], Sequence[ProfilePlan]]] = []
+    for name, plans in curves.items():
+        same = next((names for names, known in found if _are_same(plans, known)), None)
+        if same is None:
+            found.append(([name], plans))
+        else:
+            same.append(name)
+    return {", ".join(names): plans for names, plans in found}
+
+
+def _are_same(plans: Sequence[ProfilePlan], known: Sequence[ProfilePlan]) -> bool:
+    """Whether a picture of ``known`` also shows ``plans``, of which there may be fewer."""
+    others = {plan.ranks: plan for plan in known}
+    return all(
+        plan.ranks in others
+        and plan.fits == others[plan.ranks].fits
+        and isclose(plan.samples_per_second, others[plan.ranks].samples_per_second, rel_tol=SAME)
+        for plan in plans
+    )
+
+
 def draw_scaling(curves: Mapping[str, Sequence[ProfilePlan]], title: str) -> bytes:
     """A PNG: images per second and efficiency against GPUs, by profile; hollow where the profile does not fit.
 
-    Profiles are often equal: each line is thinner than the one below it, and has dashes of its own.
+    Profiles are often nearly equal: each line is thinner than the one below it.
     """
     figure = Figure(figsize=(11, 4.6), dpi=100, layout="constrained")
     speed, efficiency = figure.subplots(1, 2)
     alone = [plan.samples_per_second / plan.ranks for plans in curves.values() for plan in plans]
-    for number, (name, plans) in enumerate(curves.items()):
+    for number, (name, plans) in enumerate(merged(curves).items()):
         counts = [plan.ranks for plan in plans]
         rates = [plan.samples_per_second for plan in plans]
         shares = [rate / count / max(alone) for rate, count in zip(rates, counts, strict=True)]
         for axes, values in ((speed, rates), (efficiency, shares)):
-            look = {"linestyle": DASHES[number % len(DASHES)], "linewidth": max(1.0, 3.4 - 0.4 * number)}
-            axes.plot(counts, values, color=f"C{number}", label=name, **look)
+            axes.plot(counts, values, color=f"C{number}", label=name, linewidth=max(1.0, 4.0 - 0.7 * number))
             for plan, value in zip(plans, values, strict=True):
                 filled = f"C{number}" if plan.fits else "white"
                 axes.plot([plan.ranks], [value], "o", color=f"C{number}", markerfacecolor=filled, markersize=4)
-    for axes, label in ((speed, "images/s, predicted"), (efficiency, "images/s a GPU over the best, predicted")):
+    for axes, label in ((speed, "images/s"), (efficiency, "images/s per GPU, as a share of the best")):
         axes.set_xscale("log", base=2)
         ticks = sorted({plan.ranks for plans in curves.values() for plan in plans})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xlabel("GPUs; hollow: does not fit")
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
-    speed.set_yscale("log", base=2)
+    speed.set_yscale("log")
     speed.yaxis.set_major_formatter(lambda rate, _: f"{rate:,.10g}")
+    speed.grid(alpha=0.15, which="minor")
     efficiency.set_ylim(0, 1.05)
-    speed.legend(fontsize=7)
+    efficiency.legend(fontsize=10, loc="lower left")
     figure.suptitle(title, fontsize=11)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")

@@ -122,7 +122,7 @@ def _finished_attention(
     *,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``attend`` on normed and rotated queries and keys, and what it does not know: a batch in which nothing is seen."""
+    """``attend`` on normed and rotated queries and keys; tensors that no query reads get a gradient of zeros."""
     if layout.num_queries == 0:
         q = _tie(q, k, v, image_k, image_v)
         return q, q.to(torch.promote_types(q.dtype, torch.float32)).sum(-1)

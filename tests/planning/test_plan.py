@@ -15,7 +15,7 @@ from hive_ds.planning.communication import ZeroPolicy
 from hive_ds.planning.hardware import GPUS, LINK_LATENCY, NETWORKS
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, Message, bytes_sent
 from hive_ds.planning.plan import ProfilePlan, best_of, count_samples, plan_profile, plan_profiles, scaling, steps_of
-from hive_ds.planning.report import PlanReport
+from hive_ds.planning.report import PlanReport, merged
 from hive_ds.planning.stage_model import StageModel
 from hive_ds.planning.timing import Assumptions, Cluster, communication_time
 from hive_ds.planning.trace import FETCH
@@ -139,6 +139,10 @@ def test_scaling_from_1_to_1024(model: StageModel) -> None:
     curves = scaling(model, cluster, assumed)
     assert [plan.ranks for plan in curves["zero2"]] == [2**power for power in range(11)]
     assert [plan.ranks for plan in curves["zero3_hpz"]] == [2**power for power in range(4, 11)]
+    # hpZ changes nothing of a model that ZeRO-3 keeps whole.
+    assert "zero3, zero3_hpz" in merged(curves)
+    slower = [replace(plan, time=replace(plan.time, total=1.1 * plan.time.total)) for plan in curves["zero3_hpz"]]
+    assert {"zero3", "zero3_hpz"} <= set(merged({**curves, "zero3_hpz": slower}))
     one = curves["zero2"][0]
     assert one.sent == 0
     for plan in curves["zero2"]:
