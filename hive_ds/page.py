@@ -26,7 +26,8 @@ figcaption { font-size: .9rem; } .good { color: var(--good); } .bad { color: var
 pre { overflow-x: auto; border: 1px solid var(--rule); border-radius: 4px; padding: .6rem; font-size: .85rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0; color: var(--faint); font-size: .85rem; }
-.legend i { display: inline-block; width: .7rem; height: .5rem; margin-right: .35rem; border-radius: 2px; }
+.legend i { display: inline-block; margin-right: .35rem; vertical-align: middle; }
+.legend .line { width: 1.2rem; height: .2rem; } .legend .dot { width: .6rem; height: .6rem; border-radius: 50%; }
 .legend span { overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; }
 """

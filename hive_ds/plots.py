@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -16,12 +16,17 @@ COLOURS = ("var(--one)", "var(--two)", "var(--three)", "var(--four)", "var(--fiv
 
 @dataclass(frozen=True)
 class Line:
-    """A named series of (x, y); with ``markers`` its points are dots."""
+    """A named series of (x, y); with ``markers`` its points are dots, which no line joins."""
 
     name: str
     colour: str
     points: Sequence[tuple[float, float]]
     markers: bool = False
+
+    @property
+    def is_dots(self) -> bool:
+        """Whether it is drawn as dots: a line of one point would not be seen."""
+        return self.markers or len(self.points) == 1
 
 
 def line_plot(lines: Sequence[Line], x_label: str, y_label: str, *, small: bool = False, from_zero: bool = True) -> str:
@@ -64,7 +69,11 @@ def line_plot(lines: Sequence[Line], x_label: str, y_label: str, *, small: bool 
 def legend(lines: Sequence[Line]) -> str:
     """Names and colours of the lines that have a name, as HTML that wraps."""
     named = [line for line in lines if line.name]
-    keys = (f'<span><i style="background:{line.colour}"></i>{escape(line.name)}</span>' for line in named)
+    keys = (
+        f'<span><i class="{"dot" if line.is_dots else "line"}" style="background:{line.colour}"></i>'
+        f"{escape(line.name)}</span>"
+        for line in named
+    )
     return f'<p class="legend">{"".join(keys)}</p>' if named else ""
 
 
@@ -108,6 +117,9 @@ def bar_plot(counts: Sequence[int], labels: Sequence[str], x_label: str, *, betw
     return _svg(parts, x_label)
 
 
+INTERVAL_COLOURS = {"above zero": "var(--one)", "below zero": "var(--two)", "holds zero": "var(--faint)"}
+
+
 @dataclass(frozen=True)
 class Interval:
     """A row of `interval_plot`."""
@@ -117,12 +129,24 @@ class Interval:
     middle: float
     high: float
 
+    @property
+    def colour(self) -> str:
+        """By where it lies."""
+        side = "holds zero" if self.low <= 0 <= self.high else "above zero" if self.middle > 0 else "below zero"
+        return INTERVAL_COLOURS[side]
 
-def interval_plot(rows: Sequence[Interval], x_label: str) -> str:
-    """An SVG of one row at least, each a dot on its interval; rows whose interval leaves out zero are coloured."""
-    left, row_height = 250, 20
+
+def interval_plot(groups: Mapping[str, Sequence[Interval]], x_label: str) -> str:
+    """An SVG of one row at least, each a dot on its interval, and a legend: intervals that leave out zero are coloured.
+
+    Args:
+        groups: rows by what stands once beside them; a rule parts the groups.
+        x_label: above the plot.
+    """
+    left, row_height, gap = 200, 20, 10
+    rows = [row for group in groups.values() for row in group]
     x_ticks = ticks(min(0.0, *(row.low for row in rows)), max(0.0, *(row.high for row in rows)), 8)
-    bottom = TOP + len(rows) * row_height
+    bottom = TOP + len(rows) * row_height + len(groups) * gap
 
     def at(x: float) -> float:
         return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (WIDTH - RIGHT - left)
@@ -132,15 +156,20 @@ def interval_plot(rows: Sequence[Interval], x_label: str) -> str:
         x, colour = at(tick), "var(--faint)" if tick == 0 else "var(--rule)"
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}" stroke="{colour}"/>')
         parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:g}</text>')
-    for place, row in enumerate(rows):
-        y = TOP + (place + 0.5) * row_height
-        colour = "var(--faint)" if row.low <= 0 <= row.high else "var(--one)" if row.middle > 0 else "var(--two)"
-        ends = f'x1="{at(row.low):.1f}" x2="{at(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
-        parts.append(f'<line {ends} stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<circle cx="{at(row.middle):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+    top = float(TOP)
+    for name, group in groups.items():
+        parts.append(f'<line x1="0" x2="{WIDTH}" y1="{top:.1f}" y2="{top:.1f}" stroke="var(--rule)"/>')
+        parts.append(f'<text x="4" y="{top + gap / 2 + 14:.1f}" font-weight="600">{escape(name)}</text>')
+        for place, row in enumerate(group):
+            y = top + gap / 2 + (place + 0.5) * row_height
+            ends = f'x1="{at(row.low):.1f}" x2="{at(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
+            parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
+            parts.append(f'<line {ends} stroke="{row.colour}" stroke-width="2"/>')
+            parts.append(f'<circle cx="{at(row.middle):.1f}" cy="{y:.1f}" r="4" fill="{row.colour}"/>')
+        top += len(group) * row_height + gap
     parts.append(f'<text x="4" y="12">{escape(x_label)}</text>')
-    return _svg(parts, x_label, height=bottom + 22)
+    keys = [Line(f"interval {words}", colour, [], markers=True) for words, colour in INTERVAL_COLOURS.items()]
+    return _svg(parts, x_label, height=bottom + 22) + legend(keys)
 
 
 def short(value: float) -> str:
@@ -176,12 +205,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _key(line: Line, x: float) -> list[str]:
-    legend = f'<text x="{x + 14}" y="12">{escape(line.name)}</text>'
-    return [f'<rect x="{x}" y="4" width="10" height="8" fill="{line.colour}"/>', legend]
+    drawn = f'<rect x="{x - 4}" y="7" width="14" height="2" fill="{line.colour}"/>'
+    if line.is_dots:
+        drawn = f'<circle cx="{x + 4}" cy="8" r="4" fill="{line.colour}"/>'
+    return [drawn, f'<text x="{x + 14}" y="12">{escape(line.name)}</text>']
 
 
 def _draw(line: Line, points: Sequence[tuple[float, float]]) -> list[str]:
-    if line.markers or len(points) == 1:  # a line of one point would not be seen
+    if line.is_dots:
         return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{line.colour}"/>' for x, y in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return [f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2"/>']

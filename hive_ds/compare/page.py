@@ -87,14 +87,14 @@ def _contrast_rows(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         yield [one["score"], one["arm"], one["reference"], difference, interval, verdict, least]
 
 
-def _intervals(found: Sequence[dict[str, Any]]) -> list[Interval]:
-    return [
-        Interval(
-            f"{one['score']}: {one['arm']} \N{MINUS SIGN} {one['reference']}",
-            *(100 * end for end in (one["interval_95"][0], one["mean"], one["interval_95"][1])),
-        )
-        for one in sorted(found, key=lambda one: JUDGED.index(one["score"]))
-    ]
+def _intervals(found: Sequence[dict[str, Any]]) -> dict[str, list[Interval]]:
+    """By score."""
+    by_score: dict[str, list[Interval]] = {}
+    for one in sorted(found, key=lambda one: JUDGED.index(one["score"])):
+        ends = (one["interval_95"][0], one["mean"], one["interval_95"][1])
+        name = f"{one['arm']} \N{MINUS SIGN} {one['reference']}"
+        by_score.setdefault(one["score"], []).append(Interval(name, *(100 * end for end in ends)))
+    return by_score
 
 
 def _cost_rows(gathered: Gathered) -> Iterator[list[str]]:

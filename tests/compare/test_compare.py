@@ -44,6 +44,8 @@ def test_page_says_what_differs_and_what_could_not_be_told() -> None:
         cells = ["answers all", "hive", "base", "+10.0", interval, verdict, f"{5.3634 * error:.1f}"]
         assert "".join(f"<td>{cell}</td>" for cell in cells) in page
         assert page.count("<circle ") == len(record["contrasts"])
+        assert [page.count(f'font-weight="600">{score}</text>') for score in JUDGED] == [1] * len(JUDGED)
+        assert all(f"interval {where}<" in page for where in ("above zero", "below zero", "holds zero"))
         assert page.count('stroke="var(--one)" stroke-width="2"') == len(record["contrasts"]) * (verdict == "yes")
         assert "sa-seed0" in page
         assert "± 9.8 points" in page  # 1.96 sqrt(0.25 / 100)

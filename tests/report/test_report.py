@@ -113,17 +113,22 @@ def test_long_curves_are_thinned_and_keep_their_spikes(run: Path) -> None:
 
 def test_small_plot_has_its_legend_below() -> None:
     plot = line_plot(
-        [Line("a <name>", "red", [(1, 5.0), (2, 6.0)]), Line("", "blue", [(1, 5.5)])],
+        [
+            Line("a <name>", "red", [(1, 5.0), (2, 6.0)]),
+            Line("", "blue", [(1, 5.5)]),
+            Line("held out", "green", [(2, 5.8)]),
+        ],
         "x",
         "y",
         small=True,
         from_zero=False,
     )
     svg, _, below = plot.partition("</svg>")
-    assert below.count("<span>") == 1
-    assert "a &lt;name&gt;" in below
+    assert below.count("<span>") == 2
+    assert '<i class="line" style="background:red"></i>a &lt;name&gt;<' in below
+    assert '<i class="dot" style="background:green"></i>held out<' in below
     assert "name" not in svg
-    assert svg.count("<circle") == 1  # of one point no line could be seen
+    assert svg.count("<circle") == 2  # of one point no line could be seen
     assert ">0</text>" not in svg
 
 
