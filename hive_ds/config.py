@@ -78,7 +78,7 @@ class ModelConfig:
     language_model: Annotated[str, NOT_EMPTY]
     """Hugging Face name or local folder of the LLM."""
     routes: RoutesConfig | None = None
-    """Of kind ``hive``, which needs them. A number instead spreads so many over the depths of both models."""
+    """For kind ``hive``, which needs them: two lists, or a number of routes, spread evenly over both models."""
     kind: Annotated[str, one_of(*STAGES_BY_KIND)] = "hive"
     """``hive``, or ``cascaded``: features of one block go through an MLP to the LLM's input (the paper's SA)."""
     feature_block: Annotated[int, NOT_ZERO] = -2
@@ -149,8 +149,8 @@ class DataConfig:
     num_workers: Annotated[int, NOT_NEGATIVE] = 2
     """Loader processes per rank."""
     max_bad_share: Annotated[float, SHARE] = 0.01
-    """Share of unreadable samples, of all ranks since the stage's start, past which training stops (of at least 1000,
-    and three standard deviations more); each is logged and replaced until then."""
+    """Training stops when more than this share of all ranks' samples since the stage's start was unreadable (of 1000
+    samples at least, and three standard deviations more for chance); until then each is logged and replaced."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class StageConfig:
     the next smaller number that does. ``auto``: the largest that fits the device's memory, found when the run starts.
     The weights do not depend on it."""
     epochs: Annotated[float, POSITIVE] = 1.0
-    """Times that the data are gone through; fractions are allowed."""
+    """Passes over the data; fractions are allowed."""
     steps: Annotated[int | None, at_least(1)] = None
     """Optimizer steps; overrides ``epochs``."""
     group_lr: Annotated[dict[str, float], replace(every_value(NOT_NEGATIVE), choices=GROUPS)] = field(
@@ -180,15 +180,15 @@ class StageConfig:
     warmup_ratio: Annotated[float, SHARE] = 0.03
     """Share of the steps spent in linear warm-up."""
     betas: Annotated[tuple[float, float], every(BETA)] = (0.9, 0.999)
-    """AdamW's."""
+    """AdamW's, of the mean gradient and of its square."""
     eps: Annotated[float, POSITIVE] = 1e-8
-    """AdamW's."""
+    """AdamW's, added to the root of the mean square."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's decay; never on norms and biases."""
     clip: Annotated[float, POSITIVE] = 1.0
     """Largest global gradient norm."""
     data: DataConfig | None = None
-    """What this stage has of its own; all that is not written here is that of ``data``. null: nothing."""
+    """Data of this stage alone; what is not written here comes from the recipe's ``data``. null: all of it does."""
 
     @property
     def micro_batch(self) -> int:
@@ -210,7 +210,7 @@ class TrainingConfig:
     validation_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between validation losses; 0 means at the end only."""
     validation_samples: Annotated[int, at_least(1)] = 1024
-    """The first so many samples of each held-out folder, or all, make one validation loss, on all ranks together."""
+    """Samples of one validation loss, over all ranks: the first ones of each held-out folder, or all that it has."""
     maps_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between gradient norms of the encoder's blocks and maps of one held-out sample; 0 means none."""
     profile: Annotated[tuple[int, int] | None, RISING] = None
@@ -218,7 +218,7 @@ class TrainingConfig:
     checkpoint_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints for resuming; 0 means none before the end."""
     keep_checkpoints: Annotated[int, at_least(1)] = 2
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints are kept."""
     keep_every: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints that are kept for good; 0 means none."""
     stop_on_failed_save: bool = False

@@ -180,7 +180,7 @@ def draw_mask() -> str:
         below,
         f"media offsets {', '.join(map(str, MASK_OFFSETS))}: tokens from there on see all patches of the image,",
     )
-    drawing.text(left, below + 18, "those before it none. Patches ask nothing: they have no rows.")
+    drawing.text(left, below + 18, "those before it none. Patches have no queries, hence no rows.")
     return drawing.render()
 
 
@@ -207,8 +207,8 @@ def draw_gradient_paths() -> str:
         "HIVE, next route": hive_paths(recipe.model.routes, blocks, layers, fewest=itemgetter(1)),
         "SA": sa_paths(cascaded.model.feature_block, blocks, layers),
     }
-    drawing = Drawing(760, 560, "Ways of the gradient to each encoder block")
-    drawing.text(20, 26, "Ways of the loss's gradient to the output of each encoder block", size=13)
+    drawing = Drawing(760, 560, "Paths of the gradient to each encoder block")
+    drawing.text(20, 26, "Paths of the loss's gradient to the output of each encoder block", size=13)
     for place, (name, paths) in enumerate(ways.items()):
         _draw_paths(drawing, 76 + 158.0 * place, name, paths, layers + blocks)
     drawing.text(70, 546, "LLM layers", colour=LANGUAGE)

@@ -79,11 +79,21 @@ def build_loader(
 ) -> SampleLoader:
     """Return the loader of `PackedBatch`es of this rank (RANK, WORLD_SIZE, ... as the launcher sets them).
 
-    ``folder``, one or several with their weights, defaults to ``data.train`` or, with ``train`` false,
-    ``data.validation``. Training is endless and shuffled as ``data.shuffle`` says; otherwise each iteration is one
-    pass in the same order.
     torch.distributed must be initialised where there are several ranks.
-    HiveError for a missing or empty folder, sizes that do not divide, an unknown template, streaming not installed.
+
+    Args:
+        data: the recipe's section, of the stage.
+        tokenizer: of the LLM.
+        image_processor: of the encoder.
+        micro_batch_size: samples of one batch.
+        global_batch_size: samples of one optimizer step over all ranks.
+        seed: of the order.
+        train: endless and shuffled as ``data.shuffle`` says; otherwise each iteration is one pass in the same order.
+        folder: one, or several with their weights; by default ``data.train`` or, with ``train`` false,
+            ``data.validation``.
+
+    Raises:
+        HiveError: a missing or empty folder, sizes that do not divide, an unknown template, streaming not installed.
     """
     from hive_ds.data.mds import SampleDataset, SampleLoader
 

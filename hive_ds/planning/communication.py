@@ -133,26 +133,28 @@ def step_messages(
         micro_batches: of one rank in one optimizer step.
         weight_bytes: of an element, 2 for bf16; gradients travel in the same type.
     """
-    scale = _Scale(layout, trace, policy, num_ranks, weight_bytes)
-    gathers, renewals = scale.gathers(micro_batches), scale.renewals()
-    return StepMessages(gathers, renewals, scale.gradients(micro_batches), scale.scalars())
+    step = _Step(layout, trace, policy, num_ranks, micro_batches, weight_bytes)
+    return StepMessages(step.gathers(), step.renewals(), step.gradients(), step.scalars())
 
 
 @dataclass(frozen=True)
-class _Scale:
+class _Step:
+    """The arguments of `step_messages`, and the messages by what they carry."""
+
     layout: Layout
     trace: Trace
     policy: ZeroPolicy
     num_ranks: int
+    micro_batches: int
     weight_bytes: int
 
-    def gathers(self, micro_batches: int) -> list[Message]:
+    def gathers(self) -> list[Message]:
         """ZeRO-3's, in forward and backward; one rank by itself gathers nothing."""
         if self.policy.stage < 3 or self.num_ranks == 1 or self._is_whole:
             return []
         second_copy = self.policy.ranks_per_copy > 1
-        parts = _gathers(self.layout, self.trace, self.policy.limits, second_copy, min(micro_batches, DIFFERENT))
-        alike = [parts[-1]] * (micro_batches - len(parts))
+        parts = _gathers(self.layout, self.trace, self.policy.limits, second_copy, min(self.micro_batches, DIFFERENT))
+        alike = [parts[-1]] * (self.micro_batches - len(parts))
         return [self._gather(gather) for part in [*parts, *alike] for gather in part]
 
     def _gather(self, gather: Gather) -> Message:
@@ -174,7 +176,7 @@ class _Scale:
         sizes = [ceil(size / unit) * unit for size in sums]
         return [self._message(ALL_GATHER, size * self.weight_bytes) for size in sizes]
 
-    def gradients(self, micro_batches: int) -> list[Message]:
+    def gradients(self) -> list[Message]:
         """Each micro-batch reduces them under ZeRO 2 and 3, the whole step under ZeRO 0 and 1."""
         names = [name for name in self.layout.sizes if name in self.layout.trained]
         if self.policy.stage == 0:  # the engine fills a fixed buffer in the model's order, and past its end
@@ -188,7 +190,7 @@ class _Scale:
         if self.policy.stage == 3:
             padding = sum(self._padded(size) - size for size in sizes)
             buckets[-1] += padding
-        times = 1 if self.policy.stage == 1 else micro_batches
+        times = 1 if self.policy.stage == 1 else self.micro_batches
         return [self._message(kind, bucket * self.weight_bytes) for bucket in buckets] * times
 
     def scalars(self) -> list[Message]:

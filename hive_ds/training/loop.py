@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,8 +77,10 @@ def train(job: Job, first_step: int) -> int:
     job.meter.restart()
     ahead: Fetched | None = None
     totals = Totals()
-    left = range(first_step, steps)
-    for step in left if job.profile is None else job.profile.over(left, job.engine.model):
+    left: Iterable[int] = range(first_step, steps)
+    if job.profile is not None:
+        left = job.profile.over(range(first_step, steps), job.engine.model)
+    for step in left:
         done = step + 1
         here.begin_step(done)
         if ahead is None:
