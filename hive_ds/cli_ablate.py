@@ -136,7 +136,9 @@ def add_compare_command(commands: Any) -> None:
         "train HIVE and its baselines at small scale and judge their encoders alike",
         "Every arm starts from the same encoder and LLM. What OUT holds already is not done again.",
     )
-    parser.add_argument("--out", metavar="OUT", type=Path, default=Path("runs/compare"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="OUT", type=Path, default=Path("runs/compare"), help="folder (default: %(default)s)"
+    )
     parser.add_argument(
         "--preset", choices=("default", "gpu", "smoke"), default="default", help="sizes (default: %(default)s)"
     )

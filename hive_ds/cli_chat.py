@@ -35,7 +35,7 @@ def add_chat_command(commands: Any) -> None:
         "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default); above: drawn"
     )
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="of drawn tokens: the same answers again (default: other ones each time)"
+        "--seed", type=int, metavar="N", help="of what is drawn: the same answers again (default: others each time)"
     )
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="of a beam search (default: %(default)s)")
     parser.add_argument(

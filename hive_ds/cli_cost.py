@@ -42,7 +42,9 @@ def add_cost_command(commands: Any) -> None:
         "--text-length", metavar="L", type=int, default=64, help="text tokens of a sample (default: %(default)s)"
     )
     parser.add_argument("--batch", metavar="B", type=int, help="samples of a micro-batch (default: the recipe's)")
-    parser.add_argument("--ranks", metavar="R", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument(
+        "--ranks", metavar="R", type=int, default=8, help="ranks that ZeRO splits over (default: %(default)s)"
+    )
     add_overrides(parser)
     parser.add_argument(
         "--measure", action="store_true", help="also run and time steps with random weights on the GPU, without ZeRO"

@@ -86,7 +86,7 @@ def _add_convert(data: Any) -> None:
     parser.add_argument("out", metavar="OUT", help="new folder, or s3://, gs://, ... URL")
     group = _add_source_options(parser)
     group.add_argument("--text-column", metavar="NAME", help="captions: pick the alt text or a synthetic one here")
-    group.add_argument("--conversations-column", metavar="NAME")
+    group.add_argument("--conversations-column", metavar="NAME", help="turns, as LLaVA has them")
     group.add_argument(
         "--captions",
         metavar="JSONL",
@@ -111,8 +111,10 @@ def _add_source_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     )
     group.add_argument("--images", metavar="PATH", help="folder, .zip or .tar that image paths start at")
     group.add_argument("--split", help="of a Hugging Face dataset (default: train)")
-    group.add_argument("--id-column", metavar="NAME", help="names of fields, where they are not the usual ones")
-    group.add_argument("--image-column", metavar="NAME", help="none for text alone")
+    group.add_argument(
+        "--id-column", metavar="NAME", help="ids; these options name fields whose names are not the usual ones"
+    )
+    group.add_argument("--image-column", metavar="NAME", help="images; none for text alone")
     return group
 
 

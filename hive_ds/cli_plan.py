@@ -23,9 +23,9 @@ def add_plan_command(commands: Any) -> None:
         " assumptions about GPUs and networks, none of which was measured (docs/planning.md).",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or path of a .yaml file")
-    parser.add_argument("--stage", type=int, default=3, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="(default: %(default)s)")
+    parser.add_argument("--stage", type=int, default=3, metavar="N", help="stage to plan (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="GPUs on each (default: %(default)s)")
     gpus = f"{', '.join(GPUS)} (default: %(default)s)"
     parser.add_argument("--gpu", default="h200", metavar="NAME", type=str.lower, help=gpus)
     parser.add_argument(
@@ -39,13 +39,16 @@ def add_plan_command(commands: Any) -> None:
         help="text tokens of a sample, on average (default: %(default)s)",
     )
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="of the training data, where its folders are elsewhere"
+        "--samples", type=int, metavar="N", help="samples of the training data, where it is not on this machine"
     )
     parser.add_argument(
-        "--efficiency", type=float, metavar="SHARE", help="of the peak FLOP/s that is reached (default: 0.4)"
+        "--efficiency", type=float, metavar="SHARE", help="share of the peak FLOP/s that is reached (default: 0.4)"
     )
     parser.add_argument(
-        "--overlap", type=float, metavar="SHARE", help="of communication and computing that run at once (default: 0.7)"
+        "--overlap",
+        type=float,
+        metavar="SHARE",
+        help="share of communication and computing that run at once (default: 0.7)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, assumptions included")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the scaling from 1 to 1,024 GPUs")

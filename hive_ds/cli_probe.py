@@ -74,15 +74,18 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         help="food101, caltech256, imagenet1k, cifar10, cifar100, stanford_cars or oxford_pets: splits, columns and"
         " epochs, for a copy that --data names",
     )
-    group.add_argument("--train-split", metavar="NAME", help="(default: the preset's, or train)")
+    group.add_argument("--train-split", metavar="NAME", help="to train the heads on (default: the preset's, or train)")
     group.add_argument(
         "--test-split",
         metavar="NAME",
-        help="(default: the preset's, test, validation or val; without one, or for none, every seed holds out a part)",
+        help="to score (default: the preset's, test, validation or val; without one, or for none, every seed holds out"
+        " a part)",
     )
     group.add_argument("--test-share", type=float, metavar="X", default=0.2, help="held out (default: %(default)s)")
-    group.add_argument("--image-column", metavar="NAME", help="of a Hugging Face dataset, where it is not found")
-    group.add_argument("--label-column", metavar="NAME")
+    group.add_argument(
+        "--image-column", metavar="NAME", help="images of a Hugging Face dataset, where they are not found"
+    )
+    group.add_argument("--label-column", metavar="NAME", help="its classes, likewise")
 
 
 def _add_head_options(parser: argparse.ArgumentParser) -> None:
