@@ -69,13 +69,22 @@ class PreparedSample:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Samples end to end.
+    """Samples end to end, and their images.
 
-    ``input_ids`` and ``labels`` are (T,) int64. ``image_offsets`` has one list a sample, in the order of ``images``,
-    whose tensors have the images as leading dim: sample by sample, within a sample by (offset, listing).
     A batch without images has one black image at the end of its first sample, where no token sees it, so that every
-    rank calls every module; ``num_images`` does not count it. ``num_cut`` counts texts that lost their end.
-    ``normalise`` turns ``pixel_values`` that are levels into what the encoder takes; None: they are that.
+    rank calls every module.
+
+    Attributes:
+        input_ids: (T,) int64, tokens of all samples.
+        labels: (T,) int64, each position's own token, or `IGNORE_INDEX` where it carries no loss.
+        text_lengths: tokens of each sample, T in sum.
+        image_offsets: media offset of each image of each sample, ascending.
+        images: what the image processor makes, images first: sample by sample, within one by (offset, listing).
+        sample_ids: of each sample.
+        num_images: not counting the black one.
+        num_cut: texts that lost their end.
+        bad: samples that could not be used, which others here replace.
+        normalise: turns ``pixel_values`` that are levels into what the encoder takes; None where they are that.
     """
 
     input_ids: Tensor

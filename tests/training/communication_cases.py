@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from message_counter import tally
+
 from hive_ds.planning.communication import ZeroPolicy
-from hive_ds.planning.messages import tally
 from hive_ds.planning.stage_model import StageModel
 from hive_ds.recipe import load_recipe
 from hive_ds.training.ds_config import fit_micro_batch, read_policy

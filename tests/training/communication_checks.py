@@ -11,10 +11,10 @@ from typing import Any
 from unittest.mock import patch
 
 from communication_cases import CASES, FIRST, QUICK, SCALED, Case
+from message_counter import MessageCounter, tally
 from tiny_run import TinyRun
 
 from hive_ds import train
-from hive_ds.planning.messages import MessageCounter, tally
 from hive_ds.stages import stage_by_number
 from hive_ds.training.distributed import barrier
 from hive_ds.training.loop import here

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from communication_cases import LARGE_MODEL
+from message_counter import MessageCounter, tally
 from stage_helpers import CONFIG, draw_sample, make_trainee, pack, run_step
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hive_ds.planning.messages import MessageCounter, tally
 from hive_ds.training.distributed import World
 from hive_ds.training.ds_config import read_policy
 

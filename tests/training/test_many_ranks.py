@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from many_ranks import MICRO_BATCHES, policy_file
+from message_counter import tally
 from ranks import PYTHONPATH
 from stage_helpers import CONFIG, draw_sample, make_model, pack
 
 from hive_ds.planning.communication import Layout, ZeroPolicy, step_messages
-from hive_ds.planning.messages import tally
 from hive_ds.planning.trace import recorded
 from hive_ds.stages import stage_by_number
 from hive_ds.training.ds_config import read_policy
