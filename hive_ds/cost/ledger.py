@@ -11,7 +11,7 @@ from hive_ds.cost.memory import ModelStates, model_state_bytes, weight_bytes, ze
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
 from hive_ds.errors import HiveError
-from hive_ds.planning.communication import Layout, ZeroPolicy, step_messages
+from hive_ds.planning.communication import ParameterLayout, ZeroPolicy, step_messages
 from hive_ds.planning.messages import bytes_sent
 from hive_ds.planning.trace import recorded
 from hive_ds.stages import STAGES_BY_KIND, Stage
@@ -104,7 +104,7 @@ def cost_of_stage(recipe: Recipe, stage: int, *, text_length: int, batch: int | 
     zero = ZeroPolicy.of(policy, ranks, RANKS_PER_NODE)
     states = model_state_bytes(plan, policy, ranks=ranks, precision=precision, hpz=zero.ranks_per_copy)
     messages = step_messages(
-        Layout.of(model, plan),
+        ParameterLayout.of(model, plan),
         trace,
         zero,
         num_ranks=ranks,

@@ -25,7 +25,7 @@ _BUCKET = 500_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class ParameterLayout:
     """What DeepSpeed sees of a model in a stage."""
 
     sizes: dict[str, int]
@@ -40,7 +40,7 @@ class Layout:
     """Modules that ZeRO-3 gathers as one (`hive_ds.training.gather_units`), unless the model is one."""
 
     @classmethod
-    def of(cls, model: nn.Module, plan: StagePlan) -> Layout:
+    def of(cls, model: nn.Module, plan: StagePlan) -> ParameterLayout:
         """Of a model on any device, the meta device too."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         units = {id(unit) for unit in layer_units(model)}
@@ -115,7 +115,7 @@ class StepMessages:
 
 
 def step_messages(
-    layout: Layout,
+    layout: ParameterLayout,
     trace: Trace,
     policy: ZeroPolicy,
     *,
@@ -141,7 +141,7 @@ def step_messages(
 class _Step:
     """The arguments of `step_messages`, and the messages by what they carry."""
 
-    layout: Layout
+    layout: ParameterLayout
     trace: Trace
     policy: ZeroPolicy
     num_ranks: int
@@ -216,7 +216,7 @@ class _Step:
 
 @lru_cache(maxsize=32)
 def _gathers(
-    layout: Layout, trace: Trace, limits: GatherLimits, second_copy: bool, micro_batches: int
+    layout: ParameterLayout, trace: Trace, limits: GatherLimits, second_copy: bool, micro_batches: int
 ) -> list[list[Gather]]:
     """Of the second of two steps: what one leaves, the next finds. They do not depend on the number of ranks."""
     units = frozenset(layout.units)

@@ -11,7 +11,7 @@ from hive_ds.cost.counted import watch_step
 from hive_ds.cost.memory import ModelStates, model_state_bytes, weight_bytes, zero_buffer_bytes
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
-from hive_ds.planning.communication import Layout, StepMessages, ZeroPolicy, step_messages
+from hive_ds.planning.communication import ParameterLayout, StepMessages, ZeroPolicy, step_messages
 from hive_ds.planning.trace import Trace, recorded
 from hive_ds.training.flops import FlopCounter
 from hive_ds.training.groups import StagePlan
@@ -24,7 +24,7 @@ class StageModel:
     config: StageConfig
     plan: StagePlan
     precision: str
-    layout: Layout
+    layout: ParameterLayout
     trace: Trace
     flops_per_sample: float
     """On hardware: forward, backward and what backward repeats."""
@@ -40,7 +40,7 @@ class StageModel:
         """
         one, two = Workload(1, text_length), Workload(2, text_length)
         model, plan = meta_model(recipe, stage)
-        layout, size, closed = Layout.of(model, plan), one.size(model), FlopCounter(model, plan)
+        layout, size, closed = ParameterLayout.of(model, plan), one.size(model), FlopCounter(model, plan)
         flops = closed.count(size) + closed.repeated(size, checkpointing=recipe.model.gradient_checkpointing)
         watches = [watch_step(model, workload) for workload in (one, two)]
         peaks = [watch.activations + watch.temporaries for watch in watches]

@@ -16,7 +16,7 @@ from message_counter import tally
 from ranks import PYTHONPATH
 from stage_helpers import CONFIG, draw_sample, make_model, pack
 
-from hive_ds.planning.communication import Layout, ZeroPolicy, step_messages
+from hive_ds.planning.communication import ParameterLayout, ZeroPolicy, step_messages
 from hive_ds.planning.trace import recorded
 from hive_ds.stages import stage_by_number
 from hive_ds.training.ds_config import read_policy
@@ -41,7 +41,7 @@ def _check(num_ranks: int, policy: str, found: dict[str, Any], folder: Path) -> 
     stage = stage_by_number(3)
     model = make_model(stage)
     plan = plan_stage(model, stage, groups_of(model), CONFIG)
-    layout = Layout.of(model, plan)
+    layout = ParameterLayout.of(model, plan)
     batch = pack([draw_sample(0)])
     with recorded(model) as trace:
         model(**batch.model_inputs("cpu", next(model.parameters()).dtype)).loss.backward()
