@@ -40,7 +40,17 @@ class HiveProcessor:
         image_position: str = "first",
         stock: Mapping[str, Any] | None = None,
     ) -> None:
-        """Join them; ``stock`` is what else ``processor_config.json`` tells stock transformers, of a cascaded model."""
+        """Join them.
+
+        Args:
+            image_processor: of the vision encoder.
+            tokenizer: of the LLM; gets ``<image>`` as a token.
+            image_position: ``first`` or ``after_bos``, as in `DataConfig`.
+            stock: what else ``processor_config.json`` tells stock transformers, of a cascaded model.
+
+        Raises:
+            HiveError: another ``image_position``.
+        """
         if image_position not in IMAGE_POSITIONS:
             raise HiveError(f"image_position {image_position!r}: expected one of {', '.join(IMAGE_POSITIONS)}")
         self.image_processor: ImageProcessor = image_processor
@@ -58,14 +68,19 @@ class HiveProcessor:
     ) -> BatchFeature:
         """Encode prompts and the images that their ``<image>`` placeholders stand for.
 
-        ``text`` is one prompt or a list; ``images`` one image, a list in the order of the placeholders, or a list of
-        lists, one for each prompt. Prompts may be plain ("<image>", "<image>A photo of") or rendered by
-        `apply_chat_template`.
+        Args:
+            text: one prompt or a list, plain ("<image>", "<image>A photo of") or rendered by `apply_chat_template`.
+            images: one image, a list in the order of the placeholders, or a list of lists, one for each prompt.
+            max_length: most tokens that a prompt may have.
 
-        Returns ``input_ids`` and ``attention_mask`` (B,S) int64, padded on the left; ``image_offsets``, a list of media
-        offsets for each prompt, padding not counted; with images ``pixel_values`` (I,3,h,w) and what else the image
-        processor returns, prompt by prompt. HiveError where placeholders and images differ in number, or a prompt
-        is longer than ``max_length``.
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, S) int64, padded on the left; ``image_offsets``, a list of media
+            offsets for each prompt, padding not counted; with images ``pixel_values`` (I, 3, h, w) and what else the
+            image processor returns, prompt by prompt.
+
+        Raises:
+            HiveError: no prompt, placeholders and images that differ in number, an image that cannot be read, or a
+                prompt that is too long.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
@@ -116,11 +131,17 @@ class HiveProcessor:
         images: ImageInput | Sequence[Any] | None = None,
         tokenize: bool = False,
     ) -> str | BatchFeature:
-        """Render one conversation; with ``tokenize`` encode it, with its ``images``, as `__call__` does.
+        """Render one conversation by the tokenizer's chat template.
 
-        A message is ``{"role", "content"}``; content is text with ``<image>``, or Hugging Face's list of
-        ``{"type": "image"}`` and ``{"type": "text", "text": ...}`` parts, each image written on a line of its own.
-        HiveError where the tokenizer has no chat template.
+        Args:
+            conversation: messages ``{"role", "content"}``; content is text with ``<image>``, or Hugging Face's list of
+                ``{"type": "image"}`` and ``{"type": "text", "text": ...}`` parts, each image on a line of its own.
+            add_generation_prompt: end where the assistant's answer begins.
+            images: of the conversation, for ``tokenize``.
+            tokenize: encode text and images as `__call__` does, instead of returning the text.
+
+        Raises:
+            HiveError: the tokenizer has no chat template, or a part is neither image nor text.
         """
         turns = [Turn(message["role"], _content(message["content"])) for message in conversation]
         text = render_chat(turns, self.tokenizer, for_answer=add_generation_prompt)
@@ -145,7 +166,11 @@ class HiveProcessor:
     def from_base_models(
         cls, vision_encoder: str | Path, language_model: str | Path, image_position: str = "first"
     ) -> HiveProcessor:
-        """Join the encoder's image processor and the LLM's tokenizer; each a Hugging Face name or a folder."""
+        """Join the encoder's image processor and the LLM's tokenizer; each a Hugging Face name or a folder.
+
+        Raises:
+            HiveError: one of them cannot be read.
+        """
         try:
             image_processor = auto_image_processor(vision_encoder)
             tokenizer = AutoTokenizer.from_pretrained(language_model)
@@ -166,7 +191,11 @@ class HiveProcessor:
         revision: str | None = None,
         _from_auto: bool = False,
     ) -> HiveProcessor:
-        """Load what `save_pretrained` wrote; the last three arguments are `AutoProcessor`'s and change nothing."""
+        """Load what `save_pretrained` wrote; the last three arguments are `AutoProcessor`'s and change nothing.
+
+        Raises:
+            HiveError: the folder holds no processor.
+        """
         config = Path(folder) / CONFIG_NAME
         if not config.is_file():
             raise HiveError(f"processor folder {folder}: holds no {CONFIG_NAME}")

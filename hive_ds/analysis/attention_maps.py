@@ -58,6 +58,9 @@ def token_attention_maps(
         image_offsets: media offset of each image, ascending.
         pixels: ``pixel_values`` and what else the image processor returns.
         head: as there.
+
+    Raises:
+        HiveError: as there.
     """
     heads = model.config.text_config.num_attention_heads
     if head is not None and not 0 <= head < heads:

@@ -196,6 +196,10 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         Returns:
             ``loss`` (fp32 scalar) if labels are given. ``logits``: (B, S, V) of a padded batch, (T, V) of a packed
             one; None for a packed batch with labels, whose logits are made at supervised positions only.
+
+        Raises:
+            ValueError: lengths, offsets or pixels that do not fit each other, or pixels beside a cache with images.
+            HiveError: images that do not fit the encoder, or a text longer than the LLM's sliding window.
         """
         if input_ids.dim() == 1:
             text = PackedText.from_packed(input_ids, text_lengths)

@@ -91,7 +91,19 @@ def make_encoder(
     device: str | torch.device | None = None,
     dtype: str = "fp32",
 ) -> ProbeEncoder:
-    """An encoder that is in memory already; it is moved to ``device``, frozen and left in eval mode."""
+    """An encoder that is in memory already; it is moved to ``device``, frozen and left in eval mode.
+
+    Args:
+        tower: a vision encoder of one of `hive_ds.model.vision.FAMILIES`.
+        image_processor: its own.
+        name: in tables.
+        source: where it comes from, for the record.
+        device: default: a GPU if there is one.
+        dtype: that it computes in: ``fp32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        HiveError: another ``dtype``.
+    """
     if dtype not in DTYPES:
         raise HiveError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     processor_class = type(image_processor).__name__

@@ -31,6 +31,13 @@ def probe(
     Where no seed could change a result (kNN, or a linear head with its ``l2`` given, on given test images) only the
     first is run.
 
+    Args:
+        encoder: of `load_encoder` or `make_encoder`.
+        data: images, with labels for each task.
+        settings: head, blocks and seeds.
+        extract: how features are computed.
+        cache: where features are kept; None: they are not.
+
     Raises:
         HiveError: the data cannot be probed, an image cannot be read, or a block is not there.
     """
