@@ -117,7 +117,9 @@ def test_plot_stays_inside_its_frame() -> None:
     width, height = map(float, root.attrib["viewBox"].split()[2:])
     (line,) = root.iter("polyline")
     points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
-    points += [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in root.iter("circle")]
+    key, dot = root.iter("circle")  # what is drawn as dots has one in the legend
+    assert key.attrib["fill"] == dot.attrib["fill"] == "blue"
+    points.append((float(dot.attrib["cx"]), float(dot.attrib["cy"])))
     assert len(points) == 3
     assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
     assert points[0][0] < points[1][0] == points[2][0]
