@@ -39,7 +39,7 @@ def choose_backend(
         dtype: of q.
         head_dim: K.
         decoding: whether the layout has query lengths, so that keys come finished.
-        gradient: whether q, k, v, image_k or image_v needs a gradient.
+        gradient: whether q, k, v, image_k, image_v or q_norm_weight needs a gradient.
 
     Raises:
         ValueError: a backend asked for by name cannot serve the call.
@@ -64,7 +64,7 @@ def _triton_refuses(
     if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
         return f"q has head dim {head_dim}; expected an even number of at most {MAX_HEAD_DIM}"
     if decoding and gradient:
-        return "q, k, v, image_k or image_v needs a gradient; expected none while decoding"
+        return "q, k, v, image_k, image_v or q_norm_weight needs a gradient; expected none while decoding"
     if device.type == "meta":  # shapes alone, for which the registered op needs no Triton
         return None
     if not HAS_TRITON:

@@ -90,7 +90,7 @@ def hierarchical_attention(
         dtype=q.dtype,
         head_dim=q.shape[-1],
         decoding=layout.decoding,
-        gradient=torch.is_grad_enabled() and _needs_gradient(q, k, v, image_k, image_v),
+        gradient=torch.is_grad_enabled() and _needs_gradient(q, k, v, image_k, image_v, q_norm_weight),
     )
     out: Tensor
     lse: Tensor | None

@@ -129,13 +129,15 @@ def hierarchical_attention_key_gradient_kernel(
     else:
         count = tokens
         some = start
-        every = tl.minimum(start + BLOCK_N, count) - 1
+        every = start + BLOCK_N - 1
         k += first_text * stride_kt + group * stride_kh
         v += first_text * stride_vt + group * stride_vh
         cos += first_text * HALF
         sin += first_text * HALF
         dk += (first_text * GROUPS + group) * (2 * HALF)
         dv += (first_text * GROUPS + group) * (2 * HALF)
+    if start + BLOCK_N > count:
+        every = tokens  # padding scores 0: beside very low scores its weight overflows, unless it is masked
     dk_low, dk_high, dv_tile, dw_low, dw_high = key_tile_gradients(
         q, k, v, dout, lse, delta, cos, sin, k_weight, seen + first_query, first_query * HEADS + group * PACK, is_image,
         key, key < count, some, every, tokens, scale, eps, stride_kt, stride_vt,

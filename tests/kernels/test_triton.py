@@ -127,6 +127,20 @@ def test_without_lse_and_bit_for_bit(passes: str) -> None:
     assert_as_exact(first, evaluate(inputs, plain_attention, dtype=torch.float16), exact, torch.float16)
 
 
+def test_very_low_scores(passes: str) -> None:
+    """Near -200, where queries and keys point away from each other under large norm weights: exp(200) is no fp32."""
+    layout = AttentionLayout.build([7, 4], [[5], [20]], [[0], [2]], device=DEVICE)
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=64, qk_norm="post_rope")
+    for name in ("q", "k", "image_k"):
+        inputs.tensors[name].mul_(0.125).add_(1)
+    inputs.tensors["q_norm_weight"].fill_(5)
+    inputs.tensors["k_norm_weight"].fill_(-5)
+    found = evaluate(inputs, triton_attention, dtype=torch.float32, return_lse=True)
+    assert found["lse"].max() < -150
+    doubles = {name: x.double() for name, x in found.items()}
+    assert_equal_results(doubles, evaluate(inputs, plain_attention, return_lse=True), tolerance=1e-3)
+
+
 def test_unseen_images_get_exact_zeros(passes: str) -> None:
     """Whatever they hold; and what is seen does not change by a bit."""
     layout = AttentionLayout.build([5, 3], [[2], [20]], [[0], [3]], device=DEVICE)
