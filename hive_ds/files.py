@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hive_ds.errors import HiveError
 
 
@@ -24,6 +26,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
     aside.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(aside)
     aside.replace(path)
+
+
+@contextlib.contextmanager
+def must_write(path: Path, advice: str) -> Iterator[None]:
+    """A `HiveError` that names ``path``, and says ``advice``, where the disk does not take what is written inside."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HiveError(f"{path}: cannot be written ({reason}); {advice}") from error
 
 
 def flush(path: Path) -> None:

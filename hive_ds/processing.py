@@ -17,7 +17,7 @@ from hive_ds.data.images import ImageProcessor, auto_image_processor, decode_ima
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import IMAGE_POSITIONS, EncodedText, encode_text, prepare_tokenizer, render_chat
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.model.configuration import HiveConfig
 
 CONFIG_NAME = "processor_config.json"
@@ -171,15 +171,10 @@ class HiveProcessor:
         Raises:
             HiveError: one of them cannot be read.
         """
-        try:
+        with told_as(f"image processor of vision encoder {vision_encoder} does not load", "a preprocessor_config.json"):
             image_processor = auto_image_processor(vision_encoder)
+        with told_as(f"tokenizer of language model {language_model} does not load", "its files, as tokenizer.json"):
             tokenizer = AutoTokenizer.from_pretrained(language_model)
-        except (OSError, ValueError, KeyError) as error:  # KeyError: a model of another kind, which has no tokenizer
-            reason = str(error).splitlines()[0]
-            raise HiveError(
-                f"processor of {vision_encoder} and {language_model}: {reason}; expected a vision encoder's image "
-                "processor and a language model's tokenizer, in a folder or on the hub, which must be reached"
-            ) from error
         return cls(image_processor, tokenizer, image_position)
 
     @classmethod
@@ -199,10 +194,11 @@ class HiveProcessor:
         config = Path(folder) / CONFIG_NAME
         if not config.is_file():
             raise HiveError(f"processor folder {folder}: holds no {CONFIG_NAME}")
-        values = json.loads(config.read_text())
-        position = values.pop("image_position", "first")
-        stock = values if values.get("processor_class") != cls.__name__ else None
-        return cls(auto_image_processor(folder), AutoTokenizer.from_pretrained(folder), position, stock)
+        with told_as(f"processor folder {folder} does not load", "the files that a stage writes to its model folder"):
+            values = json.loads(config.read_text())
+            position = values.pop("image_position", "first")
+            stock = values if values.get("processor_class") != cls.__name__ else None
+            return cls(auto_image_processor(folder), AutoTokenizer.from_pretrained(folder), position, stock)
 
 
 def _load(image: ImageInput) -> Image.Image:

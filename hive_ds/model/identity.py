@@ -13,12 +13,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 
 TOWER_PREFIX = re.compile(r"(model\.)?(vision_encoder|vision_tower)\.")
 """Before a tower's names in a HIVE model and in a LLaVA-style one."""
@@ -74,7 +75,7 @@ def read_tower(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     files = weight_files(Path(folder))
     whole = any(TOWER_PREFIX.match(name) for file in files for name in _names(file))
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with open_weights(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 if TOWER_PREFIX.match(name) or not whole:
                     yield name, tensors.get_tensor(name)
@@ -104,14 +105,21 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        with told_as(str(index), "the names of files of weights, by tensor"):
+            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     raise HiveError(f"{folder} holds no model.safetensors; expected a folder saved by an earlier stage")
 
 
+def open_weights(file: Path) -> Any:
+    """safetensors' ``safe_open``; HiveError, naming the file, where it is not there, cut off or something else."""
+    with told_as(f"{file} cannot be read", "a whole file of safetensors"):
+        return safe_open(file, framework="pt")
+
+
 def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
+    with open_weights(file) as tensors:
         return list(tensors.keys())
 
 

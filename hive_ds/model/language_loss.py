@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.errors import HiveError
+from hive_ds.kernels.tiles import INTERPRETED
 
 FUSED = "liger"
 LOGITS_BYTES = 2**28
@@ -48,7 +49,7 @@ class LanguageLoss(nn.Module):
             return "plain", "asked for"
         if self.backend == "auto" and device.type != "cuda":
             return "plain", f"the device is {device.type}"
-        refusal = self._obstacle or _missing()
+        refusal = self._obstacle or _missing() or _no_gpu(device)
         if self.backend == "auto":
             return ("plain", refusal) if refusal else (FUSED, "a GPU")
         if refusal:
@@ -117,6 +118,13 @@ def _missing() -> str | None:
     except Exception as error:  # whatever a version of it does not find in torch, Triton or transformers
         return f"Liger-Kernel does not load here: {error}"
     return None
+
+
+def _no_gpu(device: torch.device) -> str | None:
+    """Why Triton, which Liger-Kernel is written in, cannot serve on ``device``; None if it can."""
+    if device.type == "cuda" or INTERPRETED:
+        return None
+    return f"the device is {device.type}; expected a GPU, or TRITON_INTERPRET=1 set before Python starts"
 
 
 def _obstacle(language_model: Any) -> str | None:

@@ -5,15 +5,15 @@ Weights are read from safetensors only (or, for a base model that has none, by t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlavaConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hive_ds.config import ModelConfig, RoutesConfig
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.model.attention_backends import set_vision_attention
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.configuration import HiveConfig
@@ -28,6 +28,8 @@ try:
     from transformers.initialization import no_init_weights
 except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
+
+WHOLE = "a whole model of Hugging Face"
 
 Model = TypeVar("Model", HiveForCausalLM, CascadedForCausalLM)
 
@@ -188,7 +190,8 @@ def _without_random_weights(model_class: type[Model], *arguments: Any, **more: A
 def _load_hive(folder: str | Path, dtype: torch.dtype) -> HiveForCausalLM:
     config = HiveConfig.from_pretrained(folder)
     config.attention_backend = config.text_attention_backend = "auto"  # not those of the machine that trained it
-    model, report = HiveForCausalLM.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    with told_as(f"{folder} does not load", WHOLE):
+        model, report = HiveForCausalLM.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     for what, key in (("lacks", "missing_keys"), ("holds unknown", "unexpected_keys")):
         if names := tuple(sorted(report[key])):
             raise HiveError(f"{folder} {what} {len(names)} weights of its HIVE model ({shortened(names)})")
@@ -216,7 +219,8 @@ def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTra
     HiveError where the checkpoint lacks weights of it, which transformers would start at random.
     """
     config = read_vision_config(name)
-    tower, report = vision_class(config).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    with told_as(f"vision encoder {name!r} does not load", WHOLE):
+        tower, report = vision_class(config).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     if missing := tuple(sorted(report["missing_keys"])):
         raise HiveError(f"vision encoder {name!r} lacks {len(missing)} weights of its tower ({shortened(missing)})")
     return tower
@@ -228,10 +232,8 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTra
     HiveError where the checkpoint lacks weights, which transformers would start at random, or does not load.
     """
     config = read_language_config(name)
-    try:
+    with told_as(f"language model {name!r} of type {config.model_type!r} does not load", WHOLE):
         model, report = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
-    except ValueError as error:
-        raise HiveError(f"language model {name!r} of type {config.model_type!r} does not load: {error}") from error
     if missing := tuple(sorted(report["missing_keys"])):
         raise HiveError(f"language model {name!r} lacks {len(missing)} of its weights ({shortened(missing)})")
     return model
@@ -239,7 +241,13 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTra
 
 def read_vision_config(name: str) -> PretrainedConfig:
     """Config of the vision tower of a checkpoint, by its ``config.json`` alone."""
-    return vision_config_of(AutoConfig.for_model(**_read_config(name, "vision encoder")))
+    values = _read_config(name, "vision encoder")
+    with told_as(f"vision encoder {name!r} of type {values['model_type']!r} does not load", WHOLE):
+        config = AutoConfig.for_model(**values)
+    try:
+        return vision_config_of(config)
+    except HiveError as error:
+        raise HiveError(f"{name}: {error}") from error
 
 
 def read_language_config(name: str) -> PretrainedConfig:
@@ -247,10 +255,13 @@ def read_language_config(name: str) -> PretrainedConfig:
     values = _read_config(name, "language model")
     if values["model_type"] == "mobilellm":
         return _mobilellm_config(values)
-    try:
-        return AutoConfig.for_model(**values)
-    except ValueError as error:
-        raise HiveError(f"language model {name!r} of type {values['model_type']!r} does not load: {error}") from error
+    with told_as(f"language model {name!r} of type {values['model_type']!r} does not load", WHOLE):
+        config = AutoConfig.for_model(**values)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise HiveError(
+            f"language model {name!r} of type {config.model_type!r} is none that transformers loads as a causal LM"
+        )
+    return config
 
 
 def depth_of(name: str) -> int:
@@ -277,10 +288,10 @@ def _read_config(name: str, what: str) -> dict:
     """``config.json`` of a Hugging Face name or a folder; a path that does not exist is not taken for a hub name."""
     if names_folder(name) and not Path(name).expanduser().is_dir():
         raise HiveError(f"{what} folder {name} {does_not_exist(name)}")
-    try:
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise HiveError(f"{what} folder {name} holds no config.json; expected a Hugging Face model")
+    with told_as(f"{what} {name!r} has no readable config.json", "a Hugging Face model, in a folder or on the hub"):
         values, _ = PretrainedConfig.get_config_dict(name)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise HiveError(f"{what} {name!r} has no readable config.json: {str(error).splitlines()[0]}") from error
     if "model_type" not in values:
         raise HiveError(f"{what} {name!r}: its config.json names no model_type; expected a Hugging Face model")
     return values

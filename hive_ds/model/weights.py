@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from hive_ds.errors import HiveError
 from hive_ds.model.attention import HiveAttention
 from hive_ds.model.cascaded import STOCK_NAMES
-from hive_ds.model.identity import canonical_parts, weight_files
+from hive_ds.model.identity import canonical_parts, open_weights, weight_files
 
 TOWER = "vision_encoder."
 """Before the names of the vision tower in our models."""
@@ -53,7 +52,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> LoadReport:
             for name, tensor in _canonical_parts(own_name, whole)
         }
         for file in weight_files(Path(folder)):
-            with safe_open(file, framework="pt") as tensors:
+            with open_weights(file) as tensors:
                 for saved_name in tensors.keys():  # noqa: SIM118 (not a dict)
                     for name, saved in _canonical_parts(saved_name, tensors.get_tensor(saved_name)):
                         if name not in own:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive_ds.errors import HiveError
-from hive_ds.files import write_whole
+from hive_ds.files import must_write, write_whole
 from hive_ds.training.distributed import World, from_main
 
 _GO_ON, _STOP, _REPLACED = 0.0, 1.0, 2.0
@@ -57,9 +57,14 @@ class Attempt:
             raise HiveError(f"HIVE_STOP_AT is {given!r}; expected seconds since the epoch") from None
 
     def sign(self) -> None:
-        """Take the folder over from earlier attempts; on rank 0."""
-        if self._world.is_main:
-            self._signature.parent.mkdir(parents=True, exist_ok=True)
+        """Take the folder over from earlier attempts; on rank 0.
+
+        Raises:
+            HiveError: it cannot be written, and names it.
+        """
+        if not self._world.is_main:
+            return
+        with must_write(self._signature.parent, "expected a folder for this run"):
             write_whole(self._signature, self._name)
 
     def check(self) -> None:

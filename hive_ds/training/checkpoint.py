@@ -19,7 +19,7 @@ import torch
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
-from hive_ds.files import flush, flush_tree
+from hive_ds.files import flush, flush_tree, must_write
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint_files import fault_of, step_folders
 from hive_ds.training.distributed import World, barrier, from_main
@@ -127,15 +127,17 @@ def load_checkpoint(
 def save_model(folder: Path, engine: Engine, processor: Any, world: World, attempt: Attempt) -> None:
     """Write the whole model as safetensors and its processor to ``folder``; every rank calls it.
 
-    HiveError where another attempt has taken over.
+    Raises:
+        HiveError: another attempt has taken over, or the disk is full.
     """
     state = engine.gather_state()
     if world.is_main:
         aside = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
-        engine.model.save_pretrained(aside, state_dict=state)
-        processor.save_pretrained(aside)
-        flush_tree(aside)  # the stage is called done after this, and is not trained again
+        with must_write(folder, "make room, and the same command goes on from the newest checkpoint"):
+            engine.model.save_pretrained(aside, state_dict=state)
+            processor.save_pretrained(aside)
+            flush_tree(aside)  # the stage is called done after this, and is not trained again
         attempt.check()
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

@@ -152,6 +152,8 @@ def _join(world: World) -> dist.Store:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise HiveError(f"{world.size} ranks, but {' and '.join(missing)} not set: where is rank 0?")
+    if not 0 < _number(os.environ, "MASTER_PORT") < 1 << 16:
+        raise HiveError(f"launcher variable MASTER_PORT is {os.environ['MASTER_PORT']!r}; expected 1 to 65535")
     if world.local_size < world.size:
         choose_interface(os.environ, os.environ["MASTER_ADDR"])
     joined, _, _ = next(dist.rendezvous("env://", world.rank, world.size))

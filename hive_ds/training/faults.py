@@ -19,6 +19,7 @@ from hive_ds.training.place import here
 
 _HINTS = (
     ("DataLoader worker", "the kernel kills processes where memory is short; lower data.num_workers"),
+    ("EADDRINUSE", "another program of this host has the port; give the launcher another: --master_port N"),
     ("out of memory", "lower micro_batch_size or let auto find it, or set model.gradient_checkpointing"),
 )
 """What errors of others leave unsaid, by a part of their text."""

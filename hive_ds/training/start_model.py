@@ -16,7 +16,15 @@ from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.cascaded import CascadedForCausalLM, processor_values
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.identity import folder_sha256, weights_sha256
-from hive_ds.model.loading import build_cascaded, build_model, load_cascaded, load_model, load_vision_encoder
+from hive_ds.model.loading import (
+    build_cascaded,
+    build_model,
+    load_cascaded,
+    load_model,
+    load_vision_encoder,
+    read_language_config,
+    read_vision_config,
+)
 from hive_ds.model.routes import early_end
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import HIVE_STAGES, VLM_STAGES
@@ -80,6 +88,8 @@ def _load(recipe: Recipe, folder: StageFolder, section: ModelConfig, weights: Pa
 def _processor(recipe: Recipe, folder: StageFolder, section: ModelConfig, weights: Path | None) -> HiveProcessor:
     data = recipe.data_of(folder.stage.name)
     if weights is None:
+        read_vision_config(section.vision_encoder)  # says in fewer words than a processor's reader what is wrong
+        read_language_config(section.language_model)
         parts = HiveProcessor.from_base_models(section.vision_encoder, section.language_model)
     else:
         parts = HiveProcessor.from_pretrained(weights)

@@ -94,6 +94,30 @@ def test_wrong_input_is_named(text: str, images: object, message: str) -> None:
         make_processor()(text, images, max_length=3)
 
 
+@pytest.mark.parametrize(
+    ("part", "file", "content"),
+    [
+        ("vision", "preprocessor_config.json", "[]"),
+        ("vision", "preprocessor_config.json", "{"),
+        ("llm", "tokenizer.json", "{}"),
+    ],
+)
+def test_damaged_parts_are_named(part: str, file: str, content: str, tmp_path: Path) -> None:
+    """Of base models, and of a model that a stage has written."""
+    make_image_processor().save_pretrained(tmp_path / "vision")
+    make_tokenizer("llama3").save_pretrained(tmp_path / "llm")
+    HiveProcessor.from_base_models(tmp_path / "vision", tmp_path / "llm").save_pretrained(tmp_path / "both")
+    for folder in (part, "both"):
+        (tmp_path / folder / file).write_text(content)
+    for load in (
+        lambda: HiveProcessor.from_base_models(tmp_path / "vision", tmp_path / "llm"),
+        lambda: HiveProcessor.from_pretrained(tmp_path / "both"),
+    ):
+        with pytest.raises(HiveError, match=rf"{tmp_path}.* does not load: .*; expected ") as caught:
+            load()
+        assert "\n" not in str(caught.value)
+
+
 def test_base_model_without_chat_template_still_takes_plain_prompts() -> None:
     processor = make_processor("none")
     with pytest.raises(HiveError, match="no chat template"):

@@ -91,6 +91,9 @@ def test_what_cannot_be_fused_is_plain_or_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(HiveError, match=r"model\.language_loss is 'liger', but it is not there"):
         loss.choose(torch.device("cpu"))
     monkeypatch.setattr(language_loss, "_missing", lambda: None)
+    monkeypatch.setattr(language_loss, "INTERPRETED", False)
+    with pytest.raises(HiveError, match=r"model\.language_loss is 'liger', but the device is cpu; expected a GPU"):
+        loss.choose(torch.device("cpu"))
     assert loss.choose(gpu) == ("liger", "asked for")
     llm = tiny_hive().language_model
     llm.config.final_logit_softcapping = 30.0

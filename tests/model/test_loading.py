@@ -16,6 +16,7 @@ from hive_ds.config import ModelConfig, RoutesConfig
 from hive_ds.errors import HiveError
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.identity import folder_sha256
 from hive_ds.model.loading import build_model, load_any, load_language_model, load_model
 from hive_ds.model.weights import load_weights
 
@@ -147,8 +148,52 @@ def test_missing_folders_are_named(recipe, tmp_path):
     with pytest.raises(HiveError, match=r"vision encoder folder .*nowhere does not exist"):
         build_model(missing, image_kv="own")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(HiveError, match=r"'.*empty': its config.json names no model_type"):
+    with pytest.raises(HiveError, match=r"language model folder .*empty holds no config\.json"):
         load_language_model(str(tmp_path / "empty"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def set_value(key, value):
+    def change(path):
+        config = path.with_name("config.json")
+        config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "reason"),
+    [
+        ("vision", cut, "not fully covered"),
+        ("vision", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "SafetensorError"),
+        ("vision", lambda path: path.unlink(), "no file named"),
+        ("vision", set_value("hidden_size", 64), "size mismatch"),
+        ("vision", set_value("hidden_size", "big"), "TypeError"),
+        ("vision", set_value("model_type", "llama"), "encoder of type 'llama' is not supported"),
+        ("llm", cut, "not fully covered"),
+        ("llm", lambda path: path.with_name("config.json").write_text("[1]"), "TypeError"),
+        ("llm", set_value("model_type", "unheard"), r"Unrecognized .* \.\.\.; expected a whole model"),
+        ("llm", set_value("model_type", "siglip_vision_model"), "none that transformers loads as a causal LM"),
+    ],
+)
+def test_damaged_base_models_are_named(recipe, tmp_path, part, damage, reason):
+    """A download that broke off, pointers of Git LFS instead of weights, the model of the other key."""
+    damage(tmp_path / part / "model.safetensors")
+    with pytest.raises(HiveError, match=rf"{tmp_path / part}.*{reason}") as caught:
+        build_model(recipe, image_kv="own")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_damaged_model_of_ours_is_named(recipe, tmp_path):
+    build_model(recipe, image_kv="own").save_pretrained(tmp_path / "ours")
+    cut(tmp_path / "ours" / "model.safetensors")
+    for load in (lambda folder: load_model(folder, recipe, image_kv="own"), load_any, folder_sha256):
+        with pytest.raises(HiveError, match=rf"{tmp_path}/ours.*not fully covered; expected a whole"):
+            load(tmp_path / "ours")
 
 
 def test_full_siglip_and_clip_checkpoints_give_their_vision_tower(tmp_path):

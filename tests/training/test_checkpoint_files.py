@@ -8,14 +8,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from full_disk import full_disk
 from safetensors.torch import load_file
+from tiny_data import make_image_processor, make_tokenizer
+from tiny_models import tiny_hive
 from write_points import stub_writer
 
 from hive_ds.cli import main
 from hive_ds.errors import HiveError
-from hive_ds.training.checkpoint import newest_checkpoint
+from hive_ds.processing import HiveProcessor
+from hive_ds.training.attempt import Attempt
+from hive_ds.training.checkpoint import newest_checkpoint, save_model
 from hive_ds.training.checkpoint_files import aside_of, faults_of, publish, remove_old, step_folders
 from hive_ds.training.distributed import World, start, stop
 
@@ -35,6 +42,21 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         assert writer.wait().failed is None
     yield folder
     stop()
+
+
+def test_a_full_disk_at_the_hand_over_is_named_and_costs_no_model(stage: Path) -> None:
+    """What has its name stays, and the next attempt writes over what is half there."""
+    model, attempt = tiny_hive(), Attempt(stage, World())
+    attempt.sign()
+    engine: Any = SimpleNamespace(model=model, gather_state=model.state_dict)
+    processor = HiveProcessor(make_image_processor(), make_tokenizer("llama3"))
+    for _ in range(2):
+        save_model(stage / "model", engine, processor, World(), attempt)
+        before = {path.name: path.read_bytes() for path in (stage / "model").iterdir()}
+        with full_disk(2000), pytest.raises(HiveError) as caught:
+            save_model(stage / "model", engine, processor, World(), attempt)
+        assert re.fullmatch(rf"{stage}/model: cannot be written \(.*File too large.*\); make room.*", str(caught.value))
+        assert {path.name: path.read_bytes() for path in (stage / "model").iterdir()} == before
 
 
 def test_sigkill_at_every_write_point(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
 from hive_ds.launch.meeting import set_meeting_point
-from hive_ds.training.distributed import World, read_world
+from hive_ds.training.distributed import World, read_world, start
 from hive_ds.training.ds_config import (
     build_ds_config,
     describe_batch,
@@ -245,6 +245,17 @@ def test_every_launcher_is_understood(env: dict[str, str], world: World) -> None
 def test_contradictions_are_named(env: dict[str, str], message: str) -> None:
     with pytest.raises(HiveError, match=message):
         read_world(env)
+
+
+@pytest.mark.parametrize("port", ["", "abc", "0", "99999"])
+def test_a_port_that_is_none_is_named(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(0, 0, 2, 2)
+    for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # `start` sets them
+        monkeypatch.setenv(name, "")
+    with pytest.raises(HiveError, match=rf"MASTER_PORT is '{port}'; expected "):
+        start(world)
 
 
 @pytest.mark.parametrize(

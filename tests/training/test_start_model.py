@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,13 @@ def test_routes_given_as_a_number_are_spread_and_early_ends_noted(
     assert "note:" not in capsys.readouterr().out
     begin(tiny, "early", 1, "model.routes={vision_blocks: [2], language_layers: [4]}")
     assert "note: the routes end at vision block 2 of 4; spread evenly: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("run", ["recipe.yaml", "recipe.yaml/run"])
+def test_run_folder_that_cannot_be_written_is_named(tiny: TinyRun, run: str) -> None:
+    wanted = f"{tiny.root / run}/stage1: cannot be written (Not a directory); expected a folder for this run"
+    with pytest.raises(HiveError, match=re.escape(wanted)):
+        begin(tiny, run, 1)
 
 
 def test_base_goes_straight_to_stage_4(tiny: TinyRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 from torch.utils.checkpoint import checkpoint
 from watchdog_ranks import FAULTS, TIMEOUT
 
@@ -238,3 +240,16 @@ def test_before_ranks_have_met_rank_0_speaks_first(
     # Still there after that: rank 0 had not read what this one has.
     faults.report_error(HiveError("wrong"), World(rank=1, size=2), debug=False)
     assert (capsys.readouterr().err, waited) == ("error (rank 1): wrong\n", [10.0])
+
+
+def test_a_taken_port_is_said_with_a_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        with pytest.raises(RuntimeError) as caught:
+            TCPStore("127.0.0.1", taken.getsockname()[1], is_master=True)
+    faults.report_crash(caught.value, World(), "start")
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"error: rank 0 .*EADDRINUSE.* \(another program of this host has the port; give .*--master_port N\)", line
+    )

@@ -227,6 +227,6 @@ def _named_errors(weights: Mapping[str, float], cache_limit: str | None) -> Iter
         if not cache_limit:
             raise
         raise HiveError(f"data.cache_limit {cache_limit}: {error}") from error
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # of whatever cloud
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise HiveError(f"data folder {' or '.join(weights)}: the index cannot be read: {reason}") from error

@@ -46,6 +46,8 @@ def _stream(folder: str, cache: str | None) -> Stream:
 def check_index(folder: str) -> None:
     """HiveError where the local ``folder`` is not one of MDS shards with samples in it."""
     index = Path(folder) / "index.json"
+    if Path(folder).is_file():
+        raise HiveError(f"data folder {folder}: is a file; expected a folder of MDS shards (hive-ds data convert)")
     if not Path(folder).is_dir():
         raise HiveError(f"data folder {folder}: {does_not_exist(folder)}")
     if not index.is_file():
@@ -53,7 +55,7 @@ def check_index(folder: str) -> None:
     try:
         samples = sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"])
     except (ValueError, KeyError, TypeError) as error:
-        raise HiveError(f"data folder {folder}: index.json cannot be read ({error!r})") from error
+        raise HiveError(f"data folder {folder}: index.json cannot be read ({type(error).__name__}: {error})") from error
     if not samples:
         raise HiveError(f"data folder {folder}: holds no samples")
 
