@@ -22,9 +22,8 @@ def add_chat_command(commands: Any) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a run, a stage or a model")
     question = parser.add_argument("question", metavar="[QUESTION]", help="<image> in it says where the pictures stand")
-    question.required = (
-        False  # nargs="?" would not find it behind the options: before Python 3.13 it is taken as left out
-    )
+    # Not nargs="?": before Python 3.13 a question behind the options would be taken as left out.
+    question.required = False
     parser.add_argument(
         "--image", dest="images", metavar="FILE", action="append", default=[], help="a picture; repeatable"
     )

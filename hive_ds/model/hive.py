@@ -254,7 +254,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         images, batch = self._context(text, new_images, cache)
         routed = {} if images.is_empty else self.routes.blocks_by_layer
         hidden = trunk.embed_tokens(text.input_ids_T)[None]
-        shared: dict[tuple[int, str], dict[str, Any]] = {}
+        shared: dict[tuple[int, str], dict[str, Any]] = {}  # by kind of layer: its number of routes, and its backend
         for run in self.runs:
             calls = []
             for index in run:
@@ -267,6 +267,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
                     fields["image_ND"] = self._image_states(index, blocks, images, context)
                     fields |= {"image_cos_NK": context.image_cos_NK, "image_sin_NK": context.image_sin_NK}
                 calls.append(AttentionCall(context.layout, batch.cos_TK, batch.sin_TK, cache=cache, **fields))
+            # A step with a cache is another shape every time, so it is not compiled.
             with contextlib.nullcontext() if cache is None else torch.compiler.set_stance("force_eager"):
                 hidden = self.run_layers([trunk.layers[index] for index in run], hidden, calls)
         return trunk.norm(hidden).squeeze(0)
