@@ -88,6 +88,7 @@ def compile_kernel(
         "ROTATE": rotate,
         "FINISH_KEYS": kind == "forward short",
         "CACHE": kind == "decode",
+        "DLSE": False,
     }
     names = kernel.arg_names
     signature = {name: _type(name, TRITON_TYPES[dtype], constants) for name in names}

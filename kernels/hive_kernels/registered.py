@@ -33,7 +33,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return forward(KernelArguments(*arguments))
 
 
-def _backward(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
     from .triton_launch import backward
 
     return backward(KernelArguments(*arguments), out, lse, dout, dlse)
@@ -56,7 +56,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-def _fake_backward(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
     a = KernelArguments(*arguments)
     width = 0 if a.qk_norm == "none" else a.q.shape[-1]
     inputs = [x.new_empty(x.shape) for x in (a.q, a.k, a.v, a.image_k, a.image_v)]
@@ -66,7 +66,7 @@ def _fake_backward(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *argume
 attention_op = _define("hierarchical_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
 gradient_op = _define(
     "hierarchical_attention_backward",
-    f"(Tensor dout, Tensor dlse, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor[]",
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor[]",
     _backward,
     _fake_backward,
 )
@@ -75,11 +75,13 @@ gradient_op = _define(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
     ctx.numbers = inputs[_NUM_TENSORS:]
+    ctx.set_materialize_grads(False)  # zeros for a lse that nothing depends on would be one launch a layer
 
 
 @once_differentiable  # the op of the gradient has none, and torch would make it zeros
-def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
     gradients: list[Tensor | None] = list(gradient_op(dout, dlse, out, lse, *tensors, *ctx.numbers))
     for place in (5, 6):
         weight, gradient = tensors[place], gradients[place]

@@ -29,16 +29,19 @@ def finish_rows(
 
 @triton.jit
 def delta_rows(
-    out, dout, dlse, delta, program, count, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr
-):
+    out, dout, dlse, delta, program, count, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+    DLSE: tl.constexpr,
+):  # fmt: skip
     """Of a program's share of ``count`` rows: the sum of out * dout, minus the gradient of lse."""
     row = program.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < count
     low, high = load_halves(out, row * (2 * HALF), row_ok, HALF, BLOCK_H, True)
     d_low, d_high = load_halves(dout, row * (2 * HALF), row_ok, HALF, BLOCK_H, True)
     products = low.to(tl.float32) * d_low.to(tl.float32) + high.to(tl.float32) * d_high.to(tl.float32)
-    own = tl.load(dlse + row, mask=row_ok, other=0.0)
-    tl.store(delta + row, tl.sum(products, 1) - own, mask=row_ok)
+    total = tl.sum(products, 1)
+    if DLSE:
+        total -= tl.load(dlse + row, mask=row_ok, other=0.0)
+    tl.store(delta + row, total, mask=row_ok)
 
 
 @triton.jit(do_not_specialize=["q_rows", "k_rows", "image_rows"])
@@ -47,9 +50,12 @@ def finish_kernel(
     cos, sin, image_cos, image_sin, q_weight, k_weight, q_rows, k_rows, image_rows, eps,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_it, stride_ih,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
-    NORM: tl.constexpr, ROTATE: tl.constexpr, BACKWARD: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, BACKWARD: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotate all keys; with ``BACKWARD`` all queries too, and make delta. First programs take queries."""
+    """Norm and rotate all keys; with ``BACKWARD`` all queries too, and make delta. First programs take queries.
+
+    Without ``DLSE`` nothing depends on lse, and dlse is not read.
+    """
     FINISH: tl.constexpr = (NORM != 0) or ROTATE
     program = tl.program_id(0)
     if BACKWARD:
@@ -60,7 +66,7 @@ def finish_kernel(
                     q, finished_q, cos, sin, q_weight, program, q_rows, eps, stride_qt, stride_qh,
                     HEADS, HALF, BLOCK_H, BLOCK_M, NORM, ROTATE,
                 )  # fmt: skip
-            delta_rows(out, dout, dlse, delta, program, q_rows, HALF, BLOCK_H, BLOCK_M)
+            delta_rows(out, dout, dlse, delta, program, q_rows, HALF, BLOCK_H, BLOCK_M, DLSE)
         program -= q_programs
     if FINISH:
         k_programs = tl.cdiv(k_rows, BLOCK_M)

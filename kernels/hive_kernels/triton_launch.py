@@ -44,14 +44,17 @@ def forward(a: KernelArguments) -> tuple[Tensor, Tensor]:
                     *(a.scale * LOG2E.value, a.eps, k.stride(0) if cache else 0, v.stride(0) if cache else 0),
                     *_strides(q, k, v, image_k, image_v),
                 ),
-                _settings(*_shape(a), a.forward_tile, (a.fused, cache)),
+                _settings(*_shape(a), a.forward_tile, FINISH_KEYS=a.fused, CACHE=cache),
             )
     return out, lse
 
 
-def backward(a: KernelArguments, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor) -> list[Tensor]:
-    """Gradients of q, k, v, image_k, image_v and the two norm weights, these in fp32 and empty without norm."""
-    dout, dlse = dout.contiguous(), dlse.contiguous()
+def backward(a: KernelArguments, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> list[Tensor]:
+    """Gradients of q, k, v, image_k, image_v and the two norm weights, these in fp32 and empty without norm.
+
+    ``dlse`` is None where nothing depends on lse.
+    """
+    dout, dlse = dout.contiguous(), None if dlse is None else dlse.contiguous()
     inputs = [_rows_in_one_piece(x) for x in (a.q, a.k, a.v, a.image_k, a.image_v)]
     gradients = [x.new_empty(x.shape) for x in inputs]
     passes = _short_pass if a.one_pass else _two_passes
@@ -67,7 +70,7 @@ def _short_pass(
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     gradients: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     q, work = a.q, a.backward_work
@@ -79,11 +82,11 @@ def _short_pass(
         short_gradient_kernel(
             len(work) * a.groups,
             (
-                *(*inputs, out, dout, lse, dlse, *gradients, q_partials, k_partials, *_tables(a), *weights),
+                *(*inputs, out, dout, lse, _or(dlse, lse), *gradients, q_partials, k_partials, *_tables(a), *weights),
                 *(work, a.samples, a.seen),
             ),
             (a.scale * LOG2E.value, a.eps, *_strides(*inputs)),
-            _settings(*_shape(a), tile),
+            _settings(*_shape(a), tile, DLSE=dlse is not None),
         )
     return q_partials, k_partials
 
@@ -94,7 +97,7 @@ def _two_passes(
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     gradients: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     q, k, v, image_k, image_v = inputs
@@ -103,7 +106,8 @@ def _two_passes(
     q_partials, k_partials = _partials(a, len(a.backward_work)), _partials(a, len(a.key_work))
     common, shape = (a.scale * LOG2E.value, a.eps), _shape(a)
     delta = torch.empty_like(lse)
-    finished_q, finished_k, finished_image_k = _finished(a, q, k, image_k, (out, dout, dlse, delta))
+    given = (out, dout, _or(dlse, lse), delta)
+    finished_q, finished_k, finished_image_k = _finished(a, q, k, image_k, given, depends_on_lse=dlse is not None)
     if len(a.key_work):
         key_gradient_kernel(
             len(a.key_work) * a.groups,
@@ -128,13 +132,19 @@ def _two_passes(
 
 
 def _finished(
-    a: KernelArguments, q: Tensor, k: Tensor, image_k: Tensor, backward: tuple[Tensor, ...] = ()
+    a: KernelArguments,
+    q: Tensor,
+    k: Tensor,
+    image_k: Tensor,
+    backward: tuple[Tensor, ...] = (),
+    *,
+    depends_on_lse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, text keys and image keys, keys normed and rotated where there is such a thing to do.
 
     ``backward`` is out, dout, dlse and delta of a backward pass, which fills in delta and has queries finished too.
     """
-    settings = _finish_settings(*_shape(a), bool(backward))
+    settings = _finish_settings(*_shape(a), bool(backward), depends_on_lse)
     finishes = settings.values["NORM"] != 0 or settings.values["ROTATE"]
     rows = [x.shape[0] * x.shape[1] for x in (q, k, image_k)]
     programs = [-(-count // FINISHED_ROWS) for count in rows]
@@ -206,21 +216,21 @@ def _settings(
     qk_norm: str,
     rotate: bool,
     tile: Tile,
-    forward: tuple[bool, bool] | None = None,
+    **own: bool,
 ) -> Settings:
-    """Of an attention kernel; ``forward``: whether it finishes keys, and whether they are a cache."""
+    """Of an attention kernel; ``own``: constants that it alone has."""
     values = {"HEADS": heads, "GROUPS": groups, **_halves(head_dim), "BLOCK_K": _block_k(head_dim)}
     values |= {"NORM": NORMS[qk_norm], "ROTATE": rotate, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
-    if forward is not None:
-        values["FINISH_KEYS"], values["CACHE"] = forward
     options = {} if INTERPRETED else {"num_warps": tile.warps, "num_stages": tile.stages}
-    return Settings(**values, **options)
+    return Settings(**values, **own, **options)
 
 
 @cache
-def _finish_settings(heads: int, groups: int, head_dim: int, qk_norm: str, rotate: bool, backward: bool) -> Settings:
+def _finish_settings(
+    heads: int, groups: int, head_dim: int, qk_norm: str, rotate: bool, backward: bool, dlse: bool
+) -> Settings:
     shape = {"HEADS": heads, "GROUPS": groups, **_halves(head_dim), "BLOCK_M": FINISHED_ROWS}
-    return Settings(**shape, NORM=NORMS[qk_norm], ROTATE=rotate, BACKWARD=backward)
+    return Settings(**shape, NORM=NORMS[qk_norm], ROTATE=rotate, BACKWARD=backward, DLSE=dlse)
 
 
 def _halves(head_dim: int) -> dict[str, int]:

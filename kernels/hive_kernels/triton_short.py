@@ -97,14 +97,17 @@ def visit_images(
 
 
 @triton.jit
-def rows_of_gradient(out, dout, lse, dlse, first, place, row_ok, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+def rows_of_gradient(
+    out, dout, lse, dlse, first, place, row_ok, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, DLSE: tl.constexpr
+):
     """Of each row: dout, lse as a power of two (infinity for padding), sum of out * dout minus the gradient of lse."""
     columns = tl.arange(0, BLOCK_K)
     offsets = place[:, None] * WIDTH + columns[None, :]
     dout_tile = load_rows(dout + first * WIDTH + offsets, row_ok, columns, WIDTH, True)
     out_tile = load_rows(out + first * WIDTH + offsets, row_ok, columns, WIDTH, True)
     delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
-    delta -= tl.load(dlse + first + place, mask=row_ok, other=0.0)
+    if DLSE:
+        delta -= tl.load(dlse + first + place, mask=row_ok, other=0.0)
     return dout_tile, tl.load(lse + first + place, mask=row_ok, other=float("inf")) * LOG2E, delta
 
 
@@ -114,9 +117,12 @@ def hierarchical_attention_short_gradient_kernel(
     cos, sin, image_cos, image_sin, q_weight, k_weight, work, samples, seen, scale, eps,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_it, stride_ih, stride_jt, stride_jh,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one (sample, group), of at most BLOCK_M rows. ``work`` (programs / groups, 2) lists the samples."""
+    """One program: one (sample, group), of at most BLOCK_M rows. ``work`` (programs / groups, 2) lists the samples.
+
+    Without ``DLSE`` nothing depends on lse, and dlse is not read.
+    """
     program = tl.program_id(0)
     group = program % GROUPS
     PACK: tl.constexpr = HEADS // GROUPS
@@ -136,7 +142,7 @@ def hierarchical_attention_short_gradient_kernel(
     )
     place = token * HEADS + head
     dout_tile, lse_row, delta = rows_of_gradient(
-        out, dout, lse, dlse, first_query * HEADS, place, row_ok, 2 * HALF, BLOCK_K
+        out, dout, lse, dlse, first_query * HEADS, place, row_ok, 2 * HALF, BLOCK_K, DLSE
     )
 
     dq_low = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)

@@ -102,6 +102,30 @@ def recorded_calls(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> list[tupl
     return [(op, leaves), backward]
 
 
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_an_unused_lse_is_not_gone_through(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
+    """No zeros are made for its gradient; the others are the same to the bit, and its own is right without out's."""
+    if not one_pass:
+        monkeypatch.setattr(arguments.KernelArguments, "one_pass", False)
+    _, (_, given) = recorded_calls(monkeypatch, small_inputs())
+    dout, dlse, out, lse, *rest = given
+    assert dlse is None
+    found = registered.gradient_op(dout, None, out, lse, *rest)
+    for x, y in zip(found, registered.gradient_op(dout, torch.zeros_like(lse), out, lse, *rest), strict=True):
+        assert torch.equal(x, y)
+
+    def lse_alone(backend: str) -> list[Tensor]:
+        inputs = small_inputs()
+        leaves = {name: x.float().requires_grad_() for name, x in inputs.tensors.items()}
+        tables = {name: x.float() for name, x in inputs.tables.items()}
+        options: dict[str, Any] = {"layout": inputs.layout, "qk_norm": inputs.qk_norm, "return_lse": True}
+        _, lse = hierarchical_attention(**leaves, **tables, **options, backend=backend)
+        return list(torch.autograd.grad(lse.sin().sum(), list(leaves.values()), materialize_grads=True))
+
+    for x, y in zip(lse_alone("triton"), lse_alone("reference"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
 def test_second_derivatives_are_refused() -> None:
     layout = AttentionLayout.build([3], [[]], [[]], device=DEVICE)
     q = torch.randn(3, 1, 32, device=DEVICE, requires_grad=True)
