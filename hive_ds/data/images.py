@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from hive_ds.errors import HiveError
 
@@ -23,6 +23,17 @@ MAX_SIDE = 16_384
 """Pixels. Padded to a square, such an image takes 1 GB of memory. WebP files go just as far."""
 MAX_RATIO = 100
 """Longer side to shorter. Where the shorter one is resized, a longer strip becomes many times the usual pixels."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
 
 
 class ImageProcessor(Protocol):
@@ -111,8 +122,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     HiveError for grey levels that 16 bits do not hold, and for floats.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied for nothing
-        image = ImageOps.exif_transpose(image)
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:  # not by `ImageOps.exif_transpose`: it writes all other tags again and fails at odd ones
+        image = image.transpose(turn)
+        image.info = {name: value for name, value in image.info.items() if name == "transparency"}  # no orientation
     if image.mode.startswith("I"):  # I;16; or I, of 32 bits, in which Pillow reads some files of 16
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
