@@ -146,14 +146,14 @@ class HiveProcessor:
         cls, vision_encoder: str | Path, language_model: str | Path, image_position: str = "first"
     ) -> HiveProcessor:
         """Join the encoder's image processor and the LLM's tokenizer; each a Hugging Face name or a folder."""
+        image_processor = auto_image_processor(vision_encoder)
         try:
-            image_processor = auto_image_processor(vision_encoder)
             tokenizer = AutoTokenizer.from_pretrained(language_model)
         except (OSError, ValueError, KeyError) as error:  # KeyError: a model of another kind, which has no tokenizer
             reason = str(error).splitlines()[0]
             raise HiveError(
-                f"processor of {vision_encoder} and {language_model}: {reason}; expected a vision encoder's image "
-                "processor and a language model's tokenizer, in a folder or on the hub, which must be reached"
+                f"tokenizer of {language_model}: does not load ({reason}); expected the folder of a language model, or "
+                "its name on the hub, which must be reached"
             ) from error
         return cls(image_processor, tokenizer, image_position)
 

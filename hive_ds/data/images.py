@@ -47,7 +47,8 @@ class ImageProcessor(Protocol):
 def auto_image_processor(where: str | Path) -> Any:
     """transformers' ``AutoImageProcessor.from_pretrained``, of the kind that was saved.
 
-    Version 4 adds a notice of three lines that version 5 will pick another kind, once in each process.
+    Version 4 adds a notice of three lines that version 5 will pick another kind, once in each process. HiveError where
+    there is none, or it does not load.
     """
     from transformers import AutoImageProcessor
 
@@ -55,6 +56,12 @@ def auto_image_processor(where: str | Path) -> Any:
     chooser.addFilter(_is_no_notice)
     try:
         return AutoImageProcessor.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise HiveError(
+            f"image processor of {where}: does not load ({reason}); expected the folder of a vision encoder, or its "
+            "name on the hub, which must be reached"
+        ) from error
     finally:
         chooser.removeFilter(_is_no_notice)
 
