@@ -258,12 +258,7 @@ def _add_speed(data: Any) -> None:
         from hive_ds.data.images import auto_image_processor
         from hive_ds.data.speed import measure_speed
 
-        try:
-            processor = auto_image_processor(args.image_processor)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise HiveError(f"image processor {args.image_processor}: does not load ({reason})") from error
-        print(measure_speed(args.folder, processor, args.seconds))
+        print(measure_speed(args.folder, auto_image_processor(args.image_processor), args.seconds))
 
     parser = command(
         data,

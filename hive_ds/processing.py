@@ -171,9 +171,9 @@ class HiveProcessor:
         Raises:
             HiveError: one of them cannot be read.
         """
-        with told_as(f"image processor of vision encoder {vision_encoder} does not load", "a preprocessor_config.json"):
-            image_processor = auto_image_processor(vision_encoder)
-        with told_as(f"tokenizer of language model {language_model} does not load", "its files, as tokenizer.json"):
+        image_processor = auto_image_processor(vision_encoder)
+        expected = "the folder of a language model, or its name on the hub, which must be reached"
+        with told_as(f"tokenizer of {language_model} does not load", expected):
             tokenizer = AutoTokenizer.from_pretrained(language_model)
         return cls(image_processor, tokenizer, image_position)
 

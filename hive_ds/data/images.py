@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 
 MIN_SIDE = 4
 """Pixels. Smaller images carry nothing, and sides of 1 or 3 make image processors mistake a side for the channels."""
@@ -23,6 +23,17 @@ MAX_SIDE = 16_384
 """Pixels. Padded to a square, such an image takes 1 GB of memory. WebP files go just as far."""
 MAX_RATIO = 100
 """Longer side to shorter. Where the shorter one is resized, a longer strip becomes many times the usual pixels."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
 
 
 class ImageProcessor(Protocol):
@@ -36,14 +47,17 @@ class ImageProcessor(Protocol):
 def auto_image_processor(where: str | Path) -> Any:
     """transformers' ``AutoImageProcessor.from_pretrained``, of the kind that was saved.
 
-    Version 4 adds a notice of three lines that version 5 will pick another kind, once in each process.
+    Version 4 adds a notice of three lines that version 5 will pick another kind, once in each process. HiveError where
+    there is none, or it does not load.
     """
     from transformers import AutoImageProcessor
 
     chooser = logging.getLogger("transformers.models.auto.image_processing_auto")
     chooser.addFilter(_is_no_notice)
+    expected = "the folder of a vision encoder, or its name on the hub, which must be reached"
     try:
-        return AutoImageProcessor.from_pretrained(where)
+        with told_as(f"image processor of {where} does not load", expected):
+            return AutoImageProcessor.from_pretrained(where)
     finally:
         chooser.removeFilter(_is_no_notice)
 
@@ -111,8 +125,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     HiveError for grey levels that 16 bits do not hold, and for floats.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied for nothing
-        image = ImageOps.exif_transpose(image)
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:  # not by `ImageOps.exif_transpose`: it writes all other tags again and fails at odd ones
+        image = image.transpose(turn)
+        image.info = {name: value for name, value in image.info.items() if name == "transparency"}  # no orientation
     if image.mode.startswith("I"):  # I;16; or I, of 32 bits, in which Pillow reads some files of 16
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hive_ds.data.images import auto_image_processor
 from hive_ds.errors import HiveError
 from hive_ds.export import open_clip_format, timm_format, transformers_format
 from hive_ds.export.card import PAPER, Section, write_card
 from hive_ds.export.formats import Job, Written
 from hive_ds.export.parity import check
-from hive_ds.export.source import Tower, find_source, load_image_processor, load_tower
+from hive_ds.export.source import Tower, find_source, load_tower
 from hive_ds.export.tail import describe_tail, with_tail
 from hive_ds.files import whole_folder
 from hive_ds.model.identity import folder_sha256, weights_sha256
@@ -79,7 +80,7 @@ def export_encoder(
     encoder = with_tail(tower, tail)
     sha256 = trained_sha256 if tail == "keep" else weights_sha256(encoder.state_dict().items())
     blocks = tuple(sorted({block for block, _ in tower.routes})) or (tower.last_block,)
-    processor = load_image_processor(found.folder)
+    processor = auto_image_processor(found.folder)
     with whole_folder(out) as aside:
         processor.save_pretrained(aside)
         written = FORMATS[format](Job(encoder, blocks, processor, aside, out.name))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from hive_ds.data.images import auto_image_processor
 from hive_ds.errors import HiveError
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.identity import canonical_names, canonical_parts, read_tower
@@ -148,15 +147,3 @@ def _fill(encoder: PreTrainedModel, folder: Path) -> None:
         for name, parts in wanted.items()
     }
     encoder.load_state_dict(state, assign=True)
-
-
-def load_image_processor(folder: Path) -> BaseImageProcessor:
-    """The image processor that was saved with a model.
-
-    Raises:
-        HiveError: there is none.
-    """
-    try:
-        return auto_image_processor(folder)
-    except (OSError, ValueError) as error:
-        raise HiveError(f"{folder} has no image processor: {str(error).splitlines()[0]}") from error

@@ -9,12 +9,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from tiny_data import PROCESSORS, make_image_processor, photo, png
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.batch import BadSample, PreparedSample, collate
-from hive_ds.data.images import decode_image, process_images
+from hive_ds.data.images import decode_image, process_images, to_rgb
 from hive_ds.data.preprocess import make_preprocessor
 from hive_ds.data.text import EncodedSample
 from hive_ds.errors import HiveError
@@ -33,6 +33,12 @@ def announced(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
+def tiff_tags(*tags: tuple[int, int, int]) -> bytes:
+    """EXIF of ``(tag, type, value)``, each one number."""
+    packed = b"".join(struct.pack("<HHIi", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + packed + bytes(4)
+
+
 ARROW = Image.fromarray(np.kron(np.array([[255, 0], [255, 255]], np.uint8), np.ones((8, 8), np.uint8)))
 
 
@@ -41,6 +47,17 @@ def test_exif_turns_the_image_upright() -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     turned = decode_image(encode(ARROW, "PNG", exif=exif))
     assert np.array_equal(np.asarray(turned)[..., 0], np.rot90(np.asarray(ARROW), -1))
+
+
+def test_every_orientation_beside_a_tag_that_pillow_cannot_write_again() -> None:
+    """As Pillow turns the picture without that tag, and once only."""
+    for orientation in range(1, 9):
+        clean = encode(ARROW, "PNG", exif=tiff_tags((0x0112, 3, orientation)))
+        odd = encode(ARROW, "PNG", exif=tiff_tags((0x0101, 9, -5), (0x0112, 3, orientation)))
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(clean))).convert("RGB")
+        turned = decode_image(odd)
+        assert np.array_equal(turned, expected), orientation
+        assert np.array_equal(to_rgb(turned), expected), orientation
 
 
 @pytest.mark.parametrize("largest", [65535, 300, 200])

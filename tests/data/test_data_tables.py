@@ -1,7 +1,8 @@
-"""What separates the fields of a table."""
+"""What separates the fields of a table, and the byte order mark that some programs begin a file with."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,20 @@ def test_a_table_of_neither_commas_nor_tabs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image;caption\n0.png;A cat\n")
     with pytest.raises(HiveError, match=r"a\.csv: line 'image;caption' has one field; expected commas or tabs between"):
         open_source(SourceOptions(str(tmp_path / "a.csv")))
+
+
+@pytest.mark.parametrize("name", ["0.txt", "metadata.csv", "metadata.jsonl", "a.csv", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    """Nor is a long caption refused in one kind of table alone."""
+    caption = "A cat. " * 30_000
+    lines = {
+        ".txt": caption,
+        ".csv": f"file_name,text\n0.png,{caption}\n",
+        ".jsonl": json.dumps({"file_name": "0.png", "text": caption}),
+    }
+    (tmp_path / "0.png").write_bytes(IMAGE)
+    (tmp_path / name).write_text(lines[Path(name).suffix], encoding="utf-8-sig")
+    path = tmp_path / name if name.startswith("a.") else tmp_path
+    options = SourceOptions(str(path), images=str(tmp_path) if path.is_file() else None)
+    sample = open_source(options).read(0)
+    assert (sample.images, sample.turns[1].content) == ((IMAGE,), caption.strip())

@@ -154,6 +154,16 @@ def test_saved_processor_loads_by_its_class_and_by_auto_class(images: str, tmp_p
         HiveProcessor.from_pretrained(tmp_path / "elsewhere")
 
 
+def test_the_base_model_that_lacks_its_part_is_named(tmp_path: Path) -> None:
+    encoder, bare = tmp_path / "encoder", tmp_path / "bare"
+    make_image_processor("siglip").save_pretrained(encoder)
+    bare.mkdir()
+    with pytest.raises(HiveError, match=f"image processor of {bare} does not load: .*; expected the folder of a"):
+        HiveProcessor.from_base_models(bare, encoder)
+    with pytest.raises(HiveError, match=f"tokenizer of {bare} does not load: .*; expected the folder of a language"):
+        HiveProcessor.from_base_models(encoder, bare)
+
+
 @pytest.mark.skipif(not transformers.__version__.startswith("4."), reason="needs transformers 4: make test")
 def test_no_notice_of_another_image_processor(tmp_path: Path) -> None:
     make_image_processor("siglip").save_pretrained(tmp_path)

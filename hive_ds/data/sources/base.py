@@ -159,7 +159,7 @@ def _caption(value: Any, column: str | None) -> str:
         value = value[0]
     if isinstance(value, bytes):
         try:
-            value = value.decode()
+            value = value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise HiveError(f"caption is not UTF-8 ({error})") from error
     if not isinstance(value, str):

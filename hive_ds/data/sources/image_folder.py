@@ -12,6 +12,7 @@ from typing import Any
 from hive_ds.data.schema import Sample
 from hive_ds.data.sources.base import Columns, build_sample, describe_origin
 from hive_ds.data.sources.stores import FolderStore
+from hive_ds.data.sources.table import CSV_LARGEST_FIELD
 from hive_ds.data.sources.webdataset import IMAGE_SUFFIXES
 from hive_ds.errors import HiveError
 
@@ -82,8 +83,9 @@ class ImageFolderSource:
 
 def _metadata(path: Path) -> dict[str, dict[str, Any]]:
     """Rows of a metadata file by file name."""
+    csv.field_size_limit(CSV_LARGEST_FIELD)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
                 rows: list[dict[str, Any]] = list(csv.DictReader(file))
             else:

@@ -29,7 +29,7 @@ class LlavaSource:
         if not first:
             raise HiveError(f"LLaVA JSON {self._path}: none of its first rows is an object with fields")
         names = list(dict.fromkeys(name for row in first for name in row))  # the first may be a text-only row
-        if not (columns and columns.image) and not set(Columns.USUAL_IMAGE) & set(names):
+        if not (columns and columns.image) and not set(Columns.USUAL_IMAGE) & {name.lower() for name in names}:
             if images is not None:
                 raise HiveError(
                     f"LLaVA JSON {self._path}: no image in its first rows, whose fields are {', '.join(names)}; name "

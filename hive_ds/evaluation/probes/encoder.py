@@ -77,9 +77,8 @@ def load_encoder(
     folder = Path(source).expanduser()
     where = str(model_folder(folder)) if folder.is_dir() else str(source)
     tower = load_tower(Path(where)).encoder if _holds_trained_model(where) else load_vision_encoder(where)
-    return make_encoder(
-        tower, _load_processor(where), name or folder.name, source=str(source), device=device, dtype=dtype
-    )
+    processor = auto_image_processor(where)
+    return make_encoder(tower, processor, name or folder.name, source=str(source), device=device, dtype=dtype)
 
 
 def make_encoder(
@@ -137,11 +136,3 @@ def _holds_trained_model(where: str) -> bool:
         return json.loads(config.read_text()).get("model_type") in TRAINED
     except ValueError:
         return False  # load_vision_encoder says what is wrong with it
-
-
-def _load_processor(where: str) -> Any:
-    try:
-        return auto_image_processor(where)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise HiveError(f"image processor of encoder {where}: does not load ({reason})") from error
