@@ -12,9 +12,9 @@ Points = list[tuple[float, float]]
 
 
 def read_events(file: Path) -> list[dict[str, Any]]:
-    """All lines; one that is no JSON object with an event (a kill cut it short) is left out. Without a file: []."""
+    """All lines; one that is no JSON object with an event (cut short or damaged) is left out. Without a file: []."""
     events = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
         try:
             event = json.loads(line)
         except ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -44,8 +45,9 @@ def build(cls: type, entries: dict[str, Entry], source: str, origins: Origins, p
         return cls(**values)
     except HiveError as error:
         written = {name: entry.origin for name, entry in entries.items()}
-        blamed = [origin for name, origin in written.items() if name in str(error)] or list(written.values())
-        raise HiveError(f"{prefix.rstrip('.')} ({', '.join(dict.fromkeys(blamed))}): {error}") from None
+        words = set(re.findall(r"\w+", str(error)))
+        blamed = [origin for name, origin in written.items() if name in words] or list(written.values())
+        raise HiveError(f"{prefix.rstrip('.') or source} ({', '.join(dict.fromkeys(blamed))}): {error}") from None
 
 
 def _default(spec: Field[Any], hint: Any, key: str, source: str, origins: Origins) -> Any:

@@ -105,6 +105,10 @@ def check_routes(recipe: Recipe) -> Iterator[Finding]:
     lists = routes.vision_blocks, routes.language_layers
     try:
         vision, text = vision_config(model.vision_encoder), text_config(model.language_model)
+    except (HiveError, ValueError) as error:
+        yield Finding("models", "model", "problem", str(error), "name another, or fetch it again: hf download NAME")
+        return
+    try:
         blocks, layers = vision.num_hidden_layers, text.num_hidden_layers
         Routes.build(*lists, num_blocks=blocks, num_layers=layers)
     except (HiveError, ValueError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
+from hive_ds.recipe_values import nearest
 from hive_ds.training.distributed import all_values, read_world
 
 _OWNERS = {
@@ -40,6 +41,8 @@ _OWNERS = {
 
 BF16_SUMS = 8
 """Micro-batches a step that ZeRO 0 and 1 may add up in bf16 without a word."""
+_SECTIONS = ("zero_optimization", "data_types")
+"""What a policy has, as a rule; DeepSpeed passes over keys that it does not know."""
 _HPZ = "zero_hpz_partition_size"
 _OFFLOAD = ("offload_optimizer", "offload_param")
 _UNSUPPORTED = {
@@ -121,7 +124,7 @@ def read_policy(name_or_path: str) -> dict[str, Any]:
     """Read a ZeRO policy.
 
     Raises:
-        HiveError: no such file, no JSON object, or a value that the recipe owns.
+        HiveError: no such file, no JSON object, a value that the recipe owns, or no ZeRO policy in it.
     """
     path = find_policy(name_or_path)
     try:
@@ -130,12 +133,17 @@ def read_policy(name_or_path: str) -> dict[str, Any]:
         raise HiveError(f"ds_config {path}: not readable as JSON ({error})") from error
     if not isinstance(policy, dict):
         raise HiveError(f"ds_config {path}: expected a JSON object, found {type(policy).__name__}")
-    for key in ("zero_optimization", "data_types"):
+    for key in _SECTIONS:
         if not isinstance(policy.get(key, {}), dict):
             raise HiveError(f"ds_config {path}: {key} is {policy[key]!r}; expected a JSON object")
     for key, owner in _OWNERS.items():
         if key in policy:
             raise HiveError(f"ds_config {path} sets {key}, which belongs to {owner}; remove it from the file")
+    for key in policy:
+        if key not in _SECTIONS and (hint := nearest(key, [*_SECTIONS], cutoff=0.8)):
+            raise HiveError(f"ds_config {path}: unknown key {key}{hint}")
+    if "zero_optimization" not in policy:
+        raise HiveError(f"ds_config {path} has no zero_optimization; expected it with a stage, as in zero0.json")
     _check_zero(path, policy.get("zero_optimization", {}), policy.get("data_types", {}))
     return policy
 

@@ -192,7 +192,7 @@ def _peak_memory(device: torch.device) -> float:
 
 def _drop_lines(path: Path, first_step: int) -> None:
     """Drop the lines of later steps, and those that a kill or a full disk cut short; of a run that starts anew, all."""
-    text = path.read_text()
+    text = path.read_text(errors="replace")
     lines = [line for line in text.splitlines() if _step_of(line) <= (first_step or -1)]
     kept = "".join(f"{line}\n" for line in lines)
     if kept == text:
@@ -204,10 +204,10 @@ def _drop_lines(path: Path, first_step: int) -> None:
 
 
 def _step_of(line: str) -> float:
-    """Step of a line; infinite for a line that was cut short."""
+    """Step of a line; infinite for a line that was cut short or damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 

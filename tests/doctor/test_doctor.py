@@ -190,6 +190,10 @@ def test_routes_that_training_would_refuse(tmp_path: Path) -> None:
     assert "routes: {vision_blocks: [2, 5, 8, 11], language_layers: [0, 1, 2, 3]}" in found.said
     (fits,) = check_routes(load_recipe("tiny", models))
     assert (fits.status, "note: the routes end at vision block 3 of 12" in fits.said) == ("ok", True)
+    (tmp_path / "encoder" / "config.json").write_text("{")
+    (broken,) = check_routes(load_recipe("tiny", models))
+    assert (broken.status, broken.name) == ("problem", "model")
+    assert f"vision encoder '{tmp_path}/encoder' has no readable config.json" in broken.said
     (known,) = check_routes(load_recipe("hive-clip-l-smollm2-360m"))
     assert (known.status, known.said) == ("ok", "8 routes from 24 vision blocks to 32 language layers")
 

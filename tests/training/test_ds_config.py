@@ -71,6 +71,9 @@ def test_value_that_the_recipe_owns_is_named(tmp_path: Path, key: str, value: ob
     [
         ("{", "not readable as JSON"),
         ("[]", "expected a JSON object"),
+        ("{}", "has no zero_optimization; expected it with a stage"),
+        ('{"zero_optimisation": {"stage": 3}}', r"unknown key zero_optimisation; did you mean zero_optimization\?"),
+        ('{"zero_optimization": {"stage": 2}, "data_type": {}}', r"unknown key data_type; did you mean data_types\?"),
         ('{"zero_optimization": {"stage": 4}}', "is 4;"),
         ('{"zero_optimization": {"stage": true}}', "stage is True; expected 0, 1, 2 or 3"),
         ('{"zero_optimization": true}', "zero_optimization is True; expected a JSON object"),

@@ -59,6 +59,15 @@ def test_a_resume_drops_later_lines_and_a_half_one(first_step: int, end: str, le
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*left, 10]
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"[1]\n3\n", b'{"event": "train", "step": "x"}\n', b"\0" * 99])
+def test_a_damaged_line_costs_itself_alone(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(earlier_attempt(path, 2, "").encode() + damage)
+    if b"step" not in damage:
+        assert [event["step"] for event in read_events(path)] == [0, 1]
+    assert [event["step"] for event in dropped(path, 9)] == [0, 1]
+
+
 def test_a_full_disk_at_a_resume_costs_no_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     before = earlier_attempt(path, 20, "")

@@ -198,8 +198,8 @@ BAD_VALUES = {
     "encodr = 0 (--set); did you mean vision_encoder?",
     "stages.vision_finetuning.group_lr={nope: 1}": "group_lr.nope = 1 (--set); stages.vision_finetuning.group_lr has"
     " projectors, qk_norms, ",
-    "stages.connector_pretraining.group_lr={vision_encoder: 1}": "stages.connector_pretraining.group_lr has"
-    " vision_encoder = 1.0, but that stage trains projectors, qk_norms alone",
+    "stages.connector_pretraining.group_lr={vision_encoder: 1}": "tiny (--set): stages.connector_pretraining.group_lr"
+    " has vision_encoder = 1.0, but that stage trains projectors, qk_norms alone",
     "training.seed=-1": "training.seed = -1 (--set): expected a whole number, from 0 to 2**63 - 1",
     "training.seed=9223372036854775808": "expected a whole number, from 0 to 2**63 - 1",
     "data.validation=''": "data.validation =  (--set): expected text or null, not empty",
@@ -218,7 +218,7 @@ BAD_VALUES = {
     "model.routes=null": "model (--set): routes is missing; a model of kind hive expects vision_blocks",
     "model.kind=cascaded": "routes are given, but a model of kind cascaded has none; expected null",
     "model.feature_block=0": "expected a whole number, not 0",
-    "vlm=null": "vlm is missing, but stages has vlm_alignment, vlm_instruction_tuning",
+    "vlm=null": ", --set): vlm is missing, but stages has vlm_alignment, vlm_instruction_tuning",
     "vlm.languag_model=a": "unknown key vlm.languag_model = a (--set); did you mean language_model?",
     "stages.vlm_alignment.data={tempate: chat}": "unknown key stages.vlm_alignment.data.tempate = chat (--set)",
     "stages.vlm_alignment.data=3": "stages.vlm_alignment.data = 3 (--set): expected a mapping or null",
