@@ -170,11 +170,11 @@ def set_value(key, value):
         ("vision", cut, "not fully covered"),
         ("vision", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "SafetensorError"),
         ("vision", lambda path: path.unlink(), "no file named"),
-        ("vision", set_value("hidden_size", 64), "size mismatch"),
+        ("vision", set_value("hidden_size", 64), "size mismatch|mismatched_sizes"),
         ("vision", set_value("hidden_size", "big"), "TypeError"),
         ("vision", set_value("model_type", "llama"), "encoder of type 'llama' is not supported"),
         ("llm", cut, "not fully covered"),
-        ("llm", lambda path: path.with_name("config.json").write_text("[1]"), "TypeError"),
+        ("llm", lambda path: path.with_name("config.json").write_text("[1]"), "TypeError|names no model_type"),
         ("llm", set_value("model_type", "unheard"), r"Unrecognized .* \.\.\.; expected a whole model"),
         ("llm", set_value("model_type", "siglip_vision_model"), "none that transformers loads as a causal LM"),
     ],
@@ -182,7 +182,7 @@ def set_value(key, value):
 def test_damaged_base_models_are_named(recipe, tmp_path, part, damage, reason):
     """A download that broke off, pointers of Git LFS instead of weights, the model of the other key."""
     damage(tmp_path / part / "model.safetensors")
-    with pytest.raises(HiveError, match=rf"{tmp_path / part}.*{reason}") as caught:
+    with pytest.raises(HiveError, match=rf"{tmp_path / part}.*({reason})") as caught:
         build_model(recipe, image_kv="own")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
