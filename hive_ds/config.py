@@ -192,7 +192,7 @@ class StageConfig:
 
     @property
     def micro_batch(self) -> int:
-        """``micro_batch_size`` of a stage whose ranks are known (`hive_ds.training.ds_config.fit_micro_batch`)."""
+        """``micro_batch_size`` of a stage whose ranks are known (`hive_ds.training.global_batch.fit_micro_batch`)."""
         assert isinstance(self.micro_batch_size, int)
         return self.micro_batch_size
 

@@ -32,11 +32,12 @@ from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import World, all_values, device_name, from_main, read_world, start, stop
-from hive_ds.training.ds_config import build_ds_config, describe_batch, fit_micro_batch, read_policy, warn_of_rounding
+from hive_ds.training.ds_config import build_ds_config, read_policy, refusals_named, warn_of_rounding
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error, report_interrupt
 from hive_ds.training.flops import FlopCounter, matmul_rate
 from hive_ds.training.gather_units import gathers_by_layer
+from hive_ds.training.global_batch import describe_batch, fit_micro_batch
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.loop import Job
 from hive_ds.training.loop import train as run_loop
@@ -128,7 +129,8 @@ def train(options: argparse.Namespace, world: World) -> bool:
         compile_blocks(model, device, dtype, apart=gathers_by_layer(model, policy))
     auto = asked.micro_batch_size == "auto"
     data = None if auto else _load_data(run, processor)  # the search reads first: a cache takes one loader at a time
-    engine = Engine(model, plan.groups, _ds_config(run, policy), config, world=world, device=device)
+    with refusals_named(recipe.training.ds_config):
+        engine = Engine(model, plan.groups, _ds_config(run, policy), config, world=world, device=device)
     if auto:
         run = replace(run, config=_find_micro_batch(run, engine, processor))
     loader, validation = data or _load_data(run, processor)

@@ -15,8 +15,9 @@ from hive_ds.planning.communication import ParameterLayout, ZeroPolicy, step_mes
 from hive_ds.planning.messages import bytes_sent
 from hive_ds.planning.trace import recorded
 from hive_ds.stages import STAGES_BY_KIND, Stage
-from hive_ds.training.ds_config import fit_micro_batch, read_policy
+from hive_ds.training.ds_config import read_policy
 from hive_ds.training.flops import FlopCounter
+from hive_ds.training.global_batch import fit_micro_batch
 
 RANKS_PER_NODE = 8
 """What ``zero_hpz_partition_size: auto`` stands for where no run has counted them."""

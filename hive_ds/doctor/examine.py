@@ -86,7 +86,7 @@ def _recipe(patient: Patient, gpus: int) -> Iterator[Finding]:
 
 def check_batches(recipe: Recipe, ranks: int) -> Iterator[Finding]:
     """Whether the ranks divide each stage's global batch."""
-    from hive_ds.training.ds_config import fit_micro_batch
+    from hive_ds.training.global_batch import fit_micro_batch
 
     for name, stage in recipe.stages.items():
         try:

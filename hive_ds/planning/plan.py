@@ -14,7 +14,8 @@ from hive_ds.planning.communication import StepMessages, ZeroPolicy
 from hive_ds.planning.messages import bytes_sent
 from hive_ds.planning.stage_model import StageModel
 from hive_ds.planning.timing import Assumptions, Cluster, StepTime, step_time
-from hive_ds.training.ds_config import micro_batches, read_policy
+from hive_ds.training.ds_config import read_policy
+from hive_ds.training.global_batch import micro_batches
 
 PROFILES = ("zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload_optimizer", "zero3_offload_param")
 """Files of ``ds_configs/``, in the order in which they are preferred where they take equally long."""

@@ -89,6 +89,8 @@ def faults_of(folder: Path, rank: int = 0, ranks: int = 1, *, hashes: bool = Tru
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if not manifest:
+            return [f"{MANIFEST} names no files"]
         named = sorted(manifest.items())[rank::ranks]
         return [fault for name, entry in named if (fault := _file_fault(folder, name, entry, hashes))]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

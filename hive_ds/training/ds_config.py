@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,45 +52,6 @@ _UNSUPPORTED = {
     "zenflow": "offload_optimizer",
 }
 """Key of zero_optimization that the engine cannot train with -> what to write instead."""
-
-
-def fit_micro_batch(config: StageConfig, num_ranks: int) -> StageConfig:
-    """The stage's numbers with the largest micro-batch, up to the recipe's, that divides a rank's share of a step.
-
-    The weights do not depend on the micro-batch (`hive_ds.training.loop.run_micro_batches`): a recipe's is a bound on
-    memory, and its global batch holds on any number of ranks that divides it. ``auto`` is no bound: the whole share.
-
-    Raises:
-        HiveError: the ranks do not divide the global batch; the message says which numbers do.
-    """
-    return replace(config, micro_batch_size=micro_batches(config, num_ranks)[-1])
-
-
-def micro_batches(config: StageConfig, num_ranks: int) -> list[int]:
-    """Every micro-batch, up to the recipe's, that divides a rank's share of a step; ascending.
-
-    Raises:
-        HiveError: the ranks do not divide the global batch; the message says which numbers do.
-    """
-    total = config.global_batch_size
-    if total % num_ranks:
-        divisors = ", ".join(str(number) for number in range(1, total + 1) if total % number == 0)
-        raise HiveError(
-            f"global_batch_size {total} is not divisible by {num_ranks} ranks; these rank counts divide it: {divisors}"
-        )
-    share = total // num_ranks
-    largest = share if config.micro_batch_size == "auto" else min(config.micro_batch, share)
-    return [size for size in range(1, largest + 1) if share % size == 0]
-
-
-def describe_batch(config: StageConfig, num_ranks: int, largest_micro_batch: int) -> str:
-    """One line: how a step's samples are shared out, and why the micro-batch is not the recipe's where it is not."""
-    micro, share = config.micro_batch, config.global_batch_size // num_ranks
-    smaller = f", for {largest_micro_batch} does not divide {share}" if micro < largest_micro_batch else ""
-    return (
-        f"batch: {config.global_batch_size} samples a step over {num_ranks} ranks, "
-        f"each {share // micro} x micro-batch {micro}{smaller}"
-    )
 
 
 def warn_of_rounding(policy: dict[str, Any], precision: str, config: StageConfig, num_ranks: int) -> str | None:
@@ -148,6 +110,21 @@ def read_policy(name_or_path: str) -> dict[str, Any]:
     return policy
 
 
+@contextmanager
+def refusals_named(name_or_path: str) -> Iterator[None]:
+    """A `HiveError` with file, key and value where DeepSpeed, asked inside, refuses what a policy says."""
+    from pydantic import ValidationError  # comes with DeepSpeed, without which policies can be read
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise HiveError(
+            f"ds_config {find_policy(name_or_path)}: DeepSpeed refuses {key} = {first['input']!r}: {first['msg']}"
+        ) from error
+
+
 def _check_zero(path: Path, zero: dict[str, Any], data_types: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
@@ -188,7 +165,7 @@ def build_ds_config(
 
     Args:
         policy: of `read_policy`.
-        stage: numbers of the stage, of `fit_micro_batch`.
+        stage: numbers of the stage, of `hive_ds.training.global_batch.fit_micro_batch`.
         training: precision and monitors.
         num_ranks: ranks of the run.
         log_folder: folder for TensorBoard files.

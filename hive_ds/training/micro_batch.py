@@ -27,8 +27,8 @@ from hive_ds.processing import HiveProcessor
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.device_memory import DeviceMemory, device_memory
 from hive_ds.training.distributed import from_main, min_over_ranks
-from hive_ds.training.ds_config import micro_batches
 from hive_ds.training.engine import Engine
+from hive_ds.training.global_batch import micro_batches
 from hive_ds.training.loop import run_micro_batches
 from hive_ds.training.origin import describe_origin
 from hive_ds.training.random_state import random_state, restore_random_state

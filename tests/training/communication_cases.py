@@ -13,7 +13,8 @@ from message_counter import tally
 from hive_ds.planning.communication import ZeroPolicy
 from hive_ds.planning.stage_model import StageModel
 from hive_ds.recipe import load_recipe
-from hive_ds.training.ds_config import fit_micro_batch, read_policy
+from hive_ds.training.ds_config import read_policy
+from hive_ds.training.global_batch import fit_micro_batch
 
 LARGE_MODEL = {
     "stage3_param_persistence_threshold": 500,

@@ -107,6 +107,12 @@ def test_damaged_checkpoints_push_no_whole_one_out(
     assert names == sorted(["step-000050.bak", *(folders[step].name for step in left)])
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "", '{"rank-00000.pt": 7}'])
+def test_a_manifest_that_names_nothing_makes_no_checkpoint(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    assert len(faults_of(tmp_path)) == 1
+
+
 def test_damaged_checkpoints_alone_end_the_run(stage: Path) -> None:
     """They may be readable again later; a stage that began at step 0 would lose its metrics, and train anew."""
     folders = step_folders(stage)

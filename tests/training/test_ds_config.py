@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_forked
+from tiny_run import TinyRun
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
 from hive_ds.launch.meeting import set_meeting_point
 from hive_ds.training.distributed import World, read_world, start
-from hive_ds.training.ds_config import (
-    build_ds_config,
-    describe_batch,
-    fit_micro_batch,
-    micro_batches,
-    read_policy,
-    warn_of_rounding,
-)
+from hive_ds.training.ds_config import build_ds_config, read_policy, warn_of_rounding
+from hive_ds.training.global_batch import describe_batch, fit_micro_batch, micro_batches
 
 STAGE = StageConfig(lr=1e-3, global_batch_size=24, micro_batch_size=2, clip=0.6)
 
@@ -136,6 +132,23 @@ def test_hpz_size_is_the_ranks_of_a_node(
     else:
         with pytest.raises(HiveError, match=size):
             built()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stage3_max_live_params", 5, "stage3_max_live_params = 5: Extra inputs are not permitted"),
+        ("reduce_bucket_size", "big", "reduce_bucket_size = 'big': Input should be a valid "),
+    ],
+)
+def test_what_deepspeed_refuses_is_named(tiny: TinyRun, tmp_path: Path, key: str, value: object, message: str) -> None:
+    policy = tmp_path / "own.json"
+    policy.write_text(json.dumps({"zero_optimization": {"stage": 3, key: value}}))
+    arguments = tiny.arguments(1, "refused", "--set", f"training.ds_config={policy}")
+    ended = run_forked("hive_ds.train:main", arguments, tiny.environment(), 1, timeout=240)
+    assert ended.returncode == 2, ended.stderr
+    assert f"error: ds_config {policy}: DeepSpeed refuses zero_optimization.{message}" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_missing_policy_names_those_there_are() -> None:
