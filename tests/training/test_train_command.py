@@ -253,7 +253,7 @@ def test_stages_4_and_5_judge_the_encoder(tiny: TinyRun, pretrained: dict[int, s
             ["--set", "data.validation=/nowhere", "--set", "model.vision_encoder=/nowhere"],
             "data folder /nowhere: does not exist",
         ),
-        (1, ["--set", "data.train=/etc/hostname"], "data folder /etc/hostname: is a file; expected a folder of MDS"),
+        (1, ["--set", f"data.train={__file__}"], f"data folder {__file__}: is a file; expected a folder of MDS"),
         (1, ["--set", "model.vision_encoder=/nowhere"], "vision encoder folder /nowhere does not exist"),
         (2, [], "stage 2 starts from .*stage1/model, but .* is not finished"),
         (4, [], "stage 4 starts from .*stage3/model, but .* is not finished"),
