@@ -38,7 +38,7 @@ $(VENV_TF5)/.installed: $(VENV)/.installed
 	$(RUN_TF5) pip install "transformers>=5,<6"
 	@touch $@
 
-quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and show what it learned (3 to 7 minutes on 2 cores)
+quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and show what it learned (4 to 7 minutes on 2 cores)
 	$(VENV)/bin/hive-ds quickstart
 
 compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 seeds each, and judge their encoders alike (35 minutes on 2 cores)
