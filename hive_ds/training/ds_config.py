@@ -119,7 +119,7 @@ def refusals_named(name_or_path: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(["zero_optimization", *map(str, first["loc"])])
+        key = ".".join(map(str, first["loc"]))  # of whichever section it was
         raise HiveError(
             f"ds_config {find_policy(name_or_path)}: DeepSpeed refuses {key} = {first['input']!r}: {first['msg']}"
         ) from error

@@ -147,7 +147,7 @@ def test_what_deepspeed_refuses_is_named(tiny: TinyRun, tmp_path: Path, key: str
     arguments = tiny.arguments(1, "refused", "--set", f"training.ds_config={policy}")
     ended = run_forked("hive_ds.train:main", arguments, tiny.environment(), 1, timeout=240)
     assert ended.returncode == 2, ended.stderr
-    assert f"error: ds_config {policy}: DeepSpeed refuses zero_optimization.{message}" in ended.stderr
+    assert f"error: ds_config {policy}: DeepSpeed refuses {message}" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
