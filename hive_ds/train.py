@@ -35,7 +35,7 @@ from hive_ds.training.distributed import World, all_values, device_name, from_ma
 from hive_ds.training.ds_config import build_ds_config, read_policy, refusals_named, warn_of_rounding
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error, report_interrupt
-from hive_ds.training.flops import FlopCounter, matmul_rate
+from hive_ds.training.flops import FlopCounter, matmul_rate, warn_of_slow_bf16
 from hive_ds.training.gather_units import gathers_by_layer
 from hive_ds.training.global_batch import describe_batch, fit_micro_batch
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
@@ -232,6 +232,8 @@ def _start_job(
     if first_step > steps:
         raise HiveError(f"{run.folder.path}: its checkpoint has {first_step} steps, more than the stage's {steps}")
     rate = matmul_rate(device, engine.dtype)
+    if warning := warn_of_slow_bf16(device, engine.dtype, rate):
+        run.say(warning)
     metrics = MetricsLog(run.folder.metrics, world, first_step)
     metrics.write(
         "start",

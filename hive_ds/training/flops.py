@@ -212,6 +212,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * _size(device) ** 3 / min(matmul_times(device, dtype))
 
 
+def warn_of_slow_bf16(device: torch.device, dtype: torch.dtype, rate: float) -> str | None:
+    """A warning where the CPU has no bf16 instructions, so that PyTorch's matrix products are many times slower."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    single = matmul_rate(device, torch.float32)
+    if single < 4 * rate:
+        return None
+    found = f"{single / rate:.0f} times as fast in fp32 ({single / 1e9:.0f} GFLOP/s) as in bf16 ({rate / 1e9:.1f})"
+    return f"warning: this CPU multiplies {found}; --set training.precision=fp32"
+
+
 def matmul_times(device: torch.device, dtype: torch.dtype) -> list[float]:
     """Seconds of each of five large square matrix products on this device."""
     size = _size(device)

@@ -10,7 +10,8 @@ from stage_helpers import CONFIG, draw_sample, make_cascaded, make_model, pack
 from torch.utils.flop_counter import FlopCounterMode
 
 from hive_ds.stages import stage_by_number
-from hive_ds.training.flops import BatchSize, FlopCounter
+from hive_ds.training import flops
+from hive_ds.training.flops import BatchSize, FlopCounter, warn_of_slow_bf16
 from hive_ds.training.groups import groups_of, plan_stage
 from hive_ds.training.step_sums import batch_size
 
@@ -42,3 +43,15 @@ def test_pairs_of_text_and_image_in_one_sequence() -> None:
     size = BatchSize.of([3, 2], [[1], [2]], 4, [4, 9])
     assert (size.sequence_tokens, size.sequence_pairs) == (3 + 4 + 2, 7 * 8 // 2 + 2 * 3 // 2)
     assert (size.text_pairs, size.image_pairs, size.patches) == (6 + 3, 2 * 4, 13)
+
+
+def test_a_cpu_that_is_slow_in_bf16_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.float32: 80e9, torch.bfloat16: 1.25e9}
+    monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: rates[dtype])
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    told = warn_of_slow_bf16(cpu, torch.bfloat16, rates[torch.bfloat16])
+    assert told is not None
+    assert "64 times as fast in fp32 (80 GFLOP/s) as in bf16 (1.2)" in told
+    assert warn_of_slow_bf16(cpu, torch.bfloat16, 40e9) is None
+    assert warn_of_slow_bf16(cpu, torch.float32, 1e9) is None
+    assert warn_of_slow_bf16(cuda, torch.bfloat16, 1e9) is None
