@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,10 +48,22 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def flush_tree(folder: Path) -> None:
-    """`flush` of a folder and all that is in it."""
+def finish_folder(folder: Path) -> None:
+    """What a folder needs before it gets its name: `give_usual_access`, and `flush` of all that is in it."""
+    for weights in folder.rglob("*.safetensors"):
+        give_usual_access(weights)
     for path in (*folder.rglob("*"), folder):
         flush(path)
+
+
+def give_usual_access(weights: Path) -> None:
+    """Let whoever may read a new file there read this one; safetensors 0.8 lets nobody but its owner."""
+    usual = weights.with_name(f".{weights.name}.access")
+    usual.touch()
+    access = stat.S_IMODE(usual.stat().st_mode)
+    usual.unlink()
+    if stat.S_IMODE(weights.stat().st_mode) != access:
+        weights.chmod(access)
 
 
 @contextlib.contextmanager
@@ -66,7 +79,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        flush_tree(aside)
+        finish_folder(aside)
         if out.exists():
             out.rmdir()
         aside.rename(out)

@@ -19,7 +19,7 @@ import torch
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
-from hive_ds.files import flush, flush_tree, must_write
+from hive_ds.files import finish_folder, flush, must_write
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint_files import fault_of, step_folders
 from hive_ds.training.distributed import World, barrier, from_main
@@ -137,7 +137,7 @@ def save_model(folder: Path, engine: Engine, processor: Any, world: World, attem
         with must_write(folder, "make room, and the same command goes on from the newest checkpoint"):
             engine.model.save_pretrained(aside, state_dict=state)
             processor.save_pretrained(aside)
-            flush_tree(aside)  # the stage is called done after this, and is not trained again
+            finish_folder(aside)  # the stage is called done after this, and is not trained again
         attempt.check()
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

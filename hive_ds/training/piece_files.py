@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hive_ds.errors import HiveError
+from hive_ds.files import give_usual_access
 from hive_ds.training.pieces import STATE, Piece
 
 
@@ -51,6 +52,7 @@ class PieceCopy:
     def write(self, path: Path) -> None:
         """Write the file of these pieces."""
         save_file(self.tensors, path, metadata={"places": json.dumps(self.places)})
+        give_usual_access(path)
 
 
 class PieceReader:

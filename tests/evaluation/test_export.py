@@ -56,6 +56,7 @@ def test_encoder_loads_in_plain_transformers_with_equal_features(family: str, ta
     assert (report.trained_blocks, report.num_blocks) == (3, len(blocks))
     assert report.trained_sha256 == folder_sha256(run / "stage3" / "model")
     assert report.sha256 == folder_sha256(tmp_path / "out") == weights_sha256(encoder.state_dict().items())
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # the weights are no secret
     if tail == "keep":
         assert report.sha256 == report.trained_sha256
         assert all(map(torch.equal, encoder.state_dict().values(), model.vision_encoder.state_dict().values()))

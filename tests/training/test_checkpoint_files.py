@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from hive_ds.processing import HiveProcessor
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import newest_checkpoint, save_model
 from hive_ds.training.checkpoint_files import aside_of, faults_of, publish, remove_old, step_folders
+from hive_ds.training.checkpoint_tools import reshard
 from hive_ds.training.distributed import World, start, stop
 
 HERE = Path(__file__).parent
@@ -57,6 +60,32 @@ def test_a_full_disk_at_the_hand_over_is_named_and_costs_no_model(stage: Path) -
             save_model(stage / "model", engine, processor, World(), attempt)
         assert re.fullmatch(rf"{stage}/model: cannot be written \(.*File too large.*\); make room.*", str(caught.value))
         assert {path.name: path.read_bytes() for path in (stage / "model").iterdir()} == before
+
+
+def test_whoever_reads_new_files_reads_the_weights(stage: Path) -> None:
+    """safetensors 0.8 writes files that only their owner may read, which a group's shared run folder must not hold."""
+    model, attempt = tiny_hive(), Attempt(stage, World())
+    attempt.sign()
+    engine: Any = SimpleNamespace(model=model, gather_state=model.state_dict)
+    save_model(
+        stage / "model", engine, HiveProcessor(make_image_processor(), make_tokenizer("llama3")), World(), attempt
+    )
+    before = os.umask(0o027)
+    try:
+        whole = stage / "checkpoints" / "step-000200"
+        reshard(whole, stage / "two", 2)
+        (stage / "new").touch()
+    finally:
+        os.umask(before)
+    of_new = {path: access(path) for path in (stage / "two").iterdir()}
+    assert set(of_new.values()) == {access(stage / "new")} == {0o640}
+    (stage / "usual").touch()
+    for folder in (whole, stage / "model"):
+        assert {path: access(path) for path in folder.iterdir() if access(path) != access(stage / "usual")} == {}
+
+
+def access(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def test_sigkill_at_every_write_point(tmp_path: Path) -> None:
