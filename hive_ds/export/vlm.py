@@ -152,7 +152,7 @@ def _check(folder: Path, aside: Path, own: HiveProcessor) -> tuple[str, ...]:
     ours = [_own_inputs(own, picture) for picture in pictures]
     for one, other in zip(theirs, ours, strict=True):
         _check_prompt(one, other, stock.image_token_id)
-    expected = _answers(load_any(folder).eval(), ours)
+    expected = _answers(load_any(folder), ours)
     model, loaded = LlavaForConditionalGeneration.from_pretrained(aside, dtype=torch.float32, output_loading_info=True)
     check_names(sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"]), "stock transformers")
     answers = _answers(model.eval(), theirs)
