@@ -251,12 +251,6 @@ def read_language_config(name: str) -> PretrainedConfig:
     return config
 
 
-def depth_of(name: str) -> int:
-    """Blocks of a vision encoder, or layers of an LLM, by its config alone."""
-    values = _read_config(name, "model")
-    return int(values.get("vision_config", values)["num_hidden_layers"])
-
-
 def _routes(config: ModelConfig) -> RoutesConfig:
     assert config.routes is not None, "a model of kind hive has routes"
     return config.routes
