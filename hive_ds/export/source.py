@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from hive_ds.errors import HiveError
+from hive_ds.model.cascaded import block_number
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.identity import canonical_names, canonical_parts, read_tower
 from hive_ds.model.vision import vision_class, vision_config_of
@@ -108,8 +109,8 @@ def load_tower(folder: Path) -> Tower:
         routes = tuple(zip(config.vision_blocks, config.language_layers, strict=True))
         last_block = max(config.vision_blocks)
     elif isinstance(getattr(config, "vision_feature_layer", None), int):
-        layer, routes = config.vision_feature_layer, ()
-        last_block = layer if layer > 0 else vision.num_hidden_layers + 1 + layer
+        routes = ()
+        last_block = block_number(config.vision_feature_layer, vision.num_hidden_layers)
     else:
         raise HiveError(f"{folder} holds a {config.model_type} model; expected a HIVE or a LLaVA-style one")
     encoder = vision_class(vision)._from_config(vision)
