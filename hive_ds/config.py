@@ -30,7 +30,7 @@ from hive_ds.checks import (
     or_word,
 )
 from hive_ds.errors import HiveError
-from hive_ds.stages import STAGES, STAGES_BY_KIND, VLM_STAGES
+from hive_ds.stages import STAGES, STAGES_BY_KIND, VLM_STAGES, Stage, stage_called
 
 # Written out here, for the code that has them imports torch; tests/unit/test_choices.py compares.
 ATTENTION = ("auto", "triton", "sdpa", "reference")
@@ -281,6 +281,17 @@ class Recipe:
             language_model=self.vlm.language_model,
             feature_block=self.vlm.feature_block,
         )
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that number or name.
+
+        Raises:
+            HiveError: there is none, or this recipe does not describe it.
+        """
+        stage = stage_called(name, self.model.kind)
+        if stage.name not in self.stages:
+            raise HiveError(f"recipe {self.name} has no stage {stage.name}; it has {', '.join(self.stages)}")
+        return stage
 
     def data_of(self, stage: str) -> DataConfig:
         """The data of a stage."""

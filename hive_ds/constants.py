@@ -9,5 +9,8 @@ IMAGE_TOKEN = "<image>"
 EXIT_STOPPED = 85
 """Exit code of ranks that stopped early, with a checkpoint: start the same command again to go on."""
 
+EXIT_HUNG = 87
+"""Exit code of ranks that ended because nothing moved: start the same command again to go on."""
+
 SLOW_RATIO = 1.3
 """`slowest_ratio` from which a rank is called slow: sound devices of one type differ by some percent."""

@@ -26,7 +26,7 @@ from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.language_loss import describe_loss
 from hive_ds.processing import HiveProcessor
 from hive_ds.recipe import dump_recipe, load_recipe
-from hive_ds.stages import VLM_STAGES, Stage, stage_called
+from hive_ds.stages import VLM_STAGES, Stage
 from hive_ds.train_options import build_parser, how_to_go_on, next_commands
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
@@ -101,7 +101,9 @@ class Run:
 
 def train(options: argparse.Namespace, world: World) -> bool:
     """Train one stage from its start, or from its newest checkpoint, to its end; False if it was stopped before."""
-    recipe, stage, asked = _read_recipe(options)
+    recipe = load_recipe(options.recipe, options.set)
+    stage = recipe.stage(options.stage)
+    asked = recipe.stages[stage.name]
     config = fit_micro_batch(asked, world.size)
     policy = read_policy(recipe.training.ds_config)
     folder = StageFolder(Path(options.run), stage)
@@ -152,14 +154,6 @@ def train(options: argparse.Namespace, world: World) -> bool:
     _finish(run, job)
     run.say("\n".join([f"stage {stage.number} is done: {run.folder.model}", *next_commands(options, run)]))
     return True
-
-
-def _read_recipe(options: argparse.Namespace) -> tuple[Recipe, Stage, StageConfig]:
-    recipe = load_recipe(options.recipe, options.set)
-    stage = stage_called(options.stage, recipe.model.kind)
-    if stage.name not in recipe.stages:
-        raise HiveError(f"recipe {recipe.name} has no stage {stage.name}; it has {', '.join(recipe.stages)}")
-    return recipe, stage, recipe.stages[stage.name]
 
 
 def _find_micro_batch(run: Run, engine: Engine, processor: HiveProcessor) -> StageConfig:

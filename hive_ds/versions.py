@@ -8,18 +8,18 @@ import shlex
 import subprocess
 import sys
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from hive_ds import __version__
+from hive_ds.launch.probe import version
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "triton", "mosaicml-streaming")
 
 
 def installed_versions() -> dict[str, str | None]:
     """Versions by name, ``hive-ds`` and ``commit`` first; None for what is not installed, or runs from no clone."""
-    return {"hive-ds": __version__, "commit": _commit(), **{library: _version(library) for library in LIBRARIES}}
+    return {"hive-ds": __version__, "commit": _commit(), **{library: version(library) for library in LIBRARIES}}
 
 
 def made_with() -> dict[str, Any]:
@@ -40,13 +40,6 @@ def hardware() -> str:
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cores = f"{len(os.sched_getaffinity(0))} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     return f"{cores}, {', '.join(names) or 'no GPU'}"
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

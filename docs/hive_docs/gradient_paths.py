@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hive_ds.config import RoutesConfig
+from hive_ds.model.cascaded import block_number
 
 Paths = list[tuple[int, int] | None]
 """By block, from the first: LLM layers and encoder blocks on one way; None where no gradient comes."""
@@ -27,5 +28,5 @@ def hive_paths(
 
 def sa_paths(feature_block: int, num_blocks: int, num_layers: int) -> Paths:
     """Of a cascaded model: all LLM layers, then every block above."""
-    start = feature_block if feature_block > 0 else num_blocks + 1 + feature_block
+    start = block_number(feature_block, num_blocks)
     return [(num_layers, start - block) if block <= start else None for block in range(1, num_blocks + 1)]

@@ -16,17 +16,7 @@ class Drawing:
         self.width, self.height, self.label = width, height, label
         self._parts: list[str] = []
 
-    def box(
-        self,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        *,
-        fill: str = "none",
-        line: str = INK,
-        opacity: float = 1,
-    ) -> None:
+    def box(self, x: float, y: float, width: float, height: float, *, fill: str, line: str, opacity: float = 1) -> None:
         """A rectangle with slightly round corners."""
         self._parts.append(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="2" fill="{fill}" '

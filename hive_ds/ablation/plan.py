@@ -10,7 +10,7 @@ from pathlib import Path
 from hive_ds.ablation.arms import Arm, Depths, make_arms
 from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
-from hive_ds.model.loading import depth_of
+from hive_ds.model.loading import read_language_config, read_vision_config
 from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import STAGES
 
@@ -55,7 +55,10 @@ def make_plan(
     if not seeds or len(set(seeds)) < len(seeds):
         raise HiveError(f"seeds: {', '.join(map(str, seeds)) or 'none'}; expected at least one, each once")
     recipe = load_recipe(recipe_name, overrides)
-    depths = Depths(depth_of(recipe.model.vision_encoder), depth_of(recipe.model.language_model))
+    depths = Depths(
+        read_vision_config(recipe.model.vision_encoder).num_hidden_layers,
+        read_language_config(recipe.model.language_model).num_hidden_layers,
+    )
     arms = make_arms(arm_names, recipe, depths)
     runs = [_make_run(recipe_name, overrides, arm, seed, out) for seed in seeds for arm in arms]
     plan = [{**asdict(run), "folder": run.folder.name} for run in runs]

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ from hive_ds.benchmarks.side_by_side import time_side_by_side, turn_on_gpu
 from hive_ds.benchmarks.sizes import CAPTIONS, PAPER, TINY, Size, caption_lengths, make_batch
 from hive_ds.data.batch import PackedBatch
 from hive_ds.files import write_whole
+from hive_ds.launch.probe import version
 from hive_ds.training.flops import matmul_rate
-from hive_ds.training.parts import shares_of, slowest_kernels, trace_of_step
+from hive_ds.training.parts import shares_of, slowest_kernels, traced
 
 BATCHES = 2
 """Different batches of one workload, taken in turn: their lengths differ."""
@@ -131,7 +131,7 @@ def time_arm(run: Run, name: str, loads: list[Workload], parts: int) -> None:
             run.result["matmul_flops_per_second"] = run.rate
             arm.move(run.setting.device)
             for number, load in enumerate(loads):
-                parsers.append(_time_workload(run, arm, load, traced=number < parts))
+                parsers.append(_time_workload(run, arm, load, with_trace=number < parts))
             arm.close()
             gc.unfreeze()
             free(run.setting.device)
@@ -141,7 +141,7 @@ def time_arm(run: Run, name: str, loads: list[Workload], parts: int) -> None:
             run.save()
 
 
-def _time_workload(run: Run, arm: Arm, load: Workload, *, traced: bool) -> Callable[[], None] | None:
+def _time_workload(run: Run, arm: Arm, load: Workload, *, with_trace: bool) -> Callable[[], None] | None:
     """Add a row, or say why not; what fills in where the row's time goes."""
     if run.left() < 10:
         run.skip(f"{arm.label}, {load.name}", "no time left for it")
@@ -150,7 +150,7 @@ def _time_workload(run: Run, arm: Arm, load: Workload, *, traced: bool) -> Calla
         run.skip(f"{arm.label}, {load.name}", "out of memory at fewer samples")
         return None
     try:
-        row, parse = measure(run, arm, load, traced=traced)
+        row, parse = measure(run, arm, load, with_trace=with_trace)
     except torch.OutOfMemoryError:
         arm.full.add(load.texts)
         others = held_by_others(run.setting.device) / 2**30
@@ -167,7 +167,9 @@ def _time_workload(run: Run, arm: Arm, load: Workload, *, traced: bool) -> Calla
     return parse
 
 
-def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[str, Any], Callable[[], None] | None]:
+def measure(
+    run: Run, arm: Arm, load: Workload, *, with_trace: bool
+) -> tuple[dict[str, Any], Callable[[], None] | None]:
     """One row: seconds of a step and what follows from them; what fills in its parts, if they are traced."""
     device = run.setting.device
     cuda = device.type == "cuda"
@@ -190,7 +192,10 @@ def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[s
     host = time.perf_counter() - start
     wait(device)
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    trace = trace_of_step(arm.model, lambda: stepper.step(load.batches[0]), device) if traced else None
+    trace = None
+    if with_trace:
+        with traced(arm.model, device) as trace:
+            stepper.step(load.batches[0])
     vision = run.setting.size.vision
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     count = sum(batch.num_images for batch in load.batches) / len(load.batches)
@@ -223,13 +228,6 @@ def measure(run: Run, arm: Arm, load: Workload, *, traced: bool) -> tuple[dict[s
             row["kernels"] = slowest_kernels(events)
 
     return row, parse
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def time_here(run: Run, names: Sequence[str], options: argparse.Namespace) -> None:
@@ -288,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "models": setting.size.name,
         "precision": str(setting.dtype).removeprefix("torch."),
         "matmul_flops_per_second": 0.0,
-        "versions": {name: _version(name) for name in ("transformers", "deepspeed", "liger-kernel")},
+        "versions": {name: version(name) for name in ("transformers", "deepspeed", "liger-kernel")},
         "captions": CAPTIONS.name,
         "ready": False,
         "rows": [],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
@@ -14,7 +13,6 @@ from hive_ds.analysis.attention_pictures import (
     attention_figure,
     fitted,
     heat_over,
-    save_picture,
     seen_part,
     shared_scale,
     token_name,
@@ -59,11 +57,11 @@ class AnswerMaps:
         return heat_over(fitted(self.pictures[image], VIEW), values, scale.end)
 
 
-def answer_maps(chat: ChatModel, answer: Answer, *, head: int | None = None) -> AnswerMaps:
-    """Run prompt and answer through the model once more and see where it looked.
+def answer_maps(chat: ChatModel, answer: Answer) -> AnswerMaps:
+    """Run prompt and answer through the model once more and see where it looked, in the mean over heads.
 
     Raises:
-        HiveError: no image, an empty answer, or no such head.
+        HiveError: no image, or an empty answer.
     """
     ids = answer.token_ids[0].tolist()
     special = set(chat.processor.tokenizer.all_special_ids)
@@ -72,14 +70,9 @@ def answer_maps(chat: ChatModel, answer: Answer, *, head: int | None = None) -> 
         raise HiveError("attention map of an empty answer: the model said nothing")
     pixels = dict(answer.inputs)
     (offsets,) = pixels.pop("image_offsets")
-    maps = token_attention_maps(chat.model, answer.token_ids, offsets, pixels, head=head)
+    maps = token_attention_maps(chat.model, answer.token_ids, offsets, pixels)
     rows = [Row(token_name(chat.processor.decode([ids[place]])), [place - 1]) for place in said]
     if len(rows) > 1:
         rows.insert(0, Row("whole answer", [place - 1 for place in said]))
     processor = chat.processor.image_processor
     return AnswerMaps(maps, rows, [seen_part(image, processor) for image in answer.images])
-
-
-def save_answer_map(maps: AnswerMaps, title: str, path: Path, *, per_panel: bool = False) -> None:
-    """Write the figure as PNG."""
-    save_picture(maps.figure(title, per_panel=per_panel), path)

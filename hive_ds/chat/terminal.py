@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
-from hive_ds.chat.answer_maps import answer_maps, save_answer_map
+from hive_ds.analysis.attention_pictures import save_picture
+from hive_ds.chat.answer_maps import answer_maps
 from hive_ds.chat.conversation import Answer, Conversation, read_image
 from hive_ds.errors import HiveError
 
@@ -73,5 +74,5 @@ def _print_answer(conversation: Conversation, question: str) -> Answer:
 
 def _save_map(conversation: Conversation, answer: Answer, question: str, path: Path, per_panel: bool) -> None:
     title = " ".join([question, f"-> {answer.text}"]).strip()
-    save_answer_map(answer_maps(conversation.chat, answer), title, path, per_panel=per_panel)
+    save_picture(answer_maps(conversation.chat, answer).figure(title, per_panel=per_panel), path)
     print(f"wrote {path}: where the model looked", file=sys.stderr)

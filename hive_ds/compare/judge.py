@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from hive_ds.ablation.gather import SCORES
 from hive_ds.data.scenes_samples import SceneFolders
-from hive_ds.data.schema import Sample
 from hive_ds.evaluation.probes.encoder import load_encoder
 from hive_ds.evaluation.probes.results import best_block
 from hive_ds.evaluation.probes.scene_factors import FACTORS, scene_probe_data
@@ -50,7 +48,7 @@ def judge(run: Path, data: SceneFolders) -> dict[str, float]:
 def probe_scores(encoder: str, data: SceneFolders) -> dict[str, float]:
     """Linear probes of every factor, at the block that the VLM reads (the last but one) and at the best block."""
     made = load_encoder(encoder)
-    pictures = scene_probe_data(_first(read_samples(data.train), PROBE_TRAINING), read_samples(data.validation))
+    pictures = scene_probe_data(read_samples(data.train)[:PROBE_TRAINING], read_samples(data.validation))
     found = probe(made, pictures, ProbeSettings(LinearSettings(l2=1e-3), blocks="all", seeds=(0,)))
     read = max(made.info.num_blocks - 1, 1)
     at = {(result.task, result.block): result.accuracy for result in found}
@@ -58,10 +56,6 @@ def probe_scores(encoder: str, data: SceneFolders) -> dict[str, float]:
     return scores | {
         f"probe {factor}, best block": best_block(found, made.info.name, factor).accuracy for factor in FACTORS
     }
-
-
-def _first(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
-    return samples[:count]
 
 
 if __name__ == "__main__":

@@ -15,19 +15,21 @@ from hive_ds.compare.page import contrasts, render_page
 from hive_ds.compare.settings import CompareSettings
 from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.files import write_whole
-from hive_ds.quickstart.base_folders import draw_scenes, make_base_models
+from hive_ds.quickstart.base_folders import draw_scenes, folder_overrides, make_base_models
+from hive_ds.quickstart.settings import RECIPE
 from hive_ds.quickstart.steps import Step, check_made_with, run_steps, seconds_of
 from hive_ds.versions import made_with
 
-RECIPE = "tiny"
+SEED = 0
+"""Of scenes and base models, the same under every seed of training."""
 RESULTS = "results.json"
 
 
 class Comparison:
     """The steps, and where each keeps its files below ``out``."""
 
-    def __init__(self, out: Path, settings: CompareSettings, data_seed: int = 0) -> None:
-        self.out, self.settings, self.data_seed = out, settings, data_seed
+    def __init__(self, out: Path, settings: CompareSettings) -> None:
+        self.out, self.settings = out, settings
         self.folders = SceneFolders(out / "data")
         self.language_model = out / "base" / "language_model"
         self.vision_encoder = out / "base" / "vision_encoder"
@@ -60,19 +62,15 @@ class Comparison:
         check_made_with(self.out / "settings.json", asdict(self.settings))
 
     def _scenes(self) -> None:
-        draw_scenes(self.folders, self.settings.made, self.data_seed)
+        draw_scenes(self.folders, self.settings.made, SEED)
 
     def _base_models(self) -> None:
         sizes = (self.settings.made.language_model, self.settings.made.vision_encoder)
-        make_base_models(self.folders, self.language_model, self.vision_encoder, sizes, self.data_seed)
+        make_base_models(self.folders, self.language_model, self.vision_encoder, sizes, SEED)
 
     def _plan(self) -> list[ArmRun]:
         overrides = [
-            f"model.vision_encoder={self.vision_encoder}",
-            f"model.language_model={self.language_model}",
-            f"vlm.language_model={self.language_model}",
-            f"data.train={self.folders.train}",
-            f"data.validation={self.folders.validation}",
+            *folder_overrides(self.folders, self.language_model, self.vision_encoder),
             "data.text_validation=null",
             *self.settings.made.overrides,
         ]

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hive_ds.config import STAGE_NAMES
 from hive_ds.quickstart.base_models import LanguageModelSize, VisionEncoderSize
 from hive_ds.quickstart.settings import SMOKE as QUICKSTART_SMOKE
 from hive_ds.quickstart.settings import Settings
 
 ARMS = ("hive", "sa", "base", "last")
-STAGES = (
-    "connector_pretraining",
-    "modality_adaptation",
-    "vision_finetuning",
-    "vlm_alignment",
-    "vlm_instruction_tuning",
-)
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class CompareSettings:
 
 
 def _steps(*numbers: int) -> tuple[str, ...]:
-    return tuple(f"stages.{stage}.steps={number}" for stage, number in zip(STAGES, numbers, strict=True))
+    return tuple(f"stages.{stage}.steps={number}" for stage, number in zip(STAGE_NAMES, numbers, strict=True))
 
 
 _SAVES = ("training.checkpoint_interval=0", "training.validation_interval=0", "training.ds_config=zero0")
@@ -61,9 +55,9 @@ GPU = CompareSettings(
             "model.routes={vision_blocks: [2, 5, 8, 11], language_layers: [3, 7, 11, 15]}",
             "training.precision=bf16",
             "data.num_workers=4",
-            *(f"stages.{stage}.global_batch_size=128" for stage in STAGES),
-            *(f"stages.{stage}.micro_batch_size=128" for stage in STAGES),
-            *(f"stages.{stage}.lr=3e-4" for stage in STAGES),
+            *(f"stages.{stage}.global_batch_size=128" for stage in STAGE_NAMES),
+            *(f"stages.{stage}.micro_batch_size=128" for stage in STAGE_NAMES),
+            *(f"stages.{stage}.lr=3e-4" for stage in STAGE_NAMES),
         ),
     ),
     jobs=1,

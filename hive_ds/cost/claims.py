@@ -137,8 +137,7 @@ def _memory_curves(arm: Arm, recipe: Recipe, say: Callable[[str], None]) -> list
     fixed = {name: _fixed_bytes(arm, policy, ranks, recipe) for name, (policy, ranks) in SETUPS.items()}
     points = []
     for workload in _workloads():
-        watch = watch_step(arm.model, workload)
-        working = watch.activations + watch.temporaries
+        working = watch_step(arm.model, workload).peak
         peaks = {name: size + working for name, size in fixed.items()}
         points.append({"batch": workload.batch, "text_length": workload.text_length, "peaks": peaks})
     say(f"{recipe.name}, stage {arm.plan.stage.number}: memory of {len(points)} workloads")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hive_ds.config import Recipe
 from hive_ds.cost.counted import count_step, watch_step
-from hive_ds.cost.memory import ModelStates, model_state_bytes, weight_bytes, zero_buffer_bytes
+from hive_ds.cost.memory import model_state_bytes, weight_bytes, zero_buffer_bytes
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
 from hive_ds.errors import HiveError
@@ -128,7 +128,7 @@ def cost_of_stage(recipe: Recipe, stage: int, *, text_length: int, batch: int | 
         counted_model_flops=plainly,
         counted_hardware_flops=counted.hardware_flops,
         memory={
-            **by_category(states),
+            **states.by_category,
             "activations": watch.activations,
             "temporaries": watch.temporaries,
             "zero_buffers": zero_buffer_bytes(plan, policy, precision=precision),
@@ -139,8 +139,3 @@ def cost_of_stage(recipe: Recipe, stage: int, *, text_length: int, batch: int | 
             "gradients": bytes_sent(messages.gradients),
         },
     )
-
-
-def by_category(states: ModelStates) -> dict[str, int]:
-    """What lies on the device."""
-    return {"parameters": states.parameters, "gradients": states.gradients, "optimizer": states.optimizer}

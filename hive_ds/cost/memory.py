@@ -11,17 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hive_ds.training.ds_config import zero_section
 from hive_ds.training.groups import StagePlan
 
 _ADAM = 8
 """Two fp32 moments."""
 _FP32 = 4
-_DEFAULTS = {
-    "stage3_param_persistence_threshold": 100_000,
-    "stage3_max_live_parameters": 10**9,
-    "reduce_bucket_size": 5 * 10**8,
-}
-"""DeepSpeed's own values where a policy names none."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +33,14 @@ class ModelStates:
     """All that lies in CPU memory instead."""
 
     @property
+    def by_category(self) -> dict[str, int]:
+        """What lies on the GPU."""
+        return {"parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer}
+
+    @property
     def device(self) -> int:
-        """On the GPU."""
-        return self.parameters + self.gradients + self.optimizer
+        """On the GPU, in sum."""
+        return sum(self.by_category.values())
 
 
 def model_state_bytes(
@@ -55,10 +55,10 @@ def model_state_bytes(
         precision: ``bf16`` or ``fp32``.
         hpz: ranks that share the second copy of the weights; 1: there is none.
     """
-    zero = policy.get("zero_optimization", {})
-    stage, weight = zero.get("stage", 0), weight_bytes(precision)
+    zero, weight = zero_section(policy), weight_bytes(precision)
+    stage = zero["stage"]
     sizes = {name: math.prod(shape) for name, shape in plan.shapes.items()}
-    trained = [sizes[name] for name in trained_names(plan)]
+    trained = [sizes[name] for group in plan.groups for name in group.parameters]
     elements = sum(sizes.values())
     if stage == 3:
         elements = _split(sizes.values(), ranks) + _persistent(sizes.values(), zero, ranks)
@@ -73,18 +73,13 @@ def model_state_bytes(
 
 def zero_buffer_bytes(plan: StagePlan, policy: Mapping[str, Any], *, precision: str) -> int:
     """What ZeRO works in, at most: the buckets that gradients go through, and ZeRO 3's gathered weights."""
-    zero = {**_DEFAULTS, **policy.get("zero_optimization", {})}
-    stage, weight = zero.get("stage", 0), weight_bytes(precision)
+    zero, weight = zero_section(policy), weight_bytes(precision)
+    stage = zero["stage"]
     # ZeRO 2 fills one while another is on its way.
     buckets = {0: 0, 1: 1, 2: 2 if zero.get("overlap_comm") else 1, 3: 1}[stage]
     bucket = buckets * weight * int(zero["reduce_bucket_size"])
     total = sum(math.prod(shape) for shape in plan.shapes.values())
     return bucket + (weight * min(int(zero["stage3_max_live_parameters"]), total) if stage == 3 else 0)
-
-
-def trained_names(plan: StagePlan) -> list[str]:
-    """Names of the parameters that train."""
-    return [name for group in plan.groups for name in group.parameters]
 
 
 def weight_bytes(precision: str) -> int:
@@ -99,7 +94,7 @@ def _split(sizes: Iterable[int], ranks: int) -> int:
 
 def _persistent(sizes: Iterable[int], zero: Mapping[str, Any], ranks: int) -> int:
     """Elements of small parameters that every rank holds whole beside its part."""
-    threshold = {**_DEFAULTS, **zero}["stage3_param_persistence_threshold"]
+    threshold = zero["stage3_param_persistence_threshold"]
     return sum(size for size in sizes if size <= threshold) if ranks > 1 else 0
 
 

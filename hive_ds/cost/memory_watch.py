@@ -39,9 +39,14 @@ class MemoryWatch(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._add(value.untyped_storage())
-        if sum(self._live.values()) > self.activations + self.temporaries:
+        if sum(self._live.values()) > self.peak:
             self.activations, self.temporaries = self._live["activations"], self._live["temporaries"]
         return result
+
+    @property
+    def peak(self) -> int:
+        """Bytes of both at that moment."""
+        return self.activations + self.temporaries
 
     def follow_gradients(self, parameters: Iterable[Tensor]) -> list[Any]:
         """Leave gradients out as soon as they are a parameter's: who partitions them says what they take.

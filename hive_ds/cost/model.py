@@ -11,13 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from hive_ds.config import ModelConfig, Recipe
 from hive_ds.cost.known_models import KNOWN_MODELS
-from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.loading import hive_config, read_language_config, read_vision_config
 from hive_ds.model.vision import vision_class
-from hive_ds.stages import VLM_STAGES, Stage, stage_by_number
+from hive_ds.stages import VLM_STAGES, Stage
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 
 _FRESH_WEIGHTS = "none: on the meta device"
@@ -38,9 +37,7 @@ def random_model(recipe: Recipe, stage: int, device: torch.device) -> tuple[Trai
     Raises:
         HiveError: the recipe has no such stage, or a model's size is nowhere to be found.
     """
-    described = stage_by_number(stage, recipe.model.kind)
-    if described.name not in recipe.stages:
-        raise HiveError(f"recipe {recipe.name} has no stage {described.name}; it has {', '.join(recipe.stages)}")
+    described = recipe.stage(str(stage))
     section = recipe.model
     if described in VLM_STAGES:
         assert recipe.vlm is not None

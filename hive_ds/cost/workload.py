@@ -29,9 +29,8 @@ class Workload:
 
     def size(self, model: TrainedModel) -> BatchSize:
         """What it asks of ``model``."""
-        rows, columns = _grid(model)
         tokens = self.batch * self.text_length
-        return BatchSize.of([self.text_length] * self.batch, [[0]] * self.batch, tokens, [rows * columns] * self.batch)
+        return BatchSize.of([self.text_length] * self.batch, [[0]] * self.batch, tokens, [_patches(model)] * self.batch)
 
     def inputs(self, model: TrainedModel, device: torch.device) -> dict[str, Any]:
         """Arguments of ``model.forward``, all zeros."""
@@ -47,11 +46,12 @@ class Workload:
         }
 
 
-def _grid(model: TrainedModel) -> tuple[int, int]:
+def _patches(model: TrainedModel) -> int:
+    """Of an image, which is square."""
     vision = model.config.vision_config
     side = getattr(vision, "image_size", None)
     if side is None:
         raise HiveError(
             f"vision encoder of type {vision.model_type!r} takes images of any size; expected one with an image_size"
         )
-    return side // vision.patch_size, side // vision.patch_size
+    return int(side // vision.patch_size) ** 2

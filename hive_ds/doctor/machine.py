@@ -12,8 +12,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from hive_ds.doctor.findings import Finding
-from hive_ds.launch.hosts import CLOCK_SKEW, DISK, SHM_ADVICE
+from hive_ds.launch.hosts import DISK, SHM_ADVICE
 from hive_ds.launch.preflight import gigabytes, try_to_write
+from hive_ds.launch.preflight_verdict import CLOCK_SKEW
 from hive_ds.launch.probe import SHM_PER_RANK, free, port_is_free
 
 AREA = "machine"

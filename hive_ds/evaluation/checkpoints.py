@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from hive_ds.errors import HiveError
-from hive_ds.export.source import ENCODER_STAGES, VLM_STAGES, find_source
+from hive_ds.export.source import find_source
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
+from hive_ds.stages import STAGES
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,7 +31,7 @@ def load_checkpoint(source: str | Path, dtype: str = "float32") -> tuple[Trained
     """
     if dtype not in DTYPES:
         raise HiveError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    folder = find_source(source, (*ENCODER_STAGES, *VLM_STAGES)).folder
+    folder = find_source(source, STAGES).folder
     return load_any(folder, getattr(torch, dtype)), HiveProcessor.from_pretrained(folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,11 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from hive_ds.errors import HiveError
+from hive_ds.model.cascaded import block_number
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.identity import canonical_names, canonical_parts, read_tower
 from hive_ds.model.vision import vision_class, vision_config_of
-from hive_ds.stages import STAGES, stage_by_number
-
-ENCODER_STAGES = (1, 2, 3)
-"""Stages that lead to a trained encoder; not each of them changes it."""
-VLM_STAGES = (4, 5)
+from hive_ds.stages import HIVE_STAGES, Stage
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,10 @@ class Source:
     def untrained(self) -> str | None:
         """Why its encoder is still the one that the run started from; None where it is not, or nothing is known."""
         number = _number(self.stages[-1]) if self.stages else None
-        if number not in ENCODER_STAGES or "vision_encoder" in stage_by_number(number).trains:
+        stage = next((one for one in HIVE_STAGES if one.number == number), None)
+        if stage is None or "vision_encoder" in stage.trains:
             return None
-        trainer = next(stage.number for stage in STAGES if "vision_encoder" in stage.trains)
+        trainer = next(one.number for one in HIVE_STAGES if "vision_encoder" in one.trains)
         return (
             f"stage {number} does not train the vision encoder (stage {trainer} does): these are the weights that the "
             "run started from"
@@ -54,7 +52,7 @@ class Tower:
     """The deepest block that the LLM saw, from 1: no gradient reached what comes after it."""
 
 
-def find_source(path: str | Path, stages: Container[int] = ENCODER_STAGES) -> Source:
+def find_source(path: str | Path, stages: Sequence[Stage] = HIVE_STAGES) -> Source:
     """``path`` itself if it is a model's folder, or the last finished one of ``stages`` below a run's folder.
 
     Raises:
@@ -65,7 +63,8 @@ def find_source(path: str | Path, stages: Container[int] = ENCODER_STAGES) -> So
         in_run = path.name == "model" and (path.parent / "recipe.yaml").is_file()
         return Source(path, _stages_up_to(path.parent) if in_run else ())
     done = {number: stage for number, stage in _stages(path) if (stage / "DONE").is_file()}
-    finished = [stage for number, stage in done.items() if number in stages]
+    wanted = [stage.number for stage in stages]
+    finished = [stage for number, stage in done.items() if number in wanted]
     if not finished and done:
         numbers = ", ".join(map(str, done))
         raise HiveError(f"{path}: of its stages {numbers} are finished; expected one of those that hold such a model")
@@ -110,8 +109,8 @@ def load_tower(folder: Path) -> Tower:
         routes = tuple(zip(config.vision_blocks, config.language_layers, strict=True))
         last_block = max(config.vision_blocks)
     elif isinstance(getattr(config, "vision_feature_layer", None), int):
-        layer, routes = config.vision_feature_layer, ()
-        last_block = layer if layer > 0 else vision.num_hidden_layers + 1 + layer
+        routes = ()
+        last_block = block_number(config.vision_feature_layer, vision.num_hidden_layers)
     else:
         raise HiveError(f"{folder} holds a {config.model_type} model; expected a HIVE or a LLaVA-style one")
     encoder = vision_class(vision)._from_config(vision)

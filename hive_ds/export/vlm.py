@@ -21,12 +21,13 @@ from hive_ds.evaluation.generation import GREEDY
 from hive_ds.export.card import PAPER, Section, write_card
 from hive_ds.export.formats import PICTURE
 from hive_ds.export.parity import check_names
-from hive_ds.export.source import VLM_STAGES, find_source, read_config
+from hive_ds.export.source import find_source, read_config
 from hive_ds.files import whole_folder
 from hive_ds.model.cascaded import processor_values
 from hive_ds.model.identity import folder_sha256, weight_files
 from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
+from hive_ds.stages import VLM_STAGES
 
 ENCODERS = ("siglip_vision_model", "clip_vision_model", "dinov2", "aimv2_vision_model")
 """Those whose patches a stock Llava takes as they are: it keeps registers, and knows no variable resolution."""
@@ -152,7 +153,7 @@ def _check(folder: Path, aside: Path, own: HiveProcessor) -> tuple[str, ...]:
     ours = [_own_inputs(own, picture) for picture in pictures]
     for one, other in zip(theirs, ours, strict=True):
         _check_prompt(one, other, stock.image_token_id)
-    expected = _answers(load_any(folder).eval(), ours)
+    expected = _answers(load_any(folder), ours)
     model, loaded = LlavaForConditionalGeneration.from_pretrained(aside, dtype=torch.float32, output_loading_info=True)
     check_names(sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"]), "stock transformers")
     answers = _answers(model.eval(), theirs)

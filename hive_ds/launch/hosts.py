@@ -16,6 +16,8 @@ from typing import Any
 
 from hive_ds.errors import HiveError
 from hive_ds.launch.hostfile import Host, carried_variables
+from hive_ds.launch.preflight import gigabytes
+from hive_ds.launch.preflight_verdict import CLOCK_SKEW
 from hive_ds.launch.probe import SHM_PER_RANK
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5")
@@ -33,8 +35,6 @@ PATIENCE = 60.0
 GIGABYTE = 10**9
 DISK = 20 * GIGABYTE
 SHM_ADVICE = "remount it larger (mount -o remount,size=16G /dev/shm), or start the container with --shm-size=16g"
-CLOCK_SKEW = 5.0
-"""Seconds: past it, file times and logs of hosts cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -163,15 +163,11 @@ def _faults(report: Report, first: Report, folder: Path) -> Iterator[tuple[str, 
         yield f"does not know the address of {first.host.name}", "write it into /etc/hosts there, or mend its DNS"
     if values["shm_free"] is None or values["shm_free"] < slots * SHM_PER_RANK:
         expected = f"expected {slots * SHM_PER_RANK / GIGABYTE:.1f} GB for {slots} slots"
-        yield f"/dev/shm has {_gigabytes(values['shm_free'])}; {expected}", SHM_ADVICE
+        yield f"/dev/shm has {gigabytes(values['shm_free'])}; {expected}", SHM_ADVICE
     if values["disk_free"] is None:
         yield f"cannot write to {folder.absolute()}", "it must be the same shared folder on every host"
     elif values["disk_free"] < DISK:
-        free = _gigabytes(values["disk_free"])
+        free = gigabytes(values["disk_free"])
         yield f"{folder} has {free} free; expected {DISK / GIGABYTE:.0f} GB", "make room, or name another folder"
     if abs(report.skew) > CLOCK_SKEW:
         yield f"its clock is {report.skew:+.0f} s off this host's", "start a time service (chrony, ntpd) on both"
-
-
-def _gigabytes(count: int | None) -> str:
-    return "none that can be written to" if count is None else f"{count / GIGABYTE:.2f} GB"

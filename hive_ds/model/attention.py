@@ -159,9 +159,9 @@ class HiveAttention(nn.Module):
         """Projected image keys and values, (N, G, K) each, before norm and rotation."""
         if hive.image_ND is None:
             return None, None
-        if hasattr(self, "image_k_proj"):
-            return self._heads(self.image_k_proj, hive.image_ND), self._heads(self.image_v_proj, hive.image_ND)
-        return self._heads(self.k_proj, hive.image_ND), self._heads(self.v_proj, hive.image_ND)
+        own = hasattr(self, "image_k_proj")
+        k_proj, v_proj = (self.image_k_proj, self.image_v_proj) if own else (self.k_proj, self.v_proj)
+        return self._heads(k_proj, hive.image_ND), self._heads(v_proj, hive.image_ND)
 
     def _norm(self) -> tuple[Tensor | None, Tensor | None, float]:
         if self.qk_norm == "none":

@@ -104,7 +104,7 @@ class CascadedForCausalLM(nn.Module):
         self.vision_encoder, self.language_model = vision_encoder, language_model
         self.projector = MlpProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_loss = LanguageLoss(language_model)
-        self.last_vision_block = _block_number(config.vision_feature_layer, len(vision_blocks(vision_encoder)))
+        self.last_vision_block = block_number(config.vision_feature_layer, len(vision_blocks(vision_encoder)))
 
     @property
     def feature_blocks(self) -> tuple[int, ...]:
@@ -290,8 +290,12 @@ class CascadedForCausalLM(nn.Module):
             self.language_model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def _block_number(feature_block: int, num_blocks: int) -> int:
-    """Number of a block, from 1."""
+def block_number(feature_block: int, num_blocks: int) -> int:
+    """Number, from 1, of the block that ``feature_block`` names, which counts from the end where it is negative.
+
+    Raises:
+        HiveError: the encoder has no such block.
+    """
     number = feature_block if feature_block > 0 else num_blocks + 1 + feature_block
     if not 1 <= number <= num_blocks:
         raise HiveError(

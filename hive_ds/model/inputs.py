@@ -98,11 +98,14 @@ class PromptImages:
         """Share the encoded images out to the prompts.
 
         Raises:
-            ValueError: the offsets list another number of images.
+            ValueError: the offsets list another number of images, or those of a prompt are not in ascending order.
         """
         listed = sum(len(one) for one in offsets)
         if listed != len(encoded.grids):
             raise ValueError(f"image_offsets lists {listed} images; pixel_values holds {len(encoded.grids)}")
+        for prompt, one in enumerate(offsets):
+            if list(one) != sorted(one):
+                raise ValueError(f"image_offsets of row {prompt} are {list(one)}; they must be in ascending order")
         grids = iter(encoded.grids)
         return cls(encoded.by_block, [[next(grids) for _ in one] for one in offsets], [list(one) for one in offsets])
 
@@ -126,7 +129,8 @@ class PromptImages:
             prompts: how many there are.
 
         Raises:
-            ValueError: pixels without offsets or offsets without pixels, or numbers of prompts or images that differ.
+            ValueError: pixels without offsets or offsets without pixels, numbers of prompts or images that differ, or
+                offsets that are not in ascending order.
             HiveError: the images do not fit the encoder.
         """
         if pixel_values is None:

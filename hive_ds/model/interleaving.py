@@ -46,19 +46,10 @@ class Interleaving:
             image_lengths: patches of each image of each sample.
             image_offsets: media offset of each, in ascending order.
             keep_last: whether images after the last text token enter; no text token sees them, the next one will.
-
-        Raises:
-            ValueError: the offsets of a sample are not in ascending order.
         """
         sources, lengths = [], []
         text_start, image_start = 0, sum(text_lengths)
-        for sample, (length, patches, offsets) in enumerate(
-            zip(text_lengths, image_lengths, image_offsets, strict=True)
-        ):
-            if list(offsets) != sorted(offsets):
-                raise ValueError(
-                    f"image_offsets of sample {sample} are {list(offsets)}; they must be in ascending order"
-                )
+        for length, patches, offsets in zip(text_lengths, image_lengths, image_offsets, strict=True):
             ranges = [
                 (start, end)
                 for start, end in _ranges(length, patches, offsets, text_start, image_start, keep_last)

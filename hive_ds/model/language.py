@@ -33,12 +33,8 @@ def head_dim_of(config: transformers.PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def check_language_model(language_model: transformers.PreTrainedModel, *, max_length: int | None = None) -> None:
+def check_language_model(language_model: transformers.PreTrainedModel) -> None:
     """Refuse an LLM whose attention is not q/k/v/o projections with plain rotary positions.
-
-    Args:
-        language_model: a causal LM of transformers.
-        max_length: longest text that training will see; a sliding window must not be shorter.
 
     Raises:
         HiveError: names the LLM's type and the feature that is not supported.
@@ -58,7 +54,6 @@ def check_language_model(language_model: transformers.PreTrainedModel, *, max_le
         raise _refusal(config, "no `scaling` in its attention")
     if not hasattr(config, "rms_norm_eps"):
         raise _refusal(config, "no RMS norms (`rms_norm_eps`)")
-    check_window(config, max_length)
 
 
 def check_window(config: transformers.PretrainedConfig, max_length: int | None) -> None:

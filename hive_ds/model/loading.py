@@ -19,7 +19,7 @@ from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.configuration import HiveConfig
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.identity import folder_sha256, weights_sha256
-from hive_ds.model.language import check_language_model, check_window
+from hive_ds.model.language import check_window
 from hive_ds.model.vision import vision_class, vision_config_of
 from hive_ds.model.weights import LoadReport, load_weights, own_image_attentions, shortened
 from hive_ds.names import does_not_exist, names_folder
@@ -34,29 +34,26 @@ WHOLE = "a whole model of Hugging Face"
 Model = TypeVar("Model", HiveForCausalLM, CascadedForCausalLM)
 
 
-def build_model(
-    config: ModelConfig, *, image_kv: str, max_length: int | None = None, dtype: torch.dtype = torch.float32
-) -> HiveForCausalLM:
-    """Join the recipe's two base models; projectors and q/k norms start fresh, image projections as copies of k and v.
+def build_model(config: ModelConfig, *, image_kv: str, max_length: int | None = None) -> HiveForCausalLM:
+    """Join the recipe's two base models, in fp32; projectors and q/k norms start fresh, image projections as copies.
 
     Args:
         config: the recipe's ``model`` section.
         image_kv: ``"shared"`` (stage 1) or ``"own"``.
         max_length: longest text that training will see.
-        dtype: of all weights.
 
     Raises:
         HiveError: a folder is missing, a model is not supported, or the routes do not fit.
     """
-    vision_encoder = load_vision_encoder(config.vision_encoder, dtype)
-    language_model = load_language_model(config.language_model, dtype)
-    check_language_model(language_model, max_length=max_length)
+    vision_encoder = load_vision_encoder(config.vision_encoder)
+    language_model = load_language_model(config.language_model)
     joined = hive_config(config, vision_encoder.config, language_model.config, image_kv=image_kv)
     model = HiveForCausalLM(joined, vision_encoder, language_model)
+    check_window(language_model.config, max_length)
     set_vision_attention(model, config.vision_attention)
     for attention in own_image_attentions(model).values():
         attention.copy_image_projections()
-    return model.to(dtype)
+    return model
 
 
 def hive_config(
@@ -78,14 +75,9 @@ def hive_config(
 
 
 def load_model(
-    folder: str | Path,
-    config: ModelConfig,
-    *,
-    image_kv: str,
-    max_length: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    folder: str | Path, config: ModelConfig, *, image_kv: str, max_length: int | None = None
 ) -> tuple[HiveForCausalLM, LoadReport]:
-    """The model that an earlier stage saved, ready for a stage with ``image_kv`` and texts of ``max_length``.
+    """The model that an earlier stage saved, in fp32, for a stage with ``image_kv`` and texts of ``max_length``.
 
     Raises:
         HiveError: the folder holds no HIVE model, or one joined in another way than ``config`` says, or of an LLM whose
@@ -109,27 +101,24 @@ def load_model(
     saved.image_kv = image_kv
     saved.attention_backend = config.attention_backend
     saved.text_attention_backend = config.text_attention_backend
-    model = _without_random_weights(HiveForCausalLM, saved).to(dtype)
+    model = _without_random_weights(HiveForCausalLM, saved).float()
     set_vision_attention(model, config.vision_attention)
     return model, load_weights(model, folder)
 
 
-def build_cascaded(
-    config: ModelConfig, *, image_token_id: int, dtype: torch.dtype = torch.float32
-) -> CascadedForCausalLM:
-    """Join an encoder and an LLM by a fresh projector.
+def build_cascaded(config: ModelConfig, *, image_token_id: int) -> CascadedForCausalLM:
+    """Join an encoder and an LLM by a fresh projector, in fp32.
 
     Args:
         config: the recipe's ``model`` section, or what `hive_ds.config.Recipe.vlm_model` makes of its ``vlm``.
         image_token_id: of ``<image>`` in the LLM's tokenizer. Stock transformers looks it up among the LLM's
             embeddings, which get a row for it where they end before.
-        dtype: of all weights.
 
     Raises:
         HiveError: a folder is missing or a model is not supported.
     """
-    vision_encoder = load_vision_encoder(config.vision_encoder, dtype)
-    language_model = load_language_model(config.language_model, dtype)
+    vision_encoder = load_vision_encoder(config.vision_encoder)
+    language_model = load_language_model(config.language_model)
     if image_token_id >= language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(image_token_id + 1)
     joined = cascaded_config(
@@ -141,13 +130,11 @@ def build_cascaded(
     )
     model = CascadedForCausalLM(joined, vision_encoder, language_model, attention_backend=config.text_attention_backend)
     set_vision_attention(model, config.vision_attention)
-    return model.to(dtype)
+    return model
 
 
-def load_cascaded(
-    folder: str | Path, config: ModelConfig, *, dtype: torch.dtype = torch.float32
-) -> tuple[CascadedForCausalLM, LoadReport]:
-    """The cascaded model that an earlier stage saved.
+def load_cascaded(folder: str | Path, config: ModelConfig) -> tuple[CascadedForCausalLM, LoadReport]:
+    """The cascaded model that an earlier stage saved, in fp32.
 
     Raises:
         HiveError: the folder holds none, one that takes another block than ``config`` says, or whose encoder is not the
@@ -159,7 +146,7 @@ def load_cascaded(
             f"{folder} was saved with feature_block {saved.vision_feature_layer}, but the recipe says "
             f"{config.feature_block}; use the recipe that it was trained with"
         )
-    return _load_cascaded(Path(folder), saved, config.text_attention_backend, config.vision_attention, dtype)
+    return _load_cascaded(Path(folder), saved, config.text_attention_backend, config.vision_attention, torch.float32)
 
 
 def load_any(folder: str | Path, dtype: torch.dtype = torch.float32) -> HiveForCausalLM | CascadedForCausalLM:
@@ -262,12 +249,6 @@ def read_language_config(name: str) -> PretrainedConfig:
             f"language model {name!r} of type {config.model_type!r} is none that transformers loads as a causal LM"
         )
     return config
-
-
-def depth_of(name: str) -> int:
-    """Blocks of a vision encoder, or layers of an LLM, by its config alone."""
-    values = _read_config(name, "model")
-    return int(values.get("vision_config", values)["num_hidden_layers"])
 
 
 def _routes(config: ModelConfig) -> RoutesConfig:

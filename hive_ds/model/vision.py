@@ -82,8 +82,7 @@ def tower_key_mapping(config: transformers.PretrainedConfig) -> dict[str, str]:
 
     transformers 4 nests SigLIP and CLIP towers one level deeper (``vision_model``) than transformers 5.
     """
-    nested = transformers.__version__.startswith("4.") and FAMILIES[config.model_type].nested_in_v4
-    if nested:
+    if transformers.__version__.startswith("4.") and FAMILIES[config.model_type].nested_in_v4:
         return {r"^vision_encoder\.(?!vision_model\.)": "vision_encoder.vision_model."}
     return {r"^vision_encoder\.vision_model\.": "vision_encoder."}
 
@@ -183,10 +182,8 @@ def _is_variable_resolution(config: transformers.PretrainedConfig) -> bool:
 def _check_image_size(config: transformers.PretrainedConfig, pixel_values: Tensor) -> None:
     height, width = pixel_values.shape[-2:]
     if config.model_type.startswith("dinov2"):  # interpolates its position embeddings
-        fits, expected = (
-            height % config.patch_size == 0 == width % config.patch_size,
-            f"multiples of {config.patch_size}",
-        )
+        step = config.patch_size
+        fits, expected = height % step == width % step == 0, f"multiples of {step}"
     else:
         fits, expected = height == width == config.image_size, f"{config.image_size} x {config.image_size}"
     if not fits:

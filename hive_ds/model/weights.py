@@ -110,7 +110,7 @@ def _copy_missing_image_projections(model: nn.Module, loaded: set[str]) -> tuple
     return tuple(copied)
 
 
-def shortened(names: tuple[str, ...], limit: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = "" if len(names) <= limit else f", and {len(names) - limit} more"
-    return ", ".join(names[:limit]) + more
+def shortened(names: tuple[str, ...]) -> str:
+    """The first four names, and how many more there are."""
+    more = "" if len(names) <= 4 else f", and {len(names) - 4} more"
+    return ", ".join(names[:4]) + more

@@ -16,12 +16,14 @@ from torch import nn
 from hive_ds.planning.gathers import DIFFERENT, Gather, Gatherer, GatherLimits
 from hive_ds.planning.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message
 from hive_ds.planning.trace import FETCH, Trace, parameters_read
+from hive_ds.training.ds_config import zero_section
 from hive_ds.training.gather_units import layer_units, whole_limit
 from hive_ds.training.groups import StagePlan
 from hive_ds.training.metrics import Totals
 
 FLOAT32, FLOAT64 = 4, 8
 _BUCKET = 500_000_000
+"""Elements of the buffer that ZeRO 0 reduces gradients through; no key sets it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,18 +79,18 @@ class ZeroPolicy:
     @classmethod
     def of(cls, policy: Mapping[str, Any], num_ranks: int, ranks_per_node: int) -> ZeroPolicy:
         """Of `hive_ds.training.ds_config.read_policy`."""
-        zero = policy.get("zero_optimization", {})
+        zero = zero_section(policy)
         copy = zero.get("zero_hpz_partition_size", 1)
         if copy == "auto":
             copy = ranks_per_node if ranks_per_node < num_ranks else 1
         return cls(
-            stage=zero.get("stage", 0),
-            reduce_bucket=int(zero.get("reduce_bucket_size", _BUCKET)),
+            stage=zero["stage"],
+            reduce_bucket=int(zero["reduce_bucket_size"]),
             limits=GatherLimits(
-                persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 100_000)),
-                prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
-                reuse_distance=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
-                live_parameters=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+                persistence_threshold=int(zero["stage3_param_persistence_threshold"]),
+                prefetch_bucket=int(zero["stage3_prefetch_bucket_size"]),
+                reuse_distance=int(zero["stage3_max_reuse_distance"]),
+                live_parameters=int(zero["stage3_max_live_parameters"]),
             ),
             whole_limit=whole_limit(policy),
             ranks_per_copy=copy,

@@ -101,15 +101,13 @@ def best_of(plans: Sequence[ProfilePlan]) -> ProfilePlan | None:
     return min((plan for plan in plans if plan.fits), key=lambda plan: plan.time.total, default=None)
 
 
-def scaling(
-    model: StageModel, cluster: Cluster, assumed: Assumptions, counts: Sequence[int] = GPU_COUNTS
-) -> dict[str, list[ProfilePlan]]:
-    """The plans of every profile on more and more GPUs, the recipe's global batch shared out among them.
+def scaling(model: StageModel, cluster: Cluster, assumed: Assumptions) -> dict[str, list[ProfilePlan]]:
+    """The plans of every profile on `GPU_COUNTS`, the recipe's global batch shared out among them.
 
     Numbers of GPUs that do not divide the global batch are left out.
     """
     curves: dict[str, list[ProfilePlan]] = {name: [] for name in PROFILES}
-    for count in counts:
+    for count in GPU_COUNTS:
         whole = count <= cluster.gpus_per_node or count % cluster.gpus_per_node == 0
         if model.config.global_batch_size % count or not whole:
             continue

@@ -10,12 +10,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hive_ds.planning.hardware import LINK_LATENCY
+from hive_ds.planning.hardware import GB, LINK_LATENCY
 from hive_ds.planning.plan import ProfilePlan, as_json, best_of
 from hive_ds.planning.stage_model import StageModel
 from hive_ds.planning.timing import Assumptions, Cluster
 
-_GB = 1e9
 COLUMNS = (
     *("profile", "batch x accum.", "GPU GB", "fits", "CPU GB", "sends GB", "messages", "step ms", "computing"),
     "images/s",
@@ -90,9 +89,9 @@ class PlanReport:
             f" trained; {model.flops_per_sample / 1e12:.3g} TFLOP a sample; global batch "
             f"{model.config.global_batch_size}; {model.precision}",
             f"assumed: {self.text_length} text tokens and one image a sample; {peak / 1e12:.0f} TFLOP/s at "
-            f"{assumed.efficiency:.0%}; {assumed.bandwidth_share:.0%} of links of {gpu.link_bandwidth / _GB:.0f} GB/s "
-            f"a GPU and a network ({self.network_name}) of {network.bandwidth / _GB:.3g} GB/s a node; "
-            f"{assumed.overlap:.0%} overlap; {assumed.usable_memory:.0%} of {gpu.memory / _GB:.0f} GB usable",
+            f"{assumed.efficiency:.0%}; {assumed.bandwidth_share:.0%} of links of {gpu.link_bandwidth / GB:.0f} GB/s "
+            f"a GPU and a network ({self.network_name}) of {network.bandwidth / GB:.3g} GB/s a node; "
+            f"{assumed.overlap:.0%} overlap; {assumed.usable_memory:.0%} of {gpu.memory / GB:.0f} GB usable",
             "predicted, not measured: everything below" + self._batch_note(),
             "per GPU: micro-batch x accumulation, peak memory, CPU memory; per optimizer step: what a GPU sends, in "
             "how many messages, the time, and the share of it spent computing",
@@ -127,10 +126,10 @@ def _row(plan: ProfilePlan, best: bool) -> tuple[str, ...]:
     return (
         f"{'* ' if best else ''}{plan.profile}",
         f"{plan.micro_batch}x{plan.accumulation}",
-        f"{plan.peak / _GB:.1f}",
+        f"{plan.peak / GB:.1f}",
         "yes" if plan.fits else "no",
-        f"{plan.host_memory / _GB:.1f}",
-        f"{plan.sent / _GB:.2f}",
+        f"{plan.host_memory / GB:.1f}",
+        f"{plan.sent / GB:.2f}",
         str(len(plan.messages.all)),
         f"{plan.time.total * 1e3:.0f}",
         f"{plan.time.busy:.0%}",

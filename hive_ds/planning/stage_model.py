@@ -43,7 +43,7 @@ class StageModel:
         layout, size, closed = ParameterLayout.of(model, plan), one.size(model), FlopCounter(model, plan)
         flops = closed.count(size) + closed.repeated(size, checkpointing=recipe.model.gradient_checkpointing)
         watches = [watch_step(model, workload) for workload in (one, two)]
-        peaks = [watch.activations + watch.temporaries for watch in watches]
+        peaks = [watch.peak for watch in watches]
         with recorded(model) as trace:  # by itself: what it hangs on keeps activations alive
             watch_step(model, one)
         return cls(
@@ -74,9 +74,7 @@ class StageModel:
         """Bytes on the GPU at the peak, by category."""
         first, further = self.activations
         return {
-            "parameters": states.parameters,
-            "gradients": states.gradients,
-            "optimizer": states.optimizer,
+            **states.by_category,
             "activations": first + (micro_batch - 1) * further,
             "zero_buffers": zero_buffer_bytes(self.plan, policy, precision=self.precision),
         }

@@ -65,6 +65,17 @@ def make_base_models(
             done.result()
 
 
+def folder_overrides(scenes: SceneFolders, language_model: Path, vision_encoder: Path) -> list[str]:
+    """``--set`` options by which a recipe trains on these scenes and base models."""
+    return [
+        f"model.vision_encoder={vision_encoder}",
+        f"model.language_model={language_model}",
+        f"vlm.language_model={language_model}",
+        f"data.train={scenes.train}",
+        f"data.validation={scenes.validation}",
+    ]
+
+
 def read_samples(folder: Path) -> list[Sample]:
     """All samples of a folder of MDS shards."""
     from hive_ds.data.mds import read_mds  # needs the [streaming] extra

@@ -20,13 +20,14 @@ from hive_ds.data.scenes import ANSWERS
 from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder
-from hive_ds.quickstart.base_folders import draw_scenes, make_base_models, read_samples
+from hive_ds.quickstart.base_folders import draw_scenes, folder_overrides, make_base_models, read_samples
 from hive_ds.quickstart.page import PageContent, StageRecord, render_page
 from hive_ds.quickstart.questions import QuestionResults, ask, table
 from hive_ds.quickstart.settings import DEFAULT, RECIPE, Settings
 from hive_ds.quickstart.steps import Step, check_made_with, run_steps, seconds_of
 from hive_ds.recipe import load_recipe
 from hive_ds.stages import HIVE_STAGES, Stage
+from hive_ds.training.distributed import uses_gpu
 
 RANKS = 2
 
@@ -123,11 +124,7 @@ class Quickstart:
     def _command(self, stage: Stage) -> list[str]:
         """Arguments of the ``deepspeed`` launcher."""
         overrides = [
-            f"model.vision_encoder={self.vision_encoder}",
-            f"model.language_model={self.language_model}",
-            f"vlm.language_model={self.language_model}",
-            f"data.train={self.folders.train}",
-            f"data.validation={self.folders.validation}",
+            *folder_overrides(self.folders, self.language_model, self.vision_encoder),
             f"data.text_validation={self.folders.text_validation}",
             f"training.seed={self.seed}",
             f"data.num_workers={int(_threads() > 1)}",  # a loader process where a rank has a core to spare
@@ -207,11 +204,7 @@ class Quickstart:
 
 
 def _ranks() -> int:
-    return min(RANKS, torch.cuda.device_count()) if _uses_gpu() else RANKS
-
-
-def _uses_gpu() -> bool:
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return min(RANKS, torch.cuda.device_count()) if uses_gpu() else RANKS
 
 
 def _threads() -> int:
@@ -223,7 +216,7 @@ def _environment() -> dict[str, str]:
     """Of the launcher: programs beside this Python (ninja) are found, and ranks share the cores."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": str(_threads())}
-    return environment if _uses_gpu() else {**environment, "DS_ACCELERATOR": "cpu"}
+    return environment if uses_gpu() else {**environment, "DS_ACCELERATOR": "cpu"}
 
 
 def _free_port() -> int:

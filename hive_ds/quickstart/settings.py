@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hive_ds.quickstart.base_models import LanguageModelSize, VisionEncoderSize
+from hive_ds.stages import HIVE_STAGES
 
 RECIPE = "tiny"
 
@@ -26,7 +27,6 @@ class Settings:
 
 DEFAULT = Settings()
 
-_STAGES = ("connector_pretraining", "modality_adaptation", "vision_finetuning")
 SMOKE = Settings(
     scenes=64,
     held_out=24,
@@ -34,6 +34,6 @@ SMOKE = Settings(
     captions=64,
     language_model=LanguageModelSize(steps=3, batch=8),
     vision_encoder=VisionEncoderSize(steps=3, batch=8),
-    overrides=tuple(f"stages.{stage}.steps=3" for stage in _STAGES),
+    overrides=tuple(f"stages.{stage.name}.steps=3" for stage in HIVE_STAGES),
 )
 """The same path in a minute or two; learns nothing."""

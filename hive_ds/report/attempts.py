@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hive_ds.constants import SLOW_RATIO
+from hive_ds.constants import EXIT_HUNG, EXIT_STOPPED, SLOW_RATIO
 from hive_ds.events import of_kind
 from hive_ds.report.run import RunRecord, StageRecord
 from hive_ds.report.tables import Rows, when
 
-ENDINGS = {0: "done", 1: "failed", 2: "wrong input", 85: "stopped as asked", 87: "hung"}
+ENDINGS = {0: "done", 1: "failed", 2: "wrong input", EXIT_STOPPED: "stopped as asked", EXIT_HUNG: "hung"}
 """Exit codes of a rank and of a launcher, in words."""
 _NAMED = 5
 _OFTEN = 0.1

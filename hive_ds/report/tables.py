@@ -82,13 +82,10 @@ def validation_rows(runs: Sequence[RunRecord]) -> Rows:
                 named = f"{stage.number} {label}"
                 rows.append([run.name, named, *(f"{one:.4f}" for one in (losses[0], min(losses), losses[-1]))])
         if answers := of_kind(stage.events, "answers"):
-            shares = [f"{100 * answer:.1f} %" for answer in _first_best_last([one["share"] for one in answers])]
-            rows.append([run.name, f"{stage.number} questions right", *shares])
+            shares = [100 * one["share"] for one in answers]
+            named = f"{stage.number} questions right"
+            rows.append([run.name, named, *(f"{one:.1f} %" for one in (shares[0], max(shares), shares[-1]))])
     return [["run", "stage", "first", "best", "last"], *rows] if rows else []
-
-
-def _first_best_last(values: Sequence[float]) -> tuple[float, float, float]:
-    return values[0], max(values), values[-1]
 
 
 def cost_rows(runs: Sequence[RunRecord]) -> Rows:

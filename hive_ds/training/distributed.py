@@ -98,7 +98,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def start(world: World, timeout: timedelta | None = None) -> torch.device:
+def start(world: World, timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the process group (gloo on CPUs, nccl on GPUs) and return this rank's device.
 
     What exists by then is left out of garbage collection from here on: DeepSpeed runs full collections whenever it
@@ -106,7 +106,7 @@ def start(world: World, timeout: timedelta | None = None) -> torch.device:
 
     Args:
         world: this process among all.
-        timeout: how long a collective may wait; TIMEOUT if None.
+        timeout: how long a collective may wait.
 
     Raises:
         HiveError: several ranks and no MASTER_ADDR and MASTER_PORT, or more ranks on this host than GPUs.
@@ -128,13 +128,13 @@ def start(world: World, timeout: timedelta | None = None) -> torch.device:
     if device.type == "cpu":  # AdamW looks for GPUs in every step, which without this reads the driver's library anew
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Groups that DeepSpeed makes take torch's defaults: 10 minutes under NCCL.
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout or TIMEOUT
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=_store[-1],
         rank=world.rank,
         world_size=world.size,
-        timeout=timeout or TIMEOUT,
+        timeout=timeout,
         device_id=device if device.type == "cuda" and world.size > 1 else None,
     )
     return device

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,15 @@ _OWNERS = {
 
 BF16_SUMS = 8
 """Micro-batches a step that ZeRO 0 and 1 may add up in bf16 without a word."""
+ZERO_DEFAULTS = {
+    "stage": 0,
+    "reduce_bucket_size": 500_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+}
+"""DeepSpeed's values (0.19.8) of the keys that are read here, where a policy does not set them."""
 _SECTIONS = ("zero_optimization", "data_types")
 """What a policy has, as a rule; DeepSpeed passes over keys that it does not know."""
 _HPZ = "zero_hpz_partition_size"
@@ -54,10 +63,15 @@ _UNSUPPORTED = {
 """Key of zero_optimization that the engine cannot train with -> what to write instead."""
 
 
+def zero_section(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """``zero_optimization`` of a policy or of a whole DeepSpeed config, under it `ZERO_DEFAULTS`."""
+    return {**ZERO_DEFAULTS, **policy.get("zero_optimization", {})}
+
+
 def warn_of_rounding(policy: dict[str, Any], precision: str, config: StageConfig, num_ranks: int) -> str | None:
     """A warning where ZeRO 0 or 1 adds up many micro-batches in bf16; 2 and 3 do so in fp32."""
     accumulation = config.global_batch_size // num_ranks // config.micro_batch
-    stage = policy.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_section(policy)["stage"]
     if stage > 1 or precision != "bf16" or accumulation <= BF16_SUMS:
         return None
     return (
@@ -106,7 +120,7 @@ def read_policy(name_or_path: str) -> dict[str, Any]:
             raise HiveError(f"ds_config {path}: unknown key {key}{hint}")
     if "zero_optimization" not in policy:
         raise HiveError(f"ds_config {path} has no zero_optimization; expected it with a stage, as in zero0.json")
-    _check_zero(path, policy.get("zero_optimization", {}), policy.get("data_types", {}))
+    _check_zero(path, policy["zero_optimization"], policy.get("data_types", {}))
     return policy
 
 

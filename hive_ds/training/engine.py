@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
+from hive_ds.training.ds_config import zero_section
 from hive_ds.training.gather_units import WholeModel, gather_by_unit, gathers_by_layer, layer_units, restore_linear
 from hive_ds.training.grad_norms import gradient_squares, module_group_names
 from hive_ds.training.groups import OptimizerGroup, adamw
@@ -75,8 +76,7 @@ class Engine:
     ) -> None:
         self.world, self.device = world, device
         self.groups = list(groups)
-        zero = ds_config.get("zero_optimization", {})
-        self.zero_stage: int = zero.get("stage", 0)
+        self.zero_stage: int = zero_section(ds_config)["stage"]
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         self.skipped_steps = 0
         if not deepspeed_logger.isEnabledFor(logging.DEBUG):

@@ -191,11 +191,6 @@ class FlopCounter:
             uses.append((routes * batch.patches, True))
         return uses
 
-    def attention(self, batch: BatchSize) -> float:
-        """The part of `count` that lies between queries, keys and values."""
-        encoder = self._encoder_attention(batch, 3 if self._encoder_trains else 1)
-        return self._language_attention(batch, below=1, above=3) + encoder
-
     def _language_attention(self, batch: BatchSize, *, below: float, above: float) -> float:
         """Forwards' worth of FLOPs: ``below`` at layers with a forward pass only, ``above`` at the others."""
         first = max(self._first_layer, 0)

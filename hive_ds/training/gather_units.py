@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hive_ds.model.language import decoder
 from hive_ds.model.vision import vision_blocks
+from hive_ds.training.ds_config import zero_section
 
 
 def layer_units(model: Any) -> list[nn.Module]:
@@ -109,15 +110,14 @@ def whole_limit(policy: Mapping[str, Any]) -> int:
 
     As many as DeepSpeed would let be gathered at a time and wait for their next use.
     """
-    zero = policy.get("zero_optimization", {})
-    keys = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
-    return min(int(zero.get(key, 1_000_000_000)) for key in keys)
+    zero = zero_section(policy)
+    return min(int(zero[key]) for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"))
 
 
 def gathers_by_layer(model: nn.Module, policy: Mapping[str, Any]) -> bool:
     """Whether weights come and go with the layers of a model that is not partitioned yet."""
-    stage = policy.get("zero_optimization", {}).get("stage", 0)
-    return stage == 3 and sum(parameter.numel() for parameter in model.parameters()) > whole_limit(policy)
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    return zero_section(policy)["stage"] == 3 and elements > whole_limit(policy)
 
 
 def _use_plain_linear_in_graphs() -> None:

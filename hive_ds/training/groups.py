@@ -61,11 +61,11 @@ def plan_stage(model: nn.Module, stage: Stage, module_groups: Sequence[ModuleGro
     """Set ``requires_grad`` on every parameter of ``model`` and return the optimizer groups.
 
     Raises:
-        HiveError: a parameter without its one group, a learning rate for a group that is unknown or does not train in
-            this stage, or nothing left to train.
+        HiveError: a parameter without its one group, or nothing left to train.
     """
     group_of = assign_groups([name for name, _ in model.named_parameters()], module_groups)
-    peaks = _peak_rates(stage, module_groups, config)
+    rates = {name: config.group_lr.get(name, config.lr) for name in stage.trains}
+    peaks = {name: rate for name, rate in rates.items() if rate}  # a rate of 0 freezes a group
     num_blocks = max((_vision_block(name) for name, group in group_of.items() if group == VISION_GROUP), default=0)
     by_name: dict[str, OptimizerGroup] = {}
     for name, parameter in model.named_parameters():
@@ -99,21 +99,6 @@ def adamw(groups: Sequence[OptimizerGroup], stage: StageConfig, *, fused: bool) 
         eps=stage.eps,
         fused=fused,
     )
-
-
-def _peak_rates(stage: Stage, module_groups: Sequence[ModuleGroup], config: StageConfig) -> dict[str, float]:
-    """Peak learning rate of each module group that trains; a rate of 0 freezes a group."""
-    known = {group.name for group in module_groups}
-    for name, rate in config.group_lr.items():
-        if name not in known:
-            raise HiveError(f"group_lr: unknown group {name!r}; expected one of {', '.join(sorted(known))}")
-        if rate and name not in stage.trains:
-            raise HiveError(
-                f"group_lr: {name} = {rate}, but stage {stage.number} ({stage.name}) trains only "
-                f"{', '.join(stage.trains)}"
-            )
-    rates = {name: config.group_lr.get(name, config.lr) for name in stage.trains}
-    return {name: rate for name, rate in rates.items() if rate}
 
 
 def _group_for(

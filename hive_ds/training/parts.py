@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class Marked:
         if not hasattr(model, "routes"):
             modules += [("projectors", model.projector), *(("LLM", layer) for layer in trunk.layers)]
         modules += [("LLM", model.language_model.lm_head), ("LLM", model.language_loss)]
-        modules += [("encoder", module) for name, module in _embeddings(model.vision_encoder)]
+        named = model.vision_encoder.named_modules()
+        modules += [("encoder", module) for name, module in named if name.endswith("embeddings")]
         self._modules: list[tuple[str, nn.Module]] = modules
         self._model = model
 
@@ -77,18 +79,15 @@ def _marked_piece(part: str, piece: Callable[..., Any]) -> Callable[..., Any]:
     return marked
 
 
-def _embeddings(encoder: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in encoder.named_modules() if name.endswith("embeddings"))
-
-
-def trace_of_step(model: Any, run: Callable[[], object], device: torch.device) -> profile:
-    """A trace of ``run``, marked so that `shares_of` finds the parts in its events."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+@contextmanager
+def traced(model: Any, device: torch.device) -> Iterator[profile]:
+    """A trace of what runs inside, marked so that `shares_of` finds the parts in its events."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with Marked(model), profile(activities=activities) as trace:
-        run()
-        if device.type == "cuda":
+        yield trace
+        if cuda:
             torch.cuda.synchronize()
-    return trace
 
 
 def shares_of(events: list[Any], *, cuda: bool) -> dict[str, float]:

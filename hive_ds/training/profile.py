@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 from tqdm import tqdm
 
 from hive_ds.files import write_whole
-from hive_ds.training.parts import ATTENTION, COMMUNICATION, Marked, own_time, shares_of
+from hive_ds.training.parts import ATTENTION, COMMUNICATION, own_time, shares_of, traced
 from hive_ds.training.place import here
 
 KINDS = ("matrix products", "attention", "elementwise, copies", "communication", "optimizer", "Python, waiting")
@@ -65,14 +65,10 @@ class StepProfile:
         behind = min(max(self.last, first), steps.stop)
         yield from range(steps.start, first)
         if first < behind:
-            cuda = self.device.type == "cuda"
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-            with Marked(model), profile(activities=activities) as trace:
+            with traced(model, self.device) as trace:
                 for step in range(first, behind):
                     with record_function(STEP):
                         yield step
-                if cuda:
-                    torch.cuda.synchronize()
             here.enter("profile", ())
             self.write(trace, first + 1, behind)
         yield from range(behind, steps.stop)

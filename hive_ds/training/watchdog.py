@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from hive_ds.constants import EXIT_HUNG
 from hive_ds.training.distributed import TIMEOUT, World, all_values, current_store, from_main
 from hive_ds.training.hang_report import Dump, dumped_ranks, free_folder, read_dumps, verdict, write_dump
 from hive_ds.training.place import here
 
-EXIT_HUNG = 87
-"""Exit code of ranks that ended because nothing moved: start the same command again to go on."""
 START_FACTOR = 2
 """Phases up to the end of the first step may take so many times longer: models are loaded, kernels are compiled."""
 ANSWER_SECONDS = 15.0

@@ -23,6 +23,7 @@ from .triton_backward import (
     hierarchical_attention_query_gradient_kernel,
 )
 from .triton_forward import hierarchical_attention_forward_kernel
+from .triton_launch import attention_settings
 from .triton_short import hierarchical_attention_short_gradient_kernel
 
 TARGETS = {
@@ -38,7 +39,7 @@ KERNELS: dict[str, Any] = {
     "keys": hierarchical_attention_key_gradient_kernel,
     "queries": hierarchical_attention_query_gradient_kernel,
 }
-TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+HEADS, GROUPS = 6, 2
 IN_FP32 = (
     "lse", "dlse", "delta", "cos", "sin", "q_cos", "q_sin", "image_cos", "image_sin", "q_weight", "k_weight",
     "partials", "q_partials", "k_partials",
@@ -60,40 +61,19 @@ class Compiled:
     """Bytes of shared memory a program."""
 
 
-def compile_kernel(
-    kind: str,
-    target: str,
-    head_dim: int,
-    *,
-    heads: int = 6,
-    groups: int = 2,
-    dtype: torch.dtype = torch.bfloat16,
-    norm: int = 1,
-    rotate: bool = True,
-) -> Compiled | None:
-    """Compile one kernel of the tile table; None if the table has none of the kind for this head dim."""
-    tile = choose_tile(target, head_dim, kind, dtype)
+def compile_kernel(kind: str, target: str, head_dim: int) -> Compiled | None:
+    """Compile one kernel of the tile table in bf16, norm and rotation inside; None if the table has none such."""
+    tile = choose_tile(target, head_dim, kind, torch.bfloat16)
     if tile.rows == 0:
         return None
     kernel = KERNELS[kind]
-    constants = {
-        "HEADS": heads,
-        "GROUPS": groups,
-        "HALF": head_dim // 2,
-        "BLOCK_H": max(16, triton.next_power_of_2(head_dim // 2)),
-        "BLOCK_K": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.keys,
-        "NORM": norm,
-        "ROTATE": rotate,
-        "FINISH_KEYS": kind == "forward short",
-        "CACHE": kind == "decode",
-        "DLSE": False,
-    }
+    own = {"FINISH_KEYS": kind == "forward short", "CACHE": kind == "decode", "DLSE": False}
+    values = attention_settings(HEADS, GROUPS, head_dim, "pre_rope", True, tile, **own).values
     names = kernel.arg_names
-    signature = {name: _type(name, TRITON_TYPES[dtype], constants) for name in names}
+    constants = {name: value for name, value in values.items() if name in names}
+    signature = {name: _type(name, constants) for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _aligned(name, signature[name])}
-    source = ASTSource(kernel, signature, {name: x for name, x in constants.items() if name in names}, aligned)
+    source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     forms = compiled.asm
@@ -101,7 +81,7 @@ def compile_kernel(
     return Compiled(kind, target, head_dim, forms[assembly], forms[binary], compiled.metadata.shared)
 
 
-def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
+def _type(name: str, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
     if name in IN_INT32:
@@ -110,7 +90,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
         return "fp32"
     if name.startswith(("stride", "cache")):
         return "i32"
-    return "*fp32" if name in IN_FP32 else f"*{dtype}"
+    return "*fp32" if name in IN_FP32 else "*bf16"
 
 
 def _aligned(name: str, kind: str) -> bool:

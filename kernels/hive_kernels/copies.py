@@ -1,4 +1,4 @@
-"""Copies to a device that the host does not wait for."""
+"""Copies: to a device, which the host does not wait for, and of tensors that lie strewn in memory."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def rows_in_memory(x: Tensor) -> Tensor:
+    """``x`` with the values of its last axis side by side, copied only if they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()

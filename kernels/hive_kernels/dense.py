@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .copies import rows_in_memory
 from .layout import AttentionLayout
-from .padded_op import padded_attention, rows_in_memory
+from .padded_op import padded_attention
 from .rectangle_op import attend
 
 IN_PLACE_ELEMENTS = 2**18

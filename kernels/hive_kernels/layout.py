@@ -90,16 +90,8 @@ class AttentionLayout:
     def advance(self, n: int) -> AttentionLayout:
         """The layout of the step that adds ``n`` (1 or more) tokens to every sample, q holding just those."""
         n = _count("n", n, low=1)
-        return AttentionLayout(
-            text_lengths=[length + n for length in self.text_lengths],
-            image_lengths=self.image_lengths,
-            image_offsets=self.image_offsets,
-            query_lengths=[n] * self.num_samples,
-            image_starts=self.image_starts,
-            num_image=self.num_image,
-            decoding=True,
-            device=self.device,
-        )
+        text_lengths = [length + n for length in self.text_lengths]
+        return replace(self, text_lengths=text_lengths, query_lengths=[n] * self.num_samples, decoding=True)
 
     def select(self, samples: Sequence[int] | Tensor) -> AttentionLayout:
         """The layout whose sample r is ``samples[r]`` of this one: beams of one prompt, or what is left of a batch.
@@ -114,15 +106,13 @@ class AttentionLayout:
         for r, b in enumerate(picked):
             if not 0 <= operator.index(b) < self.num_samples:
                 raise ValueError(f"samples[{r}] is {b}; expected a sample of this layout, 0 to {self.num_samples - 1}")
-        return AttentionLayout(
+        return replace(
+            self,
             text_lengths=[self.text_lengths[b] for b in picked],
             image_lengths=[self.image_lengths[b] for b in picked],
             image_offsets=[self.image_offsets[b] for b in picked],
             query_lengths=[self.query_lengths[b] for b in picked],
             image_starts=[self.image_starts[b] for b in picked],
-            num_image=self.num_image,
-            decoding=self.decoding,
-            device=self.device,
         )
 
     @property

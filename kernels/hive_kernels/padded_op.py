@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from .copies import rows_in_memory
+from .library import count_flops
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def rows_in_memory(x: Tensor) -> Tensor:
-    """``x`` with the values of its last axis side by side: the flash kernel reads no other stride and does not say."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("hive_ds::padded_attention", mutates_args=())
@@ -28,7 +25,8 @@ def padded_attention(
     """Attention on CPUs over (B, H, T, K) queries and (B, G, S, K) keys and values, and its log-sum-exp (B, H, T).
 
     Args:
-        q: queries, H a multiple of G; the K values of a row lie side by side in memory (`rows_in_memory`).
+        q: queries, H a multiple of G; the K values of a row lie side by side in memory: torch's kernel reads no other
+            stride and does not say.
         k: keys, likewise.
         v: values, likewise.
         mask: added to the scores, (B, 1, T, S) in q's dtype: 0 where a query sees a key, else -inf; no row all -inf.
@@ -82,19 +80,6 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None,
 
 
 padded_attention.register_autograd(_differentiate, setup_context=save)
-
-
-def count_flops(op: Any, gradient: Any) -> None:
-    """Let PyTorch's counter know an op of (., H, ..., K) queries, and its gradient; their last arguments are the pairs.
-
-    4 H K pairs forward: two matrix products, a multiplication and an addition each; 10 backward: five products.
-    """
-    for which, factor in ((op, 4), (gradient, 10)):
-
-        def count(first: tuple[int, ...], *rest: Any, factor: int = factor, **_: Any) -> int:
-            return factor * first[1] * first[-1] * rest[-1]
-
-        register_flop_formula(which)(count)
 
 
 count_flops(torch.ops.hive_ds.padded_attention, torch.ops.hive_ds.padded_attention_backward)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 
-def ragged_range(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def ragged_range(starts: npt.ArrayLike, lengths: npt.ArrayLike) -> Tensor:
     """``start, start + 1, ... start + length - 1`` of every pair, end to end: int64 (sum of lengths,) on the CPU."""
-    shifts, total = [], 0
-    for start, length in zip(starts, lengths, strict=True):
-        shifts.append(start - total)
-        total += length
-    counts = torch.tensor(lengths, dtype=torch.int64)
-    return torch.arange(total) + torch.tensor(shifts, dtype=torch.int64).repeat_interleave(counts)
+    first, counts = np.asarray(starts, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
+    shifts = first - (np.cumsum(counts) - counts)
+    return torch.from_numpy(np.arange(counts.sum()) + np.repeat(shifts, counts))
 
 
 def packed_starts(lengths: Sequence[int]) -> list[int]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .eager import differentiable
-from .padded_op import count_flops, flash, flash_backward, save
+from .library import count_flops, differentiable
+from .padded_op import flash, flash_backward, save
 
 
 @dataclass(frozen=True)

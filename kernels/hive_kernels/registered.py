@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import KernelArguments
-from .eager import differentiable
+from .library import count_flops, differentiable
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor image_k, Tensor image_v, Tensor? q_weight, Tensor? k_weight, "
@@ -93,16 +92,4 @@ torch.library.register_autograd(attention_op, _differentiate, setup_context=_sav
 attend = differentiable(attention_op, _save, _differentiate)
 """The op, as calls outside of torch.library's own machinery take it."""
 
-
-@register_flop_formula(torch.ops.hive_ds.hierarchical_attention)
-def _(*arguments: Any, **_: Any) -> int:
-    """4 H K pairs: two matrix products, a multiplication and an addition each."""
-    _, heads, head_dim = arguments[0]
-    return 4 * heads * head_dim * arguments[_NUM_ARGUMENTS - 1]
-
-
-@register_flop_formula(torch.ops.hive_ds.hierarchical_attention_backward)
-def _(*arguments: Any, **_: Any) -> int:
-    """10 H K pairs: five matrix products, however many the kernels do."""
-    _, heads, head_dim = arguments[4]
-    return 10 * heads * head_dim * arguments[_NUM_ARGUMENTS + 3]
+count_flops(torch.ops.hive_ds.hierarchical_attention, torch.ops.hive_ds.hierarchical_attention_backward)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import triton_backward, triton_finish, triton_forward, triton_short
 from .arguments import KernelArguments
+from .copies import rows_in_memory
 from .launching import Launcher, Settings
 from .tiles import INTERPRETED, Tile
 from .triton_common import LOG2E, NORM_NONE, NORM_POST_ROPE, NORM_PRE_ROPE
@@ -29,7 +30,7 @@ short_gradient_kernel = Launcher(triton_short.hierarchical_attention_short_gradi
 
 def forward(a: KernelArguments) -> tuple[Tensor, Tensor]:
     """Attention output and lse."""
-    q, k, v, image_k, image_v = (_rows_in_one_piece(x) for x in (a.q, a.k, a.v, a.image_k, a.image_v))
+    q, k, v, image_k, image_v = (rows_in_memory(x) for x in (a.q, a.k, a.v, a.image_k, a.image_v))
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     work, cache = a.row_work, k.ndim == 4
     with _device_of(q):
@@ -44,7 +45,7 @@ def forward(a: KernelArguments) -> tuple[Tensor, Tensor]:
                     *(a.scale * LOG2E.value, a.eps, k.stride(0) if cache else 0, v.stride(0) if cache else 0),
                     *_strides(q, k, v, image_k, image_v),
                 ),
-                _settings(*_shape(a), a.forward_tile, FINISH_KEYS=a.fused, CACHE=cache),
+                attention_settings(*_shape(a), a.forward_tile, FINISH_KEYS=a.fused, CACHE=cache),
             )
     return out, lse
 
@@ -55,7 +56,7 @@ def backward(a: KernelArguments, out: Tensor, lse: Tensor, dout: Tensor, dlse: T
     ``dlse`` is None where nothing depends on lse.
     """
     dout, dlse = dout.contiguous(), None if dlse is None else dlse.contiguous()
-    inputs = [_rows_in_one_piece(x) for x in (a.q, a.k, a.v, a.image_k, a.image_v)]
+    inputs = [rows_in_memory(x) for x in (a.q, a.k, a.v, a.image_k, a.image_v)]
     gradients = [x.new_empty(x.shape) for x in inputs]
     passes = _short_pass if a.one_pass else _two_passes
     with _device_of(a.q):
@@ -86,7 +87,7 @@ def _short_pass(
                 *(work, a.samples, a.seen),
             ),
             (a.scale * LOG2E.value, a.eps, *_strides(*inputs)),
-            _settings(*_shape(a), tile, DLSE=dlse is not None),
+            attention_settings(*_shape(a), tile, DLSE=dlse is not None),
         )
     return q_partials, k_partials
 
@@ -116,7 +117,7 @@ def _two_passes(
                 *(cos, sin, image_cos, image_sin, _or(a.k_weight, q), a.key_work, a.samples, a.seen, a.first_token),
             ),
             (*common, *_strides(k, v, image_k, image_v)),
-            _settings(*shape, a.tile("keys")),
+            attention_settings(*shape, a.tile("keys")),
         )
     if len(a.backward_work):
         query_gradient_kernel(
@@ -126,7 +127,7 @@ def _two_passes(
                 *(_or(a.q_weight, q), a.backward_work, a.samples, a.seen),
             ),
             (*common, *_strides(q, v, image_v)),
-            _settings(*shape, a.tile("queries")),
+            attention_settings(*shape, a.tile("queries")),
         )
     return q_partials, k_partials
 
@@ -170,10 +171,6 @@ def _finished(
     return q_out, k_out, image_out
 
 
-def _rows_in_one_piece(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _strides(*tensors: Tensor) -> list[int]:
     """Stride of a token and of a head of each tensor; of a padded cache, of its rows laid end to end.
 
@@ -209,7 +206,7 @@ def _shape(a: KernelArguments) -> tuple[int, int, int, str, bool]:
 
 
 @cache
-def _settings(
+def attention_settings(
     heads: int,
     groups: int,
     head_dim: int,
@@ -218,8 +215,9 @@ def _settings(
     tile: Tile,
     **own: bool,
 ) -> Settings:
-    """Of an attention kernel; ``own``: constants that it alone has."""
-    values = {"HEADS": heads, "GROUPS": groups, **_halves(head_dim), "BLOCK_K": _block_k(head_dim)}
+    """Constants and compiler options of an attention kernel; ``own`` are constants that it alone has."""
+    block_k = max(16, triton.next_power_of_2(head_dim))
+    values = {"HEADS": heads, "GROUPS": groups, **_halves(head_dim), "BLOCK_K": block_k}
     values |= {"NORM": NORMS[qk_norm], "ROTATE": rotate, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     options = {} if INTERPRETED else {"num_warps": tile.warps, "num_stages": tile.stages}
     return Settings(**values, **own, **options)
@@ -235,10 +233,6 @@ def _finish_settings(
 
 def _halves(head_dim: int) -> dict[str, int]:
     return {"HALF": head_dim // 2, "BLOCK_H": max(16, triton.next_power_of_2(head_dim // 2))}
-
-
-def _block_k(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:

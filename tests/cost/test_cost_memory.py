@@ -48,7 +48,7 @@ def test_the_watch_agrees_with_pytorchs_tracker(make: type) -> None:
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     by_name = {str(getattr(kind, "value", kind)): size for kind, size in peak.items()}
     assert by_name["Gradient"] == 0  # the same moment: the loss, before any weight has its gradient
-    assert watch.activations + watch.temporaries == by_name["Activation"] + by_name["Temp"]
+    assert watch.peak == by_name["Activation"] + by_name["Temp"]
     assert watch.temporaries == by_name["Temp"]
 
 
@@ -74,7 +74,7 @@ def test_activations_grow_with_the_batch_and_shrink_under_checkpointing(tmp_path
         model, _ = meta_model(tiny_recipe(tmp_path, "tiny", f"model.gradient_checkpointing={checkpointing}"), 3)
         for batch in (4, 8, 16):
             step = watch_step(model, Workload(batch, 40))
-            counted[checkpointing, batch] = step.activations + step.temporaries
+            counted[checkpointing, batch] = step.peak
     assert counted["true", 8] < 0.6 * counted["false", 8]
     assert counted["false", 16] - counted["false", 8] == pytest.approx(
         2 * (counted["false", 8] - counted["false", 4]), rel=1e-3

@@ -255,6 +255,7 @@ def test_images_of_any_size() -> None:
     [
         ({"image_offsets": [[0, 1, 2, 3]]}, "for each of the 4 rows"),
         ({"image_offsets": None}, "for each of the 4 rows"),
+        ({"image_offsets": [[2], [], [5, 0], [4]]}, r"of row 2 are \[5, 0\]; they must be in ascending order"),
         ({"pixel_values": None}, "pixel_values is None"),
     ],
 )

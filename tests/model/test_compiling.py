@@ -18,7 +18,7 @@ from hive_ds.data.batch import PackedBatch
 from hive_ds.kernels import tiles
 from hive_ds.model.attention import AttentionCall
 from hive_ds.model.compiling import compile_blocks
-from hive_ds.training.parts import shares_of, trace_of_step
+from hive_ds.training.parts import shares_of, traced
 
 BACKENDS = (
     "aot_eager",  # what is compiled when does not depend on the backend, and this one needs no C++ compiler
@@ -131,7 +131,8 @@ def test_looking_inside_compiles_nothing() -> None:
         found = token_attention_maps(model, ids[None], [2], images)
         with watched_gradients(model) as squares:
             loss_of(model, one).backward()
-        trace = trace_of_step(model, lambda: loss_of(model, one).backward(), torch.device("cpu"))
+        with traced(model, torch.device("cpu")) as trace:
+            loss_of(model, one).backward()
         loss_of(model, one).backward()
     torch.testing.assert_close(squares, wanted)
     for layer, other in zip(found.layers, expected.layers, strict=True):

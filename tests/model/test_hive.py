@@ -253,6 +253,11 @@ def test_wrong_batches_are_named(changes, message):
         tiny_hive()(**{**packed(), **changes})
 
 
+def test_an_unknown_way_to_number_patches_is_named():
+    with pytest.raises(HiveError, match="rope is '3d'; it must be one of 2d, 1d"):
+        tiny_hive(rope="3d")
+
+
 def test_encoder_of_the_batch_is_stock():
     """The vision tower inside is the plain transformers model, weight for weight."""
     model, stock = tiny_hive(), tiny_encoder()

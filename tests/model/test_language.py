@@ -10,7 +10,7 @@ from tiny_models import text_config, tiny_hive, tiny_language_model
 from transformers import AutoModelForCausalLM
 
 from hive_ds.errors import HiveError
-from hive_ds.model.language import check_language_model
+from hive_ds.model.language import check_language_model, check_window
 
 SMALL = {
     "vocab_size": 64,
@@ -76,7 +76,9 @@ def test_unsupported_llms_are_refused_by_name(case):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_supported_llms_pass(family):
-    check_language_model(tiny_language_model(family), max_length=512)
+    model = tiny_language_model(family)
+    check_language_model(model)
+    check_window(model.config, 512)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
@@ -84,10 +86,10 @@ def test_a_window_shorter_than_the_longest_text_is_refused(family):
     changes = {"sliding_window": 64} | (
         {"use_sliding_window": True, "max_window_layers": 0} if family == "qwen2" else {}
     )
-    model = tiny_language_model(family, **changes)
-    check_language_model(model, max_length=64)
+    config = tiny_language_model(family, **changes).config
+    check_window(config, 64)
     with pytest.raises(HiveError, match=r"sliding window of 64 tokens.*data.max_length of 65"):
-        check_language_model(model, max_length=65)
+        check_window(config, 65)
 
 
 def test_text_past_the_window_is_refused_at_run_time():

@@ -66,9 +66,3 @@ def test_frequencies_survive_a_cast_of_the_model():
     before = RotaryFrequencies(model.model.rotary_emb).inv_freq
     after = RotaryFrequencies(model.to(torch.bfloat16).model.rotary_emb).inv_freq
     assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize(("offsets", "rope", "message"), [([2, 1], "2d", "ascending"), ([1, 2], "3d", "rope is '3d'")])
-def test_wrong_arguments_are_named(offsets, rope, message):
-    with pytest.raises(ValueError, match=message):
-        build_positions([3], [[(1, 1), (1, 1)]], [offsets], rope=rope)

@@ -38,7 +38,7 @@ class CountedMemory:
 
     def peak(self) -> int:
         self._watch.__exit__(None, None, None)
-        return self._watch.activations + self._watch.temporaries
+        return self._watch.peak
 
 
 def batch_of(ranks: Any, size: int) -> PackedBatch:

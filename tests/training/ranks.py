@@ -86,14 +86,13 @@ class Ranks:
 
 def main(arguments: list[str]) -> int:
     """What each rank runs: the checks ``arguments[1:]``, whose reports go to the folder ``arguments[0]``."""
-    from hive_ds.training import distributed
     from hive_ds.training.distributed import all_values, read_world, start, stop
 
     folder, *names = arguments
     checks = [getattr(importlib.import_module(module), check) for module, check in (name.split(".") for name in names)]
-    distributed.TIMEOUT = timedelta(seconds=60)  # ranks out of step end the launch, not the tests' patience
     world = read_world(os.environ)
-    ranks = Ranks(world, start(world), Path(folder))
+    timeout = timedelta(seconds=60)  # ranks out of step end the launch, not the tests' patience
+    ranks = Ranks(world, start(world, timeout), Path(folder))
     for name, check in zip(names, checks, strict=True):
         error, value = None, None
         try:

@@ -16,10 +16,18 @@ from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
 from hive_ds.launch.meeting import set_meeting_point
 from hive_ds.training.distributed import World, read_world, start
-from hive_ds.training.ds_config import build_ds_config, read_policy, warn_of_rounding
+from hive_ds.training.ds_config import ZERO_DEFAULTS, build_ds_config, read_policy, warn_of_rounding
 from hive_ds.training.global_batch import describe_batch, fit_micro_batch, micro_batches
 
 STAGE = StageConfig(lr=1e-3, global_batch_size=24, micro_batch_size=2, clip=0.6)
+
+
+def test_unset_values_are_deepspeeds() -> None:
+    from hive_ds.training.engine import deepspeed
+
+    fields = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
+    own = {spec.alias or name: spec.default for name, spec in fields.items()}
+    assert {name: int(own[name]) for name in ZERO_DEFAULTS} == ZERO_DEFAULTS
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from planted import MODULE
 from test_train_command import EQUAL_ACROSS_ATTEMPTS
 from tiny_run import TinyRun
 
+from hive_ds.constants import EXIT_HUNG
 from hive_ds.training.hang_report import read_dumps
-from hive_ds.training.watchdog import EXIT_HUNG
 
 HOST = socket.gethostname()
 TIMEOUT = 10

@@ -117,17 +117,9 @@ def test_rate_of_zero_freezes() -> None:
     assert not model.language_model.model.layers[1].self_attn.q_proj.weight.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"group_lr": {"projector": 1e-3}}, "unknown group 'projector'; expected one of image_kv, language_model"),
-        ({"group_lr": {"vision_encoder": 1e-3}}, "stage 1 .* trains only projectors, qk_norms"),
-        ({"group_lr": {"projectors": 0.0, "qk_norms": 0.0}}, "no parameter trains"),
-    ],
-)
-def test_wrong_rates_are_named(changes: dict, message: str) -> None:
-    with pytest.raises(HiveError, match=message):
-        planned(tiny_hive(), 1, replace(CONFIG, **changes))
+def test_a_stage_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(HiveError, match="no parameter trains"):
+        planned(tiny_hive(), 1, replace(CONFIG, group_lr={"projectors": 0.0, "qk_norms": 0.0}))
 
 
 def test_strays_are_listed() -> None:

@@ -20,12 +20,13 @@ from torch.distributed import TCPStore
 from torch.utils.checkpoint import checkpoint
 from watchdog_ranks import FAULTS, TIMEOUT
 
+from hive_ds.constants import EXIT_HUNG
 from hive_ds.errors import HiveError
 from hive_ds.training import faults
 from hive_ds.training.distributed import World, current_store, start, stop
 from hive_ds.training.hang_report import Dump, free_folder, read_dumps, verdict, write_dump
 from hive_ds.training.place import Place, here, waits_for_others
-from hive_ds.training.watchdog import ANSWER_SECONDS, EXIT_HUNG, Watchdog, longest_wait
+from hive_ds.training.watchdog import ANSWER_SECONDS, Watchdog, longest_wait
 
 HERE = Path(__file__).parent
 PLACE = {"step": 7, "phase": "forward", "module": "layers.3.mlp", "samples": ["a", "b"], "marks": 40}

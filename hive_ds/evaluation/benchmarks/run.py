@@ -69,9 +69,7 @@ def evaluate(request: Request) -> list[Outcome]:
     if request.checkpoint is None:
         return []
     model = CheckpointModel(str(request.checkpoint), request.batch_size, request.device, request.dtype)
-    record = checkpoint_record(
-        request.checkpoint, model, request.encoder
-    )  # lmms-eval drops the model when it has answered
+    record = checkpoint_record(request.checkpoint, model, request.encoder)  # before lmms-eval drops the model
     outcomes = run_model(model, benchmarks, tasks, request.limit)
     if ranks.is_main_process:
         print(table(outcomes), end="")

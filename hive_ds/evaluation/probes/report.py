@@ -7,7 +7,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from hive_ds.evaluation.probes.encoder import EncoderInfo
 from hive_ds.evaluation.probes.results import BlockResult, best_block
 from hive_ds.evaluation.probes.settings import ProbeSettings
 from hive_ds.files import write_whole
+from hive_ds.launch.probe import version
 from hive_ds.page import document
 from hive_ds.page import table as page_table
 from hive_ds.plots import COLOURS, Line, line_plot
@@ -143,10 +143,5 @@ def _describe(images: LabelledImages) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"hive_ds": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {package: found for package in PACKAGES if (found := version(package)) is not None}
+    return {"hive_ds": __version__, "python": platform.python_version(), **installed}

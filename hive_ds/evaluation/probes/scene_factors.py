@@ -18,9 +18,7 @@ from hive_ds.evaluation.probes.data import LabelledImages, ProbeData
 FACTORS = ("colour", "shape", "size", "count", "relation", "text")
 
 
-def scene_probe_data(
-    train: Sequence[Sample], test: Sequence[Sample], factors: Sequence[str] = FACTORS, name: str = "scenes"
-) -> ProbeData:
+def scene_probe_data(train: Sequence[Sample], test: Sequence[Sample], factors: Sequence[str] = FACTORS) -> ProbeData:
     """Probe data of scene samples (`hive_ds.data.scenes_samples`), one task a factor.
 
     HiveError for an unknown factor, or a sample that is no scene.
@@ -28,7 +26,7 @@ def scene_probe_data(
     for factor in factors:
         if factor not in FACTORS:
             raise HiveError(f"factor {factor!r}: expected one of {', '.join(FACTORS)}")
-    return ProbeData(name, _labelled(f"{name} train", train, factors), _labelled(f"{name} test", test, factors))
+    return ProbeData("scenes", _labelled("scenes train", train, factors), _labelled("scenes test", test, factors))
 
 
 def scene_factors(scene: Mapping[str, Any]) -> dict[str, str | None]:
