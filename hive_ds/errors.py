@@ -1,7 +1,12 @@
-"""The one exception that means "the input is wrong", and how a command reports it."""
+"""The one exception that means "the input is wrong", and how a command reports it.
+
+What the user can mend is exit code 2: nothing starts such a job again. What fails outside, a full or failing disk,
+memory, a server, is exit code 1: the same command may succeed later.
+"""
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,13 +15,48 @@ from contextlib import contextmanager
 INTERRUPTED = 130
 """Exit code after Ctrl-C, a shell's own."""
 
-_WRONG_PATHS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_WRONG_PATHS = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+"""Errors of a path that is not what it should be, or of one that cannot be one."""
+_NO_MEMORY = ("out of memory", "allocate memory")
+"""In the text of torch's errors: a GPU's, and its CPU allocator's and the kernel's."""
 _LONGEST_REASON = 300
 """Characters; transformers lists hundreds of kinds of models."""
 
 
 class HiveError(Exception):
     """Wrong input from the user. The message is one line that names the thing, its value and what was expected."""
+
+    exit_code = 2
+
+
+class OutsideError(HiveError):
+    """The input may be right, but a disk, memory or a server fails: another try may succeed."""
+
+    exit_code = 1
+
+
+def names_wrong_path(error: BaseException) -> bool:
+    """Whether a path is at fault, as the user gave it, and not the disk below it."""
+    return isinstance(error, OSError) and error.errno in _WRONG_PATHS
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory, of a GPU or of the host."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, OSError)) and any(part in words for part in _NO_MEMORY)
+    )
 
 
 @contextmanager
@@ -28,10 +68,11 @@ def told_as(what: str, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except (HiveError, MemoryError):
+    except HiveError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _WRONG_PATHS):
+        disk = isinstance(error, OSError) and error.errno is not None and not names_wrong_path(error)
+        if disk or out_of_memory(error):
             raise
         name = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split()).rstrip(".")
@@ -40,18 +81,32 @@ def told_as(what: str, expected: str) -> Iterator[None]:
 
 
 def run_command(command: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Run ``command`` and return its exit code: a `HiveError` becomes one line on stderr and exit code 2.
+    """Run ``command`` and return its exit code: what goes wrong outside of the program becomes one line on stderr.
 
-    So does a file that cannot be read or written; Ctrl-C is exit code 130. With ``debug`` the stack trace is printed
-    above that line.
+    A `HiveError` has its exit code. A file that cannot be read or written is 2 where its path is wrong and else 1, as
+    memory that is full; Ctrl-C is 130. With ``debug`` the stack trace is printed above that line.
     """
     try:
         return command() or 0
-    except (HiveError, OSError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
         if debug:
             traceback.print_exc()
         print(_line_of(error), file=sys.stderr)
-        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2
+        return code
+
+
+def _exit_code(error: BaseException) -> int | None:
+    """None for an error of the program."""
+    if isinstance(error, HiveError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if names_wrong_path(error):
+        return HiveError.exit_code
+    return OutsideError.exit_code if isinstance(error, OSError) or out_of_memory(error) else None
 
 
 def _line_of(error: BaseException) -> str:
@@ -59,4 +114,6 @@ def _line_of(error: BaseException) -> str:
         return "\nstopped"
     if isinstance(error, OSError) and error.filename is not None:
         return f"error: {error.filename}: {error.strerror}"
-    return f"error: {error}"
+    if isinstance(error, MemoryError):
+        return f"error: out of memory {error}".rstrip()
+    return f"error: {' '.join(str(error).split())}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, OutsideError, names_wrong_path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -31,12 +31,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def must_write(path: Path, advice: str) -> Iterator[None]:
-    """A `HiveError` that names ``path``, and says ``advice``, where the disk does not take what is written inside."""
+    """A `HiveError` that names ``path``, and says ``advice``, where what is written inside cannot be.
+
+    An `OutsideError` where the disk is full or fails.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise HiveError(f"{path}: cannot be written ({reason}); {advice}") from error
+        kind = HiveError if names_wrong_path(error) else OutsideError
+        raise kind(f"{path}: cannot be written ({reason}); {advice}") from error
 
 
 def flush(path: Path) -> None:

@@ -6,6 +6,7 @@ is the recipe's, under what the stage itself writes there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -57,10 +58,14 @@ def _with_routes(entries: dict[str, Entry]) -> dict[str, Entry]:
     from hive_ds.model.loading import read_language_config, read_vision_config  # torch: most recipes do without
     from hive_ds.model.routes import spread_routes
 
+    try:
+        number = int(count.value)
+    except ValueError:  # YAML has more ways to write one
+        return entries
     vision = read_vision_config(scalars["vision_encoder"].value)
     language = read_language_config(scalars["language_model"].value)
     try:
-        spread = spread_routes(int(count.value), vision.num_hidden_layers, language.num_hidden_layers)
+        spread = spread_routes(number, vision.num_hidden_layers, language.num_hidden_layers)
     except HiveError as error:
         raise HiveError(f"model.routes ({routes.origin}): {error}") from None
     lists = zip(("vision_blocks", "language_layers"), spread, strict=True)
@@ -84,7 +89,7 @@ def _with_stage_data(entries: dict[str, Entry]) -> dict[str, Entry]:
 def _find(name_or_path: str, relative_to: Path) -> Path:
     """A recipe's file: what holds a slash or ends in ``.yaml`` is a path, all else the name of one in the package."""
     if "/" in name_or_path or name_or_path.endswith(".yaml"):
-        path = relative_to / Path(name_or_path).expanduser()
+        path = relative_to / os.path.expanduser(name_or_path)
         if not path.is_file():
             raise HiveError(f"recipe {name_or_path}: no such file (looked for {path}); expected a YAML file")
         return path

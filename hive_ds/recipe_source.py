@@ -37,13 +37,24 @@ class Entry:
         return isinstance(self.content, yaml.ScalarNode) and self.content.tag == "tag:yaml.org,2002:null"
 
 
+_DEEPEST = 20
+"""Levels of keys and lists in one another; recipes have five, and Python's stack would end at some hundred."""
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases: they can nest without end, and a recipe has no use for them."""
+    """SafeLoader that refuses aliases and what is nested deep: a recipe has no use for them."""
+
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"alias *{self.peek_event().anchor}: recipes have no aliases")
-        return super().compose_node(parent, index)
+        if self.depth > _DEEPEST:
+            raise yaml.YAMLError(f"nested more than {_DEEPEST} levels deep; recipes are not")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _compose(text: str, source: str, *, lines: bool) -> yaml.Node:
@@ -101,6 +112,8 @@ def read_override(option: str) -> dict[str, Entry]:
     names = [name.strip() for name in key.split(".")]
     if not equals or not all(names):
         raise HiveError(f"--set {option}: expected key=value, with dots between nested keys, as model.rope=1d")
+    if len(names) > _DEEPEST:
+        raise HiveError(f"--set {option[:40]}...: {len(names)} nested keys; recipes have five at most")
     entry = _entry(_compose(value, f"--set {option}", lines=False), "--set", lines=False)
     for name in reversed(names):
         entry = Entry({name: entry}, "--set")

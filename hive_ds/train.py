@@ -32,7 +32,7 @@ from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import World, all_values, device_name, from_main, read_world, start, stop
-from hive_ds.training.ds_config import build_ds_config, read_policy, refusals_named, warn_of_rounding
+from hive_ds.training.ds_config import build_ds_config, read_policy, refusals_named, start_wandb, warn_of_rounding
 from hive_ds.training.engine import Engine
 from hive_ds.training.faults import leave, report_crash, report_error, report_interrupt
 from hive_ds.training.flops import FlopCounter, matmul_rate, warn_of_slow_bf16
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, train, and return the exit code: 2 for wrong input, reported once in one line."""
+    """Parse the command line, train, and return the exit code: a `HiveError`'s own, said in one line, or 1."""
     options = build_parser().parse_args(arguments)
     world = World()
     try:
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finished = train(options, world)
     except HiveError as error:
         report_error(error, world, debug=options.debug)
-        return 2
+        return error.exit_code
     except Exception as error:
         report_crash(error, world, one_line(here.describe(error)))
         return 1
@@ -117,6 +117,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
             run.say(f"warning: it was trained with {line}; a new run folder trains it anew")
         return True
     check_folders(recipe.data_of(stage.name))
+    start_wandb(recipe.training, recipe.name, world)
     run.attempt.sign()
     if isinstance(asked.micro_batch_size, int):
         run.say(describe_batch(config, world.size, asked.micro_batch_size))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+
+from hive_ds.launch.meeting import late_is_said
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,15 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     # torchrun would give every rank a single thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.ranks)))
+    command = [
+        *("--nnodes", str(options.nodes), "--node-rank", str(options.node_rank)),
+        *("--nproc-per-node", str(options.ranks)),
+        *("--master-addr", options.master, "--master-port", str(options.port)),
+        *("--module", "hive_ds.train", *options.train),
+    ]
     try:
-        torchrun(
-            [
-                *("--nnodes", str(options.nodes), "--node-rank", str(options.node_rank)),
-                *("--nproc-per-node", str(options.ranks)),
-                *("--master-addr", options.master, "--master-port", str(options.port)),
-                *("--module", "hive_ds.train", *options.train),
-            ]
-        )
+        with late_is_said(f"host {options.node_rank}, {socket.gethostname()},", options.master, options.port):
+            torchrun(command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # as a shell counts signals

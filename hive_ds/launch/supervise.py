@@ -124,7 +124,7 @@ class Supervisor:
         if self._done():
             say("done")
             return 0
-        # A later try that had a checkpoint to go on from had right input: a disk or a server has failed.
+        # A later try that had a checkpoint to go on from had right input before.
         latest = self._folder / "latest"
         if code in WRONG_INPUT and not (code == 2 and number and latest.is_file()):
             say(f"exit code {code}: wrong input, which another try would not mend")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from hive_ds.errors import HiveError
-from hive_ds.files import write_whole
+from hive_ds.files import must_write, write_whole
 from hive_ds.page import document, table
 from hive_ds.report.attempts import attempt_rows, warnings
 from hive_ds.report.curves import SMOOTH_SHARE, stage_curves
@@ -44,11 +43,8 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
     """
     runs = read_runs(folders)
     page = out or (folders[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
+    with must_write(page, "name another with --out"):
         write_whole(page, render_report(runs))
-    except OSError as error:
-        raise HiveError(f"page {page}: cannot be written ({error.strerror}); name another with --out") from error
     return page
 
 

@@ -128,7 +128,8 @@ def save_model(folder: Path, engine: Engine, processor: Any, world: World, attem
     """Write the whole model as safetensors and its processor to ``folder``; every rank calls it.
 
     Raises:
-        HiveError: another attempt has taken over, or the disk is full.
+        HiveError: another attempt has taken over.
+        OutsideError: the disk is full or fails.
     """
     state = engine.gather_state()
     if world.is_main:

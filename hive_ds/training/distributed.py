@@ -14,6 +14,7 @@ import re
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from hive_ds.errors import HiveError
-from hive_ds.launch.meeting import set_meeting_point
+from hive_ds.launch.meeting import late_is_said, set_meeting_point
 from hive_ds.launch.network import choose_interface
 
 TIMEOUT = timedelta(minutes=30)
@@ -123,20 +124,22 @@ def start(world: World, timeout: timedelta = TIMEOUT) -> torch.device:
     gc.freeze()
     # DeepSpeed calls functions that torch 2.14 deprecates, and whose replacements torch 2.9 does not have.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    _store.append(_join(world))
-    device = _own_device(world)
-    if device.type == "cpu":  # AdamW looks for GPUs in every step, which without this reads the driver's library anew
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Groups that DeepSpeed makes take torch's defaults: 10 minutes under NCCL.
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=_store[-1],
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" and world.size > 1 else None,
-    )
+    _check_meeting_point(world)
+    with _late_is_said(world):
+        _store.append(_join(world))
+        device = _own_device(world)
+        if device.type == "cpu":  # AdamW looks for GPUs in every step, which else reads the driver's library anew
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        # Groups that DeepSpeed makes take torch's defaults: 10 minutes under NCCL.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_store[-1],
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" and world.size > 1 else None,
+        )
     return device
 
 
@@ -145,15 +148,27 @@ def current_store() -> dist.Store | None:
     return _store[-1] if _store else None
 
 
-def _join(world: World) -> dist.Store:
-    """Meet the other ranks."""
+def _check_meeting_point(world: World) -> None:
     if world.size == 1:
-        return dist.HashStore()
+        return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise HiveError(f"{world.size} ranks, but {' and '.join(missing)} not set: where is rank 0?")
     if not 0 < _number(os.environ, "MASTER_PORT") < 1 << 16:
         raise HiveError(f"launcher variable MASTER_PORT is {os.environ['MASTER_PORT']!r}; expected 1 to 65535")
+
+
+def _late_is_said(world: World) -> AbstractContextManager[None]:
+    if world.size == 1:
+        return nullcontext()
+    who, others = f"rank {world.rank} on {socket.gethostname()}", f"all {world.size} ranks" if world.is_main else ""
+    return late_is_said(who, os.environ["MASTER_ADDR"], _number(os.environ, "MASTER_PORT"), waited_for=others)
+
+
+def _join(world: World) -> dist.Store:
+    """Meet the other ranks."""
+    if world.size == 1:
+        return dist.HashStore()
     if world.local_size < world.size:
         choose_interface(os.environ, os.environ["MASTER_ADDR"])
     joined, _, _ = next(dist.rendezvous("env://", world.rank, world.size))

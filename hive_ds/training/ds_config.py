@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds.config import StageConfig, TrainingConfig
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, OutsideError
 from hive_ds.recipe_values import nearest
-from hive_ds.training.distributed import all_values, read_world
+from hive_ds.training.distributed import World, all_values, read_world
 
 _OWNERS = {
     "train_batch_size": "stages.*.global_batch_size",
@@ -40,6 +40,8 @@ _OWNERS = {
 }
 """DeepSpeed's key -> who sets it instead."""
 
+_PROJECT = "hive-ds"
+"""In wandb."""
 BF16_SUMS = 8
 """Micro-batches a step that ZeRO 0 and 1 may add up in bf16 without a word."""
 ZERO_DEFAULTS = {
@@ -186,11 +188,8 @@ def build_ds_config(
         job: name of the run in TensorBoard and wandb.
 
     Raises:
-        HiveError: wandb is asked for and not installed, or the ranks cannot be divided as ``zero_hpz_partition_size``
-            says.
+        HiveError: the ranks cannot be divided as ``zero_hpz_partition_size`` says.
     """
-    if training.wandb and importlib.util.find_spec("wandb") is None:
-        raise HiveError("training.wandb is true, but wandb is not installed: pip install 'hive-ds[wandb]'")
     zero = policy.get("zero_optimization", {})
     if _HPZ in zero:
         zero = {**zero, _HPZ: _hpz_size(zero[_HPZ], num_ranks)}
@@ -205,8 +204,39 @@ def build_ds_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "tensorboard": {"enabled": training.tensorboard, "output_path": str(log_folder), "job_name": job},
-        "wandb": {"enabled": training.wandb, "project": "hive-ds", "group": job},
+        "wandb": {"enabled": training.wandb, "project": _PROJECT, "group": job},
     }
+
+
+def start_wandb(training: TrainingConfig, job: str, world: World) -> None:
+    """Where the recipe asks for wandb, begin its run before models are loaded; DeepSpeed goes on with it.
+
+    Args:
+        training: says whether.
+        job: name of the run, as in `build_ds_config`.
+        world: this process among all; rank 0 logs.
+
+    Raises:
+        HiveError: wandb is not installed, or has no key.
+        OutsideError: its server does not answer.
+    """
+    if not training.wandb:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise HiveError("training.wandb is true, but wandb is not installed: pip install 'hive-ds[wandb]'")
+    if not world.is_main:
+        return
+    import wandb
+
+    try:
+        wandb.init(project=_PROJECT, group=job)
+    except wandb.Error as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        kind = OutsideError if type(error) is wandb.errors.CommError else HiveError  # what is below it is a wrong key
+        raise kind(
+            f"training.wandb is true, but wandb does not start: {reason}; without a key or a network, set "
+            "WANDB_MODE=offline, or training.wandb: false"
+        ) from error
 
 
 def _hpz_size(size: int | str, num_ranks: int) -> int:

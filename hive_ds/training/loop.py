@@ -17,7 +17,7 @@ from tqdm import tqdm
 from hive_ds.analysis.block_gradients import watched_gradients
 from hive_ds.config import TrainingConfig
 from hive_ds.data.batch import BadSample
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, OutsideError
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.bad_samples import check_bad_share
 from hive_ds.training.checkpoint_writer import CheckpointWriter, SaveReport
@@ -162,7 +162,7 @@ def _report_save(job: Job, save: SaveReport | None, *, last: bool = False) -> No
     """Log a checkpoint. Where it failed the run goes on with the one before, unless it has nothing else to do.
 
     Raises:
-        HiveError: it failed, and the run was to stop here or the recipe says that it should.
+        OutsideError: it failed, and the run was to stop here or the recipe says that it should.
     """
     if save is None:
         return
@@ -171,7 +171,7 @@ def _report_save(job: Job, save: SaveReport | None, *, last: bool = False) -> No
     if save.failed is not None:
         message = f"step {save.step}: no checkpoint could be written ({save.failed}); earlier ones are untouched"
         if last or job.training.stop_on_failed_save:
-            raise HiveError(message)
+            raise OutsideError(message)
         if job.world.is_main:
             tqdm.write(f"warning: {message}, training goes on")
 

@@ -63,6 +63,9 @@ class StepProfile:
         """
         first = min(max(self.first - 1, steps.start), steps.stop)
         behind = min(max(self.last, first), steps.stop)
+        if self.first > steps.stop:
+            asked = f"training.profile is [{self.first}, {self.last}]"
+            tqdm.write(f"warning: {asked}, but the last step is {steps.stop}: nothing is profiled")
         yield from range(steps.start, first)
         if first < behind:
             with traced(model, self.device) as trace:

@@ -143,7 +143,7 @@ def test_results_are_not_lost(one_rank: Path, data: Path, checkpoint: Path, tmp_
     file = tmp_path / "file"
     file.touch()
     request = Request(["scienceqa"], data, checkpoint, out=file, device="cpu", self_test=False)
-    with pytest.raises(HiveError, match=f"--out {file}: .*; expected a folder that can be written to"):
+    with pytest.raises(HiveError, match=f"{file}: cannot be written .*; expected a folder for results"):
         evaluate(request)
     with pytest.raises(HiveError, match=f"--out {one_rank}: holds scores of gqa, mme.* would drop"):
         evaluate(replace(request, out=one_rank))

@@ -59,6 +59,7 @@ def test_a_full_disk_at_the_hand_over_is_named_and_costs_no_model(stage: Path) -
         with full_disk(2000), pytest.raises(HiveError) as caught:
             save_model(stage / "model", engine, processor, World(), attempt)
         assert re.fullmatch(rf"{stage}/model: cannot be written \(.*File too large.*\); make room.*", str(caught.value))
+        assert caught.value.exit_code == 1  # another try goes on, once there is room
         assert {path.name: path.read_bytes() for path in (stage / "model").iterdir()} == before
 
 

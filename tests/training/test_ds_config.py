@@ -219,12 +219,6 @@ def test_ranks_that_do_not_divide_the_batch_hear_which_would() -> None:
     )
 
 
-def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(HiveError, match=r"wandb is not installed: pip install 'hive-ds\[wandb\]'"):
-        build_ds_config({}, STAGE, TrainingConfig(wandb=True), num_ranks=1, log_folder=Path("logs"), job="run")
-
-
 @pytest.mark.parametrize(
     ("env", "world"),
     [

@@ -64,6 +64,14 @@ def test_profiled_steps_train_as_others_do(tmp_path: Path, capsys: pytest.Captur
     assert sum(event["name"] == "profiled step" for event in events) == 2
 
 
+def test_a_profile_past_the_last_step_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = StepProfile(tmp_path / "profile", STEPS + 1, 9, torch.device("cpu")).over(range(STEPS), None)
+    assert [*steps] == [*range(STEPS)]
+    said = f"warning: training.profile is [5, 9], but the last step is {STEPS}: nothing is profiled\n"
+    assert capsys.readouterr().out == said
+    assert not (tmp_path / "profile").exists()
+
+
 @pytest.mark.parametrize(
     ("first", "last", "stop", "names"),
     [

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,10 +12,12 @@ import pytest
 from PIL import Image
 
 from hive_ds.cli import main
-from hive_ds.errors import HiveError, run_command
-from hive_ds.files import write_whole
+from hive_ds.errors import HiveError, OutsideError, run_command, told_as
+from hive_ds.files import must_write, write_whole
 from hive_ds.recipe import load_recipe, recipe_names
 
+NO_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\n9 bytes")
+"""As torch has it, in short."""
 HEAVY = {"torch", "transformers", "deepspeed", "streaming", "numpy"}
 
 
@@ -189,11 +193,16 @@ def test_debug_shows_the_trace(place: str):
     ("error", "code", "line"),
     [
         (PermissionError(13, "Permission denied", "/a/file"), 2, "error: /a/file: Permission denied"),
-        (OSError("the disk is away"), 2, "error: the disk is away"),
+        (OSError(36, "File name too long", "/a/file"), 2, "error: /a/file: File name too long"),
+        (OSError(28, "No space left on device", "/a/file"), 1, "error: /a/file: No space left on device"),
+        (OSError("the disk is away"), 1, "error: the disk is away"),
+        (OutsideError("/a/file: the disk is full"), 1, "error: /a/file: the disk is full"),
+        (MemoryError(), 1, "error: out of memory"),
+        (NO_MEMORY, 1, "error: [enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
         (KeyboardInterrupt(), 130, "\nstopped"),
     ],
 )
-def test_files_and_ctrl_c_are_one_line(
+def test_what_fails_outside_is_one_line(
     error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command() -> None:
@@ -201,6 +210,29 @@ def test_files_and_ctrl_c_are_one_line(
 
     assert run_command(command) == code
     assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_an_error_of_the_program_keeps_its_trace() -> None:
+    def command() -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run_command(command)
+
+
+@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError("a"), OSError(28, "No space left on device", "/a/file")])
+def test_what_fails_outside_says_nothing_of_a_file(error: Exception) -> None:
+    """Else a job whose node had no memory would not be tried again."""
+    with pytest.raises(type(error)) as caught, told_as("model a does not load", "a whole model"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)])
+def test_what_cannot_be_written_has_the_exit_code_of_its_cause(number: int, code: int, tmp_path: Path) -> None:
+    with pytest.raises(HiveError, match="cannot be written") as caught, must_write(tmp_path, "make room"):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.exit_code == code
 
 
 def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:

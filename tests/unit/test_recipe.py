@@ -241,6 +241,9 @@ BAD_VALUES = {
     "model..rope=1d": "--set model..rope=1d: expected key=value",
     "name={": "--set name={: not valid YAML",
     "name=*a": "recipes have no aliases",
+    f"name={'[' * 3000}{']' * 3000}": "nested more than 20 levels deep",
+    f"{'.'.join('a' * 3000)}=1": "3000 nested keys; recipes have five at most",
+    "model.routes=0x10": "model.routes = 0x10 (--set): expected a mapping or null",
     "training={seed: 1, seed: 2}": "key seed was given before",
 }
 

@@ -18,7 +18,7 @@ from hive_ds.evaluation.benchmarks.local_data import describe_files
 from hive_ds.evaluation.benchmarks.runner import Outcome
 from hive_ds.evaluation.benchmarks.self_test import SelfTest
 from hive_ds.evaluation.checkpoints import model_sha256, tower_sha256
-from hive_ds.files import write_whole
+from hive_ds.files import must_write, write_whole
 
 RESULTS = "results.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lmms-eval", "accelerate", "pillow", "numpy")
@@ -49,13 +49,11 @@ def prepare_folder(out: Path, names: Collection[str]) -> None:
     Raises:
         HiveError: they cannot be made or written to, or hold scores of other benchmarks, which would be lost.
     """
-    try:
+    with must_write(out, "expected a folder for results (--out)"):
         for folder in (out / "tasks", out / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
-    except OSError as error:
-        raise HiveError(f"--out {out}: {error.strerror}; expected a folder that can be written to") from error
     earlier = set(json.loads((out / RESULTS).read_text())["benchmarks"]) if (out / RESULTS).is_file() else set()
     if lost := sorted(earlier - set(names)):
         raise HiveError(

@@ -19,8 +19,8 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from hive_ds.errors import HiveError
-from hive_ds.files import flush
+from hive_ds.errors import HiveError, OutsideError
+from hive_ds.files import flush, must_write
 
 FORMAT = 1
 """Raise it when features of the same key would come out differently."""
@@ -154,7 +154,7 @@ class EntryWriter:
 
     def append(self, values: np.ndarray, counts: np.ndarray | None) -> None:
         """The next images' features."""
-        with self._reported():
+        with must_write(self._folder.parent, "the feature cache needs room there"):
             file = self._file or self._open(values)
             file.write(np.ascontiguousarray(values).data)
         self._written += len(values)
@@ -166,7 +166,7 @@ class EntryWriter:
         if self._written != self._size:
             raise HiveError(f"feature cache {self._folder}: {self._written} images came, expected {self._size}")
         self.close()
-        with self._reported():
+        with must_write(self._folder.parent, "the feature cache needs room there"):
             if self._counts:
                 np.save(self._aside / "counts.npy", np.concatenate(self._counts))
             meta = {"key": self._key.as_dict(), "shape": list(self._shape), "counts": bool(self._counts)}
@@ -189,7 +189,7 @@ class EntryWriter:
         self._shape = (self._size, *values.shape[1:])
         needed, free = values[0].nbytes * self._size, shutil.disk_usage(self._aside).free
         if needed * SPARE > free:
-            raise HiveError(
+            raise OutsideError(
                 f"feature cache {self._folder.parent}: block {self._key.block} needs {needed / 1e9:.1f} GB, "
                 f"{free / 1e9:.1f} GB are free"
             )
@@ -207,13 +207,6 @@ class EntryWriter:
                 shutil.rmtree(self._folder)
                 self._aside.rename(self._folder)
         flush(self._folder.parent)
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise HiveError(f"feature cache {self._folder.parent}: cannot be written ({error})") from error
 
 
 def _read_entry(folder: Path, key: FeatureKey) -> Features | None:

@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hive_ds import __version__
-from hive_ds.errors import HiveError
 from hive_ds.evaluation.probes.data import LabelledImages, ProbeData
 from hive_ds.evaluation.probes.encoder import EncoderInfo
 from hive_ds.evaluation.probes.results import BlockResult, best_block
 from hive_ds.evaluation.probes.settings import ProbeSettings
-from hive_ds.files import write_whole
+from hive_ds.files import must_write, write_whole
 from hive_ds.launch.probe import version
 from hive_ds.page import document
 from hive_ds.page import table as page_table
@@ -101,12 +100,9 @@ class ProbeReport:
     def write(self, out: str | Path) -> None:
         """Write `RESULTS` and `PAGE` to the folder ``out``; HiveError where it cannot be written."""
         out = Path(out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
+        with must_write(out, "expected a folder for results"):
             write_whole(out / RESULTS, json.dumps(self.as_dict(), indent=2) + "\n")
             write_whole(out / PAGE, self._page())
-        except OSError as error:
-            raise HiveError(f"results folder {out}: cannot be written ({error.strerror})") from error
 
     def _best(self, encoder: str, task: str) -> BlockResult:
         return best_block(self.results, encoder, task)
