@@ -89,7 +89,13 @@ class SampleDataset(StreamingDataset):
             )
         # streaming takes the epoch's size before it knows the number of samples, so round up and share out afterwards.
         self.epoch_size = -(-self.num_samples // global_batch_size) * global_batch_size
-        for stream, samples in zip(self.streams, share_out(self.epoch_size, list(self.weights.values())), strict=True):
+        shares = share_out(self.epoch_size, list(self.weights.values()))
+        for stream, folder, samples in zip(self.streams, self.weights, shares, strict=True):
+            if not samples:
+                raise HiveError(
+                    f"data.train: weight {self.weights[folder]:g} of {folder} is none of the {self.epoch_size} samples "
+                    f"of an epoch, beside {sum(self.weights.values()):g} of all; expected one sample at least"
+                )
             stream.choose = samples
         self.length = self.epoch_size // self.world.size
         self.held_out = self.num_samples
