@@ -91,7 +91,8 @@ def decode_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError:  # its own message holds an address, another one each time
         raise HiveError(f"image of {len(data)} bytes cannot be read: no known image format") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on bad files
-        raise HiveError(f"image of {len(data)} bytes cannot be read: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise HiveError(f"image of {len(data)} bytes cannot be read: {reason}") from error
 
 
 @contextlib.contextmanager

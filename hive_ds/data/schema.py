@@ -45,7 +45,7 @@ class Sample:
 
 def _check(sample: Sample) -> None:
     if not isinstance(sample.id, str) or not sample.id or not _is_unicode(sample.id):
-        raise HiveError(f"sample id {sample.id!r}: expected a non-empty string")
+        raise HiveError(f"sample id {sample.id!r}: expected a non-empty string that UTF-8 can hold")
     name = f"sample {sample.id!r}"
     for index, turn in enumerate(sample.turns):
         if turn.role not in ROLES:

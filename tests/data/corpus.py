@@ -122,6 +122,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "too many": ({"image": "plain.jpg", "conversations": talk("<image><image>", "x")}, "2 <image> in the text, but 1"),
     "no image": ({"conversations": _SHOWN}, "1 <image> in the text, but 0 images"),
     "speaker": ({"conversations": [{"from": "narrator", "value": "x"}]}, "speaker 'narrator'"),
+    "speakers": ({"conversations": [{"from": ["human"], "value": "x"}]}, r"speaker \['human'\], expected one of human"),
     "value": ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "value None, expected text"),
     "silent": ({"conversations": talk("Hello?")}, "nothing to learn"),
     "blank": ({"conversations": talk("Hello?", "  \n")}, "nothing to learn"),

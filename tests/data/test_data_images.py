@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -115,6 +116,13 @@ def test_bad_file_is_one_clear_error(data: bytes, message: str, monkeypatch: pyt
     with pytest.raises(HiveError, match=message) as caught:
         decode_image(data)
     assert "\n" not in str(caught.value)
+
+
+def test_error_without_a_word_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Pillow's reader of icons with a palette, for one."""
+    monkeypatch.setattr(Image.Image, "getexif", Mock(side_effect=AssertionError))
+    with pytest.raises(HiveError, match=r"cannot be read: AssertionError$"):
+        decode_image(png())
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)

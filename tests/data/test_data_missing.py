@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from shard_folders import write_samples
 from test_data_mds import NUMBER, folder, loader, own_temporary_folder  # noqa: F401 (fixtures)
 from tiny_data import make_samples
 
@@ -23,6 +24,35 @@ def test_a_missing_shard_is_named(folder: str, tmp_path: Path) -> None:  # noqa:
     for use in (lambda: next(iter(batches)), lambda: loader(str(copy))):
         with pytest.raises(HiveError, match=f"data folder {copy}: index.json lists shard.00000.mds, which is missing"):
             use()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["remote", "compressed, missing", "compressed, damaged"])
+@pytest.mark.filterwarnings("ignore:StreamingDataLoader|.*process.*fork:")
+def test_a_shard_that_cannot_be_had_ends_the_run_and_no_epoch(kind: str, workers: int, tmp_path: Path) -> None:
+    """streaming would end a worker's epoch there, and go on with the next one."""
+    data, options = tmp_path / "data", {} if kind == "remote" else {"compression": "zstd"}
+    write_samples(data, make_samples(80), **options)
+    shard = sorted(data.rglob("*.mds*"))[12]
+    prefix = "file://" if kind == "remote" else ""
+    batches = loader(
+        f"{prefix}{data}", train=True, num_workers=workers, shuffle=False, cache=str(tmp_path / "cache")
+    )  # looked at when it opens
+    shard.write_bytes(b"") if "damaged" in kind else shard.unlink()
+    name = shard.relative_to(data).as_posix()
+    expected, message = {
+        "remote": (RuntimeError, f"data folder file://{data}: {name} cannot be brought to .*FileNotFoundError"),
+        "compressed, missing": (HiveError, f"^data folder {data}: index.json lists {name[:-5]}, which is missing$"),
+        "compressed, damaged": (HiveError, f"^data folder {data}: {name} cannot be decompressed .Error: .*header.*$"),
+    }[kind]
+    seen = []
+    with pytest.raises(expected, match=message):
+        seen.extend((batches.state_dict()["epoch"], batch.num_samples) for batch in batches)
+    assert {epoch for epoch, _ in seen} == {0}
+    assert 16 <= sum(samples for _, samples in seen) < 80
+    if kind == "compressed, missing":
+        with pytest.raises(HiveError, match=message):
+            loader(str(data))
 
 
 @pytest.mark.parametrize(

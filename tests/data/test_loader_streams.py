@@ -44,6 +44,15 @@ def test_position_in_another_mixture_is_refused_by_name(tmp_path: Path) -> None:
         make({other: 1.0, folder: 1.0}).load_state_dict(state)
 
 
+def test_folder_that_no_epoch_reads_is_named(tmp_path: Path) -> None:
+    for name in ("data", "other"):
+        write_mds(make_samples(9), tmp_path / name)
+    folder, other = str(tmp_path / "data"), str(tmp_path / "other")
+    make({folder: 1.0, other: 0.05})
+    with pytest.raises(HiveError, match=rf"weight 0\.005 of {other} is none of the 24 samples .*, beside 1\.005"):
+        make({folder: 1.0, other: 0.005})
+
+
 def test_cache_limit_that_cannot_work_is_named(tmp_path: Path) -> None:
     write_mds(make_samples(9), tmp_path / "data")
     folder = str(tmp_path / "data")

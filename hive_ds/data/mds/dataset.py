@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ MAX_REPLACEMENTS = 100
 """Bad samples in a row before a loader gives up: a shard is broken, not a sample."""
 
 
-class MissingShardError(HiveError):
-    """A shard of a local folder is not there: no other sample makes up for its own."""
+class LocalShardError(HiveError):
+    """A shard of a local folder is missing or cannot be decompressed: no other sample makes up for its own."""
 
 
 class SampleDataset(StreamingDataset):
@@ -89,15 +90,21 @@ class SampleDataset(StreamingDataset):
             )
         # streaming takes the epoch's size before it knows the number of samples, so round up and share out afterwards.
         self.epoch_size = -(-self.num_samples // global_batch_size) * global_batch_size
-        for stream, samples in zip(self.streams, share_out(self.epoch_size, list(self.weights.values())), strict=True):
+        shares = share_out(self.epoch_size, list(self.weights.values()))
+        for stream, folder, samples in zip(self.streams, self.weights, shares, strict=True):
+            if not samples:
+                raise HiveError(
+                    f"data.train: weight {self.weights[folder]:g} of {folder} is none of the {self.epoch_size} samples "
+                    f"of an epoch, beside {sum(self.weights.values()):g} of all; expected one sample at least"
+                )
             stream.choose = samples
         self.length = self.epoch_size // self.world.size
         self.held_out = self.num_samples
         """Without ``train``: so many samples carry loss, from the first on."""
         compressed = any(shard.compression for shard in self.shards)
         self._all_is_here = not compressed and all(stream.remote is None for stream in self.streams)
-        if self._all_is_here:
-            for shard in np.flatnonzero(self._shard_states.numpy() == _ShardState.REMOTE):
+        for shard in np.flatnonzero(self._shard_states.numpy() == _ShardState.REMOTE):
+            if self._stream_of(shard).remote is None:
                 raise self._missing(shard)
         self._sizes = self._read_sizes() if balance else None
         if self._unique_rank_world.is_local_leader:
@@ -114,10 +121,25 @@ class SampleDataset(StreamingDataset):
         tables = zip(self.streams, self.samples_per_stream.tolist(), strict=True)
         return np.concatenate([read_sizes(stream.local, samples) for stream, samples in tables])
 
-    def _missing(self, shard_id: int) -> MissingShardError:
+    def _stream_of(self, shard_id: int) -> Any:
+        return self.streams[self.stream_per_shard[shard_id]]
+
+    def _missing(self, shard_id: int) -> LocalShardError:
         shard: Any = self.shards[shard_id]
         name = shard.raw_data.basename
-        return MissingShardError(f"data folder {shard.dirname}: index.json lists {name}, which is missing")
+        return LocalShardError(f"data folder {shard.dirname}: index.json lists {name}, which is missing")
+
+    def _not_there(self, shard_id: int, error: Exception) -> Exception:
+        """Of a local folder a `HiveError`; else none, for a network may answer when the run is started again."""
+        stream, shard = self._stream_of(shard_id), self.shards[shard_id]
+        raw, zipped = shard.file_pairs[0]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if stream.remote is not None:
+            folder = list(self.weights)[self.stream_per_shard[shard_id]]
+            return RuntimeError(f"data folder {folder}: {raw.basename} cannot be brought to {stream.local} ({reason})")
+        if not (Path(stream.local) / zipped.basename).is_file():
+            return self._missing(shard_id)
+        return LocalShardError(f"data folder {stream.local}: {zipped.basename} cannot be decompressed ({reason})")
 
     def _share_work(self, sample_ids: Order) -> tuple[SharedMemory, SharedMemory | None]:
         """Let streaming hand out the order of the rest of an epoch, in which ours differs from its own."""
@@ -132,13 +154,23 @@ class SampleDataset(StreamingDataset):
 
         Streaming looks ahead by sample, each time with a lock of all processes and a look at the disk: 5 ms of CPU time
         for 16 samples. Of a cache that gives nothing up, once a shard is enough.
+
+        Looking ahead raises nothing: streaming would end this process's samples there and go on with the next epoch.
+        Who needs a sample of the shard asks again, blocking.
         """
         if self._all_is_here:  # asked by a sample that did not find it
             raise self._missing(shard_id)
         this_call = object()
         is_first = self._asked_for.setdefault(shard_id, this_call) is this_call  # one step: two threads ask at once
-        if blocking or self.cache_limit or is_first:
+        if not (blocking or self.cache_limit or is_first):
+            return
+        try:
             super().prepare_shard(shard_id, blocking)
+        except Exception as error:  # of whatever cloud, or compressor
+            # Left as it is, others would wait for ever; now they find no file, and ask themselves.
+            self._shard_states[shard_id] = _ShardState.LOCAL
+            if blocking:
+                raise self._not_there(shard_id, error) from error
 
     def _prepare_thread(self, it: Any) -> None:
         """Bring shards ahead of need; of local folders there are none to bring.
@@ -169,7 +201,7 @@ class SampleDataset(StreamingDataset):
                 sample = sample_from(self.get_item(index), index)
                 name = sample.id
                 return replace(self._prepare(sample), bad=tuple(bad))
-            except MissingShardError:
+            except LocalShardError:
                 raise
             except (HiveError, ValueError, IndexError) as error:  # IndexError: of a shard whose places are damaged
                 bad.append(BadSample(name, str(error)))

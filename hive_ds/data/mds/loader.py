@@ -68,7 +68,8 @@ class SampleLoader(StreamingDataLoader):
                     yield batch
             except HiveError as error:
                 # A worker's error arrives with its stack trace in the message: keep the line that says what is wrong.
-                raise HiveError(str(error).strip().rsplit("HiveError: ", 1)[-1]) from error
+                kind, line = type(error), str(error).strip().rsplit("\n", 1)[-1]
+                raise HiveError(line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from error
             if not self._endless:
                 return
             self._epoch, self._start, self.num_samples_yielded = self._epoch + 1, 0, 0

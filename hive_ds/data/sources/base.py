@@ -198,14 +198,14 @@ def conversation(messages: Any) -> list[Turn]:
 def _message(index: int, message: Any) -> tuple[str, str]:
     fields = message if isinstance(message, Mapping) else {}
     speaker = fields.get("from", fields.get("role"))
-    if speaker != "system" and speaker not in SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in (*SPEAKERS, "system"):
         raise HiveError(f"conversations[{index}]: speaker {speaker!r}, expected one of {', '.join(SPEAKERS)}, system")
     text = fields.get("value", fields.get("content"))
     if isinstance(text, (list, tuple)):
         text = "".join(_part(index, part) for part in text)
     if not isinstance(text, str):
         raise HiveError(f"conversations[{index}]: value {text!r}, expected text")
-    return str(speaker), text
+    return speaker, text
 
 
 def _part(index: int, part: Any) -> str:

@@ -17,10 +17,13 @@ DATA_SUFFIXES = (".parquet", ".arrow", ".json")
 """Of the files that hold a dataset and say what it is."""
 FILE_SUFFIXES = (*DATA_SUFFIXES, ".jsonl", ".csv", ".tsv", ".tar", ".zip")
 """What no name on the hub ends in."""
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary")
 
 
 class HuggingFaceSource:
     """Rows of a dataset; image columns hold encoded files, or paths below ``images``.
+
+    The caption of a class label is the class's name.
 
     Args:
         name: a folder that `save_to_disk` wrote, a folder of .parquet files or one such file, or a name on the hub.
@@ -36,6 +39,7 @@ class HuggingFaceSource:
         if not len(self._rows):
             raise HiveError(f"dataset {name}: holds no row")
         self._columns = (columns or Columns()).resolve(self._rows.column_names, f"dataset {name}")
+        self._classes = _class_names(self._rows, self._columns.text, f"dataset {name}")
         self._store = None if images is None else open_store(images)
         path = Path(name)
         files = sorted(file for file in path.rglob("*") if file.suffix in DATA_SUFFIXES) or [path]
@@ -56,6 +60,9 @@ class HuggingFaceSource:
     def read(self, index: int) -> Sample:
         """Sample of row ``index``."""
         row = self._rows[index]
+        text = self._columns.text
+        if self._classes:
+            row = {**row, text: self._classes.get(row[text], row[text])}
         return build_sample(self._id(index, row), row, self._columns, self._read_image)
 
     def images(self, index: int) -> tuple[bytes, ...]:
@@ -147,6 +154,22 @@ def _load(name: str, split: str | None) -> Any:
 def _revision(rows: Any) -> str:
     """What tells one commit of a dataset on the hub from another: ``datasets`` names the folder of its cache so."""
     return ", ".join(sorted({Path(file["filename"]).parent.name for file in rows.cache_files}))
+
+
+def _class_names(rows: Any, column: str | None, where: str) -> dict[int, str]:
+    """Captions by class of a ``column`` of class labels, none of a column of text; HiveError for any other."""
+    from datasets import ClassLabel
+
+    feature = rows.features[column] if column else None
+    if isinstance(feature, ClassLabel):
+        return {number: name.replace("_", " ") for number, name in enumerate(feature.names)}
+    kind = getattr(getattr(feature, "feature", feature), "dtype", TEXT_TYPES[0])
+    if kind not in TEXT_TYPES:
+        raise HiveError(
+            f"{where}: column {column!r} holds {kind}, expected text; name one of {', '.join(rows.column_names)} with "
+            "--text-column"
+        )
+    return {}
 
 
 def undecoded(rows: Any) -> Any:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,59 +18,68 @@ from hive_ds.data.sources.webdataset import IMAGE_SUFFIXES
 from hive_ds.errors import HiveError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+"""Of a folder that holds both, the first is read."""
+Row = dict[Any, Any]
 
 
 class ImageFolderSource:
-    """Images below a folder, by path.
+    """Images below a folder, by path; hidden files and folders are left out.
 
-    The caption of ``cats/one.jpg`` is its row in metadata.jsonl or metadata.csv at the folder's root (``file_name`` and
-    a column of text, as Hugging Face's ImageFolder has it), else what ``cats/one.txt`` says, else ``cats``.
+    The caption of ``cats/one.jpg`` is its row in a metadata.jsonl or metadata.csv (a column of text and ``file_name``,
+    which starts at the metadata's own folder, as Hugging Face's ImageFolder has it), else what ``cats/one.txt`` says,
+    else ``cats``. Each row is a sample: an image of several rows is several, and a row without image or an image
+    without row cannot be used.
     """
 
     def __init__(self, folder: str | Path, columns: Columns | None = None) -> None:
         self._folder = Path(folder)
         if not self._folder.is_dir():
             raise HiveError(f"image folder {self._folder}: does not exist")
-        paths = (Path(at, name) for at, _, names in os.walk(self._folder, followlinks=True) for name in names)
-        self._names = sorted(
-            str(path.relative_to(self._folder)) for path in paths if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
-        )
-        if not self._names:
+        files = list(_files(self._folder))
+        names = sorted(name for name in files if Path(name).suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
+        if not names:
             raise HiveError(f"image folder {self._folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
         self._store = FolderStore(self._folder)
-        path = next((self._folder / name for name in METADATA if (self._folder / name).is_file()), None)
-        if columns and not columns.texts:
-            path = None
-        self._rows = _metadata(path) if path else {}
+        tables = [] if columns and not columns.texts else _metadata_files(self._folder, files)
+        rows = [row for table in tables for row in _metadata(self._folder, table)]
+        self._samples: list[tuple[str, Row | None]] = [(name, None) for name in names]
         self._columns = Columns(None, "file_name", "caption")
-        if self._rows:
-            names = list(next(iter(self._rows.values())))
-            self._columns = (columns or Columns(image="file_name")).resolve(names, f"metadata of {self._folder}")
+        self._has_metadata = bool(rows)
+        if rows:
+            without = set(names) - {name for name, _ in rows}
+            self._samples = sorted([*rows, *((name, None) for name in without)], key=lambda sample: sample[0])
+            fields = list(dict.fromkeys(field for _, row in rows for field in row if field is not None))
+            self._columns = (columns or Columns(image="file_name")).resolve(fields, f"metadata of {self._folder}")
         self.origin = {
-            **describe_origin("image_folder", str(folder), self._columns, files=[path] if path else []),
-            "image names": hashlib.sha256("\n".join(self._names).encode(errors="surrogateescape")).hexdigest(),
+            **describe_origin("image_folder", str(folder), self._columns, files=tables),
+            "image names": hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest(),
         }
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._samples)
 
     def sample_id(self, index: int) -> str:
         """The image's path below the folder."""
-        return self._names[index]
+        return self._samples[index][0]
 
     def read(self, index: int) -> Sample:
         """Sample ``index``."""
-        name = self._names[index]
-        fields = self._rows.get(name) if self._rows else self._caption(name)
-        if fields is None:
-            raise HiveError("is not in the folder's metadata file")
-        return build_sample(name, fields, self._columns, self._store.read)
+        name, row = self._samples[index]
+        if row is None:
+            if self._has_metadata:
+                raise HiveError("is not in the folder's metadata file")
+            row = self._caption(name)
+        if None in row:  # where csv's reader puts what is too much
+            raise HiveError(
+                f"has {len(row) - 1 + len(row[None])} fields; expected {len(row) - 1}: quote a text that holds commas"
+            )
+        return build_sample(name, row, self._columns, lambda _: self._store.read(name))
 
     def images(self, index: int) -> tuple[bytes, ...]:
         """The image, the only one of sample ``index``."""
-        return (self._store.read(self._names[index]),)
+        return (self._store.read(self._samples[index][0]),)
 
-    def _caption(self, name: str) -> dict[str, Any]:
+    def _caption(self, name: str) -> Row:
         text = (self._folder / name).with_suffix(".txt")
         if text.is_file():
             return {"file_name": name, "caption": text.read_bytes()}
@@ -81,15 +91,32 @@ class ImageFolderSource:
         return {"file_name": name, "caption": Path(name).parent.name.replace("_", " ")}
 
 
-def _metadata(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows of a metadata file by file name."""
+def _files(folder: Path) -> Iterator[str]:
+    """Paths below ``folder`` of what is not hidden."""
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (str(Path(at, name).relative_to(folder)) for name in names if not name.startswith("."))
+
+
+def _metadata_files(folder: Path, files: list[str]) -> list[Path]:
+    """The metadata files among ``files``, one a folder."""
+    found: dict[Path, Path] = {}
+    for kind in METADATA:
+        for name in sorted(name for name in files if Path(name).name == kind):
+            found.setdefault(Path(name).parent, folder / name)
+    return list(found.values())
+
+
+def _metadata(folder: Path, path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a metadata file, each with the path of its image below ``folder``."""
     csv.field_size_limit(CSV_LARGEST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
-                rows: list[dict[str, Any]] = list(csv.DictReader(file))
+                rows: list[Row] = list(csv.DictReader(file))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
-        return {str(row["file_name"]): row for row in rows}
+        for row in rows:
+            yield os.path.normpath(path.parent.relative_to(folder) / str(row["file_name"])), row
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise HiveError(f"{path}: expected rows with file_name and a text ({error!r})") from error

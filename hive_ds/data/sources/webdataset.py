@@ -12,7 +12,8 @@ from hive_ds.data.sources.base import Columns, build_sample, describe_origin
 from hive_ds.data.sources.stores import Member, read_span, tar_members
 from hive_ds.errors import HiveError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "img")
+"""Of files that are taken for images. What Pillow cannot decode (heic) is rejected, and not passed over."""
 
 
 class WebDatasetSource:
@@ -68,7 +69,12 @@ class WebDatasetSource:
 
 
 def _images(files: dict[str, Member]) -> list[Member]:
-    return [member for suffix, member in sorted(files.items()) if suffix in IMAGE_SUFFIXES]
+    """The images among ``files``; HiveError where there are but such whose kind, as a mask's, is unknown."""
+    images = [member for suffix, member in sorted(files.items()) if suffix in IMAGE_SUFFIXES]
+    others = [suffix for suffix in files if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+    if others and not images:
+        raise HiveError(f"has images called {', '.join(others)} alone; expected a name of one suffix, as key.jpg")
+    return images
 
 
 def _by_key(tar: Path) -> dict[str, list[Member]]:

@@ -1,0 +1,85 @@
+"""A folder of images with metadata files, as Hugging Face's ImageFolder has it, and what such a folder hides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from corpus import encoded, photo
+
+from hive_ds.data.sources import SourceOptions, open_source
+from hive_ds.errors import HiveError
+
+IMAGES = {name: encoded(photo(seed=at), "png") for at, name in enumerate(("a.png", "train/b.png", "train/c.png"))}
+
+
+def found(folder: Path) -> dict[str, list[str]]:
+    """Caption, or why there is none, of every sample, by the image's path."""
+    source = open_source(SourceOptions(str(folder)))
+    answers: dict[str, list[str]] = {}
+    for index in range(len(source)):
+        name = source.sample_id(index)
+        try:
+            sample = source.read(index)
+            assert sample.images == (IMAGES[name],) == source.images(index)
+            answers.setdefault(name, []).append(sample.turns[1].content)
+        except HiveError as error:
+            answers.setdefault(name, []).append(str(error))
+    return answers
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, data in IMAGES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_every_row_is_a_sample(tmp_path: Path) -> None:
+    """Of a metadata file in any folder, whose names start there; ``./`` before a name changes nothing."""
+    rows = '{"file_name": "./a.png", "text": "A."}\n{"file_name": "a.png", "text": "Again."}\n'
+    below = "file_name,text\nb.png,B.\nnone.png,Gone.\n"
+    assert found(write(tmp_path, {"metadata.jsonl": rows, "train/metadata.csv": below})) == {
+        "a.png": ["A.", "Again."],
+        "train/b.png": ["B."],
+        "train/c.png": ["is not in the folder's metadata file"],
+        "train/none.png": ["image train/none.png: No such file or directory"],
+    }
+
+
+@pytest.mark.parametrize("first", ["", "train/c.png,C\n"])
+def test_a_comma_without_quotes_cuts_no_caption(first: str, tmp_path: Path) -> None:
+    rows = f'file_name,text\n{first}a.png,A cat, sitting\ntrain/b.png,"B, too"\n'
+    answers = found(write(tmp_path, {"metadata.csv": rows}))
+    assert answers["a.png"] == ["has 3 fields; expected 2: quote a text that holds commas"]
+    assert answers["train/b.png"] == ["B, too"]
+
+
+def test_hidden_files_are_no_samples(tmp_path: Path) -> None:
+    write(tmp_path, {name: "x" for name in (".checkpoints/a.png", "._a.png", "train/._b.png", "a.txt")})
+    assert found(tmp_path) == {"a.png": ["x"], "train/b.png": ["train"], "train/c.png": ["train"]}
+
+
+def test_a_photo_that_cannot_be_decoded_is_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, {"train/phone.HEIC": "x"})
+    assert open_source(SourceOptions(str(tmp_path))).sample_id(3) == "train/phone.HEIC"
+
+
+def test_class_labels_are_captions_as_class_folders_are(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
+    for name in ("dog/b.png", "sea_lion/a.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        (tmp_path / "photos" / name).write_bytes(IMAGES["a.png"])
+    rows = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), cache_dir=tmp_path, split="train")
+    rows.save_to_disk(tmp_path / "saved")
+    sources = [open_source(SourceOptions(str(tmp_path / name))) for name in ("photos", "saved")]
+    as_folder, as_dataset = [[source.read(at).turns for at in range(len(source))] for source in sources]
+    assert as_folder == as_dataset
+    assert [answer.content for _, answer in as_folder] == ["dog", "sea lion"]
+
+    rows.cast_column("label", datasets.Value("int64")).save_to_disk(tmp_path / "numbers")
+    with pytest.raises(HiveError, match=r"column 'label' holds int64, expected text; name one of image, label with --"):
+        open_source(SourceOptions(str(tmp_path / "numbers")))
