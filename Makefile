@@ -44,8 +44,9 @@ quickstart: $(VENV)/.installed ## Train a tiny HIVE through its three stages and
 compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 seeds each, and judge their encoders alike (35 minutes on 2 cores)
 	$(VENV)/bin/hive-ds compare
 
+# tests/conftest.py orders the files: pytest-xdist, which goes by numbers of tests, would keep the longest for the end.
 test: $(VENV)/.installed ## Run the tests (17 to 32 minutes on 2 cores)
-	$(RUN) pytest -rs --durations=10 -n 2 --dist loadfile
+	$(RUN) pytest -rs --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and models, kernels, text, export, probes, cost on transformers 5
 	$(RUN) pytest -rs -m "long and not gpu and not cluster"

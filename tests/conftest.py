@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 # Set before torch, transformers or deepspeed is imported anywhere; subprocesses inherit them.
 for name, value in {
     "HF_HUB_OFFLINE": "1",
@@ -15,3 +17,22 @@ for name, value in {
     "TRITON_INTERPRET": "0" if any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd")) else "1",
 }.items():
     os.environ.setdefault(name, value)
+
+HERE = Path(__file__).parent
+FIRST = (
+    *("cluster/test_slurm_scripts", "training/test_engine", "cluster/test_preflight", "training/test_loop_on_ranks"),
+    *("cluster/test_ssh_hosts", "training/test_faults", "training/test_watchdog", "training/test_train_command"),
+    *("kernels/test_benchmarks", "training/test_step_benchmark", "quickstart/test_quickstart"),
+    *("training/test_elastic", "training/test_communication", "training/test_kills"),
+    *("model/test_compiling", "kernels/test_triton"),
+)
+"""Files of minutes begin first, so that two workers end together: one waits, for Slurm or a hang, while the other's
+ranks use both cores."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of `FIRST` in that order, then all others as they were."""
+    if missing := [name for name in FIRST if not (HERE / f"{name}.py").is_file()]:
+        raise pytest.UsageError(f"FIRST of {HERE / 'conftest.py'} names {', '.join(missing)}: no such files")
+    places = {HERE / f"{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))

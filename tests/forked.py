@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -41,7 +41,14 @@ class Ended:
     stderr: str
 
 
-def run_forked(entry: str, arguments: Sequence[str], env: Mapping[str, str], num_ranks: int, timeout: float) -> Ended:
+def run_forked(
+    entry: str,
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    num_ranks: int,
+    timeout: float,
+    kill_when: Callable[[], bool] | None = None,
+) -> Ended:
     """Call ``module:function`` with ``arguments`` in each of ``num_ranks`` processes; one that fails ends the others.
 
     Args:
@@ -50,6 +57,7 @@ def run_forked(entry: str, arguments: Sequence[str], env: Mapping[str, str], num
         env: all variables but a rank's own. Modules that are imported already have read their own before.
         num_ranks: processes.
         timeout: seconds after which they are killed.
+        kill_when: they are killed without warning, as soon as it says so.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun: no port is free for a while
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -63,12 +71,15 @@ def run_forked(entry: str, arguments: Sequence[str], env: Mapping[str, str], num
             ranks[-1].start()
         deadline = time.monotonic() + timeout
         while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
-            if not wait([rank.sentinel for rank in ranks if rank.exitcode is None], deadline - time.monotonic()):
+            left = deadline - time.monotonic()
+            if left <= 0 or (kill_when and kill_when()):
                 break
+            wait([rank.sentinel for rank in ranks if rank.exitcode is None], 0.005 if kill_when else left)
         late = time.monotonic() >= deadline
         codes = [rank.exitcode for rank in ranks if rank.exitcode]
         for rank in ranks:
             rank.kill()
+        for rank in ranks:
             rank.join()
         stdout, stderr = (path.read_text() for path in outputs)
     assert not late, f"not through after {timeout} s\n{stdout}\n{stderr}"

@@ -7,11 +7,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
+from forked import CONTEXT, Ended, run_forked
 
 from hive_ds.cli import main
+from hive_ds.quickstart import base_folders, pipeline
+from hive_ds.quickstart.pipeline import RANKS
 from hive_ds.quickstart.questions import QuestionResults
 from hive_ds.quickstart.settings import SMOKE
 from hive_ds.quickstart.steps import Step, run_steps, seconds_of
@@ -19,13 +23,36 @@ from hive_ds.quickstart.steps import Step, run_steps, seconds_of
 pytest.importorskip("streaming", reason="needs mosaicml-streaming: pip install 'hive-ds[streaming]'")
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands of the stages: the first runs as it is. The others, and base models, in processes that begin at once."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], check: bool) -> subprocess.CompletedProcess | Ended:
+        commands.append(command)
+        if len(commands) == 1:
+            return subprocess.run(command, env=env, check=check)
+        end = command.index("hive_ds.train") + 1
+        ended = run_forked("hive_ds.train:main", command[end:], env, RANKS, timeout=240)
+        print(ended.stdout, ended.stderr)
+        return ended
+
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(base_folders, "multiprocessing", SimpleNamespace(get_context=lambda _: CONTEXT))
+    return commands
+
+
 @pytest.mark.timeout(900)
-def test_quickstart_runs_whole_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_quickstart_runs_whole_and_goes_on_where_it_was(
+    tmp_path: Path, launched: list[list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     command = ["quickstart", "--smoke", "--out", str(out)]
-    program = str(Path(sys.executable).with_name("hive-ds"))
-    first = subprocess.run([program, *command], capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stdout + first.stderr
+    assert main(command) == 0, capfd.readouterr()
+    printed = capfd.readouterr().out
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port"]
+    ranks = ["--num_accelerators", str(RANKS), "--module", "hive_ds.train"]
+    assert [(each[:4], each[5:9]) for each in launched] == [(launcher, ranks)] * 3
     assert (out / "index.html").is_file()
     assert transformers.SiglipVisionModel.from_pretrained(out / "encoder").config.image_size == 64
     for number in (1, 2, 3):
@@ -37,26 +64,20 @@ def test_quickstart_runs_whole_and_goes_on_where_it_was(tmp_path: Path, capsys: 
         assert validation["text_loss"] > 0
     results = QuestionResults.load(out / "answers.json")
     assert len(results.answers) == len(results.shuffled_answers) == SMOKE.held_out
-    assert f"{results.margin:+.1f} points" in first.stdout
-    assert "\nnext" not in first.stdout  # of a stage: the next step does it
-    page, chat, _ = first.stdout.splitlines()[-3:]
+    assert f"{results.margin:+.1f} points" in printed
+    assert "\nnext" not in printed  # of a stage: the next step does it
+    page, chat, _ = printed.splitlines()[-3:]
     assert page == f"open {out / 'index.html'}, the page of results"
-    answered = subprocess.run(
-        [program, *shlex.split(chat.partition(": hive-ds ")[2]), "--max-new-tokens", "2"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert answered.returncode == 0, answered.stderr
-    assert "answers questions" in answered.stderr  # the answer of a model that learned nothing may be empty
+    assert main([*shlex.split(chat.partition(": hive-ds ")[2]), "--max-new-tokens", "2"]) == 0
+    assert "answers questions" in capfd.readouterr().err  # the answer of a model that learned nothing may be empty
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert main(command) == 0
-    assert capsys.readouterr().out.count("done before") == 8
+    assert capfd.readouterr().out.count("done before") == 8
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
     assert main([*command, "--seed", "1"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {out} was made with seed 0, not 1")
+    assert capfd.readouterr().err.startswith(f"error: {out} was made with seed 0, not 1")
 
 
 def test_a_step_that_failed_is_done_again_from_a_clean_start(tmp_path: Path) -> None:

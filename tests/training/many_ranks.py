@@ -1,6 +1,6 @@
 """One rank of many under torch's fake process group: DeepSpeed plans for all of them, nothing is sent.
 
-usage: many_ranks.py RANKS PER_NODE POLICY..., which prints a JSON object. Weights that other ranks hold come back as
+``main([RANKS, PER_NODE, POLICY, ...])`` prints a JSON object. Weights that other ranks hold come back as
 whatever lay in memory, so losses mean nothing; sizes, memory and messages are those of a run of so many ranks.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,15 +28,17 @@ MICRO_BATCHES = 2
 COUNTED = 3
 
 
-def main(num_ranks: int, per_node: int, policies: list[str]) -> dict[str, Any]:
+def main(arguments: list[str]) -> int:
     """Partition sizes, optimizer elements and messages of one step, by policy."""
+    (num_ranks, per_node), policies = map(int, arguments[:2]), arguments[2:]
     world = World(0, 0, num_ranks, per_node)
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", num_ranks), ("LOCAL_WORLD_SIZE", per_node)):
         os.environ[name] = str(value)
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     with TemporaryDirectory() as folder:
         ranks = SimpleNamespace(world=world, device=torch.device("cpu"), folder=Path(folder))
-        return {policy: _count(ranks, policy) for policy in policies}
+        print(json.dumps({policy: _count(ranks, policy) for policy in policies}))
+    return 0
 
 
 def policy_file(folder: Path, policy: str, per_node: int) -> str:
@@ -68,7 +69,3 @@ def _count(ranks: Any, policy: str) -> dict[str, Any]:
     }
     trainee.engine.close()
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))

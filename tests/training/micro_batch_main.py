@@ -1,4 +1,4 @@
-"""``hive_ds.train`` three times on a planted device: ``micro_batch_main.py ARGUMENTS ARGUMENTS``, as JSON lists.
+"""``hive_ds.train`` three times on a planted device: ``main([ARGUMENTS, ARGUMENTS])``, as JSON lists.
 
 The first run is stopped after a step and gone on with, the second goes through. A line with its exit code follows each.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 from typing import Any
 
 import torch
@@ -49,8 +48,8 @@ def train_planted(arguments: list[str]) -> None:
     print(f"exit code {code}, steps of trials: {[device.steps for device in devices]}", flush=True)
 
 
-if __name__ == "__main__":
-    interrupted, straight = map(json.loads, sys.argv[1:])
+def main(runs: list[str]) -> int:
+    interrupted, straight = map(json.loads, runs)
     start(train.World())
     # DeepSpeed's groups are those of the first process group: it stays.
     train.start = lambda *_: torch.device("cpu")  # type: ignore[assignment]
@@ -60,3 +59,4 @@ if __name__ == "__main__":
     del os.environ["HIVE_STOP_AT"]
     train_planted(interrupted)
     train_planted(straight)
+    return 0

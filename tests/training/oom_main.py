@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import torch
 
@@ -11,10 +10,10 @@ from hive_ds.benchmarks.arms import Setting, build_arm
 from hive_ds.benchmarks.sizes import TINY, make_batch
 
 
-def main() -> None:
-    """``oom_main.py WAY``: the loss and what tells of the gradients, before and after, as JSON."""
+def main(arguments: list[str]) -> int:
+    """The way ``arguments[0]``: prints the loss and what tells of the gradients, before and after, as JSON."""
     batch = make_batch(TINY, [5, 9], 0)
-    arm = build_arm(sys.argv[1], Setting(TINY, 3, torch.device("cpu"), compiled=False), [batch])
+    arm = build_arm(arguments[0], Setting(TINY, 3, torch.device("cpu"), compiled=False), [batch])
     named = arm.model.vision_encoder.named_parameters()
     weight = next(weight for name, weight in named if name.endswith("layers.0.mlp.fc1.weight"))
     found = [measured(arm.stepper, batch)]
@@ -27,6 +26,7 @@ def main() -> None:
         found.append(measured(arm.stepper, batch))
     arm.close()
     print(json.dumps(found))
+    return 0
 
 
 def run_out(_: torch.Tensor) -> None:
@@ -41,7 +41,3 @@ def measured(stepper: object, batch: object) -> list[float]:
         return [found.loss, *(float(gradient.norm()) for gradient in found.gradients)]
     loss = float(stepper.step(batch))  # type: ignore[attr-defined]
     return [loss, *(float(master.grad.norm()) for master in stepper.masters)]  # type: ignore[attr-defined]
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ too, so that launches with other numbers of ranks can be compared.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -86,6 +87,8 @@ class Ranks:
 
 def main(arguments: list[str]) -> int:
     """What each rank runs: the checks ``arguments[1:]``, whose reports go to the folder ``arguments[0]``."""
+    import torch
+
     from hive_ds.training.distributed import all_values, read_world, start, stop
 
     folder, *names = arguments
@@ -93,8 +96,10 @@ def main(arguments: list[str]) -> int:
     world = read_world(os.environ)
     timeout = timedelta(seconds=60)  # ranks out of step end the launch, not the tests' patience
     ranks = Ranks(world, start(world, timeout), Path(folder))
+    torch.set_printoptions(threshold=0, edgeitems=1)  # the start of ZeRO-3 prints all weights, to nobody
     for name, check in zip(names, checks, strict=True):
         error, value = None, None
+        gc.freeze()  # what checks before left behind: DeepSpeed collects in every start, and would look through it
         try:
             value = check(ranks)
         except Exception:

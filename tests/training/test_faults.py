@@ -19,6 +19,12 @@ HOST = socket.gethostname()
 TIMEOUT = 10
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tiny: TinyRun) -> None:
+    """Stage 1 without a fault."""
+    tiny.train_forked(1, "undisturbed")
+
+
 def hang(tiny: TinyRun, run: str, fault: str, launcher: str) -> str:
     """Train until ``fault`` stops everything in step 6, after a checkpoint; returns what was printed."""
     hung = tiny.train(1, run, "--set", f"training.hang_timeout={TIMEOUT}", launcher=launcher, plant=f"{fault} 6")
@@ -33,11 +39,14 @@ def check_resumes(tiny: TinyRun, run: str) -> None:
     """The same command ends with DONE and the losses of the undisturbed run."""
     assert "step-000004" in tiny.train_forked(1, run)
     assert (tiny.root / run / "stage1" / "DONE").exists()
-    found = [{key: line[key] for key in EQUAL_ACROSS_ATTEMPTS} for line in tiny.metrics(run, 1, "train")]
-    assert found == [{key: line[key] for key in EQUAL_ACROSS_ATTEMPTS} for line in tiny.metrics("straight", 1, "train")]
+    found, expected = (
+        [{key: line[key] for key in EQUAL_ACROSS_ATTEMPTS} for line in tiny.metrics(name, 1, "train")]
+        for name in (run, "undisturbed")
+    )
+    assert found == expected
 
 
-def test_hang_is_dumped_and_gone_on_from(tiny: TinyRun, straight: str) -> None:
+def test_hang_is_dumped_and_gone_on_from(tiny: TinyRun, undisturbed: None) -> None:
     output = hang(tiny, "hung", "sleep_for_ever 1", "torchrun")
     assert f"exitcode:{EXIT_HUNG}" in output.replace(" ", "")
     folder = tiny.root / "hung" / "stage1" / "hang"
@@ -65,7 +74,7 @@ def test_hang_is_dumped_and_gone_on_from(tiny: TinyRun, straight: str) -> None:
 
 
 @pytest.mark.long
-def test_stopped_rank_is_named_and_gone_on_from(tiny: TinyRun, straight: str) -> None:
+def test_stopped_rank_is_named_and_gone_on_from(tiny: TinyRun, undisturbed: None) -> None:
     """Rank 0, which under this launcher keeps the store that ranks talk through."""
     output = hang(tiny, "stopped-rank", "stop_this_process 0", "deepspeed")
     folder = tiny.root / "stopped-rank" / "stage1" / "hang"

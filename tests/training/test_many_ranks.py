@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_forked
 from many_ranks import MICRO_BATCHES, policy_file
 from message_counter import tally
-from ranks import PYTHONPATH
 from stage_helpers import CONFIG, draw_sample, make_model, pack
 
 from hive_ds.planning.communication import ParameterLayout, ZeroPolicy, step_messages
@@ -27,11 +25,8 @@ PROFILES = ("zero1", "zero2", "zero3", "zero3_hpz")
 
 
 def _dry_run(num_ranks: int, *policies: str) -> dict[str, Any]:
-    script = Path(__file__).with_name("many_ranks.py")
-    command = [sys.executable, str(script), str(num_ranks), str(PER_NODE), *policies]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, timeout=500
-    )
+    arguments = [str(num_ranks), str(PER_NODE), *policies]
+    done = run_forked("many_ranks:main", arguments, os.environ, 1, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

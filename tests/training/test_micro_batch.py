@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from tiny_run import TinyRun
 
 from hive_ds.constants import EXIT_STOPPED, IGNORE_INDEX
@@ -20,7 +19,6 @@ from hive_ds.training.device_memory import HostMemory
 from hive_ds.training.micro_batch import Trial, _as_record, _recall, describe, search
 
 STAGE = "stages.connector_pretraining"
-HERE = Path(__file__).parent
 ENDS = ((EXIT_STOPPED, [3]), (0, [0]), (0, []))
 """Exit codes, and steps of trials in each search: the warm-up, 1 and 2 samples; none where the number is known."""
 SHORT = ("--set", f"{STAGE}.steps=3", "--set", "data.max_length=64", "--set", "training.tensorboard=false")
@@ -100,8 +98,7 @@ def test_run_with_auto_is_the_run_with_the_number(tiny: TinyRun) -> None:
     remote = ("--set", f"data.train=file://{tiny.root}/train", "--set", f"data.cache={tiny.root}/cache")
     auto = tiny.arguments(1, "auto", *SHORT, *remote, "--set", f"{STAGE}.micro_batch_size=auto")
     runs = [json.dumps(arguments) for arguments in (auto, tiny.arguments(1, "number", *SHORT))]
-    command = [sys.executable, str(HERE / "micro_batch_main.py"), *runs]
-    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=240)
+    done = run_forked("micro_batch_main:main", runs, tiny.environment(), 1, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tiny.root / "auto" / "stage1"
     first, again, number = done.stdout.split("exit code ")[:3]

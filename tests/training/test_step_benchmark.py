@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 
 from hive_ds.benchmarks import padded_ways, report
 from hive_ds.benchmarks.agreement import Outcome, compared
@@ -31,6 +32,13 @@ MINIMAL_ROW: dict[str, Any] = {
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def run_alone(entry: str, *arguments: str) -> str:
+    """What ``entry`` prints in a process of its own: DeepSpeed starts once in each."""
+    done = run_forked(entry, arguments, {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, 1, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_the_suite_times_every_way_without_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     command = ["make", "-s", "-C", str(ROOT), "gpu-suite", "PART=stage3", f"SUITE_PYTHON={sys.executable}"]
@@ -45,41 +53,26 @@ def test_the_suite_times_every_way_without_a_gpu(tmp_path: Path) -> None:
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_other_stages(tmp_path: Path) -> None:
-    """Side by side; DeepSpeed starts once in a process."""
-    outs = {stage: tmp_path / f"{stage}.json" for stage in ("1", "2")}
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "hive_ds.benchmarks.step"]
-    runs = [
-        subprocess.Popen([*command, stage, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL)
-        for stage, out in outs.items()
-    ]
-    assert [run.wait() for run in runs] == [0, 0]
-    for out in outs.values():
-        check_result(json.loads(out.read_text()))
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_the_other_stages(stage: str, tmp_path: Path) -> None:
+    run_alone("hive_ds.benchmarks.step:main", stage, "--out", str(tmp_path / "out.json"))
+    check_result(json.loads((tmp_path / "out.json").read_text()))
 
 
 @pytest.mark.parametrize("way", ["ours", "ours zero3"])
 def test_a_step_that_runs_out_of_memory_leaves_nothing_behind(way: str) -> None:
     """Neither gradients that the next step would add to, nor weights in DeepSpeed's buckets, which take none twice."""
-    command = [sys.executable, str(Path(__file__).with_name("oom_main.py")), way]
-    done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    before, after = json.loads(done.stdout.splitlines()[-1])
+    before, after = json.loads(run_alone("oom_main:main", way).splitlines()[-1])
     assert after == pytest.approx(before, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize(("stage", "label"), [("2", None), ("9", "its process ended with 2")])
-def test_side_by_side(tmp_path: Path, stage: str, label: str | None) -> None:
-    """What the ways say in processes of their own is put together; one that dies is named."""
+def test_side_by_side(tmp_path: Path) -> None:
+    """What the ways say in processes of their own is put together."""
     setting = Setting(TINY, 2, torch.device("cpu"), compiled=False)
     run = Run(setting, 0.0, time.perf_counter() + 120, tmp_path / "all.json")
     run.result = {"rows": [], "skipped": []}
-    time_side_by_side(run, ["ours", "paper"], [stage, "--loads", "captions x 2", "--parts", "1"])
+    time_side_by_side(run, ["ours", "paper"], ["2", "--loads", "captions x 2", "--parts", "1"])
     found = json.loads((tmp_path / "all.json").read_text())
-    if label:
-        assert [row["check"] for row in found["rows"]] == [label, label]
-        return
     assert found["skipped"] == []
     assert [(row["arm"], row["workload"], row["check"]) for row in found["rows"]] == [
         ("ours", "captions x 2", "passed"),
@@ -91,12 +84,15 @@ def test_side_by_side(tmp_path: Path, stage: str, label: str | None) -> None:
 
 
 def test_a_way_that_ends_without_a_row_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where its exit status is that of a way whose row says what failed."""
+    """Each is named, even where its exit status is that of a way whose row says what failed."""
     run = Run(Setting(TINY, 2, torch.device("cpu"), compiled=False), 0.0, time.perf_counter() + 60, tmp_path / "a.json")
     run.result = {"rows": [], "skipped": []}
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    time_side_by_side(run, ["paper"], ["2"])
-    assert [row["check"] for row in run.result["rows"]] == ["its process ended with 1"]
+    time_side_by_side(run, ["ours", "paper"], ["2"])
+    assert [(row["arm"], row["check"]) for row in run.result["rows"]] == [
+        ("ours", "its process ended with 1"),
+        ("paper", "its process ended with 1"),
+    ]
 
 
 def test_unknown_names_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,14 @@ EQUAL_ACROSS_ATTEMPTS = (
 
 
 @pytest.fixture(scope="module")
+def straight(tiny: TinyRun) -> str:
+    """Stage 1 under ZeRO-3 on 2 ranks through the deepspeed launcher; returns what it printed."""
+    done = tiny.train(1, "straight")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
 def pretrained(tiny: TinyRun, straight: str) -> dict[int, str]:
     """Stages 2 and 3 after `straight`; what each printed."""
     return {number: tiny.train_forked(number, "straight") for number in (2, 3)}

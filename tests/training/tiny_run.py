@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,18 +137,10 @@ class TinyRun:
 
     def train_and_kill(self, stage: int, run: str) -> None:
         """Run a stage and kill every process of it, without warning, once its first checkpoint is there."""
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                self.command(stage, run), env=self.environment(), stdout=output, stderr=output, start_new_session=True
-            )
-            latest = self.root / run / f"stage{stage}" / "latest"
-            deadline = time.monotonic() + 240
-            while not latest.exists():
-                assert process.poll() is None, "ended before its first checkpoint"
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        latest = self.root / run / f"stage{stage}" / "latest"
+        arguments, env = self.arguments(stage, run), self.environment()
+        done = run_forked("hive_ds.train:main", arguments, env, 2, timeout=240, kill_when=latest.exists)
+        assert latest.exists(), f"ended before its first checkpoint\n{done.stdout}\n{done.stderr}"
         self._remove_shared_memory()
 
     def metrics(self, run: str, stage: int, event: str) -> list[dict]:
