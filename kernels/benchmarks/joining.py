@@ -133,14 +133,5 @@ def first_queries(layout: AttentionLayout) -> Tensor:
     return torch.tensor(lines, device=layout.device)
 
 
-def visible_pairs(layout: AttentionLayout) -> int:
-    """(query, key) pairs of a layout without decoding, counted from `first_queries`: a second way to `Shape.pairs`."""
-    first = first_queries(layout)
-    lengths = torch.tensor(layout.text_lengths)
-    position = torch.arange(layout.max_text)
-    seen = first[:, None, :] <= position[:, None]
-    return int((seen & (position < lengths[:, None])[:, :, None]).sum())
-
-
 def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)

@@ -99,20 +99,13 @@ class SlurmSite:
         return "".join(path.read_text() for path in self.clone.rglob(f"*-{job}.log"))
 
 
-def steps_done(run: Path, stage: int = 1) -> int:
-    """Last step in the metrics of a stage."""
-    path = run / f"stage{stage}" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines), default=0)
-
-
-def same_weights(first: Path, second: Path, stage: int = 1) -> bool:
-    """Whether the models of two runs are equal in every bit."""
-    a, b = (load_file(run / f"stage{stage}" / "model" / "model.safetensors") for run in (first, second))
+def same_weights(first: Path, second: Path) -> bool:
+    """Whether the models that stage 1 of two runs left are equal in every bit."""
+    a, b = (load_file(run / "stage1" / "model" / "model.safetensors") for run in (first, second))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def training_lines(run: Path, stage: int = 1) -> list[dict[str, Any]]:
-    """Loss and samples by step, of a whole run."""
-    lines = map(json.loads, (run / f"stage{stage}" / "metrics.jsonl").read_text().splitlines())
+def training_lines(run: Path) -> list[dict[str, Any]]:
+    """Loss and samples by step, of the whole of stage 1."""
+    lines = map(json.loads, (run / "stage1" / "metrics.jsonl").read_text().splitlines())
     return [{key: line[key] for key in ("step", "loss", "samples")} for line in lines if line["event"] == "train"]

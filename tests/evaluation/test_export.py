@@ -25,9 +25,9 @@ def finish(run: Path, number: int) -> Path:
     return stage / "model"
 
 
-def pictures(count: int = 3) -> list:
+def pictures() -> list:
     generator = torch.Generator().manual_seed(1)
-    return list(torch.randint(0, 256, (count, 50, 70, 3), generator=generator, dtype=torch.uint8).numpy())
+    return list(torch.randint(0, 256, (3, 50, 70, 3), generator=generator, dtype=torch.uint8).numpy())
 
 
 def patches(hidden: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:

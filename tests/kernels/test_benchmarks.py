@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 from benchmarks import measuring, peers, render, suite, tuning  # noqa: E402
 from benchmarks.case import Arguments, Case  # noqa: E402
 from benchmarks.checking import Check  # noqa: E402
-from benchmarks.joining import Gather, pieces, visible_pairs  # noqa: E402
+from benchmarks.joining import Gather, first_queries, pieces  # noqa: E402
 from benchmarks.shapes import SHAPES, tiny  # noqa: E402
 
 from hive_ds.kernels import AttentionLayout, tiles  # noqa: E402
@@ -41,6 +41,13 @@ def test_every_peer_agrees_with_the_reference(shape: str, dtype: torch.dtype) ->
     check = Check(case)
     for peer in peers.PEERS.values():
         check.assert_agrees(peer(case))
+
+
+def visible_pairs(layout: AttentionLayout) -> int:
+    """(query, key) pairs of a layout without decoding, counted from `first_queries`: a second way to `Shape.pairs`."""
+    position = torch.arange(layout.max_text)
+    seen = first_queries(layout)[:, None, :] <= position[:, None]
+    return int((seen & (position < torch.tensor(layout.text_lengths)[:, None])[:, :, None]).sum())
 
 
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if not shape.decode])

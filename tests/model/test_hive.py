@@ -19,13 +19,13 @@ LENGTHS, OFFSETS = [7, 4, 9], [[0], [], [2, 6]]
 """Three samples: an image in front, none, and two in mid-text."""
 
 
-def packed(offsets=OFFSETS, seed=0):
+def packed(offsets=OFFSETS):
     images = sum(len(one) for one in offsets)
     return {
-        "input_ids": random_tokens(sum(LENGTHS), seed),
+        "input_ids": random_tokens(sum(LENGTHS)),
         "text_lengths": LENGTHS,
         "image_offsets": offsets,
-        "pixel_values": random_images(images, seed) if images else None,
+        "pixel_values": random_images(images) if images else None,
     }
 
 

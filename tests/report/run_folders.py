@@ -57,8 +57,9 @@ def write_stage(
     return folder
 
 
-def long_run(run: Path, steps: int = 1000) -> Path:
+def long_run(run: Path) -> Path:
     """Stage 1 of 1000 steps with a spike, broken off once; stage 2 half done with all that can go wrong."""
+    steps = 1000
     events = [start(0), *(train(step, steps) for step in range(1, 501)), start(500, ranks=4)]
     events += [
         train(step, steps, grad_norms={"projectors": 77.0 if step == 701 else 1.0}) for step in range(501, steps + 1)

@@ -29,7 +29,7 @@ SHAPES = {"a.weight": [5, 3], "b.bias": [7]}
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree"}
 
 
-def stub_writer(folder: Path, world: World = World()) -> CheckpointWriter:  # noqa: B008 (frozen)
+def stub_writer(folder: Path) -> CheckpointWriter:
     """A writer over an engine that holds numbers and nothing else; keeps two checkpoints."""
     generator = torch.Generator().manual_seed(0)
     pieces = [
@@ -40,6 +40,7 @@ def stub_writer(folder: Path, world: World = World()) -> CheckpointWriter:  # no
         zero_stage=3, skipped_steps=0, frozen_sums={}, trained_elements=22, pieces=lambda: pieces
     )
     identity = RunIdentity("connector_pretraining", "fp32", 0, 8, SHAPES, ["a", "b"])
+    world = World()
     attempt = Attempt(folder, world, {"HIVE_ATTEMPT": "one"})
     attempt.sign()
     return CheckpointWriter(folder, engine, identity, {}, world, attempt, TrainingConfig(keep_checkpoints=2))

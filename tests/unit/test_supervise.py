@@ -35,10 +35,10 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def supervise(tries: str, restarts: int = 10, failures: int = 3) -> tuple[int, int]:
+def supervise(tries: str) -> tuple[int, int]:
     """Exit code, and number of tries, of which each ends as ``tries`` says."""
     command = ["sh", "-c", TRAINER.format(tries=tries)]
-    code = Supervisor(command, Path(), restarts=restarts, failures=failures, pause=0).run()
+    code = Supervisor(command, Path(), restarts=10, failures=3, pause=0).run()
     names = Path("tries").read_text().splitlines() if Path("tries").exists() else []
     assert len(set(names)) == len(names)
     return code, len(names)

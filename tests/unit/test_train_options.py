@@ -15,14 +15,14 @@ from hive_ds.stages import stage_by_number
 from hive_ds.train_options import build_parser, next_commands
 
 
-def after_stage(number: int, path: Path, *options: str, device: str = "cpu", ranks: int = 2, host: int = 2) -> str:
-    """What is said after a stage of `tiny` that ``ranks`` ranks, ``host`` of them on a host, have trained."""
+def after_stage(number: int, path: Path, *options: str, device: str = "cpu", ranks: int = 2) -> str:
+    """What is said after a stage of `tiny` that ``ranks`` ranks, two on a host, have trained."""
     given = build_parser().parse_args(["--recipe", "tiny", "--stage", str(number), "--run", str(path), *options])
     run = SimpleNamespace(
         recipe=load_recipe("tiny", given.set),
         stage=stage_by_number(number),
         folder=SimpleNamespace(path=path / f"stage{number}"),
-        world=SimpleNamespace(size=ranks, local_size=host),
+        world=SimpleNamespace(size=ranks, local_size=2),
         device=SimpleNamespace(type=device),
     )
     return " | ".join(next_commands(given, run))
