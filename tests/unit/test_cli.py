@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from PIL import Image
 
 from hive_ds.cli import main
@@ -240,3 +241,27 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
         write_whole(tmp_path, "text")
     write_whole(tmp_path / "new" / "file", "text")
     assert (tmp_path / "new" / "file").read_text() == "text"
+
+
+def test_what_cannot_be_written_is_what_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, "before")
+    with full_disk(100), pytest.raises(OSError, match="File too large") as caught:
+        write_whole(file, "x" * 200)
+    assert caught.value.filename == str(file)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    """Root, told to write to /dev/null, had put a file there."""
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to("file")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, pipe):
+        write_whole(path, "text")
+    assert link.is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+    assert pipe.is_fifo()
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
