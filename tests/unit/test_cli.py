@@ -161,6 +161,13 @@ WRONG = {
         ["analyze", "flow", "{tmp}", "--data", "{tmp}", "--samples", "0"],
         "--samples 0: expected a number of at least 1",
     ),
+    "no port": (["chat", "{tmp}", "--browser", "--port", "65536"], "65536 is no port; expected 1 to 65535"),
+    "no failures": (
+        ["supervise", "--failures", "0", "--folder", "{tmp}/out", "--", "true"],
+        "--failures 0: expected a",
+    ),
+    "no pause": (["supervise", "--pause", "nan", "--folder", "{tmp}/out", "--", "true"], "--pause nan: expected a num"),
+    "hosts in bytes": (["hosts", "env", "{tmp}/bytes"], "{tmp}/bytes: cannot be read (not UTF-8 text); expected lines"),
     "page with a question": (["chat", "{tmp}", "hm?", "--browser"], "--browser with QUESTION"),
 }
 
@@ -171,6 +178,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(case: str, tmp_path: Path, caps
     (tmp_path / "one.json").write_text(json.dumps([sample]))
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "no_hosts").write_text("# none\n\n")
+    (tmp_path / "bytes").write_bytes(b"\xff")
     arguments, expected = WRONG[case]
     assert exit_code(*(argument.format(tmp=tmp_path) for argument in arguments)) == 2
     printed = capsys.readouterr()
