@@ -86,8 +86,8 @@ def test_a_config_that_makes_no_model_is_named(
         (["--curves"], "--curves compares two recipes; expected one --against, got 0"),
         (["--picture", "x.png"], "--picture draws the curves; expected --curves beside it"),
         (["--ranks", "0"], "--ranks 0: expected a number of at least 1"),
+        (["--batch", "0"], "--batch 0: expected a number of at least 1"),
         (["--ranks", "5"], "global_batch_size 32 is not divisible by 5 ranks"),
-        (["--batch", "-1"], "batch is -1; expected 1 or more"),
         (["--stage", "7"], "--stage 7: no recipe here has it"),
     ],
 )

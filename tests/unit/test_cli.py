@@ -166,6 +166,8 @@ WRONG = {
         ["supervise", "--failures", "0", "--folder", "{tmp}/out", "--", "true"],
         "--failures 0: expected a",
     ),
+    "no jobs": (["ablate", "run", "tiny", "{tmp}/out", "--jobs", "0"], "--jobs 0: expected a number of at least 1"),
+    "no seed": (["quickstart", "--out", "{tmp}/out", "--seed", "-1"], "--seed -1: expected from 0 to 2**63 - 1"),
     "no pause": (["supervise", "--pause", "nan", "--folder", "{tmp}/out", "--", "true"], "--pause nan: expected a num"),
     "hosts in bytes": (["hosts", "env", "{tmp}/bytes"], "{tmp}/bytes: cannot be read (not UTF-8 text); expected lines"),
     "page with a question": (["chat", "{tmp}", "hm?", "--browser"], "--browser with QUESTION"),
