@@ -28,6 +28,7 @@ from hive_ds.cli_plan import add_plan_command
 from hive_ds.cli_probe import add_probe_command
 from hive_ds.cli_report import add_report_command
 from hive_ds.cli_supervise import add_supervise
+from hive_ds.config import SEED
 from hive_ds.errors import HiveError, run_command
 from hive_ds.recipe import RECIPES, dump_recipe, load_recipe, recipe_names, resolve
 
@@ -80,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_quickstart(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
+        if not SEED.accepts(args.seed):
+            raise HiveError(f"--seed {args.seed}: expected {SEED.expected}")
         from hive_ds.quickstart.pipeline import run_quickstart
         from hive_ds.quickstart.settings import DEFAULT, SMOKE
 

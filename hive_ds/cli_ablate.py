@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import add_overrides, command
+from hive_ds.cli_parts import add_overrides, command, require_positive
 
 ARMS_HELP = (
     "hive (the recipe itself), sa and base (the paper's baselines), last (every route from the last block), routes-N"
@@ -27,6 +27,7 @@ def _add_run(ablate: Any) -> None:
         from hive_ds.ablation.execute import run_all
         from hive_ds.ablation.gather import print_table
 
+        require_positive(args, "jobs")
         launcher = shlex.split(args.launcher) if args.launcher else [sys.executable, "-m", "hive_ds.train"]
         run_all(_plan(args), launcher, after=args.after, jobs=args.jobs)
         print_table(args.out)

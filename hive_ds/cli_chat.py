@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import command, port_number
 from hive_ds.errors import HiveError
 
 
@@ -45,7 +45,7 @@ def add_chat_command(commands: Any) -> None:
     )
     parser.add_argument("--browser", action="store_true", help="open a page instead (needs the extra chat)")
     parser.add_argument("--host", default="127.0.0.1", help="address of the page (default: %(default)s, this machine)")
-    parser.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
+    parser.add_argument("--port", type=port_number, default=7860, help="of the page (default: %(default)s)")
 
 
 def _run(args: argparse.Namespace) -> None:

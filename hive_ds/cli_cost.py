@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> None:
     from hive_ds.files import write_whole
     from hive_ds.recipe import load_recipe
 
-    require_positive(args, "ranks")
+    require_positive(args, "ranks", "batch")
     if args.curves and len(args.against) != 1:
         raise HiveError(f"--curves compares two recipes; expected one --against, got {len(args.against)}")
     if args.picture and not args.curves:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import add_overrides, command
+from hive_ds.cli_parts import add_overrides, command, port_number
 
 
 def add_doctor_command(commands: Any) -> None:
@@ -24,7 +24,9 @@ def add_doctor_command(commands: Any) -> None:
     add_overrides(parser, "override one value of --recipe; repeatable")
     parser.add_argument("--run", dest="run_folder", type=Path, metavar="FOLDER", help="also look at a run's folder")
     parser.add_argument("--data", metavar="FOLDER", help="also look at a folder of MDS shards, for data.train")
-    parser.add_argument("--port", type=int, default=29500, help="that rank 0 is to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=port_number, default=29500, help="that rank 0 is to listen on (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import command, port_number
 
 
 def add_host_commands(hosts: Any) -> None:
@@ -86,5 +86,5 @@ def _add_hostfile(parser: argparse.ArgumentParser, *, port: bool = True) -> None
     parser.add_argument("hostfile", metavar="HOSTFILE", type=Path, help="lines NAME slots=N; the first holds rank 0")
     if port:
         parser.add_argument(
-            "--port", type=int, default=29500, help="that rank 0 is to listen on (default: %(default)s)"
+            "--port", type=port_number, default=29500, help="that rank 0 is to listen on (default: %(default)s)"
         )

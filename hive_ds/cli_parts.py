@@ -39,6 +39,13 @@ def add_overrides(parser: argparse.ArgumentParser, help: str = "override one val
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=help)
 
 
+def port_number(text: str) -> int:
+    """An argument that is a port: argparse's ``type``."""
+    if not (text.isdecimal() and 0 < int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"{text} is no port; expected 1 to 65535")
+    return int(text)
+
+
 def require_positive(args: argparse.Namespace, *names: str) -> None:
     """HiveError where a number of these was given and is less than 1."""
     for name in names:

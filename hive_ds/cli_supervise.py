@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import command
+from hive_ds.cli_parts import command, require_positive
+from hive_ds.errors import HiveError
 
 
 def add_supervise(commands: Any) -> None:
@@ -15,6 +16,10 @@ def add_supervise(commands: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from hive_ds.launch.supervise import Supervisor, stage_folder
 
+        require_positive(args, "failures")
+        for name in ("restarts", "pause"):
+            if not getattr(args, name) >= 0:
+                raise HiveError(f"--{name} {getattr(args, name)}: expected a number of at least 0")
         folder = args.folder or stage_folder(args.train)
         limits = {"restarts": args.restarts, "failures": args.failures, "pause": args.pause}
         return Supervisor(args.train, folder, **limits).run()

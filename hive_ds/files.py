@@ -17,16 +17,29 @@ from hive_ds.errors import HiveError, OutsideError, names_wrong_path
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a small file in one step, over what is there; it is on disk when this returns.
 
+    A link stays one; a device or a pipe (/dev/null) is written to as it is: root would put a file in its place.
+
     Raises:
         HiveError: ``path`` is a folder.
+        OSError: names ``path``, which is what it was.
     """
     if path.is_dir():
         raise HiveError(f"{path}: is a folder; expected the name of a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
-    flush(aside)
-    aside.replace(path)
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(data)
+        flush(aside)
+        aside.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager

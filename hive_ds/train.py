@@ -20,7 +20,7 @@ from hive_ds.config import Recipe, StageConfig
 from hive_ds.constants import EXIT_STOPPED
 from hive_ds.data.loader import build_loader, check_folders
 from hive_ds.errors import HiveError
-from hive_ds.files import flush, must_write
+from hive_ds.files import flush, must_write, write_whole
 from hive_ds.model.attention_backends import TrainedModel, describe_attention, warm_up_attention
 from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.language_loss import describe_loss
@@ -202,8 +202,8 @@ def _write_inputs(run: Run, ds_config: dict[str, Any]) -> None:
     """Write the resolved recipe and the DeepSpeed config to the run folder."""
     if run.world.is_main:
         with must_write(run.folder.path, "make room there, or name another folder"):
-            (run.folder.path / "recipe.yaml").write_text(dump_recipe(run.recipe))
-            (run.folder.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+            write_whole(run.folder.path / "recipe.yaml", dump_recipe(run.recipe))
+            write_whole(run.folder.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
 
 def _start_job(

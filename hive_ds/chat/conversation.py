@@ -40,7 +40,7 @@ class AnswerSettings:
 
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("temperature", 0), ("beams", 1)):
-            if getattr(self, name) < low:
+            if not getattr(self, name) >= low:  # NaN is not
                 raise HiveError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {low}")
         if self.seed is not None and not SEED.accepts(self.seed):
             raise HiveError(f"seed is {self.seed}, expected {SEED.expected}")

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from hive_ds.config import ModelConfig, Recipe
 from hive_ds.cost.known_models import KNOWN_MODELS
+from hive_ds.errors import told_as
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.hive import HiveForCausalLM
@@ -52,8 +53,10 @@ def random_model(recipe: Recipe, stage: int, device: torch.device) -> tuple[Trai
 
 def _build(section: ModelConfig, stage: Stage) -> TrainedModel:
     vision, text = vision_config(section.vision_encoder), text_config(section.language_model)
-    encoder = vision_class(vision)._from_config(vision)
-    language_model = AutoModelForCausalLM.from_config(text)
+    with told_as(f"the config of vision encoder {section.vision_encoder!r} makes no model", "sizes that fit together"):
+        encoder = vision_class(vision)._from_config(vision)
+    with told_as(f"the config of language model {section.language_model!r} makes no model", "sizes that fit together"):
+        language_model = AutoModelForCausalLM.from_config(text)
     if section.kind == "hive":
         joined = hive_config(section, vision, text, image_kv=stage.image_kv)
         return HiveForCausalLM(joined, encoder, language_model)

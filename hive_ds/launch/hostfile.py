@@ -37,8 +37,9 @@ def read_hostfile(path: Path) -> list[Host]:
     """
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
-        raise HiveError(f"hostfile {path}: cannot be read ({error.strerror}); expected lines NAME slots=N") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise HiveError(f"hostfile {path}: cannot be read ({reason}); expected lines NAME slots=N") from error
     hosts: list[Host] = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()

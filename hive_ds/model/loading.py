@@ -232,9 +232,10 @@ def read_vision_config(name: str) -> PretrainedConfig:
     with told_as(f"vision encoder {name!r} of type {values['model_type']!r} does not load", WHOLE):
         config = AutoConfig.for_model(**values)
     try:
-        return vision_config_of(config)
+        config = vision_config_of(config)
     except HiveError as error:
         raise HiveError(f"{name}: {error}") from error
+    return _with_depth(config, f"vision encoder {name!r}")
 
 
 def read_language_config(name: str) -> PretrainedConfig:
@@ -248,6 +249,14 @@ def read_language_config(name: str) -> PretrainedConfig:
         raise HiveError(
             f"language model {name!r} of type {config.model_type!r} is none that transformers loads as a causal LM"
         )
+    return _with_depth(config, f"language model {name!r}")
+
+
+def _with_depth(config: PretrainedConfig, what: str) -> PretrainedConfig:
+    """``config``, whose depth routes are counted by."""
+    depth = getattr(config, "num_hidden_layers", None)
+    if type(depth) is not int or depth < 1:
+        raise HiveError(f"{what}: num_hidden_layers is {depth!r} in its config.json; expected a whole number above 0")
     return config
 
 

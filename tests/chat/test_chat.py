@@ -221,6 +221,6 @@ def test_wrong_input(tmp_path: Path) -> None:
         read_image(tmp_path / "text.png")
     with pytest.raises(HiveError, match="holds no model"):
         load_chat_model(tmp_path)
-    for wrong in ({"max_new_tokens": 0}, {"temperature": -0.5}, {"beams": 0}):
+    for wrong in ({"max_new_tokens": 0}, {"temperature": -0.5}, {"temperature": float("nan")}, {"beams": 0}):
         with pytest.raises(HiveError, match="expected at least"):
             AnswerSettings(**wrong)

@@ -53,13 +53,41 @@ def test_the_command_prints_and_writes_what_the_library_says(
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (
+            "vision_encoder.num_hidden_layers",
+            "four",
+            "num_hidden_layers is 'four' in its config.json; expected a whole",
+        ),
+        ("vision_encoder.num_hidden_layers", 0, "num_hidden_layers is 0 in its config.json; expected a whole number"),
+        ("vision_encoder.hidden_size", "wide", "makes no model: TypeError: "),
+        ("language_model.hidden_size", [3], "makes no model: TypeError: "),
+        ("language_model.num_attention_heads", 0, "makes no model: ZeroDivisionError: "),
+    ],
+)
+def test_a_config_that_makes_no_model_is_named(
+    key: str, value: object, said: str, files: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    part, name = key.split(".")
+    folder = Path(getattr(load_recipe(files[0]).model, part))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, name: value}))
+    assert main(["cost", files[0], "--stage", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert str(folder) in line
+    assert said in line
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--curves"], "--curves compares two recipes; expected one --against, got 0"),
         (["--picture", "x.png"], "--picture draws the curves; expected --curves beside it"),
         (["--ranks", "0"], "--ranks 0: expected a number of at least 1"),
+        (["--batch", "0"], "--batch 0: expected a number of at least 1"),
         (["--ranks", "5"], "global_batch_size 32 is not divisible by 5 ranks"),
-        (["--batch", "-1"], "batch is -1; expected 1 or more"),
         (["--stage", "7"], "--stage 7: no recipe here has it"),
     ],
 )

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from PIL import Image
 
 from hive_ds.cli import main
@@ -160,6 +161,15 @@ WRONG = {
         ["analyze", "flow", "{tmp}", "--data", "{tmp}", "--samples", "0"],
         "--samples 0: expected a number of at least 1",
     ),
+    "no port": (["chat", "{tmp}", "--browser", "--port", "65536"], "65536 is no port; expected 1 to 65535"),
+    "no failures": (
+        ["supervise", "--failures", "0", "--folder", "{tmp}/out", "--", "true"],
+        "--failures 0: expected a",
+    ),
+    "no jobs": (["ablate", "run", "tiny", "{tmp}/out", "--jobs", "0"], "--jobs 0: expected a number of at least 1"),
+    "no seed": (["quickstart", "--out", "{tmp}/out", "--seed", "-1"], "--seed -1: expected from 0 to 2**63 - 1"),
+    "no pause": (["supervise", "--pause", "nan", "--folder", "{tmp}/out", "--", "true"], "--pause nan: expected a num"),
+    "hosts in bytes": (["hosts", "env", "{tmp}/bytes"], "{tmp}/bytes: cannot be read (not UTF-8 text); expected lines"),
     "page with a question": (["chat", "{tmp}", "hm?", "--browser"], "--browser with QUESTION"),
 }
 
@@ -170,6 +180,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(case: str, tmp_path: Path, caps
     (tmp_path / "one.json").write_text(json.dumps([sample]))
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "no_hosts").write_text("# none\n\n")
+    (tmp_path / "bytes").write_bytes(b"\xff")
     arguments, expected = WRONG[case]
     assert exit_code(*(argument.format(tmp=tmp_path) for argument in arguments)) == 2
     printed = capsys.readouterr()
@@ -240,3 +251,27 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
         write_whole(tmp_path, "text")
     write_whole(tmp_path / "new" / "file", "text")
     assert (tmp_path / "new" / "file").read_text() == "text"
+
+
+def test_what_cannot_be_written_is_what_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, "before")
+    with full_disk(100), pytest.raises(OSError, match="File too large") as caught:
+        write_whole(file, "x" * 200)
+    assert caught.value.filename == str(file)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    """Root, told to write to /dev/null, had put a file there."""
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to("file")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, pipe):
+        write_whole(path, "text")
+    assert link.is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+    assert pipe.is_fifo()
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)

@@ -19,6 +19,7 @@ from hive_ds.data.inspection.text import TextReport, TextSettings, report_text, 
 from hive_ds.data.mds.reading import ShardFolder, open_folder
 from hive_ds.data.schema import Sample
 from hive_ds.errors import HiveError
+from hive_ds.files import write_whole
 from hive_ds.page import document, picture
 
 LONGEST_SIDE = 640
@@ -74,8 +75,7 @@ def write_page(
         sections.append(_legend(settings))
     for index in tqdm(chosen, desc="show", unit="sample", disable=None):
         sections.append(_article(shards, index, tokenizer, settings))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(document(f"Samples of {folder}", sections, STYLE), encoding="utf-8")
+    write_whole(out, document(f"Samples of {folder}", sections, STYLE))
     return chosen
 
 

@@ -21,6 +21,7 @@ from hive_ds.data.inspection.text import TextSettings, report_text
 from hive_ds.data.mds.reading import open_folder
 from hive_ds.data.schema import Sample
 from hive_ds.errors import HiveError
+from hive_ds.files import write_whole
 from hive_ds.page import document
 
 _EXIF_ORIENTATION = 0x0112
@@ -113,8 +114,7 @@ class Stats:
         sections = [f"<h1>{escape(title)}</h1>", f"<p>{self.samples} samples.</p>"]
         sections += [f"<p>{escape(note)}</p>" for note in self.notes]
         sections += [histogram.as_html() for histogram in self.histograms]
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(document(title, sections), encoding="utf-8")
+        write_whole(page, document(title, sections))
         numbers = {
             "folder": str(self.folder),
             "samples": self.samples,
@@ -122,7 +122,7 @@ class Stats:
             "histograms": {histogram.name: histogram.as_json() for histogram in self.histograms},
         }
         beside = page.with_suffix(".json")
-        beside.write_text(json.dumps(numbers, indent=1) + "\n")
+        write_whole(beside, json.dumps(numbers, indent=1) + "\n")
         return beside
 
 
