@@ -94,8 +94,8 @@ class SampleDataset(StreamingDataset):
         for stream, folder, samples in zip(self.streams, self.weights, shares, strict=True):
             if not samples:
                 raise HiveError(
-                    f"data.train: weight {self.weights[folder]:g} of {folder} is none of the {self.epoch_size} samples "
-                    f"of an epoch, beside {sum(self.weights.values()):g} of all; expected one sample at least"
+                    f"data.train: {folder} with weight {self.weights[folder]:g} of {sum(self.weights.values()):g} gets "
+                    f"none of the {self.epoch_size} samples of an epoch; expected a weight that gets it one at least"
                 )
             stream.choose = samples
         self.length = self.epoch_size // self.world.size
