@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -213,7 +214,7 @@ class SampleDataset(StreamingDataset):
             samples: Iterator[Any] = super().__iter__()
             yield from samples if self._train else map(self._once, count(), samples)
         finally:
-            if hasattr(self, "_iterator"):
+            if hasattr(self, "_iterator") and not sys.is_finalizing():  # when streaming has ended them, and its names
                 self._iterator.non_blocking_exit()
 
     def _once(self, number: int, sample: PreparedSample) -> PreparedSample:
