@@ -48,10 +48,10 @@ def convert(source: Source, out: str | Path, options: ConvertOptions | None = No
     those again. What is done so far lies in a hidden folder beside a local ``out``; for a URL, in the current folder.
 
     Raises:
-        HiveError: ``source`` holds no sample, ``out`` is not empty, another conversion writes it, it was begun with
-            other options, too many samples are rejected, or none is left.
+        HiveError: ``source`` holds no sample, ``out`` is not empty or a URL of shards, another conversion writes it, it
+            was begun with other options, too many samples are rejected, or none is left.
     """
-    from hive_ds.data.mds.parts import check_compression
+    from hive_ds.data.mds.parts import check_compression, holds_index
 
     options = options or ConvertOptions()
     check_compression(options.compression)
@@ -64,6 +64,8 @@ def convert(source: Source, out: str | Path, options: ConvertOptions | None = No
     if not len(order):
         raise HiveError(f"source {source.origin['source']}: holds no sample")
     captions = None if options.captions is None else read_captions(options.captions)
+    if remote is not None and not (work / PLAN).is_file() and holds_index(remote):
+        raise HiveError(f"output {out}: is a folder of shards already; name a new one or remove it")
     work.mkdir(parents=True, exist_ok=True)
     with _locked(work):
         _check_plan(work, _plan(source, order, options))

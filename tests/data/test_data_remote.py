@@ -17,6 +17,7 @@ from hive_ds.data.convert import convert
 from hive_ds.data.convert_options import ConvertOptions
 from hive_ds.data.loader import build_loader
 from hive_ds.data.sources.llava import LlavaSource
+from hive_ds.errors import HiveError
 
 pytest.importorskip("streaming", reason="needs mosaicml-streaming: pip install 'hive-ds[streaming]'")
 
@@ -107,3 +108,7 @@ def test_converted_to_and_trained_from_object_storage(
         return [id for _, batch in zip(range(6), loader, strict=False) for id in batch.sample_ids]
 
     assert ids("s3://store/data") == ids("local") == [str(n) for n in range(12)]
+    with pytest.raises(HiveError, match=r"^output s3://store/data/: is a folder of shards already; name a new one or"):
+        convert(source, "s3://store/data/", ConvertOptions(limit=3))
+    assert bucket == local
+    assert not list(tmp_path.glob(".hive*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -94,8 +95,8 @@ class SampleDataset(StreamingDataset):
         for stream, folder, samples in zip(self.streams, self.weights, shares, strict=True):
             if not samples:
                 raise HiveError(
-                    f"data.train: weight {self.weights[folder]:g} of {folder} is none of the {self.epoch_size} samples "
-                    f"of an epoch, beside {sum(self.weights.values()):g} of all; expected one sample at least"
+                    f"data.train: {folder} with weight {self.weights[folder]:g} of {sum(self.weights.values()):g} gets "
+                    f"none of the {self.epoch_size} samples of an epoch; expected a weight that gets it one at least"
                 )
             stream.choose = samples
         self.length = self.epoch_size // self.world.size
@@ -213,7 +214,7 @@ class SampleDataset(StreamingDataset):
             samples: Iterator[Any] = super().__iter__()
             yield from samples if self._train else map(self._once, count(), samples)
         finally:
-            if hasattr(self, "_iterator"):
+            if hasattr(self, "_iterator") and not sys.is_finalizing():  # when streaming has ended them, and its names
                 self._iterator.non_blocking_exit()
 
     def _once(self, number: int, sample: PreparedSample) -> PreparedSample:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from streaming import MDSWriter
 from streaming.base.compression import get_compressions, is_compression
-from streaming.base.storage import CloudUploader
+from streaming.base.storage import CloudDownloader, CloudUploader
 
 from hive_ds.data.mds.folder import SHARD_BYTES
 from hive_ds.data.schema import MDS_COLUMNS, Sample, to_columns
@@ -86,6 +88,15 @@ def upload(folder: Path, names: Sequence[str], remote: str) -> None:
     uploader = CloudUploader.get((str(folder), remote), keep_local=False, exist_ok=True)
     for name in names:
         uploader.upload_file(name)
+
+
+def holds_index(remote: str) -> bool:
+    """Whether ``remote`` is a folder of shards already. What cannot be read, writing will complain of."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder, INDEX)
+        with suppress(Exception):  # of whatever cloud
+            CloudDownloader.direct_download(f"{remote}/{INDEX}", str(index))
+        return index.is_file()
 
 
 def _below(part: str, shard: dict[str, Any]) -> dict[str, Any]:

@@ -72,14 +72,14 @@ class ZipStore:
 
     def read(self, name: Any) -> bytes:
         """The member ``name``, or the one of that name below the archive's only top folder."""
-        member = self._names.get(_name(name))
+        member = self._names.get(_name(name).removeprefix("./"))
         if member is None:
             raise HiveError(f"image {name}: not in {self._path.name}")
         try:
             if os.getpid() not in self._files:
                 self._files[os.getpid()] = zipfile.ZipFile(self._path)
             return self._files[os.getpid()].read(member)
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:  # also: encrypted
+        except Exception as error:  # every compressor has errors of its own; also: encrypted
             raise HiveError(f"image {name}: cannot be read from {self._path.name} ({error})") from error
 
 
