@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -67,8 +68,7 @@ def run_forked(
         for rank in range(num_ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
             variables = {**env, **meeting, **{name: str(value) for name, value in place.items()}}
-            ranks.append(CONTEXT.Process(target=_rank, args=(entry, list(arguments), variables, outputs)))
-            ranks[-1].start()
+            ranks.append(start_rank(entry, arguments, variables, outputs))
         deadline = time.monotonic() + timeout
         while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
             left = deadline - time.monotonic()
@@ -84,6 +84,15 @@ def run_forked(
         stdout, stderr = (path.read_text() for path in outputs)
     assert not late, f"not through after {timeout} s\n{stdout}\n{stderr}"
     return Ended(codes[0] if codes else 0, stdout, stderr)
+
+
+def start_rank(
+    entry: str, arguments: Sequence[str], variables: Mapping[str, str], outputs: Sequence[Path]
+) -> ForkServerProcess:
+    """One process alone, with these variables; its output and its errors are added to the two files."""
+    process = CONTEXT.Process(target=_rank, args=(entry, list(arguments), dict(variables), list(outputs)))
+    process.start()
+    return process
 
 
 def _rank(entry: str, arguments: list[str], variables: dict[str, str], outputs: list[Path]) -> None:

@@ -15,8 +15,8 @@ def wait(device: torch.device) -> None:
 
 def free(device: torch.device) -> None:
     """Give memory back that nothing uses any more."""
+    gc.collect()
     if device.type == "cuda":
-        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hive_ds.errors import told_as
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config
 from hive_ds.model.hive import HiveForCausalLM
-from hive_ds.model.loading import hive_config, read_language_config, read_vision_config
+from hive_ds.model.loading import hive_config, read_language_config, read_vision_config, without_random_weights
 from hive_ds.model.vision import vision_class
 from hive_ds.stages import VLM_STAGES, Stage
 from hive_ds.training.groups import StagePlan, groups_of, plan_stage
@@ -44,8 +45,9 @@ def random_model(recipe: Recipe, stage: int, device: torch.device) -> tuple[Trai
         assert recipe.vlm is not None
         section = recipe.vlm_model(recipe.vlm.vision_encoder or recipe.model.vision_encoder)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    build = partial(without_random_weights, _build) if device.type == "meta" else _build
     with device:
-        model = _build(section, described).to(dtype)
+        model = build(section, described).to(dtype)
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train(), plan_stage(model, described, groups_of(model), recipe.stages[described.name])

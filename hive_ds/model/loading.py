@@ -5,6 +5,7 @@ Weights are read from safetensors only (or, for a base model that has none, by t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ except ImportError:  # transformers 4
 
 WHOLE = "a whole model of Hugging Face"
 
-Model = TypeVar("Model", HiveForCausalLM, CascadedForCausalLM)
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def build_model(config: ModelConfig, *, image_kv: str, max_length: int | None = None) -> HiveForCausalLM:
@@ -101,7 +102,7 @@ def load_model(
     saved.image_kv = image_kv
     saved.attention_backend = config.attention_backend
     saved.text_attention_backend = config.text_attention_backend
-    model = _without_random_weights(HiveForCausalLM, saved).float()
+    model = without_random_weights(HiveForCausalLM, saved).float()
     set_vision_attention(model, config.vision_attention)
     return model, load_weights(model, folder)
 
@@ -164,10 +165,10 @@ def load_any(folder: str | Path, dtype: torch.dtype = torch.float32) -> HiveForC
     return _load_cascaded(Path(folder), LlavaConfig.from_dict(values), "auto", "sdpa", dtype)[0].eval()
 
 
-def _without_random_weights(model_class: type[Model], *arguments: Any, **more: Any) -> Model:
-    """A model whose every weight is about to be read: to draw them takes 17 s of CPU time at the paper's size."""
+def without_random_weights(make: Callable[..., Model], *arguments: Any, **more: Any) -> Model:
+    """A model whose weights are all read next, or never: to draw them takes 17 s of CPU time at the paper's size."""
     with no_init_weights():
-        model = model_class(*arguments, **more)
+        model = make(*arguments, **more)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.tie_weights()  # left out, too
@@ -194,7 +195,7 @@ def _load_cascaded(
             f"{folder}: the vision encoder in it has SHA-256 {found}, but it was saved with one of {expected}; "
             "expected the same tower"
         )
-    model = _without_random_weights(CascadedForCausalLM, saved, attention_backend=backend).to(dtype)
+    model = without_random_weights(CascadedForCausalLM, saved, attention_backend=backend).to(dtype)
     set_vision_attention(model, vision_attention)
     model.load_generation_config(folder)
     return model, load_weights(model, folder)

@@ -73,7 +73,7 @@ class SlurmSite:
                 return None
             seen.append(state)
             # A job on its way back to the queue passes through FAILED.
-            return state if state == "COMPLETED" or len(seen) > 10 else None
+            return state if state in ("COMPLETED", "CANCELLED") or len(seen) > 10 else None
 
         seen: list[str] = []
         return str(wait_for(ended, seconds, f"job {job}\n{self.log(job)}", every=0.3))

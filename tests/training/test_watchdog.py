@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from forked import start_rank
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.utils.checkpoint import checkpoint
@@ -28,23 +29,23 @@ from hive_ds.training.hang_report import Dump, free_folder, read_dumps, verdict,
 from hive_ds.training.place import Place, here, waits_for_others
 from hive_ds.training.watchdog import ANSWER_SECONDS, Watchdog, longest_wait
 
-HERE = Path(__file__).parent
 PLACE = {"step": 7, "phase": "forward", "module": "layers.3.mlp", "samples": ["a", "b"], "marks": 40}
 WAITING = Dump(rank=0, idle=5.0, host="one", pid=1, in_collective=True, **PLACE)  # type: ignore[arg-type]
 
 
-def start_ranks(fault: str, folder: Path, size: int) -> list[subprocess.Popen[str]]:
+def start_ranks(fault: str, folder: Path, size: int) -> list[tuple[ForkServerProcess, Path]]:
+    """Each with the file of what it prints."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     env = {**os.environ, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, str(HERE / "watchdog_ranks.py"), fault, str(folder / fault)]
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [
-        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
-        for rank in range(size)
-    ]
+    arguments, ranks = [fault, str(folder / fault)], []
+    for rank in range(size):
+        output = folder / f"{fault}-{rank}.txt"
+        variables = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append((start_rank("watchdog_ranks:main", arguments, variables, [output, output]), output))
+    return ranks
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +55,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ends(folder: Path) -> dict[str, list[tuple[int, str]]]:
+def ends(folder: Path) -> dict[str, list[tuple[int | None, str]]]:
     """Exit code and output of each rank, by fault; all run at once, for they mostly wait."""
     runs = {fault: start_ranks(fault, folder, 1 if fault == "was_stopped" else 2) for fault in FAULTS}
     results = {}
     for fault, ranks in runs.items():
         found = []
-        for rank in reversed(ranks):
+        for rank, output in reversed(ranks):
             if found and fault in ("is_stopped", "lacks_a_gpu"):  # nobody else ends it
                 rank.kill()
-            output, _ = rank.communicate(timeout=120)
-            found.append((rank.returncode, output))
+            rank.join(120)
+            found.append((rank.exitcode, output.read_text()))  # None: not through
         results[fault] = found[::-1]
+    for rank, _ in itertools.chain.from_iterable(runs.values()):
+        rank.kill()
     return results
 
 

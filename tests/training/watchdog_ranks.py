@@ -1,4 +1,4 @@
-"""A rank that hangs, without a model: ``python watchdog_ranks.py FAULT FOLDER``, with torchrun's variables.
+"""A rank that hangs, without a model: ``main([FAULT, FOLDER])``, with torchrun's variables.
 
 Rank 0 has the fault, and keeps the store; the others wait for it in a collective.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -58,24 +57,27 @@ def lacks_a_gpu() -> None:
 
 FAULTS = {fault.__name__: fault for fault in (is_stopped, keeps_the_lock, cannot_write, was_stopped, lacks_a_gpu)}
 
-if __name__ == "__main__":
+
+def main(arguments: list[str]) -> int:
+    fault, folder = arguments
     watchdog.ANSWER_SECONDS, watchdog._PATIENCE = 2.0, 4.0
     world = read_world(os.environ)
-    if sys.argv[1] == "lacks_a_gpu" and world.rank == 1:
+    if fault == "lacks_a_gpu" and world.rank == 1:
         lacks_a_gpu()
     try:
         start(world)
     except HiveError as error:
         faults.report_error(error, world, debug=False)
         faults.leave(2)
-    watchdog.watch(Path(sys.argv[2]), world, TIMEOUT)
+    watchdog.watch(Path(folder), world, TIMEOUT)
     for step in (1, 2):
         here.begin_step(step)
         here.enter("data", ())
         barrier()
     if world.rank == 0:
-        FAULTS[sys.argv[1]]()
+        FAULTS[fault]()
     barrier()
     watchdog.stop_watching()
     stop()
     print("over")
+    return 0

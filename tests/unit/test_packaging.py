@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,11 @@ def test_make_help_lists_every_target():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {line.split()[1] for line in listed.splitlines() if line.startswith("  make ")} == make_targets()
     assert subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout == listed
+
+
+def test_files_that_begin_first_are_there() -> None:
+    first = runpy.run_path(str(ROOT / "tests" / "conftest.py"))["FIRST"]
+    assert [name for name in first if not (ROOT / "tests" / f"{name}.py").is_file()] == []
 
 
 @pytest.mark.parametrize(
