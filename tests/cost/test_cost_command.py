@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from cost_recipes import tiny_recipe
 
 from hive_ds.cli import main
@@ -53,22 +54,24 @@ def test_the_command_prints_and_writes_what_the_library_says(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "said", "said_by_5"),
     [
         (
             "vision_encoder.num_hidden_layers",
             "four",
             "num_hidden_layers is 'four' in its config.json; expected a whole",
+            "Field 'num_hidden_layers' expected int, got str",
         ),
-        ("vision_encoder.num_hidden_layers", 0, "num_hidden_layers is 0 in its config.json; expected a whole number"),
-        ("vision_encoder.hidden_size", "wide", "makes no model: TypeError: "),
-        ("language_model.hidden_size", [3], "makes no model: TypeError: "),
-        ("language_model.num_attention_heads", 0, "makes no model: ZeroDivisionError: "),
+        ("vision_encoder.num_hidden_layers", 0, *["num_hidden_layers is 0 in its config.json; expected a whole"] * 2),
+        ("vision_encoder.hidden_size", "wide", "makes no model: TypeError: ", "'hidden_size' expected int, got str"),
+        ("language_model.hidden_size", [3], "makes no model: TypeError: ", "'hidden_size' expected int, got list"),
+        ("language_model.num_attention_heads", 0, *[": ZeroDivisionError: "] * 2),
     ],
 )
 def test_a_config_that_makes_no_model_is_named(
-    key: str, value: object, said: str, files: tuple[str, str], capsys: pytest.CaptureFixture[str]
+    key: str, value: object, said: str, said_by_5: str, files: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """transformers 5 checks the types in a config itself."""
     part, name = key.split(".")
     folder = Path(getattr(load_recipe(files[0]).model, part))
     values = json.loads((folder / "config.json").read_text())
@@ -77,7 +80,7 @@ def test_a_config_that_makes_no_model_is_named(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert str(folder) in line
-    assert said in line
+    assert (said if transformers.__version__.startswith("4.") else said_by_5) in line
 
 
 @pytest.mark.parametrize(
