@@ -76,7 +76,7 @@ def _with_work(arguments: KernelArguments, layout: AttentionLayout) -> KernelArg
     if layout.decoding:
         return arguments
     if arguments.one_pass:
-        return arguments._replace(backward_work=schedule.sample_work)
+        return arguments._replace(backward_work=schedule.sample_work())
     return arguments._replace(
         first_token=schedule.first_token,
         backward_work=schedule.row_work(pack, arguments.tile("queries").rows),

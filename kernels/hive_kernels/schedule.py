@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .copies import to_device
-from .padding import packed_starts, ragged_range
+from .padding import packed_starts
 
 Integers = npt.NDArray[np.int64]
 
@@ -49,7 +49,7 @@ class Schedule:
         self._image_offset = np.array(list(chain.from_iterable(image_offsets)), dtype=np.int64)
         self._num_image = num_image
         self._device = device
-        self._work: dict[tuple[object, ...], Tensor] = {}
+        self._work: dict[tuple[str, int, int], Tensor] = {}
 
     @cached_property
     def samples(self) -> Tensor:
@@ -68,7 +68,7 @@ class Schedule:
         """(N,): the first token of its sample that sees each image key, if the sample is so long."""
         table = np.full(self._num_image, NOT_LISTED, dtype=np.int64)
         start = self._first_image[self._image_sample] + self._within_sample
-        table[ragged_range(start, self._image_length).numpy()] = np.repeat(self._image_offset, self._image_length)
+        table[_ranges(start, self._image_length)] = np.repeat(self._image_offset, self._image_length)
         return self._on_device(table)
 
     @cached_property
@@ -83,23 +83,21 @@ class Schedule:
 
     def row_work(self, pack: int, block: int) -> Tensor:
         """(tiles, 2): sample and tile of every ``block`` rows of a sample, ``pack`` rows (query heads) a token."""
-        return self._kept(self._row_work, pack, block)
+        return self._kept("rows", pack, block)
 
     def key_work(self, block: int) -> Tensor:
         """(tiles, 3): sample, tile and 0 or 1 of every ``block`` text (0) or image (1) keys of a sample."""
-        return self._kept(self._key_work, block)
+        return self._kept("keys", 1, block)
 
-    @cached_property
     def sample_work(self) -> Tensor:
         """(B, 2): every sample, and 0."""
-        order = np.argsort(-(self._text + self._patches), kind="stable")
-        return self._on_device(np.stack([order, np.zeros_like(order)], axis=1))
+        return self._kept("samples", 1, 1)
 
-    def _kept(self, make: Callable[..., Integers], *sizes: int) -> Tensor:
-        key = (make.__name__, *sizes)
-        if key not in self._work:
-            self._work[key] = self._on_device(make(*sizes))
-        return self._work[key]
+    def _kept(self, kind: str, pack: int, block: int) -> Tensor:
+        if (kind, pack, block) not in self._work:
+            make = {"rows": self._row_work, "keys": self._key_work, "samples": self._sample_work}[kind]
+            self._work[kind, pack, block] = self._on_device(make(pack, block))
+        return self._work[kind, pack, block]
 
     def _row_work(self, pack: int, block: int) -> Integers:
         rows = self._queries * pack
@@ -108,13 +106,17 @@ class Schedule:
         cost = (self._text - self._queries)[sample] + last + self._seen[self._first_query[sample] + last]
         return np.stack([sample, tile], axis=1)[_in_turn(sample, cost, len(rows))]
 
-    def _key_work(self, block: int) -> Integers:
+    def _key_work(self, _pack: int, block: int) -> Integers:
         text_sample, text_tile = _tiles(self._text, block)
         image_sample, image_tile = _tiles(self._patches, block)
         sample, tile = np.concatenate([text_sample, image_sample]), np.concatenate([text_tile, image_tile])
         is_image = np.arange(len(sample)) >= len(text_sample)
         cost = np.where(is_image, self._text[sample], self._text[sample] - tile * block)
         return np.stack([sample, tile, is_image], axis=1)[_in_turn(sample, cost, len(self._text))]
+
+    def _sample_work(self, _pack: int, _block: int) -> Integers:
+        order = np.argsort(-(self._text + self._patches), kind="stable")
+        return np.stack([order, np.zeros_like(order)], axis=1)
 
     @cached_property
     def _within_sample(self) -> Integers:
@@ -153,3 +155,9 @@ def _tiles(lengths: Integers, block: int) -> tuple[Integers, Integers]:
     counts = -(-lengths // block)
     sample = np.repeat(np.arange(len(lengths)), counts)
     return sample, np.arange(len(sample)) - (np.cumsum(counts) - counts)[sample]
+
+
+def _ranges(starts: Integers, lengths: Integers) -> Integers:
+    """``start`` to ``start + length - 1`` of every pair, end to end."""
+    shift = starts - (np.cumsum(lengths) - lengths)
+    return np.arange(int(lengths.sum())) + np.repeat(shift, lengths)
