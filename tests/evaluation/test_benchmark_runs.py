@@ -117,6 +117,7 @@ def test_one_by_one_answers_as_in_batches(one_rank: Path, data: Path, checkpoint
     """ScienceQA's batches hold questions with and without an image; GQA's images lie apart from the questions."""
     chosen = ("scienceqa", "gqa")
     outcomes = evaluate(Request(chosen, data, checkpoint, batch_size=1, device="cpu", self_test=False))
+    assert [outcome.benchmark.name for outcome in outcomes] == list(chosen)
     for outcome in outcomes:
         assert [row.answer for row in outcome.rows] == replies(one_rank, outcome.benchmark.name)
 

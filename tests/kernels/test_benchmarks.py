@@ -212,7 +212,7 @@ def test_tuning_tells_rounding_from_another_result(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(tuning, "PATCHES", 20)
     cpu = torch.device("cpu")
-    inputs = tuning.inputs_of(tuning.Load([20, 9]), cpu)
+    inputs = tuning.inputs_of(tuning.Load([20, 9], heads=3, groups=1), cpu)
     base = tuning.computed(inputs)
     for kind, tile in (("keys", (16, 32, 1, 1)), ("forward short", tuning.NEVER), ("backward short", tuning.NEVER)):
         with tuning.instead(kind, 64, tiles.Tile(*tile), cpu):

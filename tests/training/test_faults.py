@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
+from forked import run_forked
 from planted import MODULE
 from test_train_command import EQUAL_ACROSS_ATTEMPTS
 from tiny_run import TinyRun
 
-from hive_ds.constants import EXIT_HUNG
+from hive_ds.constants import EXIT_HUNG, EXIT_STOPPED
 from hive_ds.training.hang_report import read_dumps
 
 HOST = socket.gethostname()
@@ -101,3 +104,21 @@ def test_error_of_one_rank_ends_all(tiny: TinyRun, fault: str, launcher: str, me
     # One of the ranks'; torchrun adds its own.
     assert output.count("Traceback (most recent call last)") == 1 + (launcher == "torchrun"), output
     assert ended - float((tiny.root / fault / "planted").read_text()) < 15
+
+
+def test_two_ranks_report_one_line_and_exit_with_two(tiny: TinyRun) -> None:
+    wrong = tiny.arguments(1, "wrong", "--set", "stages.connector_pretraining.global_batch_size=7")
+    done = run_forked("hive_ds.train:main", wrong, tiny.environment(), 2, timeout=240)
+    assert done.returncode == 2, done.stderr
+    output = done.stdout + done.stderr
+    error = "error: global_batch_size 7 is not divisible by 2 ranks; these rank counts divide it: 1, 7"
+    assert output.count(error) == 1
+    assert "Traceback" not in output
+
+
+def test_the_deepspeed_launcher_hands_on_what_ranks_exit_with(tiny: TinyRun, tmp_path: Path) -> None:
+    """`hive-ds supervise` goes by it, and scripts that requeue jobs."""
+    (tmp_path / "ends.py").write_text(f"raise SystemExit({EXIT_STOPPED})\n")
+    launch = tiny.command(1, "ends", module="ends")
+    done = subprocess.run(launch, cwd=tmp_path, env=tiny.environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == EXIT_STOPPED, done.stdout + done.stderr
