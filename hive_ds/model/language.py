@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,8 @@ from hive_ds.errors import HiveError
 from hive_ds.model.positions import RotaryFrequencies
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-ATTENTION_INPUTS = ("self", "hidden_states", "position_embeddings", "attention_mask")
-"""What an LLM's own attention cannot do without; one that asks for positions scales queries by them."""
+ATTENTION_INPUTS = {"self", "hidden_states", "position_embeddings", "attention_mask"}
+"""All that an LLM's own attention may ask for: one that asks for positions scales its queries by them."""
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 """What our attention computes; whatever else an LLM's own has would be left out without a word."""
 FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv")
@@ -106,9 +106,8 @@ def _check_attention(config: transformers.PretrainedConfig, attention: Any) -> N
             raise _refusal(config, f"no linear `{name}` in its attention")
     if getattr(attention, "sinks", None) is not None:
         raise _refusal(config, "attention sinks")
-    for name, parameter in inspect.signature(type(attention).forward).parameters.items():
-        if name not in ATTENTION_INPUTS and parameter.kind is not parameter.VAR_KEYWORD and parameter.default is parameter.empty:
-            raise _refusal(config, f"an attention that must be handed `{name}`")
+    if needed := sorted(_required(type(attention).forward) - ATTENTION_INPUTS):
+        raise _refusal(config, f"an attention that must be handed `{needed[0]}`")
     parts = [name for name, child in attention.named_children() if next(child.parameters(), None) is not None]
     for name in (*parts, *(name for name, _ in attention.named_parameters(recurse=False))):
         if name not in ATTENTION_PARTS:
@@ -126,9 +125,14 @@ def _check_attention(config: transformers.PretrainedConfig, attention: Any) -> N
 
 
 def _check_layer(config: transformers.PretrainedConfig, layer: nn.Module) -> None:
-    tables = inspect.signature(type(layer).forward).parameters.get("position_embeddings")
-    if tables is not None and tables.default is inspect.Parameter.empty:
+    if "position_embeddings" in _required(type(layer).forward):
         raise _refusal(config, "decoder layers that must be handed rotary tables")
+
+
+def _required(function: Callable[..., Any]) -> set[str]:
+    """Names of the arguments that have no default."""
+    parameters = inspect.signature(function).parameters.items()
+    return {name for name, one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
 
 
 def _check_positions(config: transformers.PretrainedConfig, trunk: Any) -> None:
@@ -159,25 +163,25 @@ def _rotates_halves(attention: nn.Module) -> bool:
         return rotate is not None and rotate(torch.tensor([0.0, 1.0, 2.0, 3.0])).tolist() == [-2.0, -3.0, 0.0, 1.0]
 
 
-class _TablesRead(Exception):
+class _TableReadError(Exception):
     pass
 
 
-class _Tables:
-    """Stands in for a rotary table: whoever reads it is told on."""
+class _Table:
+    """Stands in for a rotary table, and says when it is read."""
 
     def __getattr__(self, name: str) -> Any:
-        raise _TablesRead
+        raise _TableReadError
 
 
 def _is_rotated(attention: nn.Module) -> bool:
     """Ask the LLM's own code whether this layer reads the rotary tables; some models leave layers without positions."""
     shapes = {name: torch.empty_like(values, device="meta") for name, values in attention.named_parameters()}
     token = torch.empty(1, 1, attention.q_proj.in_features, dtype=attention.q_proj.weight.dtype, device="meta")
-    tables = {"position_embeddings": (_Tables(), _Tables()), "attention_mask": None}
+    tables = {"position_embeddings": (_Table(), _Table()), "attention_mask": None}
     try:
         torch.func.functional_call(attention, shapes, (token,), tables)
-    except _TablesRead:
+    except _TableReadError:
         return True
     return False
 
