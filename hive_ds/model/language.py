@@ -42,7 +42,7 @@ def check_language_model(language_model: transformers.PreTrainedModel) -> None:
         HiveError: names the LLM's type and the feature that is not supported.
     """
     config = language_model.config
-    trunk = getattr(language_model, "model", None)
+    trunk: Any = getattr(language_model, "model", None)
     if not all(hasattr(trunk, part) for part in ("embed_tokens", "layers", "norm")):
         raise _refusal(config, "a decoder that is not `model.embed_tokens` + `model.layers` + `model.norm`")
     for layer in trunk.layers:
@@ -174,7 +174,7 @@ class _Table:
         raise _TableReadError
 
 
-def _is_rotated(attention: nn.Module) -> bool:
+def _is_rotated(attention: Any) -> bool:
     """Ask the LLM's own code whether this layer reads the rotary tables; some models leave layers without positions."""
     shapes = {name: torch.empty_like(values, device="meta") for name, values in attention.named_parameters()}
     token = torch.empty(1, 1, attention.q_proj.in_features, dtype=attention.q_proj.weight.dtype, device="meta")
