@@ -58,6 +58,7 @@ def text_config(family: str = "llama", **changes: object) -> transformers.Pretra
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
         "mistral": transformers.MistralConfig,
+        "gemma3": transformers.Gemma3TextConfig,
     }
     return classes[family](**{**_TEXT, **changes})
 

@@ -123,11 +123,15 @@ class CascadedForCausalLM(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> CascadedForCausalLM:
         """As torch's, but rotary frequencies stay in fp32: those of Qwen2 in bf16 turn token 700 by 0.66 radians."""
-        rotary = [module for module in self.language_model.modules() if "inv_freq" in module._buffers]
-        exact = [module.inv_freq for module in rotary]
+        exact = {
+            (module, name): inv_freq
+            for module in self.language_model.modules()
+            for name, inv_freq in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq")  # in transformers 5 Gemma 3's has one for each kind of layer
+        }
         super()._apply(fn, recurse)
-        for module, inv_freq in zip(rotary, exact, strict=True):
-            module.inv_freq = inv_freq.to(module.inv_freq.device)
+        for (module, name), inv_freq in exact.items():
+            setattr(module, name, inv_freq.to(getattr(module, name).device))
         return self
 
     def train(self, mode: bool = True) -> CascadedForCausalLM:

@@ -45,26 +45,20 @@ class HiveGenerationMixin(GenerationMixin):
             image_offsets, pixel_values, pixel_attention_mask, spatial_shapes: as in `forward`.
             use_cache: keep keys between steps.
             arguments: every other argument of ``transformers.GenerationMixin.generate``.
+
+        Raises:
+            ValueError: a prompt is padded on the right, or images and offsets do not fit each other.
         """
-        self._warn_unseen_images(input_ids, image_offsets, arguments.get("attention_mask"))
+        attention_mask = arguments.get("attention_mask")
+        mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        _check_padding(mask_BS)
+        _warn_unseen_images(mask_BS, image_offsets)
         images = self.encode_prompt_images(
             pixel_values, image_offsets, len(input_ids), pixel_attention_mask, spatial_shapes
         )
         if use_cache:
             arguments[CACHE_NAME] = HiveCache()
         return super().generate(inputs=input_ids, prompt_images=images, use_cache=use_cache, **arguments)
-
-    def _warn_unseen_images(
-        self, input_ids: Tensor, image_offsets: Sequence[Sequence[int]] | None, attention_mask: Tensor | None
-    ) -> None:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        for row, (offsets, length) in enumerate(zip(image_offsets or (), mask.sum(dim=1).tolist(), strict=False)):
-            if offsets and offsets[-1] >= length:
-                warnings.warn(
-                    f"prompt {row} ends with an image (media offset {offsets[-1]}, {length} tokens): the token that "
-                    "predicts the first new one cannot see it; put text after the image",
-                    stacklevel=3,
-                )
 
     def prepare_inputs_for_generation(
         self,
@@ -89,3 +83,19 @@ class HiveGenerationMixin(GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep or 0,
         }
+
+
+def _check_padding(mask_BS: Tensor) -> None:
+    wrong = (mask_BS[:, -1] == 0).nonzero()
+    if len(wrong):
+        raise ValueError(f"prompt {int(wrong[0])} ends with padding; prompts to continue must be padded on the left")
+
+
+def _warn_unseen_images(mask_BS: Tensor, image_offsets: Sequence[Sequence[int]] | None) -> None:
+    for row, (offsets, length) in enumerate(zip(image_offsets or (), mask_BS.sum(dim=1).tolist(), strict=False)):
+        if offsets and offsets[-1] >= length:
+            warnings.warn(
+                f"prompt {row} ends with an image (media offset {offsets[-1]}, {length} tokens): the token that "
+                "predicts the first new one cannot see it; put text after the image",
+                stacklevel=4,
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from hive_ds.errors import HiveError
 from hive_ds.model.positions import RotaryFrequencies
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+ATTENTION_INPUTS = {"self", "hidden_states", "position_embeddings", "attention_mask"}
+"""All that an LLM's own attention may ask for: one that asks for positions scales its queries by them."""
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 """What our attention computes; whatever else an LLM's own has would be left out without a word."""
 FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv")
@@ -40,9 +42,9 @@ def check_language_model(language_model: transformers.PreTrainedModel) -> None:
         HiveError: names the LLM's type and the feature that is not supported.
     """
     config = language_model.config
-    trunk = getattr(language_model, "model", None)
-    if trunk is None or not hasattr(trunk, "layers") or not hasattr(trunk, "embed_tokens"):
-        raise _refusal(config, "a decoder that is not `model.embed_tokens` + `model.layers`")
+    trunk: Any = getattr(language_model, "model", None)
+    if not all(hasattr(trunk, part) for part in ("embed_tokens", "layers", "norm")):
+        raise _refusal(config, "a decoder that is not `model.embed_tokens` + `model.layers` + `model.norm`")
     for layer in trunk.layers:
         _check_attention(config, getattr(layer, "self_attn", None))
         if not hasattr(layer, "input_layernorm"):
@@ -104,6 +106,8 @@ def _check_attention(config: transformers.PretrainedConfig, attention: Any) -> N
             raise _refusal(config, f"no linear `{name}` in its attention")
     if getattr(attention, "sinks", None) is not None:
         raise _refusal(config, "attention sinks")
+    if needed := sorted(_required(type(attention).forward) - ATTENTION_INPUTS):
+        raise _refusal(config, f"an attention that must be handed `{needed[0]}`")
     parts = [name for name, child in attention.named_children() if next(child.parameters(), None) is not None]
     for name in (*parts, *(name for name, _ in attention.named_parameters(recurse=False))):
         if name not in ATTENTION_PARTS:
@@ -114,14 +118,21 @@ def _check_attention(config: transformers.PretrainedConfig, attention: Any) -> N
         if getattr(config, name, None):
             raise _refusal(config, f"logit soft-capping ({name})")
     norm = getattr(attention, "q_norm", None)
+    if norm is not None and not hasattr(norm, "variance_epsilon"):
+        raise _refusal(config, f"a query norm of another kind than Llama's ({type(norm).__name__})")
     if norm is not None and norm.weight.numel() != attention.head_dim:
         raise _refusal(config, "a query norm over all heads at once")
 
 
 def _check_layer(config: transformers.PretrainedConfig, layer: nn.Module) -> None:
-    tables = inspect.signature(type(layer).forward).parameters.get("position_embeddings")
-    if tables is not None and tables.default is inspect.Parameter.empty:
+    if "position_embeddings" in _required(type(layer).forward):
         raise _refusal(config, "decoder layers that must be handed rotary tables")
+
+
+def _required(function: Callable[..., Any]) -> set[str]:
+    """Names of the arguments that have no default."""
+    parameters = inspect.signature(function).parameters.items()
+    return {name for name, one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
 
 
 def _check_positions(config: transformers.PretrainedConfig, trunk: Any) -> None:
@@ -134,12 +145,14 @@ def _check_positions(config: transformers.PretrainedConfig, trunk: Any) -> None:
     if rope_type in LENGTH_DEPENDENT_ROPE:
         raise _refusal(config, f"length-dependent rotary positions ({rope_type})")
     attention = trunk.layers[0].self_attn
+    if not hasattr(rotary, "inv_freq"):
+        raise _refusal(config, "rotary frequencies that are not one list for all layers and lengths")
     rotated = 2 * len(RotaryFrequencies(rotary).inv_freq)
     if rotated != attention.head_dim:
         raise _refusal(config, f"partial rotary positions ({rotated} of {attention.head_dim} dimensions)")
     if not _rotates_halves(attention):
         raise _refusal(config, "interleaved rotary positions")
-    if any(not getattr(layer.self_attn, "use_rope", True) for layer in trunk.layers):
+    if not all(_is_rotated(layer.self_attn) for layer in trunk.layers):
         raise _refusal(config, "layers without rotary positions")
 
 
@@ -148,6 +161,29 @@ def _rotates_halves(attention: nn.Module) -> bool:
     rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
     with torch.device("cpu"):  # the model may be under construction on the meta device
         return rotate is not None and rotate(torch.tensor([0.0, 1.0, 2.0, 3.0])).tolist() == [-2.0, -3.0, 0.0, 1.0]
+
+
+class _TableReadError(Exception):
+    pass
+
+
+class _Table:
+    """Stands in for a rotary table, and says when it is read."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _TableReadError
+
+
+def _is_rotated(attention: Any) -> bool:
+    """Ask the LLM's own code whether this layer reads the rotary tables; some models leave layers without positions."""
+    shapes = {name: torch.empty_like(values, device="meta") for name, values in attention.named_parameters()}
+    token = torch.empty(1, 1, attention.q_proj.in_features, dtype=attention.q_proj.weight.dtype, device="meta")
+    tables = {"position_embeddings": (_Table(), _Table()), "attention_mask": None}
+    try:
+        torch.func.functional_call(attention, shapes, (token,), tables)
+    except _TableReadError:
+        return True
+    return False
 
 
 def _check_scaling(config: transformers.PretrainedConfig) -> None:

@@ -208,11 +208,14 @@ def test_saved_folder_comes_back_and_another_tower_is_refused(tmp_path: Path) ->
         load_any(tmp_path)
 
 
-def test_bf16_keeps_rotary_frequencies() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_bf16_keeps_rotary_frequencies(family: str) -> None:
     """DeepSpeed casts the whole module; frequencies in bf16 would turn Qwen2's token 700 by 0.66 radians."""
-    exact, model = tiny_cascaded(), tiny_cascaded().bfloat16()
-    frequencies = [part.language_model.model.rotary_emb.inv_freq for part in (exact, model)]
-    assert torch.equal(*frequencies)
+    exact, model = tiny_cascaded(family), tiny_cascaded(family).bfloat16()
+    kept, cast = ({n: b for n, b in part.named_buffers() if n.endswith("inv_freq")} for part in (exact, model))
+    assert kept
+    for name, inv_freq in kept.items():
+        assert torch.equal(cast[name], inv_freq), name
     assert model.dtype == torch.bfloat16
     inputs = packed()
     with torch.no_grad():

@@ -156,6 +156,12 @@ def test_generate_batched_equals_one_by_one():
         assert torch.equal(together[row], alone[0, len(tokens) :])
 
 
+def test_generate_refuses_prompts_padded_on_the_right():
+    """Their next tokens would come of the padding."""
+    with pytest.raises(ValueError, match="prompt 0 ends with padding; prompts to continue must be padded on the left"):
+        tiny_hive().generate(**padded(packed(), "right"), max_new_tokens=1)
+
+
 def test_generate_warns_of_an_image_that_the_first_new_token_cannot_see():
     model = tiny_hive()
     with pytest.warns(UserWarning, match="prompt 0 ends with an image"):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import transformers
 from tiny_models import text_config, tiny_hive, tiny_language_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hive_ds.errors import HiveError
 from hive_ds.model.language import check_language_model, check_window
@@ -23,6 +23,9 @@ SMALL = {
     "pad_token_id": 0,
 }
 MIXTRAL = partial(transformers.MixtralConfig, **SMALL, num_local_experts=2)
+PHIMOE = partial(transformers.PhimoeConfig, **SMALL, num_local_experts=2)
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+EXAONE = {**SMALL, "num_hidden_layers": 4, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 
 
@@ -59,7 +62,19 @@ CASES = {
     "bitnet": (lambda: transformers.BitNetConfig(**SMALL), "`attn_sub_norm` in its attention"),
     "hunyuan": (lambda: transformers.HunYuanDenseV1Config(**SMALL), "`query_layernorm` in its attention"),
     "olmo": (lambda: transformers.OlmoConfig(**SMALL), "no RMS norms"),
-    **({"mixtral": (MIXTRAL, "handed rotary tables")} if transformers.__version__.startswith("4.") else {}),
+    "falcon_h1": (lambda: transformers.FalconH1Config(**SMALL, **MAMBA), r"not `model.embed_tokens`.*`model.norm`"),
+    "gemma3": (lambda: transformers.Gemma3TextConfig(**SMALL), "a query norm of another kind"),
+    **(
+        {
+            "mixtral": (MIXTRAL, "handed rotary tables"),
+            "phimoe": (PHIMOE, "rotary frequencies that are not one list"),
+        }
+        if transformers.__version__.startswith("4.")
+        else {
+            "ministral3": (lambda: AutoConfig.for_model("ministral3", **SMALL), "must be handed `position_ids`"),
+            "exaone_moe": (lambda: AutoConfig.for_model("exaone_moe", **EXAONE), "layers without rotary positions"),
+        }
+    ),
     "dropout": (lambda: text_config("llama", attention_dropout=0.1), "attention dropout of 0.1"),
     "dynamic": (lambda: text_config("llama", rope_scaling=DYNAMIC), "length-dependent rotary positions"),
     "smollm3": (lambda: transformers.SmolLM3Config(**SMALL, no_rope_layers=[1, 0]), "layers without rotary"),
