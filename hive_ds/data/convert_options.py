@@ -82,7 +82,7 @@ def read_captions(path: str | Path) -> dict[str, str]:
     captions: dict[str, str] = {}
     places: dict[str, int] = {}
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with Path(path).open(encoding="utf-8-sig") as file:
             lines = list(file)  # not splitlines(), which cuts at U+2028 and others that JSON may hold
     except (OSError, UnicodeDecodeError) as error:
         raise HiveError(f"captions {path}: cannot be read ({error})") from error

@@ -211,7 +211,7 @@ def test_captions_from_a_file_need_no_other_text(kind: str, tmp_path: Path) -> N
 def test_two_captions_of_one_id_are_refused(tmp_path: Path) -> None:
     """Where they differ; a file that holds lines twice says nothing else."""
     path = tmp_path / "captions.jsonl"
-    path.write_text('{"id": "a", "caption": "x"}\n{"id": 7, "caption": "y"}\n{"id": "a", "caption": "x"}\n')
+    path.write_text('\ufeff{"id": "a", "caption": "x"}\n{"id": 7, "caption": "y"}\n{"id": "a", "caption": "x"}\n')
     assert read_captions(path) == {"a": "x", "7": "y"}
     path.write_text(path.read_text() + '{"id": "7", "caption": "z"}\n')
     message = r"captions\.jsonl, line 4: another caption of id '7', which line 2 has; expected one an id$"
