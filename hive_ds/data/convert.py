@@ -271,7 +271,8 @@ def _finish(job: PartJob, options: ConvertOptions) -> ConversionSummary:
 
 def _publish_remote(out: Path, remote: str) -> None:
     """Upload the files beside the shards; the index last, since it makes the folder one."""
-    from hive_ds.data.mds.parts import INDEX, upload
+    from hive_ds.data.mds.index import INDEX
+    from hive_ds.data.mds.parts import upload
     from hive_ds.data.mds.sizes import SIZES
 
     upload(out, [SIZES, REJECTS, SUMMARY, INDEX], remote)

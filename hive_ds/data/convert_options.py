@@ -75,10 +75,14 @@ class ConversionSummary:
 
 
 def read_captions(path: str | Path) -> dict[str, str]:
-    """Captions by sample id of a JSONL of {"id", "caption"}; HiveError names a line that is no such thing."""
+    """Captions by sample id of a JSONL of {"id", "caption"}.
+
+    HiveError names a line that is no such thing, or that has another caption for the id of an earlier one.
+    """
     captions: dict[str, str] = {}
+    places: dict[str, int] = {}
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with Path(path).open(encoding="utf-8-sig") as file:
             lines = list(file)  # not splitlines(), which cuts at U+2028 and others that JSON may hold
     except (OSError, UnicodeDecodeError) as error:
         raise HiveError(f"captions {path}: cannot be read ({error})") from error
@@ -88,7 +92,13 @@ def read_captions(path: str | Path) -> dict[str, str]:
             id, caption = row["id"], row["caption"]
             if not isinstance(id, (str, int)) or not isinstance(caption, str):
                 raise TypeError(f"id {id!r} and caption {caption!r} are not both text")
-            captions[str(id)] = caption
         except (ValueError, KeyError, TypeError) as error:
             raise HiveError(f"captions {path}, line {number}: expected {{'id', 'caption'}} ({error!r})") from error
+        name = str(id)
+        if captions.setdefault(name, caption) != caption:
+            raise HiveError(
+                f"captions {path}, line {number}: another caption of id {name!r}, which line {places[name]} has; "
+                "expected one an id"
+            )
+        places.setdefault(name, number)
     return captions

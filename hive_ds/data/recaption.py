@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ class RecaptionSummary:
     written: int = 0
     done_before: int = 0
     repeated: int = 0
+    other_pictures: int = 0
+    """Of those repeated: whose pictures are not the earlier sample's."""
     without_image: int = 0
     unreadable: int = 0
     first_unreadable: str = ""
@@ -118,6 +121,8 @@ class RecaptionSummary:
         counts = f"{self.written} captions written, {self.done_before} were there, {self.without_image} without image"
         unreadable = f", {self.unreadable} unreadable (the first, {self.first_unreadable})" if self.unreadable else ""
         repeated = f", {self.repeated} with the id of an earlier sample and its caption" if self.repeated else ""
+        if self.other_pictures:
+            repeated += f", {self.other_pictures} of them with other pictures: expected ids (--id-column) that differ"
         return (
             f"{self.out}: {counts}{unreadable}{repeated}; use them with: hive-ds data convert ... --captions {self.out}"
         )
@@ -175,21 +180,24 @@ def recaption(
 
 
 def _undone(source: PictureSource, done: set[str], summary: RecaptionSummary, bar: Any) -> Iterator[_Pictures]:
-    seen: set[str] = set()
+    seen: dict[str, bytes] = {}
     for index in range(len(source)):
         bar.update()
         try:
             id, images = source.sample_id(index), source.images(index)
             if not images:
                 summary.without_image += 1
-            elif id in seen:
+                continue
+            digest = hashlib.blake2b(b"".join(images), digest_size=8).digest()
+            if id in seen:
                 summary.repeated += 1
+                summary.other_pictures += seen[id] != digest
             elif id in done:
-                seen.add(id)
+                seen[id] = digest
                 summary.done_before += 1
             else:
                 pictures = _Pictures(id, [decode_image(image) for image in images])
-                seen.add(id)
+                seen[id] = digest
                 yield pictures
         except HiveError as error:
             summary.unreadable += 1

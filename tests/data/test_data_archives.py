@@ -28,6 +28,22 @@ def test_images_of_two_suffixes_are_not_lost_unsaid(tmp_path: Path) -> None:
     assert source.read(1).images == (FILES["2.jpg"],)
 
 
+def test_two_files_of_one_suffix_are_not_lost_unsaid(tmp_path: Path) -> None:
+    """As in a tar that was made of two: neither is passed over for the other, and samples beside them are read."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in [("a.jpg", FILES["0.jpg"]), ("a.txt", b"One."), ("b.jpg", FILES["1.jpg"]), ("b.txt", b"B.")]:
+            add(tar, name, data)
+        add(tar, "a.JPG", FILES["2.jpg"])
+    source = open_source(SourceOptions(str(tmp_path)))
+    message = (
+        r"a\.tar, key a: holds a\.jpg at byte 512 and a\.JPG at byte \d{4}; expected one file of a key and suffix$"
+    )
+    for read in (source.read, source.images):
+        with pytest.raises(HiveError, match=message):
+            read(0)
+    assert source.read(1).images == (FILES["1.jpg"],)
+
+
 def test_a_damaged_zip_loses_one_image_and_no_run(tmp_path: Path) -> None:
     """`recaption` goes on past a `HiveError` alone."""
     path = tmp_path / "images.zip"

@@ -208,6 +208,17 @@ def test_captions_from_a_file_need_no_other_text(kind: str, tmp_path: Path) -> N
     assert "the file of captions has none for it" in (tmp_path / "new" / "rejects.jsonl").read_text()
 
 
+def test_two_captions_of_one_id_are_refused(tmp_path: Path) -> None:
+    """Where they differ; a file that holds lines twice says nothing else."""
+    path = tmp_path / "captions.jsonl"
+    path.write_text('\ufeff{"id": "a", "caption": "x"}\n{"id": 7, "caption": "y"}\n{"id": "a", "caption": "x"}\n')
+    assert read_captions(path) == {"a": "x", "7": "y"}
+    path.write_text(path.read_text() + '{"id": "7", "caption": "z"}\n')
+    message = r"captions\.jsonl, line 4: another caption of id '7', which line 2 has; expected one an id$"
+    with pytest.raises(HiveError, match=message):
+        read_captions(path)
+
+
 def test_captions_end_at_line_feeds_alone(tmp_path: Path) -> None:
     """JSON may hold the other ends of lines that Unicode knows."""
     said = {"1": "one\u2028two\u0085three\x1cfour", "2": "five"}

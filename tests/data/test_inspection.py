@@ -76,9 +76,13 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no index": (lambda folder: (folder / "index.json").unlink(), "index", "holds no index.json"),
     "broken index": (lambda folder: (folder / "index.json").write_text('{"version": 2'), "index", "cannot be read"),
     "empty index": (edit_index(list.clear), "index", "lists no samples"),
-    "incomplete entry": (edit_index(lambda shards: shards[1].pop("column_names")), "index", "shard 1 is not described"),
+    "incomplete entry": (
+        edit_index(lambda shards: shards[1].pop("column_names")),
+        "index",
+        "shard 1: has no column_names",
+    ),
     "other columns": (edit_index(lambda shards: shards[0]["column_names"].sort(reverse=True)), "index", "has columns"),
-    "outside": (edit_index(lambda s: s[0]["raw_data"].update(basename="../x")), "index", "lies outside the folder"),
+    "outside": (edit_index(lambda s: s[0]["raw_data"].update(basename="../x")), "index", "basename is '../x'"),
     "unlisted shard": (edit_index(lambda shards: shards.pop()), "index", "is not listed in index.json"),
     "other count": (
         edit_index(lambda s: s[0].update(samples=s[0]["samples"] - 1)),

@@ -17,11 +17,10 @@ from streaming.base.compression import get_compressions, is_compression
 from streaming.base.storage import CloudDownloader, CloudUploader
 
 from hive_ds.data.mds.folder import SHARD_BYTES
+from hive_ds.data.mds.index import INDEX
 from hive_ds.data.schema import MDS_COLUMNS, Sample, to_columns
 from hive_ds.errors import HiveError
 from hive_ds.files import flush
-
-INDEX = "index.json"
 
 
 def check_compression(name: str | None) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
-import json
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from streaming.base.compression import decompress
 from streaming.base.format.mds.reader import MDSReader
 
-from hive_ds.data.schema import MDS_COLUMNS, Sample, from_columns
+from hive_ds.data.mds.index import read_index
+from hive_ds.data.schema import Sample, from_columns
 from hive_ds.errors import HiveError
 
 
@@ -131,50 +131,20 @@ def sample_from(columns: Mapping[str, Any], index: int) -> Sample:
 
 
 def open_folder(folder: str | Path) -> ShardFolder:
-    """Read the index of a local folder of MDS shards; HiveError where it is missing, unreadable or incomplete."""
-    root = Path(folder)
-    path = root / "index.json"
-    if not root.is_dir():
-        raise HiveError(f"data folder {folder}: does not exist")
-    if not path.is_file():
-        raise HiveError(f"data folder {folder}: holds no index.json; expected MDS shards (hive-ds data convert)")
-    try:
-        index = json.loads(path.read_bytes())
-        if not isinstance(index, dict) or index.get("version") != 2 or not isinstance(index.get("shards"), list):
-            raise ValueError("expected version 2 and a list of shards")
-    except ValueError as error:
-        raise HiveError(f"{path}: cannot be read ({error})") from error
-    shards: list[Shard] = []
-    for number, entry in enumerate(index["shards"]):
-        first = shards[-1].first + shards[-1].samples if shards else 0
-        try:
-            shards.append(_shard(root, entry, first))
-        except HiveError as error:
-            raise HiveError(f"{path}: shard {number}: {error}") from error
-        except Exception as error:  # an entry of any form: streaming's reader says so in many ways
-            raise HiveError(f"{path}: shard {number} is not described in full ({_one_line(error)})") from error
+    """Read the index of a local folder of MDS shards; HiveError as in `read_index`."""
+    root, shards, first = Path(folder), [], 0
+    for entry in read_index(folder):
+        raw = _file(root, entry["raw_data"])
+        zipped = _file(root, entry["zip_data"]) if entry["zip_data"] else None
+        reader = MDSReader.from_json(str(root), None, entry)
+        name, samples = entry["raw_data"]["basename"], entry["samples"]
+        shards.append(Shard(name, first, samples, raw, zipped, reader.compression, reader))
+        first += samples
     return ShardFolder(root, shards)
 
 
-def _shard(root: Path, entry: dict[str, Any], first: int) -> Shard:
-    reader = MDSReader.from_json(str(root), None, entry)
-    columns = dict(zip(reader.column_names, reader.column_encodings, strict=True))
-    if any(columns.get(name) != encoding for name, encoding in MDS_COLUMNS.items()):
-        raise HiveError(f"has columns {columns}, expected {MDS_COLUMNS}")
-    reader.validate(allow_unsafe_types=False)  # pickled columns run code when they are read
-    if not isinstance(reader.samples, int) or reader.samples < 0:
-        raise HiveError(f"holds {reader.samples!r} samples, expected a number")
-    raw = _file(root, entry["raw_data"])
-    zipped = _file(root, entry["zip_data"]) if entry["zip_data"] else None
-    name = entry["raw_data"]["basename"]
-    return Shard(name, first, reader.samples, raw, zipped, reader.compression, reader)
-
-
 def _file(root: Path, entry: dict[str, Any]) -> ShardFile:
-    name, size, hashes = entry["basename"], entry["bytes"], entry["hashes"]
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise HiveError(f"file {name!r} lies outside the folder")
-    return ShardFile(root / name, int(size), dict(hashes))
+    return ShardFile(root / entry["basename"], entry["bytes"], entry["hashes"])
 
 
 def _one_line(error: Exception) -> str:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from streaming import Stream
 
+from hive_ds.data.mds.index import INDEX, read_index
 from hive_ds.errors import HiveError
-from hive_ds.names import does_not_exist
+
+
+class RemoteStream(Stream):
+    """A stream whose index is looked at before samples are; ``folder`` is its name in the recipe."""
+
+    folder: str
+
+    def get_shards(self, *args: Any) -> Any:
+        """Streaming's readers of the shards; HiveError where the index that was copied cannot be used."""
+        try:
+            shards = super().get_shards(*args)
+        except Exception:  # of a value that is not what streaming expects, or of whatever cloud
+            if Path(self.local, INDEX).is_file():
+                read_index(self.local, self.folder)
+            raise
+        read_index(self.local, self.folder)
+        return shards
 
 
 def make_streams(weights: Mapping[str, float], *, cache: str | None, cache_limit: str | None) -> list[Stream]:
@@ -38,25 +55,16 @@ def _stream(folder: str, cache: str | None) -> Stream:
     name = f"{folder.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
     try:
         # streaming knows another file system that shards are copied from by its bare path.
-        return Stream(remote=folder.removeprefix("file://"), local=str(Path(cache) / name))
+        stream = RemoteStream(remote=folder.removeprefix("file://"), local=str(Path(cache) / name))
     except ValueError as error:
         raise HiveError(f"data folder {folder}: {error}") from error
+    stream.folder = folder
+    return stream
 
 
 def check_index(folder: str) -> None:
     """HiveError where the local ``folder`` is not one of MDS shards with samples in it."""
-    index = Path(folder) / "index.json"
-    if Path(folder).is_file():
-        raise HiveError(f"data folder {folder}: is a file; expected a folder of MDS shards (hive-ds data convert)")
-    if not Path(folder).is_dir():
-        raise HiveError(f"data folder {folder}: {does_not_exist(folder)}")
-    if not index.is_file():
-        raise HiveError(f"data folder {folder}: holds no index.json; expected MDS shards (hive-ds data convert)")
-    try:
-        samples = sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise HiveError(f"data folder {folder}: index.json cannot be read ({type(error).__name__}: {error})") from error
-    if not samples:
+    if not any(shard["samples"] for shard in read_index(folder)):
         raise HiveError(f"data folder {folder}: holds no samples")
 
 

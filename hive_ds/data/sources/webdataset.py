@@ -64,8 +64,15 @@ class WebDatasetSource:
         return tuple(read_span(tar, member) for member in _images(files))
 
     def _files(self, index: int) -> tuple[Path, dict[str, Member]]:
-        number, _, members = self._samples[index]
-        return self._tars[number], {_suffix(member.name): member for member in members}
+        number, key, members = self._samples[index]
+        tar = self._tars[number]
+        files: dict[str, Member] = {}
+        for member in members:
+            first = files.setdefault(_suffix(member.name), member)
+            if first is not member:
+                places = " and ".join(f"{one.name} at byte {one.start}" for one in (first, member))
+                raise HiveError(f"{tar.name}, key {key}: holds {places}; expected one file of a key and suffix")
+        return tar, files
 
 
 def _images(files: dict[str, Member]) -> list[Member]:
