@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, a shell's own."""
+"""Exit code after Ctrl-C, a shell's own, which adds 128 to the number of a signal."""
 
 _WRONG_PATHS = {
     errno.ENOENT,
@@ -44,6 +44,14 @@ class OutsideError(HiveError):
     """The input may be right, but a disk, memory or a server fails: another try may succeed."""
 
     exit_code = 1
+
+
+class Signalled(KeyboardInterrupt):
+    """The command is to end, as by Ctrl-C, but another signal says so."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 def names_wrong_path(error: BaseException) -> bool:
@@ -84,7 +92,7 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
     """Run ``command`` and return its exit code: what goes wrong outside of the program becomes one line on stderr.
 
     A `HiveError` has its exit code. A file that cannot be read or written is 2 where its path is wrong and else 1, as
-    memory that is full; Ctrl-C is 130. With ``debug`` the stack trace is printed above that line.
+    memory that is full; Ctrl-C is 130, SIGTERM 143. With ``debug`` the stack trace is printed above that line.
     """
     try:
         return command() or 0
@@ -100,7 +108,7 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
 
 def _exit_code(error: BaseException) -> int | None:
     """None for an error of the program."""
-    if isinstance(error, HiveError):
+    if isinstance(error, (HiveError, Signalled)):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
