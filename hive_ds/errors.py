@@ -7,6 +7,9 @@ memory, a server, is exit code 1: the same command may succeed later.
 from __future__ import annotations
 
 import errno
+import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -92,11 +95,17 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
     """Run ``command`` and return its exit code: what goes wrong outside of the program becomes one line on stderr.
 
     A `HiveError` has its exit code. A file that cannot be read or written is 2 where its path is wrong and else 1, as
-    memory that is full; Ctrl-C is 130, SIGTERM 143. With ``debug`` the stack trace is printed above that line.
+    memory that is full; Ctrl-C is 130, SIGTERM 143. A pipe that nobody reads any more is 141, and no line. With
+    ``debug`` the stack trace is printed above that line.
     """
     try:
-        return command() or 0
+        code = command() or 0
+        print(end="", flush=True)  # else a pipe whose reader has gone is a trace at exit
+        return code
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at exit
+            return 128 + signal.SIGPIPE
         code = _exit_code(error)
         if code is None:
             raise
@@ -104,6 +113,13 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
             traceback.print_exc()
         print(_line_of(error), file=sys.stderr)
         return code
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone, as in ``| head``: it wants no more, and no error either."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return any(happened & select.POLLERR for _, happened in output.poll(0))
 
 
 def _exit_code(error: BaseException) -> int | None:
