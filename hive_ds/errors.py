@@ -99,9 +99,9 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
     ``debug`` the stack trace is printed above that line.
     """
     try:
-        code = command() or 0
+        done = command() or 0
         print(end="", flush=True)  # else a pipe whose reader has gone is a trace at exit
-        return code
+        return done
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at exit
