@@ -7,13 +7,16 @@ memory, a server, is exit code 1: the same command may succeed later.
 from __future__ import annotations
 
 import errno
+import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, a shell's own."""
+"""Exit code after Ctrl-C, a shell's own, which adds 128 to the number of a signal."""
 
 _WRONG_PATHS = {
     errno.ENOENT,
@@ -44,6 +47,14 @@ class OutsideError(HiveError):
     """The input may be right, but a disk, memory or a server fails: another try may succeed."""
 
     exit_code = 1
+
+
+class Signalled(KeyboardInterrupt):
+    """The command is to end, as by Ctrl-C, but another signal says so."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 def names_wrong_path(error: BaseException) -> bool:
@@ -84,11 +95,17 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
     """Run ``command`` and return its exit code: what goes wrong outside of the program becomes one line on stderr.
 
     A `HiveError` has its exit code. A file that cannot be read or written is 2 where its path is wrong and else 1, as
-    memory that is full; Ctrl-C is 130. With ``debug`` the stack trace is printed above that line.
+    memory that is full; Ctrl-C is 130, SIGTERM 143. A pipe that nobody reads any more is 141, and no line. With
+    ``debug`` the stack trace is printed above that line.
     """
     try:
-        return command() or 0
+        done = command() or 0
+        print(end="", flush=True)  # else a pipe whose reader has gone is a trace at exit
+        return done
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at exit
+            return 128 + signal.SIGPIPE
         code = _exit_code(error)
         if code is None:
             raise
@@ -98,9 +115,16 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
         return code
 
 
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone, as in ``| head``: it wants no more, and no error either."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return any(happened & select.POLLERR for _, happened in output.poll(0))
+
+
 def _exit_code(error: BaseException) -> int | None:
     """None for an error of the program."""
-    if isinstance(error, HiveError):
+    if isinstance(error, (HiveError, Signalled)):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED

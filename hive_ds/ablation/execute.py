@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hive_ds.ablation.plan import ArmRun
+from hive_ds.children import Programs
 from hive_ds.errors import HiveError
 
 
@@ -34,13 +35,13 @@ def run_all(runs: Sequence[ArmRun], launcher: Sequence[str], *, after: str | Non
     def work(run: ArmRun) -> str | None:
         for stage in run.stages:
             if not run.done(stage):
-                failed = _train(run, stage, launcher, environment)
+                failed = _train(run, stage, launcher, environment, programs)
                 if failed:
                     return failed
             bar.update()
-        return None if after is None else _run_after(run, after, environment)
+        return None if after is None else _run_after(run, after, environment, programs)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, Programs() as programs:
         failures = [failure for failure in pool.map(work, runs) if failure]
     bar.close()
     if failures:
@@ -53,11 +54,11 @@ def _environment(jobs: int) -> dict[str, str]:
     return {**({"OMP_NUM_THREADS": str(threads)} if jobs > 1 else {}), **os.environ}
 
 
-def _run_after(run: ArmRun, command: str, environment: Mapping[str, str]) -> str | None:
+def _run_after(run: ArmRun, command: str, environment: Mapping[str, str], programs: Programs) -> str | None:
     """Run the command that follows a run; returns what to say where it failed."""
     full = [part.replace("{run}", str(run.folder)) for part in shlex.split(command)]
     try:
-        code = subprocess.run(full, env=environment, check=False).returncode
+        code = programs.run(full, environment)
     except OSError as error:
         return f"{run.name}: {shlex.join(full)} did not start: {error.strerror}"
     return f"{run.name}: {shlex.join(full)} ended with exit code {code}" if code else None
@@ -77,13 +78,14 @@ def submit_all(runs: Sequence[ArmRun], command: Sequence[str]) -> None:
             raise HiveError(f"run {run.name} was not submitted: {command[0]} ended with exit code {code}")
 
 
-def _train(run: ArmRun, stage: int, launcher: Sequence[str], environment: Mapping[str, str]) -> str | None:
+def _train(
+    run: ArmRun, stage: int, launcher: Sequence[str], environment: Mapping[str, str], programs: Programs
+) -> str | None:
     """Train one stage; returns what to say where it failed."""
     arguments = ["--recipe", str(run.recipe), "--stage", str(stage), "--run-folder", str(run.folder)]
     log = Path(run.folder) / f"stage{stage}.log"
     with log.open("a") as output:
-        command = [*launcher, *arguments]
-        code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+        code = programs.run([*launcher, *arguments], environment, output)
     if code == 0 and run.done(stage):
         return None
     return f"{run.name} stage {stage} with exit code {code}, see {log}"

@@ -7,17 +7,13 @@ processes, and not on how often the conversion was killed and started again.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -27,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hive_ds.children import process_pool
 from hive_ds.data.convert_options import REJECTS, SUMMARY, ConversionSummary, ConvertOptions, read_captions
 from hive_ds.data.convert_part import PartJob, PartReport, convert_part
 from hive_ds.data.sources import Source
@@ -34,8 +31,6 @@ from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
 
 PLAN = "plan.json"
-PR_SET_PDEATHSIG = 1
-"""Of prctl(2): the signal that a process gets when the one that started it ends."""
 LOCK_SECONDS = 20.0
 """How long a conversion waits for the processes of one that was killed to notice."""
 
@@ -72,9 +67,7 @@ def convert(source: Source, out: str | Path, options: ConvertOptions | None = No
         for name in ("out", "records"):
             (work / name).mkdir(exist_ok=True)
         _read_rejects_again(work)
-        job = PartJob(
-            source, order, options.part_size, work, options.images, options.compression, captions, remote, os.getpid()
-        )
+        job = PartJob(source, order, options.part_size, work, options.images, options.compression, captions, remote)
         seconds = _convert_parts(job, options)
         summary = replace(_finish(job, options), seconds=seconds)
         if remote is None:
@@ -177,41 +170,20 @@ def _reports(job: PartJob, todo: list[int], workers: int) -> Generator[PartRepor
     if workers == 1 or len(todo) < 2:
         yield from (convert_part(job, number) for number in todo)
         return
-    others = set(multiprocessing.active_children())
-    # Forked, so that source and job are shared and not sent.
-    pool = ProcessPoolExecutor(
-        min(workers, len(todo)), multiprocessing.get_context("fork"), initializer=_share, initargs=(job,)
-    )
-    try:
-        for future in as_completed([pool.submit(_convert_shared, number) for number in todo]):
-            yield future.result()
-    except BrokenProcessPool:
-        raise HiveError(
-            "a process of the conversion was killed (perhaps out of memory); what is done stays: run the same command "
-            "to go on, with fewer --workers if memory was short"
-        ) from None
-    except (KeyboardInterrupt, GeneratorExit):  # the second where it strikes who asks for reports, or they ask no more
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # a part appears whole or not at all, so none need be waited for
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    # Forked, so that source and job are shared and not sent. A part appears whole or not at all: nobody waits for one.
+    with process_pool(min(workers, len(todo)), "fork", _shared.append, job) as submit:
+        try:
+            for future in as_completed([submit(_convert_shared, number) for number in todo]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise HiveError(
+                "a process of the conversion was killed (perhaps out of memory); what is done stays: run the same "
+                "command to go on, with fewer --workers if memory was short"
+            ) from None
 
 
 _shared: list[PartJob] = []
 """The job, in the processes that work on it."""
-
-
-def _share(job: PartJob) -> None:
-    """Start a process of the pool, to end with the conversion: else it waits for work, and holds the lock, for ever.
-
-    Ctrl-C goes to all processes of a terminal; the conversion's own sees to the others.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != job.parent:  # killed before the line above
-        os._exit(1)
-    _shared.append(job)
 
 
 def _convert_shared(number: int) -> PartReport:

@@ -41,8 +41,6 @@ class PartJob:
     compression: str | None
     captions: Mapping[str, str] | None
     remote: str | None
-    parent: int
-    """Process that runs the conversion."""
 
     @property
     def num_parts(self) -> int:

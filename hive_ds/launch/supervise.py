@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hive_ds.children import kill_with, processes_with
 from hive_ds.constants import EXIT_STOPPED
 from hive_ds.errors import HiveError
 from hive_ds.stages import stage_called
@@ -28,8 +29,7 @@ terminal has gone, unless nohup has switched it off."""
 PATIENCE = 480.0
 """Seconds that a trainer has to save and stop, unless HIVE_STOP_PATIENCE says otherwise."""
 _POLL = 0.05
-_DEATH = 30.0
-"""Seconds for killed processes to go; one that waits for a dead disk may never."""
+_ATTEMPT = "HIVE_ATTEMPT"
 
 
 class Supervisor:
@@ -92,9 +92,7 @@ class Supervisor:
         attempt = f"{self._name}.{number}"
         say(f"{self._folder}, attempt {attempt}")
         try:
-            process = subprocess.Popen(
-                self._command, env={**os.environ, "HIVE_ATTEMPT": attempt}, start_new_session=True
-            )
+            process = subprocess.Popen(self._command, env={**os.environ, _ATTEMPT: attempt}, start_new_session=True)
         except OSError as error:
             raise HiveError(f"{self._command[0]}: cannot be started ({error.strerror})") from error
         try:
@@ -106,7 +104,7 @@ class Supervisor:
                     break
                 time.sleep(_POLL)
         finally:
-            kill_attempt(attempt)
+            _kill(attempt)
         self._say_news()
         code = process.wait()
         return code if code >= 0 else 128 - code
@@ -115,9 +113,9 @@ class Supervisor:
         """End what a supervisor that was killed has left here: it would hold the GPUs and the port."""
         name = self._folder / "attempt"
         left = name.read_text().strip() if name.is_file() else ""
-        if left not in ("", os.environ.get("HIVE_ATTEMPT")) and attempt_processes(left):  # not what runs this
+        if left not in ("", os.environ.get(_ATTEMPT)) and processes_with(_ATTEMPT, left):  # not what runs this
             say(f"ending what is left of attempt {left}")
-            kill_attempt(left)
+            _kill(left)
 
     def _conclude(self, code: int, number: int) -> int | None:
         """The exit code to end with, or None to start again."""
@@ -196,31 +194,10 @@ def _value(command: Sequence[str], *names: str) -> str | None:
     return found
 
 
-def kill_attempt(attempt: str) -> None:
-    """Kill every process on this machine that was started, however indirectly, for ``attempt``.
-
-    Launchers put ranks into sessions of their own and leave them behind when they are killed, so processes are known
-    by the variable that all of them have inherited.
-    """
-    deadline = time.monotonic() + _DEATH
-    while processes := attempt_processes(attempt):
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        if time.monotonic() >= deadline:
-            say(f"processes {processes} do not end")
-            return
-        time.sleep(_POLL)
-
-
-def attempt_processes(attempt: str) -> list[int]:
-    """Processes of this user whose HIVE_ATTEMPT is ``attempt``."""
-    variable, found = f"HIVE_ATTEMPT={attempt}".encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # of another user, or gone
-            if variable in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
+def _kill(attempt: str) -> None:
+    """Kill every process on this machine that was started, however indirectly, for ``attempt``."""
+    if left := kill_with(_ATTEMPT, attempt):
+        say(f"processes {left} do not end")
 
 
 def say(text: str) -> None:

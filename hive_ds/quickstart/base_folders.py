@@ -6,9 +6,7 @@ times slower than one.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from hive_ds.children import process_pool
 from hive_ds.data.scenes_samples import SceneFolders, write_scenes
 from hive_ds.data.schema import Sample
 from hive_ds.quickstart.base_models import (
@@ -59,9 +58,8 @@ def make_base_models(
         (_make_language_model, scenes.text, language_model, sizes[0]),
         (_make_vision_encoder, scenes.captions, vision_encoder, sizes[1]),
     )
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(jobs), mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for done in [pool.submit(make, source, out, size, tokenizer, seed) for make, source, out, size in jobs]:
+    with process_pool(len(jobs), "spawn", torch.set_num_threads, 1) as submit:
+        for done in [submit(make, source, out, size, tokenizer, seed) for make, source, out, size in jobs]:
             done.result()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from hive_ds.children import Programs
 from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.scenes import ANSWERS
 from hive_ds.data.scenes_samples import SceneFolders
@@ -114,10 +114,11 @@ class Quickstart:
         print(" ".join(["deepspeed", *command]), flush=True)
         command.append("--no-next")  # the next step does it
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
-        done = subprocess.run([*launcher, *command], env=_environment(), check=False)
-        if done.returncode:
+        with Programs() as programs:
+            code = programs.run([*launcher, *command], _environment())
+        if code:
             raise HiveError(
-                f"stage {stage.number} ended with exit code {done.returncode}, its messages are above; "
+                f"stage {stage.number} ended with exit code {code}, its messages are above; "
                 "run the quickstart again to go on from here"
             )
 

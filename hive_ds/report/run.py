@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     Raises:
         HiveError: a folder that is no run, or one that is given twice.
     """
-    resolved = [folder.resolve() for folder in folders]
+    resolved = [Path(os.path.realpath(folder)) for folder in folders]  # `resolve` raises at links that lead in a circle
     twice = next((folder for folder in resolved if resolved.count(folder) > 1), None)
     if twice is not None:
         raise HiveError(f"run {twice}: given twice; name each run once")

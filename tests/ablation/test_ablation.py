@@ -18,7 +18,7 @@ from hive_ds.ablation.execute import run_all, submit_all
 from hive_ds.ablation.gather import gather
 from hive_ds.ablation.plan import ArmRun, make_plan, read_plan
 from hive_ds.cli import main
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, Signalled
 from hive_ds.model.routes import spread_routes
 from hive_ds.recipe import load_recipe
 
@@ -184,6 +184,21 @@ def test_a_failed_run_is_named_and_the_others_go_on(
     table = json.loads((out / "table.json").read_text())
     assert list(table["scores"]["hive"]) == ["0"]
     assert table["summary"]["hive"]["stage 5 loss"]["std"] is None
+
+
+def test_sigterm_ends_all_runs(recipe: str, tmp_path: Path) -> None:
+    """What a launcher leaves behind too; runs that wait do not begin."""
+    runs = make_plan(recipe, [], ("hive",), (0, 1, 2), tmp_path / "out")
+    (tmp_path / "ranks").mkdir()
+    launcher = (
+        f"cd {tmp_path}/ranks; setsid sleep 1000 & touch $!; [ $(ls | wc -l) = 1 ] || kill -TERM {os.getpid()}; wait"
+    )
+    with pytest.raises(Signalled) as caught:
+        run_all(runs, ["sh", "-c", launcher], jobs=2)
+    assert caught.value.exit_code == 143
+    ranks = [Path("/proc", path.name, "cmdline") for path in (tmp_path / "ranks").iterdir()]
+    assert len(ranks) == 2
+    assert not any(rank.exists() and rank.read_text() for rank in ranks)  # empty: dead, and its parent has not asked
 
 
 def test_a_failed_judge_is_named_and_the_others_go_on(recipe: str, tmp_path: Path, launcher: list[str]) -> None:

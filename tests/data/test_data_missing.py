@@ -40,14 +40,16 @@ def test_a_shard_that_cannot_be_had_ends_the_run_and_no_epoch(kind: str, workers
     )  # looked at when it opens
     shard.write_bytes(b"") if "damaged" in kind else shard.unlink()
     name = shard.relative_to(data).as_posix()
-    expected, message = {
-        "remote": (RuntimeError, f"data folder file://{data}: {name} cannot be brought to .*FileNotFoundError"),
-        "compressed, missing": (HiveError, f"^data folder {data}: index.json lists {name[:-5]}, which is missing$"),
-        "compressed, damaged": (HiveError, f"^data folder {data}: {name} cannot be decompressed .Error: .*header.*$"),
+    code, message = {
+        "remote": (1, f"^data folder file://{data}: {name} cannot be brought to .*FileNotFoundError: .*$"),
+        "compressed, missing": (2, f"^data folder {data}: index.json lists {name[:-5]}, which is missing$"),
+        "compressed, damaged": (2, f"^data folder {data}: {name} cannot be decompressed .Error: .*header.*$"),
     }[kind]
     seen = []
-    with pytest.raises(expected, match=message):
+    with pytest.raises(HiveError, match=message) as caught:
         seen.extend((batches.state_dict()["epoch"], batch.num_samples) for batch in batches)
+    assert caught.value.exit_code == code
+    assert "\n" not in str(caught.value)
     assert {epoch for epoch, _ in seen} == {0}
     assert 16 <= sum(samples for _, samples in seen) < 80
     if kind == "compressed, missing":

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import pytest
 import transformers
-from forked import CONTEXT, Ended, run_forked
+from forked import CONTEXT, run_forked
 
+from hive_ds.children import Programs, Submit
 from hive_ds.cli import main
+from hive_ds.errors import Signalled
 from hive_ds.quickstart import base_folders, pipeline
-from hive_ds.quickstart.pipeline import RANKS
+from hive_ds.quickstart.pipeline import RANKS, Quickstart
 from hive_ds.quickstart.questions import QuestionResults
 from hive_ds.quickstart.settings import SMOKE
 from hive_ds.quickstart.steps import Step, run_steps, seconds_of
@@ -28,17 +34,23 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands of the stages: the first runs as it is. The others, and base models, in processes that begin at once."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], *, env: dict[str, str], check: bool) -> subprocess.CompletedProcess | Ended:
-        commands.append(command)
-        if len(commands) == 1:
-            return subprocess.run(command, env=env, check=check)
-        end = command.index("hive_ds.train") + 1
-        ended = run_forked("hive_ds.train:main", command[end:], env, RANKS, timeout=240)
-        print(ended.stdout, ended.stderr)
-        return ended
+    class StandIn(Programs):
+        def run(self, command: Sequence[str], env: Mapping[str, str], output: IO[str] | None = None) -> int:
+            commands.append(list(command))
+            if len(commands) == 1:
+                return super().run(command, env, output)
+            arguments = commands[-1][commands[-1].index("hive_ds.train") + 1 :]
+            ended = run_forked("hive_ds.train:main", arguments, env, RANKS, timeout=240)
+            print(ended.stdout, ended.stderr)
+            return ended.returncode
 
-    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(base_folders, "multiprocessing", SimpleNamespace(get_context=lambda _: CONTEXT))
+    @contextmanager
+    def pool(count: int, method: str, start: Callable[..., object], *arguments: object) -> Iterator[Submit]:
+        with ProcessPoolExecutor(count, CONTEXT, start, arguments) as executor:
+            yield executor.submit
+
+    monkeypatch.setattr(pipeline, "Programs", StandIn)
+    monkeypatch.setattr(base_folders, "process_pool", pool)
     return commands
 
 
@@ -101,3 +113,17 @@ def test_a_step_that_failed_is_done_again_from_a_clean_start(tmp_path: Path) -> 
     assert ran == ["first", "second", "second"]
     assert left.is_dir()
     assert seconds_of(tmp_path / "steps", "the second") >= 0
+
+
+def test_sigterm_ends_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's launcher, told to end, leaves its ranks."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\nsetsid sleep 1000 & echo $! > {tmp_path}/rank\nkill -TERM {os.getpid()}; wait\n")
+    launcher.chmod(0o755)
+    monkeypatch.setattr(pipeline, "sys", SimpleNamespace(executable=str(launcher)))
+    stage = Quickstart(tmp_path, 0, SMOKE).steps()[2]
+    with pytest.raises(Signalled) as caught:
+        stage.run()
+    assert caught.value.exit_code == 143
+    rank = Path("/proc", (tmp_path / "rank").read_text().strip(), "cmdline")
+    assert not rank.exists() or not rank.read_text()  # empty: dead, and its parent has not asked yet

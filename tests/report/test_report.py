@@ -165,8 +165,10 @@ def test_a_run_that_lacks_files(tmp_path: Path) -> None:
 
 def test_wrong_folders_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "circle").symlink_to("circle")
     for folders, message in (
         ([tmp_path / "missing"], "missing: no such folder"),
+        ([tmp_path / "circle"], "circle: no such folder"),
         ([tmp_path / "empty"], "empty: holds no stage folder with metrics.jsonl or recipe.yaml"),
         ([tmp_path], f"it holds runs, name those: {run}"),
         ([run, run / ".." / "long"], "given twice"),

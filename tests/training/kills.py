@@ -18,7 +18,7 @@ from typing import Any
 
 from tiny_run import TinyRun
 
-from hive_ds.launch.supervise import attempt_processes
+from hive_ds.children import processes_with
 
 MAIN = Path(__file__).parent / "kill_main.py"
 STEPS_A_KILL = 8
@@ -103,7 +103,7 @@ class KilledRun:
         else:
             # Two steps on, the checkpoint of the first of them is there: every such try gets the run on.
             self._wait(supervisor, lambda: self._steps() >= steps + 2, "two steps")
-            processes = attempt_processes(attempt)
+            processes = processes_with("HIVE_ATTEMPT", attempt)
             if kind == "write":
                 known = set(self._partial())
                 self._wait(supervisor, lambda: bool(set(self._partial()) - known), "a write", every=0)
@@ -111,7 +111,7 @@ class KilledRun:
             else:
                 time.sleep(drawn.uniform(0, 0.2))
             _kill_all(processes)
-        while processes := attempt_processes(attempt):
+        while processes := processes_with("HIVE_ATTEMPT", attempt):
             _kill_all(processes)
         self.hits[self._found(steps)] += 1
 

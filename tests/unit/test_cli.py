@@ -223,6 +223,21 @@ def test_what_fails_outside_is_one_line(
     assert capsys.readouterr().err == f"{line}\n"
 
 
+@pytest.mark.parametrize("buffered", [True, False])
+def test_nothing_is_said_to_a_pipe_that_nobody_reads(buffered: bool) -> None:
+    """As ``| head`` leaves it; another pipe that breaks is an error."""
+    command = "import sys; from hive_ds.errors import run_command; sys.exit(run_command(lambda: print(1)))"
+    socket = command.replace("print(1)", "(_ for _ in ()).throw(BrokenPipeError(32, 'Broken pipe'))")
+    for program, code, said in ((command, 141, ""), (socket, 1, "error: [Errno 32] Broken pipe\n")):
+        reader, writer = os.pipe()
+        if code == 141:
+            os.close(reader)
+        environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        python = [sys.executable, *([] if buffered else ["-u"]), "-c", program]
+        done = subprocess.run(python, stdout=writer, stderr=subprocess.PIPE, text=True, env=environ)
+        assert (done.returncode, done.stderr) == (code, said)
+
+
 def test_an_error_of_the_program_keeps_its_trace() -> None:
     def command() -> None:
         raise RuntimeError("a mistake of ours")

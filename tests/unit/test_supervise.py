@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from hive_ds.children import processes_with
 from hive_ds.errors import HiveError
-from hive_ds.launch.supervise import Supervisor, attempt_processes, stage_folder
+from hive_ds.launch.supervise import Supervisor, stage_folder
 
 TRAINER = """
 echo $HIVE_ATTEMPT >> tries
@@ -111,7 +112,7 @@ def test_signals_ask_for_a_stop(signals: list[str], answers: bool, code: int) ->
         output, _ = process.communicate(timeout=20)
     assert process.returncode == code
     assert f"{signals[0]}: asking the trainer to save and stop" in output
-    assert attempt_processes(Path("started").read_text().strip()) == []
+    assert processes_with("HIVE_ATTEMPT", Path("started").read_text().strip()) == []
 
 
 def test_nohup_keeps_it_going() -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Generator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from hive_ds.children import process_pool
 from hive_ds.data.images import decode_image
 from hive_ds.data.inspection.findings import Finding, Findings
 from hive_ds.data.inspection.text import TextSettings, kind_of, report_text, supervised
@@ -168,7 +168,7 @@ def _head(path: Path) -> bytes:
         return file.read(4)
 
 
-def check_shards(folder: Path, settings: TextSettings | None, workers: int) -> Iterator[ShardReport]:
+def check_shards(folder: Path, settings: TextSettings | None, workers: int) -> Generator[ShardReport, None, None]:
     """Yield the report of every shard, in order, made by ``workers`` processes (0 or 1: this one).
 
     HiveError where a process dies.
@@ -179,10 +179,11 @@ def check_shards(folder: Path, settings: TextSettings | None, workers: int) -> I
         yield from map(checker.check, numbers)
         return
     # Spawned, not forked: torch and the tokenizers have threads, which a fork would copy in the middle of something.
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(folder, settings)) as pool:
+    with process_pool(workers, "spawn", _start, folder, settings) as submit:
+        reports = deque(submit(_check_in_worker, number) for number in numbers)
         try:
-            yield from pool.map(_check_in_worker, numbers)
+            while reports:
+                yield reports.popleft().result()
         except BrokenProcessPool as error:
             raise HiveError(f"one of {workers} processes died (out of memory?); try fewer with --workers") from error
 

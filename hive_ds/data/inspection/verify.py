@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,8 +139,9 @@ def _check_folder(shards: ShardFolder, report: VerifyReport) -> None:
 def _check_samples(shards: ShardFolder, report: VerifyReport, workers: int) -> None:
     numbers, hashes = np.empty(len(shards), np.int64), np.empty(len(shards), np.uint64)
     read, unhashed = 0, 0
-    with tqdm(total=len(shards), desc="verify", unit="sample", disable=None) as bar:
-        for shard, found in zip(shards.shards, check_shards(report.folder, report.settings, workers), strict=True):
+    bar = tqdm(total=len(shards), desc="verify", unit="sample", disable=None)
+    with bar, closing(check_shards(report.folder, report.settings, workers)) as reports:
+        for shard, found in zip(shards.shards, reports, strict=True):
             report.findings.merge(found.findings)
             report.images += found.images
             report.characters += found.characters

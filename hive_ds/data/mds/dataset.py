@@ -27,7 +27,7 @@ from hive_ds.data.mds.shared_memory import own_prefix, release_caches
 from hive_ds.data.mds.sizes import SIZES, Sizes, read_sizes
 from hive_ds.data.mds.streams import make_streams, share_out
 from hive_ds.data.schema import Sample
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, OutsideError
 
 CANONICAL_NODES = 1
 """Pinned, so that the order of samples does not depend on the machines. Every node reads every shard."""
@@ -130,14 +130,14 @@ class SampleDataset(StreamingDataset):
         name = shard.raw_data.basename
         return LocalShardError(f"data folder {shard.dirname}: index.json lists {name}, which is missing")
 
-    def _not_there(self, shard_id: int, error: Exception) -> Exception:
-        """Of a local folder a `HiveError`; else none, for a network may answer when the run is started again."""
+    def _not_there(self, shard_id: int, error: Exception) -> LocalShardError | OutsideError:
+        """What to raise: a network may answer when the run is started again."""
         stream, shard = self._stream_of(shard_id), self.shards[shard_id]
         raw, zipped = shard.file_pairs[0]
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if stream.remote is not None:
             folder = list(self.weights)[self.stream_per_shard[shard_id]]
-            return RuntimeError(f"data folder {folder}: {raw.basename} cannot be brought to {stream.local} ({reason})")
+            return OutsideError(f"data folder {folder}: {raw.basename} cannot be brought to {stream.local} ({reason})")
         if not (Path(stream.local) / zipped.basename).is_file():
             return self._missing(shard_id)
         return LocalShardError(f"data folder {stream.local}: {zipped.basename} cannot be decompressed ({reason})")
@@ -202,7 +202,7 @@ class SampleDataset(StreamingDataset):
                 sample = sample_from(self.get_item(index), index)
                 name = sample.id
                 return replace(self._prepare(sample), bad=tuple(bad))
-            except LocalShardError:
+            except (LocalShardError, OutsideError):
                 raise
             except (HiveError, ValueError, IndexError) as error:  # IndexError: of a shard whose places are damaged
                 bad.append(BadSample(name, str(error)))

@@ -16,7 +16,7 @@ from streaming import StreamingDataLoader
 from hive_ds.data.batch import PackedBatch, PreparedSample
 from hive_ds.data.mds.dataset import SampleDataset
 from hive_ds.data.mds.shared_memory import release_caches
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, OutsideError
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ class SampleLoader(StreamingDataLoader):
             except HiveError as error:
                 # A worker's error arrives with its stack trace in the message: keep the line that says what is wrong.
                 kind, line = type(error), str(error).strip().rsplit("\n", 1)[-1]
-                raise HiveError(line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from error
+                said = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+                raise (OutsideError if isinstance(error, OutsideError) else HiveError)(said) from error
             if not self._endless:
                 return
             self._epoch, self._start, self.num_samples_yielded = self._epoch + 1, 0, 0

@@ -51,8 +51,8 @@ class FolderStore:
     def read(self, name: Any) -> bytes:
         """The file at ``name`` below the folder."""
         try:
-            file = (self.folder / _name(name)).resolve()
-            if not file.is_relative_to(self.folder.resolve()):
+            file = Path(os.path.realpath(self.folder / _name(name)))  # `resolve` raises at links in a circle
+            if not file.is_relative_to(os.path.realpath(self.folder)):
                 raise HiveError(f"image {name}: lies outside {self.folder}")
             return file.read_bytes()
         except OSError as error:

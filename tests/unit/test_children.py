@@ -1,0 +1,82 @@
+"""What is left of programs and pools whose command is told to end: nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hive_ds.children import processes_with
+
+COMMAND = """
+import os, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from hive_ds.children import Programs, process_pool
+from hive_ds.errors import run_command
+
+def nap(name):
+    Path(name).touch()
+    time.sleep(1000)
+
+PROGRAM = "trap '' TERM; setsid sleep 1000 & touch $0; while :; do sleep 1; done"
+
+def programs():
+    with ThreadPoolExecutor(2) as pool, Programs() as programs:
+        started = [pool.submit(programs.run, ["sh", "-c", PROGRAM, name], {**os.environ}) for name in "012"]
+        started[0].result()
+
+def pool():
+    with process_pool(2, sys.argv[2], time.sleep, 0) as submit:
+        [submit(nap, name) for name in "012"][0].result()
+
+if __name__ == "__main__":
+    sys.exit(run_command({"programs": programs, "pool": pool}[sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
+@pytest.mark.parametrize("kind", ["programs", "pool fork", "pool spawn"])
+def test_nothing_is_left(kind: str, name: str, tmp_path: Path) -> None:
+    """Of programs one ignores SIGTERM and one has left its group, of which SIGKILL says nothing; Ctrl-C goes to all."""
+    if (kind, name) == ("programs", "SIGKILL"):
+        pytest.skip("a command that is killed can end nothing")
+    (tmp_path / "command.py").write_text(COMMAND)
+    number = getattr(signal, name)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OF_THIS_TEST": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "command.py", *kind.split()],
+        cwd=tmp_path,
+        env=environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(list, map(_unignore, (signal.SIGINT, signal.SIGHUP))),
+    ) as process:
+        begun = [tmp_path / "0", tmp_path / "1"]
+        wait_until(lambda: all(path.exists() for path in begun))
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        _, errors = process.communicate(timeout=60)
+    told = kind == "programs" or number == signal.SIGINT
+    assert process.returncode == (128 + number if told else -number)
+    assert not told or errors == "\nstopped\n"
+    assert not (tmp_path / "2").exists()
+    wait_until(lambda: processes_with("OF_THIS_TEST", str(tmp_path)) == [])
+
+
+def _unignore(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
