@@ -121,4 +121,4 @@ def test_figures_of_the_docs_are_those_of_the_results() -> None:
             if (one["score"], one["arm"], one["reference"]) == ("answers all", "hive", reference)
         )
         assert f"{100 * found['mean']:+.1f} points of answers" in page
-        assert found["differs"] == (reference != "sa")
+        assert found["differs"] == (reference == "base")

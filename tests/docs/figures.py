@@ -143,7 +143,8 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     Cited("README.md", r"about 9 GB of disk", "the environment's 7.8 GB of the lab log, and room for runs"),
     Cited("CONTRIBUTING.md", r"about 9 GB of disk", "as README.md"),
     Cited("docs/ablations.md", r"95 % intervals", "a choice"),
-    Logged("docs/ablations.md", r"12 runs in (33) minutes, after (81) seconds", "the comparison at small scale, whole"),
+    Measured("docs/ablations.md", r"32 runs in (\d+) minutes", COMPARISON, (("seconds_by_step", "runs"),), 1 / 60),
+    Reckoned("docs/ablations.md", r"after (\d+) minutes for scenes", ((52.0 + 600.7) / 60,)),  # seconds_by_step
     _arms("answers of the LLaVA-style model, 1,200 questions", "answers all"),
     _arms("the same, pictures shuffled", "answers all, pictures shuffled"),
     *(_arms(f"probe of {factor}", f"probe {factor}") for factor in ("colour", "shape", "size", "count", "text")),
@@ -153,7 +154,7 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     ),
     _compared(
         r"\+(\d+) to \+(\d+) points in the probes",
-        (*_contrast("base", "mean", score="probe count"), *_contrast("base", "mean", score="probe shape")),
+        (*_contrast("base", "mean", score="probe text"), *_contrast("base", "mean", score="probe shape")),
     ),
     Reckoned(
         "docs/analysis.md",
@@ -169,16 +170,27 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
         _contrast("base", "mean", LOW, HIGH),
         100,
     ),
-    Reckoned("README.md", r"for (\d+) % of\s+the model FLOPs", (100 * 3.5 / 5.4,)),
-    Reckoned("docs/ablations.md", r"(\d+) % of the model FLOPs of SA", (100 * 3.5 / 5.4,)),
+    Reckoned("README.md", r"for (\d+) % of\s+the model FLOPs", (100 * 3.19 / 5.38,)),
+    Reckoned("docs/ablations.md", r"(\d+) % of the model FLOPs of SA", (100 * 3.19 / 5.38,)),
     _compared(
-        r"\+([\d.]+) points of answers, interval (-[\d.]+) to \+([\d.]+); only a difference of ([\d.]+) points",
+        r"(-[\d.]+) points of answers, interval (-[\d.]+) to \+([\d.]+); a difference of ([\d.]+) points",
         _contrast("sa", "mean", LOW, HIGH, "detectable"),
     ),
     _compared(
-        r"\+([\d.]+) points of answers, and an interval that just leaves out zero \(\+([\d.]+) to \+([\d.]+)\)",
-        _contrast("last", "mean", LOW, HIGH),
+        r"in colour \(\+([\d.]+) points\), count \(\+([\d.]+)\), size \(\+([\d.]+)\) and text \(\+([\d.]+)\)",
+        tuple(_contrast("sa", "mean", score=f"probe {name}")[0] for name in ("colour", "count", "size", "text")),
     ),
+    Measured(
+        "README.md",
+        r"by ([\d.]+) to\s+([\d.]+) points",
+        COMPARISON,
+        tuple(_contrast("sa", "mean", score=f"probe {name}")[0] for name in ("colour", "text")),
+        100,
+    ),
+    _compared(
+        r"\+([\d.]+) points of answers, interval (-[\d.]+) to \+([\d.]+)\.", _contrast("last", "mean", LOW, HIGH)
+    ),
+    _compared(r"interval of colour \(\+([\d.]+) points\)", _contrast("last", "mean", score="probe colour")),
     Cited("README.md", r"the paper's 0.14x FLOPs, -59.3 % memory and 3.4x speed", PAPER),
     Chosen("docs/cluster.md", r"/dev/shm \(0.25 GB a rank\)", "hive_ds/launch/probe.py", "SHM_PER_RANK = 0.25e9"),
     Chosen("docs/cluster.md", r"ended after 45 s", "hive_ds/doctor/trials.py", "PATIENCE = 45.0"),
