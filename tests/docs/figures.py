@@ -5,10 +5,10 @@ A new figure needs a row here: `Measured` from a result file where there is one,
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+from comparison_figures import COMPARISON_FIGURES
 from cpu_figures import CPU_FIGURES
 from gpu_figures import gpu_figures
 from reckoned import LIMITS, caption_figures, encoder_share
@@ -16,7 +16,6 @@ from reckoned import LIMITS, caption_figures, encoder_share
 Path = tuple[Any, ...]
 """Keys and places that lead to a value; a mapping stands for the item of a list that has its values."""
 QUICKSTART = "docs/results/quickstart.json"
-COMPARISON = "docs/results/compare.json"
 COST = "docs/results/cost_paper.json"
 PAPER = "the paper, arXiv 2604.00086"
 GOAL = "a goal, not a measurement"
@@ -89,30 +88,10 @@ def _row(name: str, column: int) -> Path:
     return ("table", ["colour", "shape", "size", "count", "relation", "text", "all"].index(name) + 1, column)
 
 
-def _arms(label: str, score: str) -> Measured:
-    """A row of the comparison's table: mean and standard deviation of HIVE, SA, last and base, in percent."""
-    cells = r" \| ([\d.]+) ± ([\d.]+)" * 4
-    paths = [("summary", arm, score, value) for arm in ("hive", "sa", "last", "base") for value in ("mean", "std")]
-    return Measured("docs/ablations.md", re.escape(label) + cells, COMPARISON, tuple(paths), 100)
-
-
-def _contrast(reference: str, *values: Any, score: str = "answers all") -> tuple[Path, ...]:
-    """Values of the contrast of HIVE with another arm."""
-    chosen = {"score": score, "arm": "hive", "reference": reference}
-    return tuple(("contrasts", chosen, *(value if isinstance(value, tuple) else (value,))) for value in values)
-
-
 def _knocked_out(text: str, name: str) -> Measured:
     """Changes of the loss without each of a model's three routes."""
     paths = tuple(("models", {"checkpoint": name}, "routes", route, "change") for route in range(3))
     return Measured("docs/analysis.md", text, "docs/results/flow.json", paths)
-
-
-LOW, HIGH = ("interval_95", 0), ("interval_95", 1)
-
-
-def _compared(text: str, paths: tuple[Path, ...]) -> Measured:
-    return Measured("docs/ablations.md", text, COMPARISON, paths, 100)
 
 
 def _saved(text: str, setup: str, scale: float = 100, **place: int) -> Measured:
@@ -143,19 +122,7 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     Cited("README.md", r"about 9 GB of disk", "the environment's 7.8 GB of the lab log, and room for runs"),
     Cited("CONTRIBUTING.md", r"about 9 GB of disk", "as README.md"),
     Cited("docs/ablations.md", r"95 % intervals", "a choice"),
-    Measured("docs/ablations.md", r"32 runs in (\d+) minutes", COMPARISON, (("seconds_by_step", "runs"),), 1 / 60),
     Reckoned("docs/ablations.md", r"after (\d+) minutes for scenes", ((52.0 + 600.7) / 60,)),  # seconds_by_step
-    _arms("answers of the LLaVA-style model, 1,200 questions", "answers all"),
-    _arms("the same, pictures shuffled", "answers all, pictures shuffled"),
-    *(_arms(f"probe of {factor}", f"probe {factor}") for factor in ("colour", "shape", "size", "count", "text")),
-    _arms("probe of relation (a blind guess gets 25)", "probe relation"),
-    _compared(
-        r"\+([\d.]+) points of answers \(interval \+([\d.]+) to \+([\d.]+)\)", _contrast("base", "mean", LOW, HIGH)
-    ),
-    _compared(
-        r"\+(\d+) to \+(\d+) points in the probes",
-        (*_contrast("base", "mean", score="probe text"), *_contrast("base", "mean", score="probe shape")),
-    ),
     Reckoned(
         "docs/analysis.md",
         r"HIVE's gradient is ([\d.]+) times SA's and ([\d.]+) times last's",
@@ -163,34 +130,9 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     ),
     _knocked_out(r"costs ([\d.]+) nats, from block 2 ([\d.]+), from block 3 ([\d.]+)", "HIVE"),
     _knocked_out(r"worth much the same \(([\d.]+), ([\d.]+), ([\d.]+)\)", "last"),
-    Measured(
-        "README.md",
-        r"\+([\d.]+) points more held-out questions than the untouched one \(95 % interval \+([\d.]+) to \+([\d.]+)\)",
-        COMPARISON,
-        _contrast("base", "mean", LOW, HIGH),
-        100,
-    ),
+    *(Measured(*row) for row in COMPARISON_FIGURES),
     Reckoned("README.md", r"for (\d+) % of\s+the model FLOPs", (100 * 3.19 / 5.38,)),
     Reckoned("docs/ablations.md", r"(\d+) % of the model FLOPs of SA", (100 * 3.19 / 5.38,)),
-    _compared(
-        r"(-[\d.]+) points of answers, interval (-[\d.]+) to \+([\d.]+); a difference of ([\d.]+) points",
-        _contrast("sa", "mean", LOW, HIGH, "detectable"),
-    ),
-    _compared(
-        r"in colour \(\+([\d.]+) points\), count \(\+([\d.]+)\), size \(\+([\d.]+)\) and text \(\+([\d.]+)\)",
-        tuple(_contrast("sa", "mean", score=f"probe {name}")[0] for name in ("colour", "count", "size", "text")),
-    ),
-    Measured(
-        "README.md",
-        r"by ([\d.]+) to\s+([\d.]+) points",
-        COMPARISON,
-        tuple(_contrast("sa", "mean", score=f"probe {name}")[0] for name in ("colour", "text")),
-        100,
-    ),
-    _compared(
-        r"\+([\d.]+) points of answers, interval (-[\d.]+) to \+([\d.]+)\.", _contrast("last", "mean", LOW, HIGH)
-    ),
-    _compared(r"interval of colour \(\+([\d.]+) points\)", _contrast("last", "mean", score="probe colour")),
     Cited("README.md", r"the paper's 0.14x FLOPs, -59.3 % memory and 3.4x speed", PAPER),
     Chosen("docs/cluster.md", r"/dev/shm \(0.25 GB a rank\)", "hive_ds/launch/probe.py", "SHM_PER_RANK = 0.25e9"),
     Chosen("docs/cluster.md", r"ended after 45 s", "hive_ds/doctor/trials.py", "PATIENCE = 45.0"),
