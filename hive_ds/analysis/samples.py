@@ -18,6 +18,7 @@ from hive_ds.data.schema import Sample, Turn
 from hive_ds.errors import HiveError
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.language import longest_text
 from hive_ds.model.vision import patch_grids
 from hive_ds.processing import HiveProcessor
 
@@ -58,7 +59,7 @@ class Subject:
             inputs = self.processor.preprocess.dummy()
             grids = patch_grids(config.vision_config, inputs["pixel_values"], inputs.get("spatial_shapes"))
             taken = max(rows * columns for rows, columns in grids)
-        return int(config.text_config.max_position_embeddings - taken)
+        return longest_text(config.text_config) - taken
 
     def batch(self, samples: Sequence[Sample]) -> PackedBatch:
         """``samples`` packed, as the loader packs them.

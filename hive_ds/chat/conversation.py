@@ -22,6 +22,7 @@ from hive_ds.data.text import render_prompt
 from hive_ds.errors import HiveError
 from hive_ds.evaluation.generation import GREEDY
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.language import longest_text
 from hive_ds.model.vision import patch_grids
 
 
@@ -141,12 +142,12 @@ class Conversation:
         return Answer(processor.decode(token_ids[0, length:]).strip(), token_ids, length, rest, tuple(images))
 
     def _longest_text(self, inputs: Mapping[str, Any]) -> int:
-        """Text tokens, the answer's included, that the LLM was made for; a cascaded model's images are tokens, too."""
+        """Text tokens, the answer's included, that the LLM takes; a cascaded model's images are tokens, too."""
         config, taken = self.chat.model.config, 0
         if "pixel_values" in inputs and not isinstance(self.chat.model, HiveForCausalLM):
             grids = patch_grids(config.vision_config, inputs["pixel_values"], inputs.get("spatial_shapes"))
             taken = sum(rows * columns for rows, columns in grids)
-        return int(config.text_config.max_position_embeddings - taken)
+        return longest_text(config.text_config) - taken
 
 
 def read_image(path: str | Path) -> Image.Image:

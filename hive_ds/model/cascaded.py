@@ -196,24 +196,33 @@ class CascadedForCausalLM(nn.Module):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         **arguments: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Continue prompts by the LLM's own ``generate``: greedy, sampling or beams, with or without its cache.
 
         Args:
             input_ids: (B, S) prompts, padded on the left.
             attention_mask, image_offsets, pixel_values, pixel_attention_mask, spatial_shapes: as in `forward`.
-            arguments: every other argument of ``transformers.GenerationMixin.generate``.
+            arguments: every other argument of ``transformers.GenerationMixin.generate``; ``max_length`` and
+                ``min_length`` count what is returned, and no image.
 
         Returns:
-            (B, S + new) tokens, or (B * k, S + new) where k sequences are asked for.
+            (B, S + new) tokens, or (B * k, S + new) where k sequences are asked for; with ``return_dict_in_generate``
+            they are the ``sequences`` of what transformers returns.
         """
         text = PackedText.from_padded(input_ids, attention_mask)
         places, states_SD = self._read(
             text, image_offsets, pixel_values, pixel_attention_mask, spatial_shapes, keep_last=True
         )
         embeds_BWD, mask_BW = places.left_padded(states_SD)
-        new = self.language_model.generate(inputs_embeds=embeds_BWD, attention_mask=mask_BW, **arguments)
-        return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
+        for name in {"max_length", "min_length"} & arguments.keys():
+            arguments[name] += embeds_BWD.shape[1] - input_ids.shape[1]  # transformers takes off all that it reads
+        found = self.language_model.generate(inputs_embeds=embeds_BWD, attention_mask=mask_BW, **arguments)
+        new = found if isinstance(found, Tensor) else found.sequences
+        whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
+        if isinstance(found, Tensor):
+            return whole
+        found.sequences = whole
+        return found
 
     def _read(
         self,

@@ -88,6 +88,13 @@ def sliding_window(config: transformers.PretrainedConfig) -> int | None:
     return window if uses else None
 
 
+def longest_text(config: transformers.PretrainedConfig) -> int:
+    """Tokens of the longest text that an LLM takes: those that it has positions for, within its sliding window."""
+    positions = int(config.max_position_embeddings)
+    window = sliding_window(config)
+    return positions if window is None else min(positions, window)
+
+
 def _refusal(config: transformers.PretrainedConfig, feature: str) -> HiveError:
     return HiveError(
         f"language model {config.model_type!r} is not supported: it has {feature}; expected an LLM with q/k/v/o "

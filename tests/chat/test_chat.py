@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from scene_models import save_scene_model
-from tiny_models import tiny_cascaded
+from tiny_models import tiny_cascaded, tiny_hive
 from transformers import BitImageProcessor, SiglipImageProcessor, TextIteratorStreamer
 
 from hive_ds.analysis.attention_pictures import token_name
@@ -123,6 +123,26 @@ def test_a_cascaded_models_pictures_take_as_many_tokens_as_their_patches(run: Pa
     assert answer.prompt_length + 2 * 4 < 48
     with pytest.raises(HiveError, match=f"prompt of .* tokens: expected at most {48 - 2 * 4 - 1}"):
         shown(chat, *pictures).ask("why? " * 40)
+
+
+@pytest.mark.parametrize("kind", ["hive", "cascaded"])
+def test_an_answer_ends_where_the_sliding_window_does(run: Path, kind: str) -> None:
+    """The model refuses longer texts, in the middle of an answer."""
+    tokenizer = HiveProcessor.from_pretrained(run / "stage3" / "model").tokenizer
+    changes = {"vocab_size": len(tokenizer), "sliding_window": 40}
+    if kind == "hive":
+        model, taken = tiny_hive("mistral", text_changes=changes), 0
+    else:
+        model, taken = tiny_cascaded("mistral", text_changes=changes), 16
+    chat = ChatModel(
+        run, model, HiveProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer), "chat"
+    )
+    conversation = Conversation(chat)
+    conversation.show(decode_image(SAMPLES[0].images[0]))
+    answer = conversation.ask("red?")
+    assert answer.prompt_length < answer.token_ids.shape[1] == 40 - taken
+    with pytest.raises(HiveError, match=f"expected at most {39 - taken}"):
+        shown(chat, SAMPLES[0].images[0]).ask("why? " * 40)
 
 
 def test_a_model_of_captions_gives_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,21 @@ def test_beams_continue_their_prompts() -> None:
     assert torch.equal(found, uncached)
 
 
+def test_lengths_count_what_is_returned_and_a_dict_holds_it() -> None:
+    """As HIVE's: prompts and new tokens, whatever the images take."""
+    model = tiny_cascaded()
+    batch, options = padded("left"), {"do_sample": False, "pad_token_id": 0}
+    whole = model.generate(**batch, **options, max_new_tokens=3, eos_token_id=None)
+    assert whole.shape[1] == max(LENGTHS) + 3
+    assert torch.equal(model.generate(**batch, **options, max_length=max(LENGTHS) + 3, eos_token_id=None), whole)
+    ends = sorted(set(whole[:, max(LENGTHS)].tolist()))
+    lengths = {"min_length": max(LENGTHS) + 3, "max_length": max(LENGTHS) + 5, "eos_token_id": ends}
+    held = model.generate(**batch, **options, **lengths)
+    assert not torch.isin(held[:, max(LENGTHS) : max(LENGTHS) + 3], torch.tensor(ends)).any()
+    found = model.generate(**batch, **options, max_new_tokens=3, eos_token_id=None, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, whole)
+
+
 def test_images_reach_the_texts_after_them_alone() -> None:
     """Another picture moves the logits from its offset on, in its own sample; the text's own ones stay to the bit."""
     model = tiny_cascaded()
