@@ -84,11 +84,11 @@ class ZipStore:
 
 
 def _without_top(names: list[str]) -> dict[str, str]:
-    """Names by which members are found: their own, and without a top folder that all share."""
+    """Names by which members are found: their own, and what is no other's own, without a top folder that all share."""
     found = {name: name for name in names if not name.endswith("/")}
     tops = {name.split("/", 1)[0] for name in found}
     if len(tops) == 1 and all("/" in name for name in found):
-        found |= {name.split("/", 1)[1]: name for name in found}
+        found = {name.split("/", 1)[1]: name for name in found} | found
     return found
 
 
@@ -103,21 +103,27 @@ class Member(NamedTuple):
 def tar_members(path: Path) -> Iterator[Member]:
     """Regular files of an uncompressed tar, in order; HiveError where it is compressed or no tar.
 
-    A tar that was cut short gives the members that are whole, and a warning.
+    A hard link, which tar writes for a file that it has already, is that file again. A tar that was cut short gives
+    the members that are whole, and a warning.
     """
-    size, count = path.stat().st_size, 0
+    size, whole = path.stat().st_size, dict[str, Member]()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                found = whole.get(member.linkname) if member.islnk() else None
                 if member.isfile() and member.offset_data + member.size <= size:
-                    count += 1
-                    yield Member(member.name, member.offset_data, member.size)
+                    found = Member(member.name, member.offset_data, member.size)
+                if found:
+                    whole[member.name] = found._replace(name=member.name)
+                    yield whole[member.name]
                 elif member.isfile():
                     logger.warning("%s is cut short: %s is not whole and is left out", path, member.name)
+                elif not member.isdir():
+                    logger.warning("%s: %s is a link to no earlier file and is left out", path, member.name)
     except tarfile.TarError as error:
-        if not count:
+        if not whole:
             raise HiveError(f"{path}: is no uncompressed tar ({error}); unpack it if it is compressed") from error
-        logger.warning("%s is cut short after %d files (%s); the rest is left out", path, count, error)
+        logger.warning("%s is cut short after %d files (%s); the rest is left out", path, len(whole), error)
 
 
 def read_span(path: Path, member: Member) -> bytes:
