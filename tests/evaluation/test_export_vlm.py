@@ -80,7 +80,7 @@ def test_stock_transformers_answers_as_training_does(vision: str, tokenizer: str
 def test_a_run_without_such_a_model_is_told_which_stages_hold_one(tmp_path) -> None:
     (tmp_path / "stage3").mkdir()
     (tmp_path / "stage3" / "DONE").touch()
-    with pytest.raises(HiveError, match=r"of its stages 3 are finished; expected one of 4, 5, which hold such a model$"):
+    with pytest.raises(HiveError, match=r"stages 3 are finished; expected one of 4, 5, which hold such a model$"):
         export_vlm(tmp_path, tmp_path / "out")
 
 
