@@ -39,6 +39,42 @@ def test_rows_that_call_their_images_otherwise_keep_them(tmp_path: Path) -> None
         assert [list(source.images(at)) for at in range(4)] == expected
 
 
+def test_a_conversation_about_a_video_is_no_text(tmp_path: Path) -> None:
+    rows = [{"image": None}, {"video": "a.mp4"}]
+    (tmp_path / "a.json").write_text(json.dumps([{**row, "conversations": talk("<video>\nQ", "A")} for row in rows]))
+    source = open_source(SourceOptions(str(tmp_path / "a.json")))
+    assert source.read(0).images == ()
+    with pytest.raises(HiveError, match=r"^shows the video a\.mp4; expected images$"):
+        source.read(1)
+
+
+def test_links_in_a_folder_of_images_are_followed(tmp_path: Path) -> None:
+    """As sets of pictures that lie elsewhere are put into one folder; a name that leaves the folder is refused."""
+    for folder in ("elsewhere/coco", "images"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "elsewhere" / "coco" / "0.png").write_bytes(IMAGES[0])
+    (tmp_path / "elsewhere" / "1.png").write_bytes(IMAGES[1])
+    (tmp_path / "images" / "coco").symlink_to(tmp_path / "elsewhere" / "coco")
+    (tmp_path / "images" / "2.png").symlink_to("2.png")
+    names = [
+        "coco/0.png",
+        str(tmp_path / "images" / "coco" / "0.png"),
+        "../elsewhere/1.png",
+        "coco/../../elsewhere/1.png",
+    ]
+    names += [str(tmp_path / "elsewhere" / "1.png"), "coco/../1.png", "2.png"]
+    (tmp_path / "a.json").write_text(json.dumps([{"image": name, "caption": "A cat."} for name in names]))
+    source = open_source(SourceOptions(str(tmp_path / "a.json"), images=str(tmp_path / "images")))
+    assert [source.read(at).images for at in range(2)] == [(IMAGES[0],)] * 2
+    reasons = ["lies outside"] * 3 + ["No such file or directory", "Too many levels of symbolic links"]
+    for at, reason in enumerate(reasons, start=2):
+        with pytest.raises(HiveError, match=reason):
+            source.read(at)
+    (tmp_path / "images" / "2.png").unlink()
+    found = open_source(SourceOptions(str(tmp_path / "images")))
+    assert [found.read(at).turns[1].content for at in range(len(found))] == ["coco"]
+
+
 def test_a_file_of_an_unknown_kind_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"x")
     with pytest.raises(HiveError, match=r"a\.tar\.gz: a file of unknown kind; expected \.json, \.jsonl, \.csv"):

@@ -44,17 +44,18 @@ def _name(name: Any) -> str:
 
 @dataclass(frozen=True)
 class FolderStore:
-    """Files below a folder; nothing outside it is read."""
+    """Files below a folder; a name that leads outside is refused. Links in it are followed, wherever they go."""
 
     folder: Path
 
     def read(self, name: Any) -> bytes:
         """The file at ``name`` below the folder."""
         try:
-            file = Path(os.path.realpath(self.folder / _name(name)))  # `resolve` raises at links in a circle
-            if not file.is_relative_to(os.path.realpath(self.folder)):
+            file, folder = (os.path.abspath(path) for path in (self.folder / _name(name), self.folder))
+            real = os.path.realpath(file)  # of an absolute name, which may go another way to the folder
+            if not (Path(file).is_relative_to(folder) or Path(real).is_relative_to(os.path.realpath(folder))):
                 raise HiveError(f"image {name}: lies outside {self.folder}")
-            return file.read_bytes()
+            return Path(file).read_bytes()
         except OSError as error:
             raise HiveError(f"image {name}: {error.strerror}") from error
         except ValueError as error:  # a path with a null character
