@@ -161,7 +161,7 @@ def draw_mask() -> str:
     order = _in_order(MASK_TEXT, MASK_IMAGES, MASK_OFFSETS)
     side, left, top = 26, 130, 92
     drawing = Drawing(left + side * len(order) + 30, top + side * MASK_TEXT + 62, "Which keys each text token sees")
-    drawing.text(20, 24, "Columns: keys, text (orange) and patches of two images (blue), as they stand in the sample.")
+    drawing.text(20, 24, "Columns: keys, text (orange) and patches of two images (blue), in order.")
     drawing.text(20, 44, "Rows: queries, of text alone. Full colour: seen.")
     for column, (key, label) in enumerate(order):
         x = left + side * column

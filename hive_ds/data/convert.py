@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from hive_ds.children import process_pool
 from hive_ds.data.convert_options import REJECTS, SUMMARY, ConversionSummary, ConvertOptions, read_captions
-from hive_ds.data.convert_part import PartJob, PartReport, convert_part
+from hive_ds.data.convert_part import PartJob, PartReport, convert_part, source_name
 from hive_ds.data.sources import Source
 from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
@@ -67,7 +67,10 @@ def convert(source: Source, out: str | Path, options: ConvertOptions | None = No
         for name in ("out", "records"):
             (work / name).mkdir(exist_ok=True)
         _read_rejects_again(work)
-        job = PartJob(source, order, options.part_size, work, options.images, options.compression, captions, remote)
+        repeats = {} if captions is None else _repeats(source)
+        job = PartJob(
+            source, order, options.part_size, work, options.images, options.compression, captions, repeats, remote
+        )
         seconds = _convert_parts(job, options)
         summary = replace(_finish(job, options), seconds=seconds)
         if remote is None:
@@ -102,6 +105,13 @@ def _order(count: int, options: ConvertOptions) -> Any:
     if options.shuffle_seed is not None:
         order = np.random.default_rng(options.shuffle_seed).permutation(count)
     return order[: options.limit]
+
+
+def _repeats(source: Source) -> dict[int, int]:
+    """Of every sample whose id an earlier one has: its number, and that of the first."""
+    firsts: dict[str, int] = {}
+    ids = ((index, source_name(source, index)) for index in range(len(source)))
+    return {index: firsts[id] for index, id in ids if firsts.setdefault(id, index) != index}
 
 
 def _plan(source: Source, order: Any, options: ConvertOptions) -> dict[str, Any]:

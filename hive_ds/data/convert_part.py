@@ -40,6 +40,8 @@ class PartJob:
     images: ImageOptions
     compression: str | None
     captions: Mapping[str, str] | None
+    repeats: Mapping[int, int]
+    """Where there are captions: numbers of the samples whose id an earlier one has, and of the first that has it."""
     remote: str | None
 
     @property
@@ -93,7 +95,7 @@ def convert_part(job: PartJob, number: int) -> PartReport:
                 found = _read(job, index)
                 sample = replace(found, images=tuple(_stored(storer, at, x) for at, x in enumerate(found.images)))
             except Exception as error:  # a library's own error on a bad file must not lose the samples beside it
-                name = _name(job.source, index)
+                name = source_name(job.source, index)
                 if _is_of_machine(error):
                     raise HiveError(
                         f"sample {name}: {_reason(error)}. That is a fault of the disk or the machine; what is done "
@@ -126,7 +128,22 @@ def _read(job: PartJob, index: int) -> Sample:
     if caption is None:
         raise HiveError("the file of captions has none for it")
     images = job.source.images(index)
+    if not images:
+        raise HiveError("has no picture that its caption could be of")
+    first = job.repeats.get(index)
+    if first is not None and _images(job.source, first) != images:
+        raise HiveError(
+            f"has the id of number {first}, whose pictures are others or cannot be read, and so its caption; expected "
+            "ids that differ (--id-column)"
+        )
     return Sample(id, (Turn("user", IMAGE_TOKEN * len(images)), Turn("assistant", caption)), images)
+
+
+def _images(source: Source, index: int) -> tuple[bytes, ...] | None:
+    try:
+        return source.images(index)
+    except HiveError:
+        return None
 
 
 def _stored(storer: ImageStorer, at: int, data: bytes) -> bytes:
@@ -150,8 +167,9 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{kind}{error}".split())[:REASON_LENGTH]
 
 
-def _name(source: Source, index: int) -> str:
+def source_name(source: Source, index: int) -> str:
+    """Id of sample ``index``, or its number where its row cannot be read."""
     try:
         return source.sample_id(index)
-    except Exception:  # the row itself cannot be read
+    except Exception:
         return f"number {index}"

@@ -66,8 +66,10 @@ def find_source(path: str | Path, stages: Sequence[Stage] = HIVE_STAGES) -> Sour
     wanted = [stage.number for stage in stages]
     finished = [stage for number, stage in done.items() if number in wanted]
     if not finished and done:
-        numbers = ", ".join(map(str, done))
-        raise HiveError(f"{path}: of its stages {numbers} are finished; expected one of those that hold such a model")
+        numbers, expected = (", ".join(map(str, stages)) for stages in (done, wanted))
+        raise HiveError(
+            f"{path}: of its stages {numbers} are finished; expected one of {expected}, which hold such a model"
+        )
     if not finished:
         raise HiveError(f"{path}: neither a model folder (config.json) nor a run with a finished stage (stageN/DONE)")
     return Source(finished[-1] / "model", _stages_up_to(finished[-1]))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from test_data_sources import FILES, add
 
-from hive_ds.data.sources import SourceOptions, open_source
+from hive_ds.data.sources import Columns, SourceOptions, open_source
+from hive_ds.data.sources.stores import open_store
 from hive_ds.errors import HiveError
 
 
@@ -59,3 +60,72 @@ def test_a_damaged_zip_loses_one_image_and_no_run(tmp_path: Path) -> None:
     assert source.images(0) == (FILES["0.jpg"],)
     with pytest.raises(HiveError, match=r"image \./1\.jpg: cannot be read from images\.zip \(Error -3"):
         source.images(1)
+
+
+def linked(tar: tarfile.TarFile, name: str, to: str, kind: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, to
+    tar.addfile(member)
+
+
+def test_a_hard_link_is_the_file_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As tar writes equal files that share an inode; the sample of another link has a caption and lost its image."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "a.jpg", FILES["0.jpg"])
+        linked(tar, "b.jpg", "a.jpg", tarfile.LNKTYPE)
+        linked(tar, "c.jpg", "b.jpg", tarfile.LNKTYPE)
+        linked(tar, "d.jpg", "a.jpg", tarfile.SYMTYPE)
+        for key in "abcd":
+            add(tar, f"{key}.txt", f"Of {key}.".encode())
+    source = open_source(SourceOptions(str(tmp_path)))
+    for index in range(3):
+        assert (source.read(index).images, source.images(index)) == ((FILES["0.jpg"],), (FILES["0.jpg"],))
+    assert "d.jpg is a link to no earlier file and is left out" in caplog.text
+    with pytest.raises(HiveError, match="has a caption and no image; --image-column none if text alone is meant"):
+        source.read(3)
+    alone = open_source(SourceOptions(str(tmp_path), columns=Columns(image="none")))
+    assert [(alone.read(at).images, alone.read(at).turns[1].content) for at in (0, 3)] == [((), "Of a."), ((), "Of d.")]
+
+
+def test_a_folder_of_tars_leaves_no_archive_out_unsaid(tmp_path: Path) -> None:
+    for name, mode, image in [("a.tar", "w", "0.jpg"), ("b.TAR", "w", "1.jpg"), ("c.tar.gz", "w:gz", "2.jpg")]:
+        with tarfile.open(str(tmp_path / name), mode) as tar:  # type: ignore[call-overload]
+            add(tar, "x.jpg", FILES[image])
+            add(tar, "x.txt", image.encode())
+    with pytest.raises(HiveError, match=r"c\.tar\.gz is compressed; unpack it, or name the others by a pattern$"):
+        open_source(SourceOptions(str(tmp_path)))
+    (tmp_path / "c.tar.gz").unlink()
+    (tmp_path / "a.tar").rename(tmp_path / "a[0].tar")
+    source = open_source(SourceOptions(str(tmp_path)))
+    assert [source.read(index).turns[1].content for index in range(len(source))] == ["0.jpg", "1.jpg"]
+    assert open_source(SourceOptions(str(tmp_path / "a[0].tar"))).images(0) == (FILES["0.jpg"],)
+
+
+def test_tars_of_several_folders_give_ids_that_differ(tmp_path: Path) -> None:
+    for number, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        with tarfile.open(tmp_path / folder / "00000.tar", "w") as tar:
+            add(tar, "x.jpg", FILES[f"{number}.jpg"])
+    sources = [open_source(SourceOptions(f"{tmp_path}/{pattern}/*.tar")) for pattern in ("*", "a")]
+    assert [source.sample_id(at) for source in sources for at in range(len(source))] == [
+        "a/00000/x",
+        "b/00000/x",
+        "00000/x",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_top_folder_hides_no_member(kind: str, tmp_path: Path) -> None:
+    """Of `t/t/0.jpg` and `t/0.jpg` the latter is what its own name says, and what both could be called."""
+    images = {"t/t/0.jpg": FILES["0.jpg"], "t/0.jpg": FILES["1.jpg"]}
+    path = tmp_path / f"images.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name, data in images.items():
+                file.writestr(name, data)
+    else:
+        with tarfile.open(path, "w") as tar:
+            for name, data in images.items():
+                add(tar, name, data)
+    store = open_store(path)
+    assert {name: store.read(name) for name in (*images, "0.jpg")} == {**images, "0.jpg": FILES["1.jpg"]}

@@ -208,6 +208,30 @@ def test_captions_from_a_file_need_no_other_text(kind: str, tmp_path: Path) -> N
     assert "the file of captions has none for it" in (tmp_path / "new" / "rejects.jsonl").read_text()
 
 
+@pytest.mark.parametrize("shuffle", [None, 1])
+def test_no_picture_gets_the_caption_of_another(shuffle: int | None, tmp_path: Path) -> None:
+    """Of pictures that share an id the first has the file's caption, as `recaption` writes it, and its equals do."""
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(encoded(photo(seed=ord(name)), "png"))
+    shown = ["a.png", "b.png", "a.png", None, ["a.png", "b.png"]]
+    rows = [{"id": "one", "image": name, "caption": "Old."} for name in shown] + [{"id": "two", "image": "b.png"}]
+    rows += [{"id": "three", "image": "gone.png"}, {"id": "three", "image": "a.png"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    said = {"one": "Of a.", "two": "Of b.", "three": "Of what is gone."}
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"id": i, "caption": c}) + "\n" for i, c in said.items()))
+    options = replace(ANY_REJECTS, captions=tmp_path / "new.jsonl", workers=2, part_size=2, shuffle_seed=shuffle)
+    convert(LlavaSource(tmp_path / "a.json", tmp_path), tmp_path / "out", options)
+    kept = [(sample.turns[1].content, sample.images) for sample in read_mds(tmp_path / "out")]
+    a, b = ((tmp_path / f"{name}.png").read_bytes() for name in "ab")
+    assert sorted(kept) == sorted([("Of a.", (a,)), ("Of a.", (a,)), ("Of b.", (b,))])
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    reasons = {reject["index"]: reject["reason"] for reject in rejects}
+    assert reasons.keys() == {1, 3, 4, 6, 7}
+    assert reasons[3] == "has no picture that its caption could be of"
+    for index, first in ((1, 0), (4, 0), (7, 6)):
+        assert reasons[index].startswith(f"has the id of number {first}, whose pictures are others or cannot be read")
+
+
 def test_two_captions_of_one_id_are_refused(tmp_path: Path) -> None:
     """Where they differ; a file that holds lines twice says nothing else."""
     path = tmp_path / "captions.jsonl"

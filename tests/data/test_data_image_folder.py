@@ -58,6 +58,16 @@ def test_a_comma_without_quotes_cuts_no_caption(first: str, tmp_path: Path) -> N
     assert answers["train/b.png"] == ["B, too"]
 
 
+def test_a_missing_text_is_not_the_folders_name(tmp_path: Path) -> None:
+    """Nor one that is called otherwise; a folder without texts has its name for a caption."""
+    write(tmp_path, {"a.txt": "A.", "train/b.txt": "B.", "train/c.TXT": "C.", "dogs/d.TXT": "D."})
+    (tmp_path / "dogs" / "d.png").write_bytes(IMAGES["a.png"])
+    source = open_source(SourceOptions(str(tmp_path)))
+    assert [source.read(at).turns[1].content for at in (0, 1, 2)] == ["A.", "dogs", "B."]
+    with pytest.raises(HiveError, match=r"^has no c\.txt beside it, as other images of its folder have$"):
+        source.read(3)
+
+
 def test_hidden_files_are_no_samples(tmp_path: Path) -> None:
     write(tmp_path, {name: "x" for name in (".checkpoints/a.png", "._a.png", "train/._b.png", "a.txt")})
     assert found(tmp_path) == {"a.png": ["x"], "train/b.png": ["train"], "train/c.png": ["train"]}

@@ -48,3 +48,16 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
     options = SourceOptions(str(path), images=str(tmp_path) if path.is_file() else None)
     sample = open_source(options).read(0)
     assert (sample.images, sample.turns[1].content) == ((IMAGE,), caption.strip())
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "metadata.csv"])
+@pytest.mark.parametrize("after", ["", '{0}A "good" dog', '{0}"A dog"'])
+def test_a_loose_quotation_mark_swallows_no_rows(tmp_path: Path, name: str, after: str) -> None:
+    """Python's reader takes all up to the next mark for one caption, and the rows between are gone."""
+    separator = "\t" if name == "a.tsv" else ","
+    lines = ["file_name{0}text", '0.png{0}"Best cat', "1.png{0}A cat", "2.png" + (after or "{0}A dog")]
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(IMAGE)
+    (tmp_path / name).write_text("\n".join(lines).format(separator) + "\n")
+    with pytest.raises(HiveError, match=rf"{name}: the row that begins in line 2 cannot be read"):
+        open_source(SourceOptions(str(tmp_path if name == "metadata.csv" else tmp_path / name)))

@@ -61,7 +61,8 @@ COMPARISON_FIGURES: tuple[Row, ...] = (
     ),
     _of_ablations(rf"interval of colour \(\+{NUMBER} points\)", _probes("last", "colour")),
     _of_readme(
-        rf"\+{NUMBER} points more held-out questions than the untouched one \(95 % interval \+{NUMBER} to \+{NUMBER}\)",
+        rf"answers {NUMBER} points more of the held-out questions than one with the untouched encoder "
+        rf"\(95 % interval \+{NUMBER} to \+{NUMBER}\)",
         _contrast("base", "mean", LOW, HIGH),
     ),
     _of_readme(rf"by {NUMBER} to\s+{NUMBER} points", _probes("sa", "colour", "text")),

@@ -77,6 +77,13 @@ def test_stock_transformers_answers_as_training_does(vision: str, tokenizer: str
     assert report.vision_sha256 in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_run_without_such_a_model_is_told_which_stages_hold_one(tmp_path) -> None:
+    (tmp_path / "stage3").mkdir()
+    (tmp_path / "stage3" / "DONE").touch()
+    with pytest.raises(HiveError, match=r"stages 3 are finished; expected one of 4, 5, which hold such a model$"):
+        export_vlm(tmp_path, tmp_path / "out")
+
+
 def test_the_card_says_how_to_ask(tmp_path, monkeypatch) -> None:
     save_vlm(tmp_path / "model")
     report = export_vlm(tmp_path / "model", tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,12 @@ DATA_SUFFIXES = (".parquet", ".arrow", ".json")
 """Of the files that hold a dataset and say what it is."""
 FILE_SUFFIXES = (*DATA_SUFFIXES, ".jsonl", ".csv", ".tsv", ".tar", ".zip")
 """What no name on the hub ends in."""
+SPLITS = {
+    **{name: "train" for name in ("train", "training")},
+    **{name: "validation" for name in ("validation", "valid", "val", "dev")},
+    **{name: "test" for name in ("test", "testing", "eval", "evaluation")},
+}
+"""Of files and folders: what they are called, as ``datasets`` has it, by the split's name."""
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary")
 
 
@@ -80,6 +87,8 @@ class HuggingFaceSource:
         if data is not None:
             return bytes(data)
         path = value.get("path") if isinstance(value, dict) else value
+        if path is None:
+            raise HiveError("image holds neither bytes nor a path")
         if self._store is None:
             raise HiveError(f"image {path}: is a path, and no images were given (--images)")
         return self._store.read(path)
@@ -90,8 +99,8 @@ def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
 
     Args:
         name: a folder that ``save_to_disk`` wrote, a folder of .parquet files or one such file, or a name on the hub.
-        splits_by_file: the files of a folder of .parquet name their splits, as ``test-00000-of-00001.parquet``; else
-            all of them are "train".
+        splits_by_file: ``datasets`` reads the splits of a folder of .parquet off its files' names; else they are
+            splits where all of them name one (`SPLITS`), and "train" otherwise.
 
     Raises:
         HiveError: it does not load.
@@ -109,8 +118,7 @@ def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
         elif path.is_dir() and splits_by_file:
             loaded = datasets.load_dataset(name)
         elif path.exists():
-            files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [name]
-            loaded = datasets.load_dataset("parquet", data_files=files)
+            loaded = datasets.load_dataset("parquet", data_files=_by_split(path) if path.is_dir() else [name])
         else:
             with _quiet_hub():
                 loaded = datasets.load_dataset(name)
@@ -119,6 +127,18 @@ def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
         failed = "does not load" if path.exists() else "neither a file or folder here nor reachable on the hub"
         raise HiveError(f"dataset {name}: {failed} ({reason})") from error
     return {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+
+
+def _by_split(folder: Path) -> dict[str, list[str]]:
+    """The .parquet files of ``folder`` by the split that name or folder of each says, as ``test-00000-of-00001``."""
+    found: dict[str, list[str]] = {}
+    files = sorted(folder.rglob("*.parquet"))
+    for file in files:
+        words = [
+            word for part in reversed(file.relative_to(folder).parts) for word in re.findall("[a-z]+", part.lower())
+        ]
+        found.setdefault(next((SPLITS[word] for word in words if word in SPLITS), ""), []).append(str(file))
+    return found if found and "" not in found else {"train": list(map(str, files))}
 
 
 def _refuse_path(path: Path) -> None:
@@ -173,9 +193,10 @@ def _class_names(rows: Any, column: str | None, where: str) -> dict[int, str]:
 
 
 def undecoded(rows: Any) -> Any:
-    """Return the dataset with its images left as encoded files."""
+    """Return the dataset with its images left as encoded files, and plain values whatever format it was saved with."""
     from datasets import Image, Sequence
 
+    rows = rows.with_format(None)
     for name, feature in rows.features.items():
         if isinstance(feature, Image):
             rows = rows.cast_column(name, Image(decode=False))

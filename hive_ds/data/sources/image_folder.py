@@ -13,7 +13,7 @@ from typing import Any
 from hive_ds.data.schema import Sample
 from hive_ds.data.sources.base import Columns, build_sample, describe_origin
 from hive_ds.data.sources.stores import FolderStore
-from hive_ds.data.sources.table import CSV_LARGEST_FIELD
+from hive_ds.data.sources.table import strict_rows
 from hive_ds.data.sources.webdataset import IMAGE_SUFFIXES
 from hive_ds.errors import HiveError
 
@@ -27,8 +27,8 @@ class ImageFolderSource:
 
     The caption of ``cats/one.jpg`` is its row in a metadata.jsonl or metadata.csv (a column of text and ``file_name``,
     which starts at the metadata's own folder, as Hugging Face's ImageFolder has it), else what ``cats/one.txt`` says,
-    else ``cats``. Each row is a sample: an image of several rows is several, and a row without image or an image
-    without row cannot be used.
+    else, where no image of the folder has such a text, ``cats``. Each row is a sample: an image of several rows is
+    several, and a row without image or an image without row cannot be used.
     """
 
     def __init__(self, folder: str | Path, columns: Columns | None = None) -> None:
@@ -40,6 +40,8 @@ class ImageFolderSource:
         if not names:
             raise HiveError(f"image folder {self._folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
         self._store = FolderStore(self._folder)
+        texts = {name for name in files if name.endswith(".txt")}
+        self._with_texts = {Path(name).parent for name in names if str(Path(name).with_suffix(".txt")) in texts}
         tables = [] if columns and not columns.texts else _metadata_files(self._folder, files)
         rows = [row for table in tables for row in _metadata(self._folder, table)]
         self._samples: list[tuple[str, Row | None]] = [(name, None) for name in names]
@@ -83,6 +85,8 @@ class ImageFolderSource:
         text = (self._folder / name).with_suffix(".txt")
         if text.is_file():
             return {"file_name": name, "caption": text.read_bytes()}
+        if Path(name).parent in self._with_texts:
+            raise HiveError(f"has no {text.name} beside it, as other images of its folder have")
         if "/" not in name:
             raise HiveError(
                 "has no caption: no metadata file, no .txt beside it, and it lies in no class folder; let a "
@@ -109,14 +113,13 @@ def _metadata_files(folder: Path, files: list[str]) -> list[Path]:
 
 def _metadata(folder: Path, path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a metadata file, each with the path of its image below ``folder``."""
-    csv.field_size_limit(CSV_LARGEST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
-                rows: list[Row] = list(csv.DictReader(file))
+                rows: list[Row] = list(strict_rows(csv.DictReader(file, strict=True), str(path), line=2))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
         for row in rows:
             yield os.path.normpath(path.parent.relative_to(folder) / str(row["file_name"])), row
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise HiveError(f"{path}: expected rows with file_name and a text ({error!r})") from error

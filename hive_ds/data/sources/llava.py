@@ -16,7 +16,8 @@ from hive_ds.errors import HiveError
 class LlavaSource:
     """Rows of ``{"id", "image", "conversations": [{"from", "value"}, ...]}``, or with a caption in place of the last.
 
-    ``image`` is a name in ``images``, a list of them, or absent. HiveError for a missing or malformed file.
+    ``image`` is a name in ``images``, a list of them, or absent; a row may call it ``images`` where others do not.
+    HiveError for a missing or malformed file.
     """
 
     def __init__(self, path: str | Path, images: str | Path | None = None, columns: Columns | None = None) -> None:
@@ -24,7 +25,7 @@ class LlavaSource:
         if not self._path.is_file():
             raise HiveError(f"LLaVA JSON {self._path}: does not exist")
         self._store: ImageStore | None = None if images is None else open_store(images)
-        self._rows = _JsonLines(self._path) if self._path.suffix == ".jsonl" else _json_list(self._path)
+        self._rows = _JsonLines(self._path) if self._path.suffix.lower() == ".jsonl" else _json_list(self._path)
         first = [row for row in (self._rows[i] for i in range(min(100, len(self._rows)))) if _is_row(row)]
         if not first:
             raise HiveError(f"LLaVA JSON {self._path}: none of its first rows is an object with fields")
@@ -36,6 +37,7 @@ class LlavaSource:
                     "the one that holds them with --image-column, or leave --images out"
                 )
             names.append("image")  # which a later row may have
+        self._image_is_named = bool(columns and columns.image)
         self._columns = (columns or Columns()).resolve(names, f"LLaVA JSON {self._path}")
         self.origin = describe_origin("llava", str(path), self._columns, files=[path], images=images)
 
@@ -60,7 +62,11 @@ class LlavaSource:
         row = self._rows[index]
         if not isinstance(row, dict):
             raise HiveError(f"is {str(row)[:80]!r}, expected an object with fields")
-        return row
+        image = self._columns.image
+        if self._image_is_named or image is None or row.get(image):
+            return row
+        others = (row[name] for name in row if name.lower() in ("image", "images"))
+        return {**row, image: next((value for value in others if value), None)}
 
     def _read_image(self, name: Any) -> bytes:
         if self._store is None:

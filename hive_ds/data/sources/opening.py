@@ -127,8 +127,10 @@ def _guess(path: str) -> str:
     file = Path(path)
     kinds = {".json": "llava", ".jsonl": "llava", ".csv": "table", ".tsv": "table", ".tar": "webdataset"}
     kinds[".parquet"] = "huggingface"
-    if file.suffix in kinds:
-        return kinds[file.suffix]
+    if file.suffix.lower() in kinds:
+        return kinds[file.suffix.lower()]
+    if file.is_file():
+        raise HiveError(f"source {path}: a file of unknown kind; expected {', '.join(kinds)}")
     if not file.is_dir():
         if path.count("/") == 1 and not path.startswith((".", "/", "~")):
             return "huggingface"

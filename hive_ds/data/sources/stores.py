@@ -44,17 +44,18 @@ def _name(name: Any) -> str:
 
 @dataclass(frozen=True)
 class FolderStore:
-    """Files below a folder; nothing outside it is read."""
+    """Files below a folder; a name that leads outside is refused. Links in it are followed, wherever they go."""
 
     folder: Path
 
     def read(self, name: Any) -> bytes:
         """The file at ``name`` below the folder."""
         try:
-            file = Path(os.path.realpath(self.folder / _name(name)))  # `resolve` raises at links in a circle
-            if not file.is_relative_to(os.path.realpath(self.folder)):
+            file, folder = (os.path.abspath(path) for path in (self.folder / _name(name), self.folder))
+            real = os.path.realpath(file)  # of an absolute name, which may go another way to the folder
+            if not (Path(file).is_relative_to(folder) or Path(real).is_relative_to(os.path.realpath(folder))):
                 raise HiveError(f"image {name}: lies outside {self.folder}")
-            return file.read_bytes()
+            return Path(file).read_bytes()
         except OSError as error:
             raise HiveError(f"image {name}: {error.strerror}") from error
         except ValueError as error:  # a path with a null character
@@ -84,11 +85,11 @@ class ZipStore:
 
 
 def _without_top(names: list[str]) -> dict[str, str]:
-    """Names by which members are found: their own, and without a top folder that all share."""
+    """Names by which members are found: their own, and what is no other's own, without a top folder that all share."""
     found = {name: name for name in names if not name.endswith("/")}
     tops = {name.split("/", 1)[0] for name in found}
     if len(tops) == 1 and all("/" in name for name in found):
-        found |= {name.split("/", 1)[1]: name for name in found}
+        found = {name.split("/", 1)[1]: name for name in found} | found
     return found
 
 
@@ -103,21 +104,27 @@ class Member(NamedTuple):
 def tar_members(path: Path) -> Iterator[Member]:
     """Regular files of an uncompressed tar, in order; HiveError where it is compressed or no tar.
 
-    A tar that was cut short gives the members that are whole, and a warning.
+    A hard link, which tar writes for a file that it has already, is that file again. A tar that was cut short gives
+    the members that are whole, and a warning.
     """
-    size, count = path.stat().st_size, 0
+    size, whole = path.stat().st_size, dict[str, Member]()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                found = whole.get(member.linkname) if member.islnk() else None
                 if member.isfile() and member.offset_data + member.size <= size:
-                    count += 1
-                    yield Member(member.name, member.offset_data, member.size)
+                    found = Member(member.name, member.offset_data, member.size)
+                if found:
+                    whole[member.name] = found._replace(name=member.name)
+                    yield whole[member.name]
                 elif member.isfile():
                     logger.warning("%s is cut short: %s is not whole and is left out", path, member.name)
+                elif not member.isdir():
+                    logger.warning("%s: %s is a link to no earlier file and is left out", path, member.name)
     except tarfile.TarError as error:
-        if not count:
+        if not whole:
             raise HiveError(f"{path}: is no uncompressed tar ({error}); unpack it if it is compressed") from error
-        logger.warning("%s is cut short after %d files (%s); the rest is left out", path, count, error)
+        logger.warning("%s is cut short after %d files (%s); the rest is left out", path, len(whole), error)
 
 
 def read_span(path: Path, member: Member) -> bytes:

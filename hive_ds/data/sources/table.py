@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 from hive_ds.data.schema import Sample
 from hive_ds.data.sources.base import Columns, build_sample, describe_origin, read_images
@@ -12,6 +14,14 @@ from hive_ds.errors import HiveError
 
 CSV_LARGEST_FIELD = 1 << 24
 """Bytes. Python's default of 128 KiB is less than some conversations."""
+
+
+class AnyReader(Protocol):
+    """`csv.reader` or `csv.DictReader`."""
+
+    line_num: int
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class TableSource:
@@ -27,15 +37,14 @@ class TableSource:
         self._path = Path(path)
         if not self._path.is_file():
             raise HiveError(f"table {self._path}: does not exist")
-        csv.field_size_limit(CSV_LARGEST_FIELD)
         try:
             with self._path.open(newline="", encoding="utf-8-sig") as file:
                 delimiter = _delimiter(self._path, file.readline())
                 file.seek(0)
-                rows = list(csv.reader(file, delimiter=delimiter))
-        except (UnicodeDecodeError, csv.Error) as error:
+                reader = csv.reader(file, delimiter=delimiter, strict=True)
+                rows = [row for row in strict_rows(reader, f"table {self._path}") if row]
+        except UnicodeDecodeError as error:
             raise HiveError(f"table {self._path}: cannot be read ({error})") from error
-        rows = [row for row in rows if row]
         if not rows:
             raise HiveError(f"table {self._path}: holds no row")
         columns = columns or Columns()
@@ -73,6 +82,23 @@ class TableSource:
         if len(row) != len(self._names):
             raise HiveError(f"has {len(row)} fields; expected {len(self._names)}: {', '.join(self._names)}")
         return dict(zip(self._names, row, strict=True))
+
+
+def strict_rows(reader: AnyReader, where: str, *, line: int = 1) -> Iterator[Any]:
+    """Rows, from ``line`` on, of a csv reader made with ``strict=True``; HiveError names one whose quotes are loose.
+
+    Python's reader is lenient by default: all up to the next mark, whole rows included, would be one field.
+    """
+    csv.field_size_limit(CSV_LARGEST_FIELD)
+    try:
+        for row in reader:
+            line = reader.line_num + 1
+            yield row
+    except csv.Error as error:
+        raise HiveError(
+            f"{where}: the row that begins in line {line} cannot be read ({error}); a text that begins with a "
+            "quotation mark, or spans lines, stands between two of them, and those inside are doubled"
+        ) from error
 
 
 def _delimiter(path: Path, line: str) -> str:

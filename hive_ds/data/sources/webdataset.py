@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample, describe_origin
+from hive_ds.data.sources.base import NONE, Columns, build_sample, describe_origin
 from hive_ds.data.sources.stores import Member, read_span, tar_members
 from hive_ds.errors import HiveError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "img")
 """Of files that are taken for images. What Pillow cannot decode (heic) is rejected, and not passed over."""
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 
 
 class WebDatasetSource:
@@ -24,18 +27,20 @@ class WebDatasetSource:
     """
 
     def __init__(self, pattern: str | Path, columns: Columns | None = None) -> None:
-        path = Path(pattern)
-        names = sorted(map(str, path.glob("*.tar"))) if path.is_dir() else sorted(glob(str(pattern)))
-        if not names:
+        self._tars = _tars(Path(pattern))
+        if not self._tars:
             raise HiveError(f"WebDataset {pattern}: no .tar file there")
         self._columns = columns or Columns()
-        self._tars = [Path(name) for name in names]
+        self._shards = [tar.stem for tar in self._tars]
+        if len(set(self._shards)) < len(self._shards):  # of several folders
+            top = os.path.commonpath([tar.parent for tar in self._tars])
+            self._shards = [str(tar.relative_to(top).with_suffix("")) for tar in self._tars]
         self.origin = describe_origin("webdataset", str(pattern), self._columns, files=self._tars)
         self._samples: list[tuple[int, str, list[Member]]] = []
         for number, tar in enumerate(self._tars):
             self._samples += [(number, key, members) for key, members in _by_key(tar).items()]
         if not self._samples:
-            raise HiveError(f"WebDataset {pattern}: its {len(names)} tar files hold no files")
+            raise HiveError(f"WebDataset {pattern}: its {len(self._tars)} tar files hold no files")
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -43,7 +48,7 @@ class WebDatasetSource:
     def sample_id(self, index: int) -> str:
         """Shard and key: keys alone may repeat from shard to shard."""
         number, key, _ = self._samples[index]
-        return f"{self._tars[number].stem}/{key}"
+        return f"{self._shards[number]}/{key}"
 
     def read(self, index: int) -> Sample:
         """Sample ``index``."""
@@ -52,10 +57,13 @@ class WebDatasetSource:
         if "txt" in files:
             fields["txt"] = read_span(tar, files["txt"])
         fields["image"] = _images(files)
-        given = Columns(None, "image", self._columns.text, self._columns.conversations)
+        alone = self._columns.image == NONE
+        given = Columns(None, NONE if alone else "image", self._columns.text, self._columns.conversations)
         if not given.text and "txt" in fields and "conversations" not in fields:
-            given = Columns(None, "image", "txt")
+            given = replace(given, text="txt")
         columns = given.resolve(list(fields), "its files")
+        if columns.text and not (fields["image"] or alone):
+            raise HiveError(f"has a caption and no image; --image-column {NONE} if text alone is meant")
         return build_sample(self.sample_id(index), fields, columns, lambda member: read_span(tar, member))
 
     def images(self, index: int) -> tuple[bytes, ...]:
@@ -73,6 +81,21 @@ class WebDatasetSource:
                 places = " and ".join(f"{one.name} at byte {one.start}" for one in (first, member))
                 raise HiveError(f"{tar.name}, key {key}: holds {places}; expected one file of a key and suffix")
         return tar, files
+
+
+def _tars(pattern: Path) -> list[Path]:
+    """The tar files of a folder or pattern, by name; HiveError where compressed ones lie beside those of a folder."""
+    if pattern.is_file():
+        return [pattern]
+    if not pattern.is_dir():
+        return sorted(map(Path, glob(str(pattern))))
+    files = sorted(pattern.iterdir())
+    for file in files:
+        if file.suffix.lower() in COMPRESSED and (".tar." in file.name.lower() or file.suffix == ".tgz"):
+            raise HiveError(
+                f"WebDataset {pattern}: {file.name} is compressed; unpack it, or name the others by a pattern"
+            )
+    return [file for file in files if file.suffix.lower() == ".tar"]
 
 
 def _images(files: dict[str, Member]) -> list[Member]:

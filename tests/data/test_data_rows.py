@@ -1,0 +1,148 @@
+"""Rows that differ from their neighbours, and datasets as others save them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus import encoded, photo, talk
+
+from hive_ds.data.sources import SourceOptions, open_source
+from hive_ds.data.sources.base import Columns
+from hive_ds.errors import HiveError
+
+IMAGES = [encoded(photo(seed=at), "png") for at in range(3)]
+
+
+def test_rows_that_call_their_images_otherwise_keep_them(tmp_path: Path) -> None:
+    """As in a mixture of two files: without a placeholder in the text, they became text alone."""
+    for at, data in enumerate(IMAGES):
+        (tmp_path / f"{at}.png").write_bytes(data)
+    fields: list[dict[str, Any]] = [
+        {"image": "0.png"},
+        {"images": ["1.png", "2.png"]},
+        {"image": None, "Images": ["2.png"]},
+        {"path": "0.png"},
+    ]
+    (tmp_path / "a.JSONL").write_text(
+        "".join(json.dumps({**row, "conversations": talk("Q", "A")}) + "\n" for row in fields)
+    )
+    for columns, expected in (
+        (Columns(), [IMAGES[:1], IMAGES[1:], IMAGES[2:], []]),
+        (Columns(image="image"), [IMAGES[:1], [], [], []]),
+        (Columns(image="none"), [[], [], [], []]),
+    ):
+        source = open_source(SourceOptions(str(tmp_path / "a.JSONL"), images=str(tmp_path), columns=columns))
+        assert [list(source.read(at).images) for at in range(4)] == expected
+        assert [list(source.images(at)) for at in range(4)] == expected
+
+
+def test_a_conversation_about_a_video_is_no_text(tmp_path: Path) -> None:
+    rows = [{"image": None}, {"video": "a.mp4"}]
+    (tmp_path / "a.json").write_text(json.dumps([{**row, "conversations": talk("<video>\nQ", "A")} for row in rows]))
+    source = open_source(SourceOptions(str(tmp_path / "a.json")))
+    assert source.read(0).images == ()
+    with pytest.raises(HiveError, match=r"^shows the video a\.mp4; expected images$"):
+        source.read(1)
+
+
+def test_links_in_a_folder_of_images_are_followed(tmp_path: Path) -> None:
+    """As sets of pictures that lie elsewhere are put into one folder; a name that leaves the folder is refused."""
+    for folder in ("elsewhere/coco", "images"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "elsewhere" / "coco" / "0.png").write_bytes(IMAGES[0])
+    (tmp_path / "elsewhere" / "1.png").write_bytes(IMAGES[1])
+    (tmp_path / "images" / "coco").symlink_to(tmp_path / "elsewhere" / "coco")
+    (tmp_path / "images" / "2.png").symlink_to("2.png")
+    names = [
+        "coco/0.png",
+        str(tmp_path / "images" / "coco" / "0.png"),
+        "../elsewhere/1.png",
+        "coco/../../elsewhere/1.png",
+    ]
+    names += [str(tmp_path / "elsewhere" / "1.png"), "coco/../1.png", "2.png"]
+    (tmp_path / "a.json").write_text(json.dumps([{"image": name, "caption": "A cat."} for name in names]))
+    source = open_source(SourceOptions(str(tmp_path / "a.json"), images=str(tmp_path / "images")))
+    assert [source.read(at).images for at in range(2)] == [(IMAGES[0],)] * 2
+    reasons = ["lies outside"] * 3 + ["No such file or directory", "Too many levels of symbolic links"]
+    for at, reason in enumerate(reasons, start=2):
+        with pytest.raises(HiveError, match=reason):
+            source.read(at)
+    (tmp_path / "images" / "2.png").unlink()
+    found = open_source(SourceOptions(str(tmp_path / "images")))
+    assert [found.read(at).turns[1].content for at in range(len(found))] == ["coco"]
+
+
+def test_a_file_of_an_unknown_kind_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"x")
+    with pytest.raises(HiveError, match=r"a\.tar\.gz: a file of unknown kind; expected \.json, \.jsonl, \.csv"):
+        open_source(SourceOptions(str(tmp_path / "a.tar.gz")))
+
+
+def dataset() -> Any:
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
+    message = {"from": datasets.Value("string"), "value": datasets.Value("string")}
+    features = {"image": datasets.Image(), "conversations": [message], "id": datasets.Value("int64")}
+    columns = {
+        "image": [{"bytes": data, "path": None} for data in IMAGES],
+        "conversations": [talk("<image>Q", f"A{at}") for at in range(3)],
+        "id": [10**16 + at for at in range(3)],
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("format", ["numpy", "torch", "pandas", "arrow"])
+def test_a_saved_format_changes_nothing(format: str, tmp_path: Path) -> None:
+    """`save_to_disk` keeps what `with_format` said: ids were ``tensor(1)``, conversations arrays."""
+    dataset().with_format(format, columns=["image", "id"]).save_to_disk(tmp_path / "saved")
+    source = open_source(SourceOptions(str(tmp_path / "saved")))
+    samples = [source.read(at) for at in range(3)]
+    assert (
+        [sample.id for sample in samples]
+        == [source.sample_id(at) for at in range(3)]
+        == [f"{10**16 + at}" for at in range(3)]
+    )
+    assert [sample.turns[1].content for sample in samples] == ["A0", "A1", "A2"]
+    assert [sample.images for sample in samples] == [(data,) for data in IMAGES]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (
+            (
+                "data/train-00000-of-00002.parquet",
+                "data/train-00001-of-00002.parquet",
+                "data/test-00000-of-00001.parquet",
+            ),
+            [0, 1],
+        ),
+        (("train/0.parquet", "train/1.parquet", "val/0.parquet"), [0, 1]),
+        (("0.parquet", "1.parquet", "speed-test.parquet"), [0, 1, 2]),
+    ],
+)
+def test_test_images_are_not_trained_on(names: tuple[str, ...], found: list[int], tmp_path: Path) -> None:
+    """A folder as the hub has it: its files name splits, of which "train" is taken."""
+    rows = dataset()
+    for at, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        rows.select([at]).to_parquet(tmp_path / name)
+    source = open_source(SourceOptions(str(tmp_path)))
+    assert [source.images(at) for at in range(len(source))] == [(IMAGES[at],) for at in found]
+    if len(found) == 2:
+        split = "test" if "test" in names[2] else "validation"
+        held_out = open_source(SourceOptions(str(tmp_path), split=split))
+        assert (len(held_out), held_out.images(0)) == (1, (IMAGES[2],))
+
+
+def test_an_image_of_neither_bytes_nor_path_is_called_so(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
+    import pyarrow
+    import pyarrow.parquet
+
+    nothing = {"bytes": None, "path": None}
+    pyarrow.parquet.write_table(pyarrow.table({"image": [nothing], "text": ["A cat."]}), tmp_path / "a.parquet")
+    with pytest.raises(HiveError, match=r"^image holds neither bytes nor a path$"):
+        open_source(SourceOptions(str(tmp_path / "a.parquet"))).read(0)
