@@ -149,7 +149,7 @@ def _named(encoders: list[str]) -> dict[str, str]:
 
 def _blocks(text: str) -> str | tuple[int, ...]:
     parts = text.split(",")
-    return tuple(map(int, parts)) if all(part.strip().isdigit() for part in parts) else text
+    return tuple(map(int, parts)) if all(part.strip().isdecimal() for part in parts) else text
 
 
 def _head(args: argparse.Namespace) -> HeadSettings:

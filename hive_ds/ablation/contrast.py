@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from scipy.special import nctdtrinc
 from scipy.stats import t as student
 
 from hive_ds.ablation.gather import Gathered
@@ -38,7 +39,9 @@ class Contrast:
     @property
     def detectable(self) -> float:
         """Smallest true difference that this many seeds, spread like these, would find in four cases out of five."""
-        return float((student.ppf((1 + LEVEL) / 2, self._freedom) + student.ppf(POWER, self._freedom)) * self._error)
+        critical = student.ppf((1 + LEVEL) / 2, self._freedom)
+        # Of the noncentral t, whose chance to come out above `critical` is `POWER`.
+        return float(nctdtrinc(self._freedom, 1 - POWER, critical)) * self._error
 
     @property
     def differs(self) -> bool:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hive_ds.ablation.plan import ArmRun, read_plan
+from hive_ds.errors import told_as
 from hive_ds.events import read_events
 from hive_ds.export.run_facts import read_stage
 from hive_ds.files import write_whole
@@ -126,15 +127,19 @@ def _scores(run: ArmRun) -> Iterator[tuple[str, float]]:
             yield f"stage {stage} TFLOPs", facts.flops / 1e12
             yield f"stage {stage} GB", facts.memory_gb or 0.0
     if (run.folder / BENCHMARKS).is_file():
-        for name, entry in json.loads((run.folder / BENCHMARKS).read_text())["benchmarks"].items():
-            asked = "" if entry["samples"] == entry["available"] else f" of the first {entry['samples']}"
-            yield from (
-                (f"{name} {score['name']}{asked}", score["value"])
-                for score in entry["scores"]
-                if "." not in score["name"]
-            )
+        with told_as(str(run.folder / BENCHMARKS), "what hive-ds eval writes"):
+            yield from _benchmarks(json.loads((run.folder / BENCHMARKS).read_text())["benchmarks"])
     if (run.folder / SCORES).is_file():
-        yield from json.loads((run.folder / SCORES).read_text()).items()
+        with told_as(str(run.folder / SCORES), "an object of names and numbers"):
+            found = json.loads((run.folder / SCORES).read_text())
+            yield from [(name, float(value)) for name, value in found.items()]
+
+
+def _benchmarks(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, entry in found.items():
+        asked = "" if entry["samples"] == entry["available"] else f" of the first {entry['samples']}"
+        main = [score for score in entry["scores"] if "." not in score["name"]]
+        yield from ((f"{name} {score['name']}{asked}", float(score["value"])) for score in main)
 
 
 def _losses(stage: int, lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hive_ds.ablation.arms import Arm, Depths, make_arms
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.files import write_whole
 from hive_ds.model.loading import read_language_config, read_vision_config
 from hive_ds.recipe import dump_recipe, load_recipe
@@ -42,6 +42,12 @@ class ArmRun:
         return (self.folder / f"stage{stage}" / "DONE").is_file()
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """HiveError where there is none, or one twice."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise HiveError(f"seeds: {', '.join(map(str, seeds)) or 'none'}; expected at least one, each once")
+
+
 def make_plan(
     recipe_name: str, overrides: Sequence[str], arm_names: Sequence[str], seeds: Sequence[int], out: Path
 ) -> list[ArmRun]:
@@ -52,8 +58,7 @@ def make_plan(
     Raises:
         HiveError: an arm or a seed is wrong, or ``out`` holds another ablation.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise HiveError(f"seeds: {', '.join(map(str, seeds)) or 'none'}; expected at least one, each once")
+    check_seeds(seeds)
     recipe = load_recipe(recipe_name, overrides)
     depths = Depths(
         read_vision_config(recipe.model.vision_encoder).num_hidden_layers,
@@ -70,13 +75,13 @@ def read_plan(out: Path) -> list[ArmRun]:
     """The runs of the ablation in ``out``.
 
     Raises:
-        HiveError: there is none.
+        HiveError: there is none, or not what `make_plan` wrote.
     """
-    try:
+    if not (out / PLAN).is_file():
+        raise HiveError(f"{out}: holds no {PLAN}; expected the folder of an ablation")
+    with told_as(str(out / PLAN), "what hive-ds ablate writes"):
         entries = json.loads((out / PLAN).read_text())
-    except FileNotFoundError:
-        raise HiveError(f"{out}: holds no {PLAN}; expected the folder of an ablation") from None
-    return [ArmRun(one["arm"], one["seed"], out / one["folder"], tuple(one["stages"])) for one in entries]
+        return [ArmRun(one["arm"], one["seed"], out / one["folder"], tuple(one["stages"])) for one in entries]
 
 
 def _make_run(recipe_name: str, overrides: Sequence[str], arm: Arm, seed: int, out: Path) -> ArmRun:

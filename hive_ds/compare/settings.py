@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hive_ds.ablation.plan import check_seeds
 from hive_ds.config import STAGE_NAMES
 from hive_ds.quickstart.base_models import LanguageModelSize, VisionEncoderSize
 from hive_ds.quickstart.settings import SMOKE as QUICKSTART_SMOKE
@@ -22,6 +23,9 @@ class CompareSettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     jobs: int = 2
     """Runs at a time, each one process."""
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds)  # before the minutes that scenes and base models take
 
 
 def _steps(*numbers: int) -> tuple[str, ...]:

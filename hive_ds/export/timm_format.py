@@ -226,10 +226,16 @@ def _preprocessing(processor: BaseImageProcessor, image_size: int) -> dict[str, 
     }
     shortest = processor.size.get("shortest_edge")
     if shortest is not None and getattr(processor, "do_center_crop", False):
-        settings |= {"crop_mode": "center", "crop_pct": processor.crop_size["height"] / shortest}
+        settings |= {"crop_mode": "center", "crop_pct": _crop_share(processor.crop_size["height"], shortest)}
     if getattr(processor, "do_pad", False):
         settings |= {"crop_mode": "border"}
     return settings
+
+
+def _crop_share(crop: int, shortest: int) -> float:
+    """What timm divides ``crop`` by, and cuts to an integer, to resize to ``shortest``."""
+    share = crop / shortest
+    return share if int(crop / share) == shortest else crop / (shortest + 0.5)
 
 
 def _usage(job: Job) -> str:

@@ -18,14 +18,20 @@ def write(job: Job) -> Written:
 
 def _usage(job: Job, name: str) -> str:
     block = job.blocks[-1]
+    if "pixel_attention_mask" in job.processor.model_input_names:
+        said = "pictures of few patches are padded, here without"
+        taken = f'found.hidden_states[{block}][inputs["pixel_attention_mask"].bool()]  # (patches, width)'
+    else:
+        said = "class and register tokens stand first"
+        taken = f"found.hidden_states[{block}]  # (1, tokens, width)"
     return (
         f"import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor, {name}\n\n"
         f'encoder = {name}.from_pretrained("{job.name}").eval()\n'
         f'processor = AutoImageProcessor.from_pretrained("{job.name}")\n'
         f'inputs = processor({PICTURE}, return_tensors="pt")\n'
         "with torch.no_grad():\n    found = encoder(**inputs, output_hidden_states=True)\n"
-        f"# The output of block {block}, the last one that the LLM saw; class and register tokens stand first.\n"
-        f"features = found.hidden_states[{block}]  # (1, tokens, width)"
+        f"# The output of block {block}, the last one that the LLM saw; {said}.\n"
+        f"features = {taken}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -124,7 +125,8 @@ def steps_of(model: StageModel, samples: int | None) -> int | None:
         return model.config.steps
     if samples is None:
         return None
-    return max(1, round(model.config.epochs * samples / model.config.global_batch_size))
+    epoch = math.ceil(samples / model.config.global_batch_size)  # the last batch of an epoch is filled up
+    return max(1, round(model.config.epochs * epoch))
 
 
 def count_samples(train: str | Mapping[str, float]) -> int | None:

@@ -7,13 +7,15 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 
+import numpy as np
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 from tiny_models import text_config, vision_config
 
 from hive_ds.ablation.arms import Depths, make_arms
-from hive_ds.ablation.contrast import contrast
+from hive_ds.ablation.contrast import Contrast, contrast
 from hive_ds.ablation.execute import run_all, submit_all
 from hive_ds.ablation.gather import gather
 from hive_ds.ablation.plan import ArmRun, make_plan, read_plan
@@ -168,6 +170,36 @@ def test_runs_scores_and_differences(
     assert found.differs
     assert expected.pvalue < 0.05
     assert contrast(gathered, "no such score", "hive", "last") is None
+
+
+def test_the_difference_that_could_be_told_is_found_in_four_cases_of_five() -> None:
+    """Drawn: differences of that size over few seeds, tested as `ttest_rel` would."""
+    drawn = np.random.default_rng(0).standard_normal((200_000, 3))
+    for seeds in (2, 3):
+        rows = drawn[:, :seeds]
+        one = Contrast("score", "hive", "base", tuple(rows[0].tolist()))
+        # In units of the true error of the mean, which `detectable` takes from the seeds' own spread.
+        shift = one.detectable / stdev(one.differences)
+        found = ttest_1samp(rows + shift, 0, axis=1)
+        assert ((found.pvalue < 0.05) & (found.statistic > 0)).mean() == pytest.approx(0.8, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("ablation.json", '[{"arm": "hive"}]', "ablation.json: KeyError: 'seed'; expected what hive-ds ablate writes"),
+        ("hive-seed0/scores.json", "[1]", "scores.json: AttributeError: .*; expected an object of names and numbers"),
+        ("hive-seed0/scores.json", '{"probe": null}', "scores.json: TypeError: .*; expected an object of names and"),
+        ("hive-seed0/eval/results.json", "{", "results.json: Expecting .*; expected what hive-ds eval writes"),
+    ],
+)
+def test_files_that_hold_something_else_are_named(tmp_path: Path, file: str, text: str, message: str) -> None:
+    plan = [{"arm": "hive", "seed": 0, "folder": "hive-seed0", "stages": [1]}]
+    for path, content in (("ablation.json", json.dumps(plan)), ("hive-seed0/stage1/DONE", ""), (file, text)):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    with pytest.raises(HiveError, match=message):
+        gather(read_plan(tmp_path))
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(

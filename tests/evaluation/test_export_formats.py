@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 
@@ -11,6 +12,7 @@ from export_models import PROCESSORS, save_hive
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import IMAGE_SIZE, random_images
+from transformers import CLIPImageProcessor
 
 from hive_ds.data.aspect import with_aspect
 from hive_ds.errors import HiveError
@@ -77,6 +79,16 @@ def test_timm_sees_the_pictures_that_the_image_processor_makes(tmp_path) -> None
     picture = Image.fromarray(pixels.numpy())
     expected = PROCESSORS["clip"](picture, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(timm.data.create_transform(**config)(picture), expected, atol=1e-5, rtol=0)
+
+
+def test_timm_resizes_to_every_size_that_an_image_processor_may_have() -> None:
+    """It divides by the share of the crop and cuts to an integer: 354 to 224 would become 353."""
+    sizes = range(224, 448)
+    crop = {"height": 224, "width": 224}
+    processors = [CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop) for size in sizes]
+    shares = [_preprocessing(processor, 224)["crop_pct"] for processor in processors]
+    assert [math.floor(224 / share) for share in shares] == list(sizes)
+    assert shares[256 - 224] == 0.875
 
 
 @pytest.mark.parametrize("family", ["siglip", "clip"])

@@ -79,8 +79,8 @@ def test_the_cards_lines_take_what_training_saw(format, family, tail, tmp_path, 
     with torch.no_grad():
         expected = encode_images(model.vision_encoder, (LAST_ROUTED,), **inputs).by_block[LAST_ROUTED]
     found = names["features"]
-    if format == "transformers":
-        found = patch_tokens(found, len(expected), inputs.get("pixel_attention_mask"))
+    if format == "transformers" and family != "siglip2":  # whose padding the lines themselves leave out
+        found = patch_tokens(found, len(expected), None)
     torch.testing.assert_close(found.reshape(expected.shape), expected, atol=1e-4, rtol=0)
 
 

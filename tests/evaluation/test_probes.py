@@ -128,7 +128,7 @@ def test_one_pass_serves_every_task(monkeypatch) -> None:
 
 
 WRONG_SETTINGS = {
-    "k": (lambda: ProbeSettings(KnnSettings(k=0)), "knn probe: k is 0, expected above 0"),
+    "k": (lambda: ProbeSettings(KnnSettings(k=0)), "knn probe: k is 0, expected a number above 0"),
     "l2": (lambda: ProbeSettings(LinearSettings(l2=-1.0)), "linear probe: l2 is -1.0"),
     "lr": (lambda: ProbeSettings(AttentiveSettings(lr=0.0)), "attentive probe: lr is 0.0"),
     "seeds": (lambda: ProbeSettings(KnnSettings(), seeds=()), "expected at least one, each once"),
@@ -214,6 +214,8 @@ WRONG_COMMANDS = {
     "no processor": (["{tmp}/bare"], "image processor of {tmp}/bare does not load: "),
     "block": (["{tmp}/base", "--blocks", "2,9"], "block 9 of base: expected 1 to 4"),
     "blocks": (["{tmp}/base", "--blocks", "first"], "blocks 'first': expected numbers or one of"),
+    "a digit that is no number": (["{tmp}/base", "--blocks", "²"], "blocks '²': expected numbers or one of"),
+    "no weight": (["{tmp}/base", "--l2", "nan"], "linear probe: l2 is nan, expected a number above 0"),
     "k": (["{tmp}/base", "--head", "knn", "--k", "31"], "kNN probe: k is 31, expected at most the 30 training images"),
     "seeds": (["{tmp}/base", "--seeds", "0"], "seeds (): expected at least one"),
     "workers": (["{tmp}/base", "--workers", "-1"], "batch size 64, workers -1: expected at least 1 and 0"),

@@ -160,6 +160,7 @@ def test_steps_and_samples(model: StageModel, tmp_path: Path) -> None:
     assert count_samples({str(tmp_path): 1.0, str(tmp_path / "none"): 1.0}) is None
     assert steps_of(model, None) is None
     assert steps_of(model, 3 * model.config.global_batch_size) == 3
+    assert steps_of(model, 3 * model.config.global_batch_size + 1) == 4  # the loader fills up the last batch
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

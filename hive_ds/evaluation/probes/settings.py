@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hive_ds.errors import HiveError
@@ -54,8 +55,8 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self.head).items():
-            if value is not None and value <= 0 and name != "weight_decay":
-                raise HiveError(f"{self.head_name} probe: {name} is {value}, expected above 0")
+            if value is not None and name != "weight_decay" and not 0 < value < math.inf:  # NaN is not
+                raise HiveError(f"{self.head_name} probe: {name} is {value}, expected a number above 0")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise HiveError(f"seeds {self.seeds}: expected at least one, each once")
         if isinstance(self.blocks, str) and self.blocks not in NAMED_BLOCKS:
