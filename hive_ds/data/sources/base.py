@@ -179,8 +179,11 @@ def conversation(messages: Any) -> list[Turn]:
             messages = json.loads(messages)
         except ValueError as error:
             raise HiveError(f"conversations are not JSON ({error})") from error
+    if isinstance(messages, Mapping) and all(isinstance(values, list) for values in messages.values()):
+        # One list a field, as `datasets` reads its Sequence of structs.
+        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise HiveError("has no list of conversations")
+        raise HiveError(f"has {str(messages)[:80]!r}, expected a list of conversations")
     turns: list[Turn] = []
     system = ""
     for index, message in enumerate(messages):
