@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,29 @@ def test_a_conversation_about_a_video_is_no_text(tmp_path: Path) -> None:
     assert source.read(0).images == ()
     with pytest.raises(HiveError, match=r"^shows the video a\.mp4; expected images$"):
         source.read(1)
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_a_caption_of_no_image_is_text_where_that_is_asked_for(kind: str, tmp_path: Path) -> None:
+    """A table that lacks the path of a picture became text alone, and its caption was learned without it."""
+    path, rows = tmp_path / f"a.{kind}", {"image": [None, "0.png"], "caption": ["A cat.", "A dog."]}
+    (tmp_path / "0.png").write_bytes(IMAGES[0])
+    if kind == "csv":
+        path.write_text("image,caption\n,A cat.\n0.png,A dog.\n")
+    elif kind == "json":
+        path.write_text(json.dumps([{"caption": "A cat."}, {"image": "0.png", "caption": "A dog."}]))
+    else:
+        datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
+        datasets.Dataset.from_dict(rows).to_parquet(path)
+    given = SourceOptions(str(path), images=str(tmp_path))
+    with pytest.raises(HiveError, match=r"^has a caption and no image; --image-column none if text alone is meant$"):
+        open_source(given).read(0)
+    assert open_source(given).read(1).images == (IMAGES[0],)
+    alone = open_source(replace(given, columns=Columns(image="none")))
+    assert [(alone.read(at).images, alone.read(at).turns[1].content) for at in (0, 1)] == [
+        ((), "A cat."),
+        ((), "A dog."),
+    ]
 
 
 def test_links_in_a_folder_of_images_are_followed(tmp_path: Path) -> None:

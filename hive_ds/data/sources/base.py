@@ -134,13 +134,16 @@ def _stamp(files: Sequence[str | Path]) -> str:
 def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImage) -> Sample:
     """The sample of one row: its conversation, or its caption; ``read_image`` turns an image's value into a file.
 
-    Where no text holds ``<image>``, the images come before the first question, as in LLaVA. HiveError for a video.
+    Where no text holds ``<image>``, the images come before the first question, as in LLaVA. HiveError for a video,
+    and for a caption of no image unless ``columns`` ask for text alone.
     """
     if columns.conversations:
         turns = conversation(fields.get(columns.conversations))
     else:
         turns = [Turn("user", ""), Turn("assistant", _caption(fields.get(columns.text or ""), columns.text))]
     images = read_images(fields, columns, read_image)
+    if columns.text and columns.image and not images:
+        raise HiveError(f"has a caption and no image; --image-column {NONE} if text alone is meant")
     if fields.get("video") and not images:
         raise HiveError(f"shows the video {str(fields['video'])[:80]}; expected images")
     if images and not any(IMAGE_TOKEN in turn.content for turn in turns):
