@@ -186,7 +186,7 @@ def conversation(messages: Any) -> list[Turn]:
         # One list a field, as `datasets` reads its Sequence of structs.
         messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise HiveError(f"has {str(messages)[:80]!r}, expected a list of conversations")
+        raise HiveError(f"has no list of conversations, but {str(messages)[:80]!r}")
     turns: list[Turn] = []
     system = ""
     for index, message in enumerate(messages):
