@@ -132,15 +132,18 @@ def test_a_saved_format_changes_nothing(format: str, tmp_path: Path) -> None:
     assert [sample.images for sample in samples] == [(data,) for data in IMAGES]
 
 
-def test_conversations_by_field_are_the_same(tmp_path: Path) -> None:
+def test_conversations_and_images_by_field_are_the_same(tmp_path: Path) -> None:
     """`datasets` turns a Sequence of structs into a struct of lists."""
     rows = dataset()
     rows.save_to_disk(tmp_path / "list")
     datasets = pytest.importorskip("datasets")
     message = datasets.Sequence({"from": datasets.Value("string"), "value": datasets.Value("string")})
     by_field = [{key: [turn[key] for turn in turns] for key in ("from", "value")} for turns in rows["conversations"]]
-    rows = rows.remove_columns("conversations").add_column("conversations", by_field)
-    rows.cast_column("conversations", message).save_to_disk(tmp_path / "sequence")
+    rows = rows.remove_columns(["conversations", "image"]).add_column("conversations", by_field)
+    rows = rows.cast_column("conversations", message)
+    images = [{"bytes": [data], "path": [None]} for data in IMAGES]
+    image = datasets.Sequence({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+    rows.add_column("image", images).cast_column("image", image).save_to_disk(tmp_path / "sequence")
     sources = [open_source(SourceOptions(str(tmp_path / name))) for name in ("sequence", "list")]
     sequence, listed = ([source.read(at) for at in range(3)] for source in sources)
     assert sequence == listed

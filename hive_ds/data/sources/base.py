@@ -154,9 +154,16 @@ def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImag
 
 def read_images(fields: Fields, columns: Columns, read_image: ReadImage) -> tuple[bytes, ...]:
     """The images of one row, none where its field is empty."""
-    given = fields.get(columns.image) if columns.image else None
+    given = _listed(fields.get(columns.image)) if columns.image else None
     values = list(given) if isinstance(given, (list, tuple)) else [] if given in (None, "") else [given]
     return tuple(read_image(value) for value in values)
+
+
+def _listed(value: Any) -> Any:
+    """``value``, or a list of structs where it is a struct of lists, as `datasets` reads a Sequence of structs."""
+    if isinstance(value, Mapping) and value and all(isinstance(values, list) for values in value.values()):
+        return [dict(zip(value, values, strict=True)) for values in zip(*value.values(), strict=True)]
+    return value
 
 
 def _caption(value: Any, column: str | None) -> str:
@@ -182,9 +189,7 @@ def conversation(messages: Any) -> list[Turn]:
             messages = json.loads(messages)
         except ValueError as error:
             raise HiveError(f"conversations are not JSON ({error})") from error
-    if isinstance(messages, Mapping) and all(isinstance(values, list) for values in messages.values()):
-        # One list a field, as `datasets` reads its Sequence of structs.
-        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
+    messages = _listed(messages)
     if not isinstance(messages, (list, tuple)) or not messages:
         raise HiveError(f"has no list of conversations, but {str(messages)[:80]!r}")
     turns: list[Turn] = []
