@@ -99,6 +99,16 @@ def test_links_in_a_folder_of_images_are_followed(tmp_path: Path) -> None:
     assert [found.read(at).turns[1].content for at in range(len(found))] == ["coco"]
 
 
+@pytest.mark.parametrize("kind", ["llava", "table", "webdataset", "image_folder"])
+def test_an_option_that_a_source_has_no_use_for_is_refused(kind: str, tmp_path: Path) -> None:
+    """``--split train`` for a folder of train/ and test/ took both."""
+    with pytest.raises(HiveError, match=rf"split 'train': a source of format {kind} has none"):
+        open_source(SourceOptions(str(tmp_path), format=kind, split="train"))
+    if kind in ("webdataset", "image_folder"):
+        with pytest.raises(HiveError, match=rf"id column 'uid': a source of format {kind} names its samples by their"):
+            open_source(SourceOptions(str(tmp_path), format=kind, columns=Columns(id="uid")))
+
+
 def test_a_file_of_an_unknown_kind_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"x")
     with pytest.raises(HiveError, match=r"a\.tar\.gz: a file of unknown kind; expected \.json, \.jsonl, \.csv"):
