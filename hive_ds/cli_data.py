@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def _add_convert(data: Any) -> None:
             **given,
         )
         print(f"{args.out}: {convert(source, args.out, options)}")
-        print(f"next: hive-ds data verify {args.out}, then train with --set data.train={args.out}")
+        out = shlex.quote(args.out)
+        print(f"next: hive-ds data verify {out}, then train with --set data.train={out}")
 
     parser = command(
         data,

@@ -134,7 +134,7 @@ def _read(job: PartJob, index: int) -> Sample:
     if first is not None and _images(job.source, first) != images:
         raise HiveError(
             f"has the id of number {first}, whose pictures are others or cannot be read, and so its caption; expected "
-            "ids that differ (--id-column)"
+            "ids that differ"
         )
     return Sample(id, (Turn("user", IMAGE_TOKEN * len(images)), Turn("assistant", caption)), images)
 

@@ -41,7 +41,7 @@ class SpeedReport:
             f"decode + preprocess ({how})": self.prepared,
             "plain Pillow + Hugging Face image processor": self.plain,
         }
-        head = f"{self.num_images} images of {self.megapixels:.2f} megapixels on one core, images/s\n"
+        head = f"{self.num_images} images of {self.megapixels:.2g} megapixels on one core, images/s\n"
         return head + "\n".join(f"  {name:<64}{rate:8.1f}" for name, rate in rows.items())
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +231,16 @@ def test_no_picture_gets_the_caption_of_another(shuffle: int | None, tmp_path: P
     assert reasons[3] == "has no picture that its caption could be of"
     for index, first in ((1, 0), (4, 0), (7, 6)):
         assert reasons[index].startswith(f"has the id of number {first}, whose pictures are others or cannot be read")
+
+
+def test_what_to_do_next_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_source(tmp_path)
+    given = [str(tmp_path / "data.json"), str(tmp_path / "my data"), "--images", str(tmp_path / "images")]
+    assert main(["data", "convert", *given, "--workers", "1"]) == 0
+    following = re.search(r"^next: hive-ds (data verify .*), then train", capsys.readouterr().out, re.M)
+    assert following
+    assert main(shlex.split(following[1])) == 0
+    assert f"data.train='{tmp_path}/my data';" in capsys.readouterr().out
 
 
 def test_two_captions_of_one_id_are_refused(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_nothing_but_bad_samples_ends_the_run_in_one_line(tmp_path: Path, worker
     ("make", "message"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "holds no index.json"),
+        (lambda path: path.mkdir(), "holds no index.json; expected MDS shards"),
         (lambda path: (path.mkdir(), (path / "index.json").write_text("{")), "cannot be read"),
         (lambda path: (path.mkdir(), (path / "index.json").write_text('{"shards": [], "version": 2}')), "no samples"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,29 @@ def test_a_conversation_about_a_video_is_no_text(tmp_path: Path) -> None:
         source.read(1)
 
 
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_a_caption_of_no_image_is_text_where_that_is_asked_for(kind: str, tmp_path: Path) -> None:
+    """A table that lacks the path of a picture became text alone, and its caption was learned without it."""
+    path, rows = tmp_path / f"a.{kind}", {"image": [None, "0.png"], "caption": ["A cat.", "A dog."]}
+    (tmp_path / "0.png").write_bytes(IMAGES[0])
+    if kind == "csv":
+        path.write_text("image,caption\n,A cat.\n0.png,A dog.\n")
+    elif kind == "json":
+        path.write_text(json.dumps([{"caption": "A cat."}, {"image": "0.png", "caption": "A dog."}]))
+    else:
+        datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
+        datasets.Dataset.from_dict(rows).to_parquet(path)
+    given = SourceOptions(str(path), images=str(tmp_path))
+    with pytest.raises(HiveError, match=r"^has a caption and no image; --image-column none if text alone is meant$"):
+        open_source(given).read(0)
+    assert open_source(given).read(1).images == (IMAGES[0],)
+    alone = open_source(replace(given, columns=Columns(image="none")))
+    assert [(alone.read(at).images, alone.read(at).turns[1].content) for at in (0, 1)] == [
+        ((), "A cat."),
+        ((), "A dog."),
+    ]
+
+
 def test_links_in_a_folder_of_images_are_followed(tmp_path: Path) -> None:
     """As sets of pictures that lie elsewhere are put into one folder; a name that leaves the folder is refused."""
     for folder in ("elsewhere/coco", "images"):
@@ -73,6 +97,16 @@ def test_links_in_a_folder_of_images_are_followed(tmp_path: Path) -> None:
     (tmp_path / "images" / "2.png").unlink()
     found = open_source(SourceOptions(str(tmp_path / "images")))
     assert [found.read(at).turns[1].content for at in range(len(found))] == ["coco"]
+
+
+@pytest.mark.parametrize("kind", ["llava", "table", "webdataset", "image_folder"])
+def test_an_option_that_a_source_has_no_use_for_is_refused(kind: str, tmp_path: Path) -> None:
+    """``--split train`` for a folder of train/ and test/ took both."""
+    with pytest.raises(HiveError, match=rf"split 'train': a source of format {kind} has none"):
+        open_source(SourceOptions(str(tmp_path), format=kind, split="train"))
+    if kind in ("webdataset", "image_folder"):
+        with pytest.raises(HiveError, match=rf"id column 'uid': a source of format {kind} names its samples by their"):
+            open_source(SourceOptions(str(tmp_path), format=kind, columns=Columns(id="uid")))
 
 
 def test_a_file_of_an_unknown_kind_is_called_so(tmp_path: Path) -> None:
@@ -106,6 +140,23 @@ def test_a_saved_format_changes_nothing(format: str, tmp_path: Path) -> None:
     )
     assert [sample.turns[1].content for sample in samples] == ["A0", "A1", "A2"]
     assert [sample.images for sample in samples] == [(data,) for data in IMAGES]
+
+
+def test_conversations_and_images_by_field_are_the_same(tmp_path: Path) -> None:
+    """`datasets` turns a Sequence of structs into a struct of lists."""
+    rows = dataset()
+    rows.save_to_disk(tmp_path / "list")
+    datasets = pytest.importorskip("datasets")
+    message = datasets.Sequence({"from": datasets.Value("string"), "value": datasets.Value("string")})
+    by_field = [{key: [turn[key] for turn in turns] for key in ("from", "value")} for turns in rows["conversations"]]
+    rows = rows.remove_columns(["conversations", "image"]).add_column("conversations", by_field)
+    rows = rows.cast_column("conversations", message)
+    images = [{"bytes": [data], "path": [None]} for data in IMAGES]
+    image = datasets.Sequence({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+    rows.add_column("image", images).cast_column("image", image).save_to_disk(tmp_path / "sequence")
+    sources = [open_source(SourceOptions(str(tmp_path / name))) for name in ("sequence", "list")]
+    sequence, listed = ([source.read(at) for at in range(3)] for source in sources)
+    assert sequence == listed
 
 
 @pytest.mark.parametrize(

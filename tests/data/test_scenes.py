@@ -150,6 +150,9 @@ def test_folders_read_back(tmp_path) -> None:
     assert len(mds.read_mds(folders.text)) == 4
     assert [len(sample.meta["scene"]["items"]) for sample in mds.read_mds(folders.captions)] == [1] * 5
     assert len(mds.read_mds(folders.text_validation)) == len(mds.read_mds(folders.validation)) == 3
+    inside = "captions, questions, text, text_validation, train, validation$"
+    with pytest.raises(HiveError, match=f"holds no index.json; expected one of its folders {inside}"):
+        mds.read_mds(tmp_path / "data")
     with pytest.raises(HiveError, match="not an empty folder"):
         write_scenes(tmp_path / "data", 6, seed=5)
     with pytest.raises(HiveError, match="num is 0"):

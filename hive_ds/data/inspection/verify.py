@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -60,8 +61,9 @@ class VerifyReport:
         lines += self.findings.lines()
         faults = sum(self.findings.counts.values())
         if self.sound:
-            train = f"training reads it with data.train={self.folder}"
-            lines.append(f"SOUND: {train}; look at samples with: hive-ds data show {self.folder} samples.html")
+            folder = shlex.quote(str(self.folder))
+            train = f"training reads it with data.train={folder}"
+            lines.append(f"SOUND: {train}; look at samples with: hive-ds data show {folder} samples.html")
         elif faults:
             lines.append(
                 f"NOT SOUND: {faults} faults; convert the data again, or copy the shards again from a good copy"

@@ -87,7 +87,9 @@ def read_index(folder: str | Path, name: str | Path | None = None) -> list[dict[
     if not Path(folder).is_dir():
         raise HiveError(f"{data}: {does_not_exist(str(folder))}")
     if not index.is_file():
-        raise HiveError(f"{data}: holds no {INDEX}; expected MDS shards (hive-ds data convert)")
+        inside = ", ".join(sorted(path.parent.name for path in Path(folder).glob(f"*/{INDEX}")))
+        expected = f"one of its folders {inside}" if inside else "MDS shards (hive-ds data convert)"
+        raise HiveError(f"{data}: holds no {INDEX}; expected {expected}")
     where = f"{data}: {index if name else INDEX}"
     try:
         found = json.loads(index.read_bytes())

@@ -134,13 +134,16 @@ def _stamp(files: Sequence[str | Path]) -> str:
 def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImage) -> Sample:
     """The sample of one row: its conversation, or its caption; ``read_image`` turns an image's value into a file.
 
-    Where no text holds ``<image>``, the images come before the first question, as in LLaVA. HiveError for a video.
+    Where no text holds ``<image>``, the images come before the first question, as in LLaVA. HiveError for a video,
+    and for a caption of no image unless ``columns`` ask for text alone.
     """
     if columns.conversations:
         turns = conversation(fields.get(columns.conversations))
     else:
         turns = [Turn("user", ""), Turn("assistant", _caption(fields.get(columns.text or ""), columns.text))]
     images = read_images(fields, columns, read_image)
+    if columns.text and columns.image and not images:
+        raise HiveError(f"has a caption and no image; --image-column {NONE} if text alone is meant")
     if fields.get("video") and not images:
         raise HiveError(f"shows the video {str(fields['video'])[:80]}; expected images")
     if images and not any(IMAGE_TOKEN in turn.content for turn in turns):
@@ -151,9 +154,16 @@ def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImag
 
 def read_images(fields: Fields, columns: Columns, read_image: ReadImage) -> tuple[bytes, ...]:
     """The images of one row, none where its field is empty."""
-    given = fields.get(columns.image) if columns.image else None
+    given = _listed(fields.get(columns.image)) if columns.image else None
     values = list(given) if isinstance(given, (list, tuple)) else [] if given in (None, "") else [given]
     return tuple(read_image(value) for value in values)
+
+
+def _listed(value: Any) -> Any:
+    """``value``, or a list of structs where it is a struct of lists, as `datasets` reads a Sequence of structs."""
+    if isinstance(value, Mapping) and value and all(isinstance(values, list) for values in value.values()):
+        return [dict(zip(value, values, strict=True)) for values in zip(*value.values(), strict=True)]
+    return value
 
 
 def _caption(value: Any, column: str | None) -> str:
@@ -179,8 +189,9 @@ def conversation(messages: Any) -> list[Turn]:
             messages = json.loads(messages)
         except ValueError as error:
             raise HiveError(f"conversations are not JSON ({error})") from error
+    messages = _listed(messages)
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise HiveError("has no list of conversations")
+        raise HiveError(f"has no list of conversations, but {str(messages)[:80]!r}")
     turns: list[Turn] = []
     system = ""
     for index, message in enumerate(messages):

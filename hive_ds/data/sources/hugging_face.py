@@ -46,6 +46,7 @@ class HuggingFaceSource:
         if not len(self._rows):
             raise HiveError(f"dataset {name}: holds no row")
         self._columns = (columns or Columns()).resolve(self._rows.column_names, f"dataset {name}")
+        self._ids = self._rows.select_columns(self._columns.id) if self._columns.id else None
         self._classes = _class_names(self._rows, self._columns.text, f"dataset {name}")
         self._store = None if images is None else open_store(images)
         path = Path(name)
@@ -62,7 +63,7 @@ class HuggingFaceSource:
 
     def sample_id(self, index: int) -> str:
         """The id column, or the row's number."""
-        return self._id(index, self._rows.select_columns(self._columns.id)[index] if self._columns.id else {})
+        return self._id(index, {} if self._ids is None else self._ids[index])
 
     def read(self, index: int) -> Sample:
         """Sample of row ``index``."""

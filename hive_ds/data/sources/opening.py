@@ -87,6 +87,10 @@ def open_source(options: SourceOptions, preset: str | None = None) -> Source:
     kind = options.format or _guess(options.path)
     if kind not in FORMATS:
         raise HiveError(f"source format {kind!r}: expected one of {', '.join(FORMATS)}")
+    if options.split is not None and kind != "huggingface":
+        raise HiveError(f"split {options.split!r}: a source of format {kind} has none; expected the part's own files")
+    if options.columns.id is not None and kind in ("webdataset", "image_folder"):
+        raise HiveError(f"id column {options.columns.id!r}: a source of format {kind} names its samples by their files")
     if kind == "llava":
         return LlavaSource(options.path, options.images, options.columns)
     if kind == "table":

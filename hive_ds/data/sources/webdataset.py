@@ -57,13 +57,11 @@ class WebDatasetSource:
         if "txt" in files:
             fields["txt"] = read_span(tar, files["txt"])
         fields["image"] = _images(files)
-        alone = self._columns.image == NONE
-        given = Columns(None, NONE if alone else "image", self._columns.text, self._columns.conversations)
+        image = NONE if self._columns.image == NONE else "image"
+        given = Columns(None, image, self._columns.text, self._columns.conversations)
         if not given.text and "txt" in fields and "conversations" not in fields:
             given = replace(given, text="txt")
         columns = given.resolve(list(fields), "its files")
-        if columns.text and not (fields["image"] or alone):
-            raise HiveError(f"has a caption and no image; --image-column {NONE} if text alone is meant")
         return build_sample(self.sample_id(index), fields, columns, lambda member: read_span(tar, member))
 
     def images(self, index: int) -> tuple[bytes, ...]:
