@@ -255,13 +255,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for stage in STAGES_BY_KIND[self.model.kind]:
-            rates = self.stages[stage.name].group_lr if stage.name in self.stages else {}
-            for group, rate in rates.items():
+            if stage.name not in self.stages:
+                continue
+            config, trains = self.stages[stage.name], ", ".join(stage.trains)
+            for group, rate in config.group_lr.items():
                 if rate and group not in stage.trains:
                     raise HiveError(
-                        f"stages.{stage.name}.group_lr has {group} = {rate}, but that stage trains "
-                        f"{', '.join(stage.trains)} alone"
+                        f"stages.{stage.name}.group_lr has {group} = {rate}, but that stage trains {trains} alone"
                     )
+            if config.vision_layer_decay != 1 and "vision_encoder" not in stage.trains:
+                raise HiveError(
+                    f"stages.{stage.name}.vision_layer_decay is {config.vision_layer_decay}, but that stage trains "
+                    f"{trains}, not vision_encoder; expected 1"
+                )
         judged = [stage.name for stage in VLM_STAGES if stage.name in self.stages]
         if not judged:
             return

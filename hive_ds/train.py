@@ -141,10 +141,10 @@ def train(options: argparse.Namespace, world: World) -> bool:
         run.say(warning)
     if world.is_main:
         print_plan(plan, engine)
-    _write_inputs(run, _ds_config(run, policy))
     questions = Questions.load(recipe.data_of(stage.name), processor, run.config.micro_batch, world)
     maps = SampleMaps.load(folder.maps, recipe.data_of(stage.name), processor, recipe.training.maps_interval)
     job, first_step = _start_job(run, engine, plan, loader, validation, questions, maps)
+    _write_inputs(run, _ds_config(run, policy))  # a refused resume leaves those of the run that it was refused
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
         run.say(f"stopped after step {done} of {job.schedule.steps}; {how_to_go_on(folder.path)}")
@@ -217,8 +217,8 @@ def _start_job(
 ) -> tuple[Job, int]:
     """Resume from the newest checkpoint if there is one, and return the job and its first step."""
     world, device, training, config = run.world, run.device, run.recipe.training, run.config
-    identity = RunIdentity.of(plan, training, config)
     model = engine.model
+    identity = RunIdentity.of(plan, training, config, model)
     torch.manual_seed(training.seed + world.rank)
     origin = describe_origin(run.recipe)
     writer = CheckpointWriter(run.folder.path, engine, identity, origin, world, run.attempt, training)

@@ -20,6 +20,7 @@ import torch
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
 from hive_ds.files import finish_folder, flush, must_write
+from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.checkpoint_files import fault_of, step_folders
 from hive_ds.training.distributed import World, barrier, from_main
@@ -45,10 +46,13 @@ class RunIdentity:
     parameters: dict[str, list[int]]
     """Shape of every parameter that trains."""
     optimizer_groups: list[str]
+    model: dict[str, Any]
+    """How it is joined, where shapes do not tell: another way would compute something else with the same weights."""
 
     @classmethod
-    def of(cls, plan: StagePlan, training: TrainingConfig, config: StageConfig) -> RunIdentity:
+    def of(cls, plan: StagePlan, training: TrainingConfig, config: StageConfig, model: TrainedModel) -> RunIdentity:
         """The identity of a run."""
+        joined = ("qk_norm", "rope", "vision_feature_layer")
         return cls(
             stage=plan.stage.name,
             precision=training.precision,
@@ -56,6 +60,7 @@ class RunIdentity:
             global_batch_size=config.global_batch_size,
             parameters={name: list(plan.shapes[name]) for group in plan.groups for name in group.parameters},
             optimizer_groups=[group.name for group in plan.groups],
+            model={name: getattr(model.config, name) for name in joined if hasattr(model.config, name)},
         )
 
 
@@ -105,7 +110,7 @@ def load_checkpoint(
     """
     state = json.loads((path / "state.json").read_text())
     for name, value in asdict(identity).items():
-        saved = state["identity"].get(name)
+        saved = state["identity"].get(name, value)  # an older checkpoint says less
         if saved != value:
             raise HiveError(
                 f"checkpoint {path}: {_difference(name, saved, value)}; use a new run folder or change it back"

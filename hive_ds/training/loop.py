@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def train(job: Job, first_step: int) -> int:
     bar = tqdm(total=steps, initial=first_step, unit="step", disable=not job.world.is_main, dynamic_ncols=True)
     job.meter.restart()
     ahead: Fetched | None = None
-    totals = Totals()
+    totals, waited = Totals(), 0.0
     left: Iterable[int] = range(first_step, steps)
     if job.profile is not None:
         left = job.profile.over(range(first_step, steps), job.engine.model)
@@ -86,6 +86,7 @@ def train(job: Job, first_step: int) -> int:
         if ahead is None:
             ahead = fetch(job, batches)
             totals = Totals(*sum_over_ranks(ahead.own.vector(), job.device))
+            waited = totals.wait
         micro_batches = ahead.micro_batches
         mapped = job.maps is not None and done % job.training.maps_interval == 0
         watch: Any = watched_gradients(job.engine.model) if mapped else nullcontext()
@@ -97,7 +98,9 @@ def train(job: Job, first_step: int) -> int:
         with record_function("part:optimizer"):
             sums = add_up(job, loss, ahead)
             report = job.engine.step(job.schedule.factor(step), sums.squares)
-        job.meter.add(totals, math.nan if report.skipped else sums.loss)
+        waited += sums.ahead.wait  # which passed in this step
+        job.meter.add(replace(totals, wait=waited), math.nan if report.skipped else sums.loss)
+        waited = 0.0
         _watch_bad_samples(job, done, micro_batches, totals)
         skipped_in_row = _watch_skips(job, done, report, micro_batches, skipped_in_row)
         bar.update()

@@ -36,6 +36,16 @@ def changed_values(written: Path, recipe: Recipe, stage: Stage) -> list[str]:
     ]
 
 
+def changed_bases(written: Path, recipe: Recipe, stage: Stage) -> list[str]:
+    """Of `changed_values`, the base models: an earlier stage has ``written`` the model that ``stage`` goes on with."""
+    names = ("vlm.language_model",) if stage in VLM_STAGES else ("model.vision_encoder", "model.language_model")
+    return [
+        line
+        for line in changed_values(written, recipe, stage)
+        if line.startswith(tuple(f"recipe.{name} = " for name in names))
+    ]
+
+
 def flatten(name: str, value: Any) -> dict[str, Any]:
     """Dotted keys below ``name``, and their values, of nested mappings."""
     if not isinstance(value, dict):

@@ -30,6 +30,7 @@ from hive_ds.processing import HiveProcessor
 from hive_ds.stages import HIVE_STAGES, VLM_STAGES
 from hive_ds.training.attempt import Attempt
 from hive_ds.training.distributed import World, from_main
+from hive_ds.training.origin import changed_bases
 from hive_ds.training.run_folder import StageFolder
 
 
@@ -55,6 +56,8 @@ def start_model(
     else:
         model, report = _load(recipe, folder, section, weights)
         say(f"{weights}: {report}")
+        for line in changed_bases(weights.parent / "recipe.yaml", recipe, folder.stage):
+            say(f"warning: {weights} goes on, made with {line}")
     if isinstance(model, CascadedForCausalLM):
         processor.stock = processor_values(model.config)
         if judges and weights is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ from hive_ds.training.checkpoint_tools import reshard
 from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import barrier
 from hive_ds.training.flops import FlopCounter
-from hive_ds.training.loop import Job, train
+from hive_ds.training.loop import Job
 from hive_ds.training.metrics import Meter, MetricsLog
 from hive_ds.training.pace import Pace
 from hive_ds.training.piece_files import PieceCopy
@@ -56,7 +56,7 @@ def signed(ranks: Any, folder: Any, name: str = "first") -> Attempt:
 
 
 def identity_of(trainee: Any, config: Any, precision: str = "fp32") -> RunIdentity:
-    return RunIdentity.of(trainee.plan, TrainingConfig(precision=precision), config)
+    return RunIdentity.of(trainee.plan, TrainingConfig(precision=precision), config, trainee.engine.model)
 
 
 def writer_of(
@@ -240,9 +240,9 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
     warnings: list[str] = []
     found = newest_checkpoint(folder, ranks.world, warnings.append)
     assert found == steps[40]
-    assert len(warnings) == 2
-    assert "step-000060 is not complete and is passed over: rank-00001.pt has" in warnings[0]
-    assert "step-000050 is not complete and is passed over: pieces-00000.safetensors has been changed" in warnings[1]
+    damaged, altered = warnings
+    assert "step-000060 is not complete and is passed over: rank-00001.pt has" in damaged
+    assert "step-000050 is not complete and is passed over: pieces-00000.safetensors has been changed" in altered
     assert save(writer, 45) is None
     assert newest_checkpoint(folder, ranks.world, warnings.append) == steps[45]
     assert (folder / "latest").read_text() == "step-000045"
@@ -252,14 +252,16 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
     widened = replace(identity, parameters={**identity.parameters, "more": [2]})
     message = expect_error(lambda: load(ranks, found, trainee, widened))
     assert "it holds another model: 1 trained parameters differ, first more with shape None against [2]" in message
+    turned = make_trainee(ranks, config=config_for(2), model=make_model(stage_by_number(2), rope="1d"))
+    message = expect_error(lambda: load(ranks, found, turned, identity_of(turned, config_for(2))))
+    assert "model {'qk_norm': 'pre_rope', 'rope': '2d'}, this run has {'qk_norm': 'pre_rope', 'rope': '1d'}" in message
     changed = make_trainee(ranks, config=config_for(2), model=make_model(stage_by_number(2), seed=3))
     message = expect_error(lambda: load(ranks, found, changed, identity))
-    assert "frozen weights vision_encoder" in message, message
-    assert "are not those it was trained with" in message, message
+    assert re.search("frozen weights vision_encoder.* are not those it was trained with", message), message
     said: list[str] = []
     load(ranks, found, trainee, identity, said)
     assert said == [f"checkpoint {found} was written with recipe.name = one, this run has two"]
-    for one in (trainee, other, changed):
+    for one in (trainee, other, turned, changed):
         one.engine.close()
 
 
@@ -283,37 +285,3 @@ def job_over(
         checkpoints=writer_of(ranks, trainee, folder, config_for(2)),
         attempt=signed(ranks, folder),
     )
-
-
-def check_endless_skips(ranks: Any) -> None:
-    """Row 15: skipped steps are counted, with every rank's samples, and end a run; one rank's gradient stops all."""
-    for precision in ("fp32", "bf16"):
-        endless_skips(ranks, precision)
-
-
-def endless_skips(ranks: Any, precision: str) -> None:
-    trainee = make_trainee(ranks, stage=3, precision=precision, config=config_for(2))
-
-    class Batches:
-        state_dict = dict
-
-        def __iter__(self) -> Iterator[Any]:
-            for step in range(20):
-                for batch in step_batches(ranks, step, 2):
-                    if (step == 1 or step > 3) and ranks.world.rank == ranks.world.size - 1:
-                        batch.images["pixel_values"][:] = float("inf" if step == 1 else "nan")
-                    yield batch
-
-    folder = ranks.folder / f"skips-{precision}"
-    folder.mkdir(exist_ok=True)
-    job = job_over(ranks, trainee, Batches(), folder, 20, TrainingConfig(max_skipped_steps=3))
-    message = expect_error(lambda: train(job, 0))
-    assert message.startswith("step 7: the gradient was not finite for 3 steps in a row"), message
-    assert "[['s0', 's1'], ['s2', 's3']]" in message
-    if ranks.world.is_main:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        skips = [line for line in lines if line["event"] == "skipped_step"]
-        assert [line["step"] for line in skips] == [2, 5, 6, 7]
-        assert skips[0]["sample_ids"] == [["s0", "s1"], ["s2", "s3"]]
-        assert [line["skipped_steps"] for line in lines if line["event"] == "train"] == [0, 1, 1, 1, 2, 3]
-    trainee.engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from hive_ds.training.loop import Job, evaluate, train
 
 SAMPLES = 50
 """Of a batch, as far as the loop counts: only two are computed."""
+WAIT = 3.0
+"""Seconds; a step takes less."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,16 @@ class TakenOver(Flawed):
             if step == 2:
                 signed(self.ranks, folder_of(self), "new")
                 barrier()
+            yield batch
+
+
+@dataclass(frozen=True)
+class Late(Flawed):
+    """Every rank waits `WAIT` seconds for its third batch, which is fetched in the second step."""
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        for step, batch in enumerate(super().__iter__()):
+            time.sleep(WAIT * (step == 2))
             yield batch
 
 
@@ -175,6 +188,19 @@ def check_replaced_attempt_logs_nothing(ranks: Any) -> None:
     job.engine.close()
 
 
+def check_waits_count_where_they_pass(ranks: Any) -> None:
+    """What ranks wait for the next step's data passes in this step: no line says that more was waited than passed."""
+    job = job_of(ranks, Late(ranks, [0] * 5))
+    train(job, 0)
+    if ranks.world.is_main:
+        lines = [json.loads(line) for line in (folder_of(job.loader) / "metrics.jsonl").read_text().splitlines()]
+        waits = [line["data_wait_share"] * line["seconds_per_step"] for line in lines if line["event"] == "train"]
+        assert WAIT <= waits[1] < 2 * WAIT, waits
+        assert max(waits[:1] + waits[2:]) < WAIT, waits
+        assert all(line["data_wait_share"] < 1 for line in lines if line["event"] == "train"), lines
+    job.engine.close()
+
+
 def check_skipped_steps_are_left_out_of_the_mean_loss(ranks: Any) -> None:
     """Of two steps to a line, of which one was skipped, the other's loss is logged; of two skipped ones, none."""
     losses = {}
@@ -190,6 +216,40 @@ def check_skipped_steps_are_left_out_of_the_mean_loss(ranks: Any) -> None:
         assert [loss is None for loss in single] == [False, True, False, False, True, True]
         assert (double[0], double[2]) == (single[0], None)
         assert min(single[2:4]) < double[1] < max(single[2:4])
+
+
+def check_endless_skips(ranks: Any) -> None:
+    """Row 15: skipped steps are counted, with every rank's samples, and end a run; one rank's gradient stops all."""
+    for precision in ("fp32", "bf16"):
+        endless_skips(ranks, precision)
+
+
+def endless_skips(ranks: Any, precision: str) -> None:
+    trainee = make_trainee(ranks, stage=3, precision=precision, config=config_for(2))
+
+    class Batches:
+        state_dict = dict
+
+        def __iter__(self) -> Iterator[Any]:
+            for step in range(20):
+                for batch in step_batches(ranks, step, 2):
+                    if (step == 1 or step > 3) and ranks.world.rank == ranks.world.size - 1:
+                        batch.images["pixel_values"][:] = float("inf" if step == 1 else "nan")
+                    yield batch
+
+    folder = ranks.folder / f"skips-{precision}"
+    folder.mkdir(exist_ok=True)
+    job = job_over(ranks, trainee, Batches(), folder, 20, TrainingConfig(max_skipped_steps=3))
+    message = expect_error(lambda: train(job, 0))
+    assert message.startswith("step 7: the gradient was not finite for 3 steps in a row"), message
+    assert "[['s0', 's1'], ['s2', 's3']]" in message
+    if ranks.world.is_main:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        skips = [line for line in lines if line["event"] == "skipped_step"]
+        assert [line["step"] for line in skips] == [2, 5, 6, 7]
+        assert skips[0]["sample_ids"] == [["s0", "s1"], ["s2", "s3"]]
+        assert [line["skipped_steps"] for line in lines if line["event"] == "train"] == [0, 1, 1, 1, 2, 3]
+    trainee.engine.close()
 
 
 def expect_stop(job: Job, message: str) -> None:

@@ -77,6 +77,22 @@ def test_weights_go_from_stage_to_stage(tiny: TinyRun, kind: str, overrides: tup
     assert folder_sha256(tiny.root / "encoder") not in hashes
 
 
+def test_base_models_that_an_earlier_stage_did_not_begin_with_are_named(
+    tiny: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only stages 1 and 4 read base models, and what the others write to recipe.yaml names them."""
+    for number, name in ((1, "model.language_model"), (4, "vlm.language_model")):
+        base = ("vlm.vision_encoder=" + str(tiny.root / "encoder"),) if number == 4 else ()
+        model, processor, folder = begin(tiny, "bases", number, *base)
+        (folder.path / "recipe.yaml").write_text(dump_recipe(load_recipe(tiny.root / "recipe.yaml", base)))
+        finish(model, processor, folder)
+        begin(tiny, "bases", number + 1, *base, "data.shuffle=false")
+        assert "warning" not in capsys.readouterr().out
+        begin(tiny, "bases", number + 1, *base, f"{name}=/another")
+        found = f"warning: {folder.model} goes on, made with recipe.{name} = {tiny.root}/language_model, not /another"
+        assert found in capsys.readouterr().out.splitlines()
+
+
 def test_routes_given_as_a_number_are_spread_and_early_ends_noted(
     tiny: TinyRun, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -296,6 +296,8 @@ def test_checkpoint_of_another_run_is_refused(
     ended = run_forked("hive_ds.train:main", fewer, tiny.environment(), 1, timeout=240)
     assert ended.returncode == 2, ended.stderr
     assert "its checkpoint has 12 steps, more than the stage's 6" in ended.stderr
+    for name in ("recipe.yaml", "ds_config.json"):  # of what the checkpoint was trained with
+        assert (tiny.root / "unfinished" / "stage1" / name).read_text() == (folder / name).read_text(), name
 
 
 def test_finished_stage_says_what_it_was_trained_with(

@@ -39,7 +39,7 @@ def stub_writer(folder: Path) -> CheckpointWriter:
     engine: Any = SimpleNamespace(
         zero_stage=3, skipped_steps=0, frozen_sums={}, trained_elements=22, pieces=lambda: pieces
     )
-    identity = RunIdentity("connector_pretraining", "fp32", 0, 8, SHAPES, ["a", "b"])
+    identity = RunIdentity("connector_pretraining", "fp32", 0, 8, SHAPES, ["a", "b"], {})
     world = World()
     attempt = Attempt(folder, world, {"HIVE_ATTEMPT": "one"})
     attempt.sign()
