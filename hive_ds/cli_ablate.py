@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds.cli_parts import add_overrides, command, require_positive
+from hive_ds.errors import HiveError
 
 ARMS_HELP = (
     "hive (the recipe itself), sa and base (the paper's baselines), last (every route from the last block), routes-N"
@@ -100,8 +101,6 @@ def _plan(args: argparse.Namespace) -> Any:
 
 
 def _seeds(text: str) -> list[int]:
-    from hive_ds.errors import HiveError
-
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise HiveError(f"--seeds {text}: expected whole numbers with commas between them, as 0,1,2")

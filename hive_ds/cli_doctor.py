@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds.cli_parts import add_overrides, command, port_number
+from hive_ds.errors import HiveError
 
 
 def add_doctor_command(commands: Any) -> None:
@@ -32,7 +33,6 @@ def add_doctor_command(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from hive_ds.doctor.examine import Patient, examine
-    from hive_ds.errors import HiveError
     from hive_ds.launch.hostfile import read_hostfile
     from hive_ds.recipe import load_recipe
 

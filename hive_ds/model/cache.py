@@ -77,8 +77,7 @@ class HiveCache:
         return grown
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row b continue what row ``beam_idx[b]`` of the same prompt has so far (beam search)."""
-        self.lengths = [self.lengths[row] for row in beam_idx.tolist()]
+        """Let row b continue what row ``beam_idx[b]`` of the same prompt, and so as long, has so far (beam search)."""
         self._text = {
             layer: (k.index_select(0, beam_idx.to(k.device)), v.index_select(0, beam_idx.to(v.device)))
             for layer, (k, v) in self._text.items()

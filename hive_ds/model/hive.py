@@ -38,7 +38,6 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
 
     def __init__(
         self,

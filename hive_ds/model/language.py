@@ -49,7 +49,8 @@ def check_language_model(language_model: transformers.PreTrainedModel) -> None:
         _check_attention(config, getattr(layer, "self_attn", None))
         if not hasattr(layer, "input_layernorm"):
             raise _refusal(config, "a decoder layer without `input_layernorm`")
-        _check_layer(config, layer)
+        if "position_embeddings" in _required(type(layer).forward):
+            raise _refusal(config, "decoder layers that must be handed rotary tables")
     _check_positions(config, trunk)
     _check_scaling(config)
     if not all(hasattr(layer.self_attn, "scaling") for layer in trunk.layers):
@@ -129,11 +130,6 @@ def _check_attention(config: transformers.PretrainedConfig, attention: Any) -> N
         raise _refusal(config, f"a query norm of another kind than Llama's ({type(norm).__name__})")
     if norm is not None and norm.weight.numel() != attention.head_dim:
         raise _refusal(config, "a query norm over all heads at once")
-
-
-def _check_layer(config: transformers.PretrainedConfig, layer: nn.Module) -> None:
-    if "position_embeddings" in _required(type(layer).forward):
-        raise _refusal(config, "decoder layers that must be handed rotary tables")
 
 
 def _required(function: Callable[..., Any]) -> set[str]:

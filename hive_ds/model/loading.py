@@ -214,14 +214,16 @@ def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTra
     return tower
 
 
-def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal LM; MobileLLM checkpoints load as Llama, without their remote code.
+def load_language_model(name: str) -> PreTrainedModel:
+    """A causal LM, in fp32; MobileLLM checkpoints load as Llama, without their remote code.
 
     HiveError where the checkpoint lacks weights, which transformers would start at random, or does not load.
     """
     config = read_language_config(name)
     with told_as(f"language model {name!r} of type {config.model_type!r} does not load", WHOLE):
-        model, report = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True
+        )
     if missing := tuple(sorted(report["missing_keys"])):
         raise HiveError(f"language model {name!r} lacks {len(missing)} of its weights ({shortened(missing)})")
     return model

@@ -5,34 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 from hive_ds.data.schema import Sample
 from hive_ds.evaluation.scoring import exact_match
-from hive_ds.events import Points, read_events, series
+from hive_ds.events import series
 from hive_ds.page import document, picture
 from hive_ds.page import table as page_table
 from hive_ds.plots import Line, line_plot, smoothed
 from hive_ds.quickstart.questions import QuestionResults, table
 
 PICTURES_PER_KIND = 3
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """A finished stage: its name and the lines of its metrics.jsonl."""
-
-    name: str
-    lines: list[dict]
-
-    @classmethod
-    def read(cls, name: str, metrics: Path) -> StageRecord:
-        """Read ``metrics``; lines that are no JSON object (a kill cut them short) are left out."""
-        return cls(name, read_events(metrics))
-
-    def series(self, event: str, key: str) -> Points:
-        """(step, value) of every line of ``event`` that has a finite ``key``."""
-        return series(self.lines, event, key)
 
 
 @dataclass(frozen=True)
@@ -43,7 +25,8 @@ class PageContent:
     samples: Sequence[Sample]
     """Those that were asked, in the order of ``results``."""
     chance: dict[str, float]
-    stages: Sequence[StageRecord]
+    stages: Sequence[tuple[str, list[dict]]]
+    """Name of each, and the lines of its metrics.jsonl."""
     timings: Sequence[tuple[str, float]]
     """Name and seconds of every step."""
     facts: Sequence[str]
@@ -62,7 +45,7 @@ def render_page(content: PageContent) -> str:
         '<p class="faint">Shuffled: the same model and questions, each question over another sample\'s picture. '
         "Intervals are Wilson's, 95 %. A blind guess takes one of the kind's answers, all equally frequent.</p>",
         "<h2>Loss of the three stages</h2>",
-        *(_curves(stage) for stage in content.stages),
+        *(_curves(name, lines) for name, lines in content.stages),
         "<h2>Pictures, questions, answers</h2>",
         f'<p class="faint">The first {PICTURES_PER_KIND} of every kind, not chosen.</p>',
         _pictures(content),
@@ -86,13 +69,13 @@ def headline(results: QuestionResults) -> str:
     )
 
 
-def _curves(stage: StageRecord) -> str:
-    train = Line("training", "var(--one)", smoothed(stage.series("train", "loss")))
-    held_out = Line("held out", "var(--two)", stage.series("validation", "loss"), markers=True)
-    forgetting = stage.series("validation", "text_loss")
+def _curves(stage: str, lines: list[dict]) -> str:
+    train = Line("training", "var(--one)", smoothed(series(lines, "train", "loss")))
+    held_out = Line("held out", "var(--two)", series(lines, "validation", "loss"), markers=True)
+    forgetting = series(lines, "validation", "text_loss")
     note = f" Loss on text alone at its end: {forgetting[-1][1]:.3f}." if forgetting else ""
     return (
-        f"<h3>{escape(stage.name)}</h3>{line_plot([train, held_out], 'step', 'loss (nats per token)')}"
+        f"<h3>{escape(stage)}</h3>{line_plot([train, held_out], 'step', 'loss (nats per token)')}"
         f'<p class="faint">Training loss is a running mean over 5 steps.{note}</p>'
     )
 

@@ -19,9 +19,10 @@ from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.scenes import ANSWERS
 from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.errors import HiveError
+from hive_ds.events import read_events
 from hive_ds.export import export_encoder
 from hive_ds.quickstart.base_folders import draw_scenes, folder_overrides, make_base_models, read_samples
-from hive_ds.quickstart.page import PageContent, StageRecord, render_page
+from hive_ds.quickstart.page import PageContent, render_page
 from hive_ds.quickstart.questions import QuestionResults, ask, table
 from hive_ds.quickstart.settings import DEFAULT, RECIPE, Settings
 from hive_ds.quickstart.steps import Step, check_made_with, run_steps, seconds_of
@@ -157,7 +158,7 @@ class Quickstart:
             samples=read_samples(self.folders.questions),
             chance=chance(),
             stages=[
-                StageRecord.read(f"Stage {s.number}: {s.name}", self.out / f"stage{s.number}" / "metrics.jsonl")
+                (f"Stage {s.number}: {s.name}", read_events(self.out / f"stage{s.number}" / "metrics.jsonl"))
                 for s in HIVE_STAGES
             ],
             timings=timings,

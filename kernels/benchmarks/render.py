@@ -15,7 +15,7 @@ OURS = "hive"
 
 
 def floors(record: Record) -> dict[tuple[str, str], float]:
-    """Seconds that each (shape, direction) takes at the rates measured in the run."""
+    """Seconds that each (shape, direction) takes, moving or multiplying, at the rates measured in the run."""
     rates = record["ceilings"]
     return {
         (name, direction): max(work["bytes"] / rates["bytes_per_second"], work["flops"] / rates["flops_per_second"])

@@ -19,10 +19,6 @@ class Work:
     bytes: int
     flops: int
 
-    def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """The floor: the longer of moving the bytes and of multiplying."""
-        return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
-
     def __add__(self, other: Work) -> Work:
         return Work(self.bytes + other.bytes, self.flops + other.flops)
 
@@ -56,11 +52,6 @@ class Shape:
     def directions(self) -> tuple[str, ...]:
         """What can be timed."""
         return DIRECTIONS[:1] if self.decode else DIRECTIONS
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all texts are equally long."""
-        return len(set(self.text)) == 1
 
     @property
     def pairs(self) -> int:

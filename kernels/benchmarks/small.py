@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from hive_ds.kernels import AttentionLayout, checks, finish_keys, hierarchical_attention
+from hive_ds.kernels import AttentionLayout, finish_keys, hierarchical_attention
 from hive_ds.kernels.testing import assert_as_exact, evaluate, padded_cache, plain_attention, random_inputs
 
 BATCHES: dict[str, tuple[list[int], list[list[int]], list[list[int]]]] = {
@@ -30,7 +30,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    backend = "triton" if "triton" in checks.BACKENDS and (cuda or interpreted) else "auto"
+    backend = "triton" if cuda or interpreted else "auto"
     dtypes = [torch.bfloat16, torch.float32] if cuda else [torch.float32]
     norms = ["pre_rope", "post_rope", "none"] if cuda else ["pre_rope"]
     if few:

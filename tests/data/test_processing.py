@@ -55,7 +55,8 @@ def test_prompts_have_the_tokens_and_offsets_of_training(kind: str, position: st
 def test_batch_is_padded_on_the_left_with_images_prompt_by_prompt(tmp_path: Path) -> None:
     processor = make_processor()
     (tmp_path / "file.png").write_bytes(png(7, (16, 16)))
-    images = [photo(1), png(3, (16, 16)), tmp_path / "file.png"]
+    clear = Image.new("RGBA", (16, 16), (3, 100, 200, 0))  # over white, as training has it
+    images = [clear, png(3, (16, 16)), tmp_path / "file.png"]
     texts = ["A red square <image> and <image>", "no picture at all here, only text", "<image>"]
     inputs = processor(texts, images)
     rows = [processor(text, given) for text, given in zip(texts, [images[:2], None, images[2:]], strict=True)]
@@ -67,9 +68,9 @@ def test_batch_is_padded_on_the_left_with_images_prompt_by_prompt(tmp_path: Path
         assert inputs["attention_mask"][index].tolist() == [0] * (width - length) + [1] * length
     assert inputs["image_offsets"] == [row["image_offsets"][0] for row in rows]
     assert [len(offsets) for offsets in inputs["image_offsets"]] == [2, 0, 1]
-    pixels = [photo(1), Image.new("RGB", (16, 16), (3, 100, 200)), Image.new("RGB", (16, 16), (7, 100, 200))]
+    pixels = [Image.new("RGB", (16, 16), colour) for colour in ("white", (3, 100, 200), (7, 100, 200))]
     assert inputs["pixel_values"].equal(make_preprocessor(processor.image_processor)(pixels)["pixel_values"])
-    grouped = processor(texts, [images[:2], [], images[2:]])
+    grouped = processor(texts, [images[:2], [], images[2:]], max_length=width)
     assert grouped["pixel_values"].equal(inputs["pixel_values"])
     assert "pixel_values" not in rows[1]
     moved = inputs.to(torch.bfloat16)

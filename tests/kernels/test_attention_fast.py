@@ -29,6 +29,11 @@ from hive_ds.kernels.testing import (
 NORMS = [("none", False), ("pre_rope", True), ("post_rope", True)]
 
 
+def several_images(head_dim: int = 16) -> Inputs:
+    layout = AttentionLayout.build(*LAYOUTS["several images"])
+    return random_inputs(layout, heads=6, groups=2, head_dim=head_dim, qk_norm="pre_rope", rotate=True)
+
+
 def compare(inputs: Inputs) -> None:
     for return_lse in (False, True):
         expected = evaluate(inputs, hierarchical_attention, return_lse=return_lse, backend="reference")
@@ -80,15 +85,15 @@ def test_a_thousand_keys() -> None:
 def test_packed_equals_one_by_one(return_lse: bool) -> None:
     layout = AttentionLayout.build([4, 0, 6, 3], [[2, 3], [1], [], [4]], [[1, 3], [0], [], [0]])
     inputs = random_inputs(layout, heads=6, groups=2, head_dim=16, qk_norm="pre_rope", rotate=True)
-    options = {**inputs.tables, "qk_norm": "pre_rope", "return_lse": True}
-    packed, packed_lse = hierarchical_attention(**inputs.tensors, layout=layout, **options)
-    alone = []
-    for sample in range(layout.num_samples):
-        one = inputs.select(sample)
-        options = {**one.tables, "qk_norm": "pre_rope", "return_lse": True}
-        alone.append(hierarchical_attention(**one.tensors, layout=one.layout, **options))
-    torch.testing.assert_close(packed, torch.cat([out for out, _ in alone]), rtol=0, atol=1e-12)
-    torch.testing.assert_close(packed_lse, torch.cat([lse for _, lse in alone]), rtol=0, atol=1e-12)
+
+    def outputs(one: Inputs) -> tuple[Tensor, ...]:
+        options = {"layout": one.layout, "qk_norm": "pre_rope", "return_lse": return_lse}
+        found = hierarchical_attention(**one.tensors, **one.tables, **options)
+        return found if isinstance(found, tuple) else (found,)
+
+    alone = [outputs(inputs.select(sample)) for sample in range(layout.num_samples)]
+    for packed, parts in zip(outputs(inputs), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(packed, torch.cat(parts), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -189,14 +194,7 @@ def test_softmax_scale() -> None:
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
-    inputs = random_inputs(
-        AttentionLayout.build(*LAYOUTS["several images"]),
-        heads=6,
-        groups=2,
-        head_dim=16,
-        qk_norm="pre_rope",
-        rotate=True,
-    )
+    inputs = several_images()
 
     def checkpointed(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
         return checkpoint(lambda: hierarchical_attention(**arguments), use_reentrant=False)
@@ -214,28 +212,14 @@ def test_a_layout_used_under_inference_mode_still_trains() -> None:
 
 
 def test_repeats_bit_for_bit() -> None:
-    inputs = random_inputs(
-        AttentionLayout.build(*LAYOUTS["several images"]),
-        heads=6,
-        groups=2,
-        head_dim=32,
-        qk_norm="pre_rope",
-        rotate=True,
-    )
+    inputs = several_images(head_dim=32)
     first = evaluate(inputs, hierarchical_attention, dtype=torch.bfloat16)
     second = evaluate(inputs, hierarchical_attention, dtype=torch.bfloat16)
     assert_equal_results(first, second, tolerance=0)
 
 
 def test_compiles_without_a_graph_break() -> None:
-    inputs = random_inputs(
-        AttentionLayout.build(*LAYOUTS["several images"]),
-        heads=6,
-        groups=2,
-        head_dim=16,
-        qk_norm="pre_rope",
-        rotate=True,
-    )
+    inputs = several_images()
     compiled = torch.compile(hierarchical_attention, backend="aot_eager", fullgraph=True)
     expected = evaluate(inputs, hierarchical_attention)  # builds the layout's indices
     assert_equal_results(evaluate(inputs, compiled), expected)

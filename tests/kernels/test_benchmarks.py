@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,9 @@ def test_floors_are_those_of_the_counted_work() -> None:
     # Shape c is bound by its products: 4 * H * K of them for each of 8 * (2048 * 2049 / 2 + 2048 * 1024) pairs.
     forward, backward = (SHAPES["c"].work(direction, torch.bfloat16) for direction in ("forward", "backward"))
     assert forward.flops == 4 * 32 * 128 * 8 * (2048 * 2049 // 2 + 2048 * 1024)
-    assert backward.seconds(4.3e12, 790e12) * 1e6 == pytest.approx(1740, abs=1)
+    rates = {"bytes_per_second": 4.3e12, "flops_per_second": 790e12}
+    floors = render.floors({"ceilings": rates, "shapes": {"c": {"work": {"backward": asdict(backward)}}}})
+    assert floors["c", "backward"] * 1e6 == pytest.approx(1740, abs=1)
 
 
 def test_keys_of_a_piece_stand_in_media_order() -> None:

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from hive_ds.kernels import launching
 from hive_ds.kernels.launching import Launcher, Settings
+from hive_ds.kernels.triton_launch import _strides
 
 
 class Kernel:
@@ -74,3 +75,8 @@ def test_other_sorts_are_compiled(launcher: Launcher, other: dict[str, Any]) -> 
         launcher(7, *arguments.values())
     assert len(launcher.kernel.asked) == 2
     assert len(launcher.kernel.started) == 2
+
+
+def test_strides_of_one_token_or_one_head_mean_nothing() -> None:
+    rows = torch.zeros(6, 4, 8)
+    assert _strides(rows[::2][:1], rows[:, ::2][:, :1]) == [32, 8, 32, 8]

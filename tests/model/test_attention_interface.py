@@ -9,10 +9,11 @@ import torch
 from tiny_models import tiny_language_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import causal_mask_function, or_masks
 
 from hive_ds.errors import HiveError
 from hive_ds.model import attention_interface
-from hive_ds.model.attention_interface import register_attention
+from hive_ds.model.attention_interface import key_mask, register_attention
 
 register_attention()
 LENGTHS = [5, 2, 7]
@@ -100,6 +101,12 @@ def test_a_mask_of_ones_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ours.generate(torch.stack([texts()[0], texts()[0]]), max_new_tokens=3, do_sample=False)
 
 
+def test_what_a_static_cache_has_left_is_hidden() -> None:
+    mask = key_mask(2, torch.arange(3), kv_length=9)
+    assert mask is not None
+    assert torch.equal(mask, torch.ones(2, 3, dtype=torch.bool))
+
+
 def test_prefill_in_pieces() -> None:
     _, ours = pair("llama")
     text = texts()[2][None]
@@ -114,6 +121,11 @@ def test_what_it_does_not_do_is_named() -> None:
     _, windowed = pair("mistral", sliding_window=4)
     with pytest.raises(HiveError, match=r"MistralAttention asks for: a sliding window of 4 tokens over 7 keys; load"):
         windowed(texts()[2][None])
+    with pytest.raises(HiveError, match="a cache that dropped its first 2 keys; expected all of them"):
+        key_mask(1, torch.arange(4), kv_length=4, kv_offset=2)
+    prefix = or_masks(causal_mask_function, lambda *_: True)
+    with pytest.raises(HiveError, match="is causal, and this model shows some tokens later ones; use 'sdpa'"):
+        key_mask(1, torch.arange(4), kv_length=4, mask_function=prefix)
     _, ours = pair("llama")
     with pytest.raises(HiveError, match=r"a mask of its own, \(1, 1, 7, 7\)"):
         ours(texts()[2][None], attention_mask=torch.ones(1, 1, 7, 7))

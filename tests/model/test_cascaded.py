@@ -282,8 +282,8 @@ def test_wrong_batches_are_named(changes: dict[str, Any], message: str) -> None:
         tiny_cascaded()(**{**packed(), **changes})
 
 
-def test_block_out_of_range_is_named() -> None:
-    with pytest.raises(
-        HiveError, match="feature_block is 7, but the encoder has 4 blocks; expected 1 to 4, or -1 to -4"
-    ):
-        tiny_cascaded(feature_block=7)
+@pytest.mark.parametrize("block", [5, 0, -5])
+def test_block_out_of_range_is_named(block: int) -> None:
+    said = f"feature_block is {block}, but the encoder has 4 blocks; expected 1 to 4, or -1 to -4"
+    with pytest.raises(HiveError, match=said):
+        tiny_cascaded(feature_block=block)

@@ -32,6 +32,9 @@ def test_stock_transformers_answers_alike(family: str, aspect: str, tmp_path: Pa
     """The same prompts and pictures, a wide and a tall one among them, give the same tokens there and here."""
     save_cascaded_scene_model(tmp_path, family, aspect)
     model, processor = load_any(tmp_path), HiveProcessor.from_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path / "again")
+    config = (tmp_path / "processor_config.json").read_text()
+    assert (tmp_path / "again" / "processor_config.json").read_text() == config
     prompts = [processor.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
     options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": processor.tokenizer.pad_token_id}
     inputs = processor(prompts, pictures())

@@ -49,6 +49,12 @@ def test_without_images_equals_the_base_llm(family):
         torch.testing.assert_close(model(ids).logits, tiny_language_model(family)(ids).logits, **CLOSE)
 
 
+def test_only_routed_layers_get_parts_of_their_own():
+    layers = tiny_hive(qk_norm="post_rope", image_kv="own").language_model.model.layers
+    for part in ("q_norm", "k_norm", "image_k_proj", "image_v_proj"):
+        assert [hasattr(layer.self_attn, part) for layer in layers] == [index in (1, 3) for index in range(len(layers))]
+
+
 @pytest.mark.parametrize("rope", ["2d", "1d"])
 @pytest.mark.parametrize("qk_norm", ["none", "pre_rope", "post_rope"])
 @pytest.mark.parametrize("family", FAMILIES[:3])

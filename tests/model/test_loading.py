@@ -135,6 +135,11 @@ def test_another_models_folder_is_refused(recipe, tmp_path):
         load_model(tmp_path / "other", recipe, image_kv="own")
     with pytest.raises(HiveError, match=r"does not hold this model's weights; .*missing 6 .*unexpected 6"):
         load_weights(tiny_hive(vision_blocks=(1, 3), image_kv="own"), tmp_path / "other")
+    one, two = (tiny_hive(vision_blocks=b, language_layers=b, qk_norm="none") for b in ((1,), (1, 3)))
+    for saved, into, found in ((one, two, r"missing 6 .*unexpected 0"), (two, one, r"missing 0, unexpected 6")):
+        saved.save_pretrained(tmp_path / "routes")
+        with pytest.raises(HiveError, match=rf"does not hold this model's weights; .*{found}"):
+            load_weights(into, tmp_path / "routes")
     tiny_hive(text_changes={"vocab_size": 99}).save_pretrained(tmp_path / "larger")
     with pytest.raises(HiveError, match=r"lm_head.weight has shape \(99, 48\), expected \(96, 48\)"):
         load_weights(tiny_hive(), tmp_path / "larger")

@@ -35,7 +35,8 @@ def test_an_image_at_the_end_moves_nothing():
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "row", "column", "time"), [(64, 12, 12, 8), (80, 15, 15, 10), (96, 18, 18, 12), (128, 24, 24, 16)]
+    ("head_dim", "row", "column", "time"),
+    [(64, 12, 12, 8), (72, 13, 13, 10), (80, 15, 15, 10), (96, 18, 18, 12), (128, 24, 24, 16)],
 )
 def test_frequencies_are_shared_out_as_documented(head_dim, row, column, time):
     axes = frequency_axes(head_dim // 2)

@@ -45,6 +45,11 @@ def test_routes_of_a_deeper_model_are_answered_with_ones_that_fit():
     )
 
 
+def test_more_routes_than_blocks_are_answered_with_as_many_as_fit():
+    with pytest.raises(HiveError, match=r"vision_blocks: \[1, 2\], language_layers: \[1, 3\]"):
+        Routes.build((1, 2, 9), (1, 2, 3), num_blocks=3, num_layers=4)
+
+
 def test_routes_that_end_early_are_noted():
     assert early_end((2, 5), (3, 7), num_blocks=6, num_layers=8) == ""
     noted = early_end((2, 5), (3, 7), num_blocks=12, num_layers=16)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from tiny_models import random_images, tiny_cascaded, tiny_encoder, tiny_hive
 
 from hive_ds.errors import HiveError
-from hive_ds.model.vision import FAMILIES, encode_images, vision_blocks, vision_config_of
+from hive_ds.model.vision import (
+    FAMILIES,
+    block_runner,
+    encode_images,
+    run_blocks,
+    running_blocks,
+    vision_blocks,
+    vision_config_of,
+)
 
 PREFIX = {"siglip": 0, "clip": 1, "dinov2": 1, "dinov2_with_registers": 4, "aimv2": 0}
 
@@ -65,6 +74,16 @@ def test_records_gradients_only_if_a_parameter_trains():
     assert encode_images(encoder, (2,), images).by_block[2].requires_grad
     encoder.requires_grad_(False)
     assert not encode_images(encoder, (2,), images).by_block[2].requires_grad
+
+
+def test_another_runner_runs_the_blocks_inside_and_no_longer() -> None:
+    encoder, compiled, marked = tiny_encoder(), Mock(), Mock()
+    for before in (run_blocks, compiled):
+        if before is compiled:
+            encoder.run_blocks = compiled
+        with running_blocks(encoder, marked):
+            assert block_runner(encoder) is marked
+        assert block_runner(encoder) is before
 
 
 def test_wrong_image_size_names_both_sizes():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +14,7 @@ from page_reader import Reader
 from hive_ds.data.scenes_samples import question_samples
 from hive_ds.evaluation.generation import truth
 from hive_ds.plots import Line, line_plot, smoothed, ticks
-from hive_ds.quickstart.page import PICTURES_PER_KIND, PageContent, StageRecord, render_page
+from hive_ds.quickstart.page import PICTURES_PER_KIND, PageContent, render_page
 from hive_ds.quickstart.pipeline import chance
 from hive_ds.quickstart.questions import QuestionResults, table
 
@@ -41,7 +40,7 @@ def content(results: QuestionResults) -> PageContent:
         results=results,
         samples=SAMPLES,
         chance=chance(),
-        stages=[StageRecord("Stage 1: connector_pretraining", lines), StageRecord("Stage 2", [])],
+        stages=[("Stage 1: connector_pretraining", lines), ("Stage 2", [])],
         timings=[("scenes", 3.4), ("total", 3.4)],
         facts=["Seed 0; <5> scenes"],
         next_steps=[("Do this.", "hive-ds data convert <IN> OUT")],
@@ -84,13 +83,6 @@ def test_table_and_file(tmp_path: Path) -> None:
     mixed.save(tmp_path / "answers.json")
     assert QuestionResults.load(tmp_path / "answers.json") == mixed
     assert replace(mixed, shuffled_answers=mixed.answers).margin == 0
-
-
-def test_metrics_with_a_line_cut_short(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    lines = [{"event": "train", "step": 1, "loss": 2.0}, {"event": "start", "step": 0}]
-    file.write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "tra')
-    assert StageRecord.read("a", file).series("train", "loss") == [(1, 2.0)]
 
 
 def test_smoothing_is_a_mean_of_the_last_values() -> None:
