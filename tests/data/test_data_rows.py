@@ -174,7 +174,9 @@ def test_conversations_and_images_by_field_are_the_same(tmp_path: Path) -> None:
         (("0.parquet", "1.parquet", "speed-test.parquet"), [0, 1, 2]),
     ],
 )
-def test_test_images_are_not_trained_on(names: tuple[str, ...], found: list[int], tmp_path: Path) -> None:
+def test_test_images_are_not_trained_on(
+    names: tuple[str, ...], found: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A folder as the hub has it: its files name splits, of which "train" is taken."""
     rows = dataset()
     for at, name in enumerate(names):
@@ -182,6 +184,7 @@ def test_test_images_are_not_trained_on(names: tuple[str, ...], found: list[int]
         rows.select([at]).to_parquet(tmp_path / name)
     source = open_source(SourceOptions(str(tmp_path)))
     assert [source.images(at) for at in range(len(source))] == [(IMAGES[at],) for at in found]
+    assert ("takes split 'train' of " in caplog.text) == (len(found) == 2)
     if len(found) == 2:
         split = "test" if "test" in names[2] else "validation"
         held_out = open_source(SourceOptions(str(tmp_path), split=split))
