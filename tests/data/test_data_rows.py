@@ -40,6 +40,17 @@ def test_rows_that_call_their_images_otherwise_keep_them(tmp_path: Path) -> None
         assert [list(source.images(at)) for at in range(4)] == expected
 
 
+def test_a_system_prompt_beside_a_conversation_is_part_of_it(tmp_path: Path) -> None:
+    """As ShareGPT's files have it; it reads as a system message does."""
+    system = {"from": "system", "value": "Be brief."}
+    rows = [{"system": "Be brief.", "conversations": talk("Q", "A")}, {"conversations": [system, *talk("Q", "A")]}]
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {"system": "", "conversations": talk("Q", "A")}]))
+    source = open_source(SourceOptions(str(tmp_path / "a.json")))
+    beside, inside, none = (source.read(at).turns for at in range(3))
+    assert beside == inside
+    assert [turns[0].content for turns in (beside, none)] == ["Be brief.\nQ", "Q"]
+
+
 def test_a_conversation_about_a_video_is_no_text(tmp_path: Path) -> None:
     rows = [{"image": None}, {"video": "a.mp4"}]
     (tmp_path / "a.json").write_text(json.dumps([{**row, "conversations": talk("<video>\nQ", "A")} for row in rows]))
@@ -174,7 +185,9 @@ def test_conversations_and_images_by_field_are_the_same(tmp_path: Path) -> None:
         (("0.parquet", "1.parquet", "speed-test.parquet"), [0, 1, 2]),
     ],
 )
-def test_test_images_are_not_trained_on(names: tuple[str, ...], found: list[int], tmp_path: Path) -> None:
+def test_test_images_are_not_trained_on(
+    names: tuple[str, ...], found: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A folder as the hub has it: its files name splits, of which "train" is taken."""
     rows = dataset()
     for at, name in enumerate(names):
@@ -182,6 +195,7 @@ def test_test_images_are_not_trained_on(names: tuple[str, ...], found: list[int]
         rows.select([at]).to_parquet(tmp_path / name)
     source = open_source(SourceOptions(str(tmp_path)))
     assert [source.images(at) for at in range(len(source))] == [(IMAGES[at],) for at in found]
+    assert ("takes split 'train' of " in caplog.text) == (len(found) == 2)
     if len(found) == 2:
         split = "test" if "test" in names[2] else "validation"
         held_out = open_source(SourceOptions(str(tmp_path), split=split))

@@ -138,7 +138,7 @@ def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImag
     and for a caption of no image unless ``columns`` ask for text alone.
     """
     if columns.conversations:
-        turns = conversation(fields.get(columns.conversations))
+        turns = conversation(fields.get(columns.conversations), fields.get("system"))
     else:
         turns = [Turn("user", ""), Turn("assistant", _caption(fields.get(columns.text or ""), columns.text))]
     images = read_images(fields, columns, read_image)
@@ -179,10 +179,11 @@ def _caption(value: Any, column: str | None) -> str:
     return value.replace(IMAGE_TOKEN, " ").strip()
 
 
-def conversation(messages: Any) -> list[Turn]:
+def conversation(messages: Any, system_prompt: Any = None) -> list[Turn]:
     """Turns of LLaVA's ``[{"from", "value"}, ...]`` or the chat format ``[{"role", "content"}, ...]``.
 
-    What a system message says is put before the next user's words; HiveError where no user speaks after it.
+    What a system message, or ``system_prompt`` beside them, says is put before the next user's words; HiveError where
+    no user speaks after it.
     """
     if isinstance(messages, (str, bytes)):
         try:
@@ -193,7 +194,7 @@ def conversation(messages: Any) -> list[Turn]:
     if not isinstance(messages, (list, tuple)) or not messages:
         raise HiveError(f"has no list of conversations, but {str(messages)[:80]!r}")
     turns: list[Turn] = []
-    system = ""
+    system = f"{system_prompt}\n" if isinstance(system_prompt, str) and system_prompt else ""
     for index, message in enumerate(messages):
         speaker, text = _message(index, message)
         if speaker == "system":

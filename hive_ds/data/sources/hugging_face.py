@@ -14,6 +14,8 @@ from hive_ds.data.sources.base import Columns, build_sample, describe_origin, re
 from hive_ds.data.sources.stores import open_store
 from hive_ds.errors import HiveError
 
+logger = logging.getLogger(__name__)
+
 DATA_SUFFIXES = (".parquet", ".arrow", ".json")
 """Of the files that hold a dataset and say what it is."""
 FILE_SUFFIXES = (*DATA_SUFFIXES, ".jsonl", ".csv", ".tsv", ".tar", ".zip")
@@ -169,6 +171,8 @@ def _load(name: str, split: str | None) -> Any:
     chosen = split or ("train" if "train" in loaded else None)
     if chosen is None or chosen not in loaded:
         raise HiveError(f"dataset {name}: has no split {split or 'train'!r}; name one of {', '.join(loaded)} (--split)")
+    if split is None and len(loaded) > 1:
+        logger.warning("dataset %s: takes split %r of %s (--split)", name, chosen, ", ".join(loaded))
     return loaded[chosen]
 
 
