@@ -162,10 +162,6 @@ def test_position_of_another_run_is_refused(folder: str, change: str) -> None:
     state = one.state_dict()
     with pytest.raises(HiveError, match=f"saved with {change} {state[change] + 1}, but the run has {state[change]}"):
         one.load_state_dict({**state, change: state[change] + 1})
-    in_order = loader(folder, train=True, shuffle=False)
-    with pytest.raises(HiveError, match="saved with shuffle True, but the run has False"):
-        in_order.load_state_dict(state)
-    in_order.load_state_dict({name: value for name, value in state.items() if name != "shuffle"})  # an older one
 
 
 def test_bad_samples_are_replaced_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
