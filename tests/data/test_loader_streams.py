@@ -37,7 +37,7 @@ def make(weights: dict[str, float], **changes: object) -> SampleLoader:
     )
 
 
-def test_position_in_another_mixture_is_refused_by_name(tmp_path: Path) -> None:
+def test_position_in_another_mixture_or_order_is_refused_by_name(tmp_path: Path) -> None:
     write_mds(make_samples(9), tmp_path / "data")
     write_mds(make_samples(9), tmp_path / "other")
     folder, other = str(tmp_path / "data"), str(tmp_path / "other")
@@ -45,6 +45,10 @@ def test_position_in_another_mixture_is_refused_by_name(tmp_path: Path) -> None:
     make({other: 2.0, folder: 1.0}).load_state_dict(json.loads(json.dumps(state)))
     with pytest.raises(HiveError, match=rf"saved with weights .*{other}': 2\.0.*run has .*{other}': 1\.0"):
         make({other: 1.0, folder: 1.0}).load_state_dict(state)
+    in_order = make({folder: 1.0, other: 2.0}, shuffle=False)
+    with pytest.raises(HiveError, match="saved with shuffle True, but the run has False"):
+        in_order.load_state_dict(state)
+    in_order.load_state_dict({name: value for name, value in state.items() if name != "shuffle"})  # an older one
 
 
 def test_folder_that_no_epoch_reads_is_named(tmp_path: Path) -> None:

@@ -100,13 +100,14 @@ class SampleLoader(StreamingDataLoader):
         return {"epoch": epoch, "samples": samples, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start the next iteration at ``state``; HiveError where data, their weights, seed or global batch are others.
+        """Start the next iteration at ``state``; HiveError where data, their weights, order or global batch are others.
 
         The number of ranks, of workers and the micro-batch may differ from the run that saved it.
         """
         for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise HiveError(f"data position saved with {name} {state.get(name)}, but the run has {value}")
+            saved = state.get(name, value)  # an older position says less
+            if saved != value:
+                raise HiveError(f"data position saved with {name} {saved}, but the run has {value}")
         self._epoch, self._start, self.num_samples_yielded = state["epoch"], state["samples"], 0
 
     def _identity(self) -> dict[str, Any]:
@@ -115,6 +116,7 @@ class SampleLoader(StreamingDataLoader):
             "num_samples": self._samples.num_samples,
             "global_batch_size": self._samples.global_batch_size,
             "seed": self._samples.shuffle_seed,
+            "shuffle": self._samples.shuffle,
             # One folder may be moved between two runs; which of several a sample came from depends on all of these.
             "weights": weights if len(weights) > 1 else None,
         }
