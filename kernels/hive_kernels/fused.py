@@ -30,7 +30,7 @@ def fused_attention(
     image_cos: Tensor | None,
     image_sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Norm, rotation and attention: out and lse. Arguments are checked, and there is at least one query."""
+    """Norm, rotation and attention on checked arguments: out as `hierarchical_attention` returns it, and lse."""
     if image_k is None or image_v is None:
         image_k = image_v = k.new_empty(0, *k.shape[-2:])
     if layout.shares_images and not layout.decoding:

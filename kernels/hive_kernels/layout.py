@@ -187,15 +187,7 @@ class AttentionLayout:
     @cached_property
     def schedule(self) -> Schedule:
         """What the Triton kernels read."""
-        return Schedule(
-            self.text_lengths,
-            self.query_lengths,
-            self.image_lengths,
-            self.image_offsets,
-            self.image_starts,
-            self.num_image,
-            self.device,
-        )
+        return Schedule(self)
 
     @cached_property
     def shares_images(self) -> bool:

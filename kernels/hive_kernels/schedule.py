@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from .copies import to_device
-from .padding import packed_starts
+from .padding import packed_starts, ragged_range
+
+if TYPE_CHECKING:
+    from .layout import AttentionLayout
 
 Integers = npt.NDArray[np.int64]
 
@@ -28,27 +31,17 @@ class Schedule:
     of a sample the longest piece of work first, so that the last programs to finish are short ones.
     """
 
-    def __init__(
-        self,
-        text_lengths: Sequence[int],
-        query_lengths: Sequence[int],
-        image_lengths: Sequence[Sequence[int]],
-        image_offsets: Sequence[Sequence[int]],
-        image_starts: Sequence[int],
-        num_image: int,
-        device: torch.device,
-    ) -> None:
-        self._text = np.array(text_lengths, dtype=np.int64)
-        self._queries = np.array(query_lengths, dtype=np.int64)
-        self._first_query = np.array(packed_starts(query_lengths), dtype=np.int64)
-        self._patches = np.array([sum(lengths) for lengths in image_lengths], dtype=np.int64)
-        self._first_image = np.array(image_starts, dtype=np.int64)
-        counts = [len(lengths) for lengths in image_lengths]
+    def __init__(self, layout: AttentionLayout) -> None:
+        self._text = np.array(layout.text_lengths, dtype=np.int64)
+        self._queries = np.array(layout.query_lengths, dtype=np.int64)
+        self._first_query = np.array(packed_starts(layout.query_lengths), dtype=np.int64)
+        self._patches = np.array([sum(lengths) for lengths in layout.image_lengths], dtype=np.int64)
+        self._first_image = np.array(layout.image_starts, dtype=np.int64)
+        counts = [len(lengths) for lengths in layout.image_lengths]
         self._image_sample = np.repeat(np.arange(len(counts)), counts)
-        self._image_length = np.array(list(chain.from_iterable(image_lengths)), dtype=np.int64)
-        self._image_offset = np.array(list(chain.from_iterable(image_offsets)), dtype=np.int64)
-        self._num_image = num_image
-        self._device = device
+        self._image_length = np.array(list(chain.from_iterable(layout.image_lengths)), dtype=np.int64)
+        self._image_offset = np.array(list(chain.from_iterable(layout.image_offsets)), dtype=np.int64)
+        self._num_image, self._device = layout.num_image, layout.device
         self._work: dict[tuple[str, int, int], Tensor] = {}
 
     @cached_property
@@ -68,7 +61,7 @@ class Schedule:
         """(N,): the first token of its sample that sees each image key, if the sample is so long."""
         table = np.full(self._num_image, NOT_LISTED, dtype=np.int64)
         start = self._first_image[self._image_sample] + self._within_sample
-        table[_ranges(start, self._image_length)] = np.repeat(self._image_offset, self._image_length)
+        table[ragged_range(start, self._image_length).numpy()] = np.repeat(self._image_offset, self._image_length)
         return self._on_device(table)
 
     @cached_property
@@ -155,9 +148,3 @@ def _tiles(lengths: Integers, block: int) -> tuple[Integers, Integers]:
     counts = -(-lengths // block)
     sample = np.repeat(np.arange(len(lengths)), counts)
     return sample, np.arange(len(sample)) - (np.cumsum(counts) - counts)[sample]
-
-
-def _ranges(starts: Integers, lengths: Integers) -> Integers:
-    """``start`` to ``start + length - 1`` of every pair, end to end."""
-    shift = starts - (np.cumsum(lengths) - lengths)
-    return np.arange(int(lengths.sum())) + np.repeat(shift, lengths)

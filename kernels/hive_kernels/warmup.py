@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import time
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -23,9 +22,7 @@ def warm_up(
     device: torch.device | str,
     qk_norm: str = "none",
     rotate: bool = True,
-    training: bool = True,
     decoding: bool = False,
-    lock: bool = True,
 ) -> float:
     """Run attention of a model's shape on tiny batches of each sort: what is compiled then serves all lengths.
 
@@ -40,9 +37,7 @@ def warm_up(
         device: a GPU.
         qk_norm: as in `hierarchical_attention`.
         rotate: whether rotation tables are given.
-        training: also compile the backward pass.
         decoding: also compile a step of one token on a padded cache.
-        lock: wait for other processes of this node.
 
     Returns:
         Seconds it took.
@@ -51,15 +46,11 @@ def warm_up(
         ValueError: what `hierarchical_attention` with backend "triton" refuses.
     """
     began = time.monotonic()
-    waiting: AbstractContextManager[object] = nullcontext()
-    if lock:
-        handle = (use_local_cache() / "warm-up.lock").open("w")
-        fcntl.flock(handle, fcntl.LOCK_EX)  # let go when the file is closed, even by a crash
-        waiting = handle
-    with waiting:
+    with (use_local_cache() / "warm-up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, even by a crash
         for rows in (1, SHORT_ROWS // 4 + 1, SHORT_ROWS // 2 + 1, SHORT_ROWS + groups * heads):
             tokens = -(-rows * groups // heads)
-            _attend(tokens, heads, groups, head_dim, dtype, device, qk_norm, rotate, training)
+            _attend(tokens, heads, groups, head_dim, dtype, device, qk_norm, rotate)
         if decoding:
             _decode(heads, groups, head_dim, dtype, device, qk_norm, rotate)
         if torch.device(device).type == "cuda":
@@ -76,11 +67,10 @@ def _attend(
     device: torch.device | str,
     qk_norm: str,
     rotate: bool,
-    training: bool,
 ) -> None:
     layout = AttentionLayout.build([tokens], [[2]], [[0]], device=device)
 
-    def zeros(*shape: int, dtype: torch.dtype = dtype, gradient: bool = training) -> torch.Tensor:
+    def zeros(*shape: int, dtype: torch.dtype = dtype, gradient: bool = True) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device, requires_grad=gradient)
 
     def table(rows: int) -> torch.Tensor | None:
@@ -103,9 +93,8 @@ def _attend(
         image_sin=table(2),
         backend="triton",
     )
-    if training:
-        assert isinstance(out, torch.Tensor)
-        out.sum().backward()
+    assert isinstance(out, torch.Tensor)
+    out.sum().backward()
 
 
 def _decode(

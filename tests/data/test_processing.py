@@ -95,6 +95,11 @@ def test_wrong_input_is_named(text: str, images: object, message: str) -> None:
         make_processor()(text, images, max_length=3)
 
 
+def test_another_image_position_is_named() -> None:
+    with pytest.raises(HiveError, match="image_position 'last': expected one of first, after_bos"):
+        make_processor(position="last")
+
+
 @pytest.mark.parametrize(
     ("part", "file", "content"),
     [

@@ -29,9 +29,9 @@ DEVICE = "cpu" if tiles.INTERPRETED else "cuda"
 triton_attention = partial(hierarchical_attention, backend="triton")
 
 
-def small_inputs() -> Inputs:
+def small_inputs(qk_norm: str = "pre_rope") -> Inputs:
     layout = AttentionLayout.build([3, 2], [[2], [1]], [[1], [0]], device=DEVICE)
-    return random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
+    return random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm=qk_norm, rotate=True)
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
@@ -74,11 +74,11 @@ def test_tables_of_shared_images_are_refused() -> None:
         prepare_layout(layout, heads=2, groups=1, head_dim=32, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
-def test_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
+@pytest.mark.parametrize(("one_pass", "qk_norm"), [(True, "pre_rope"), (False, "pre_rope"), (True, "none")])
+def test_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch, one_pass: bool, qk_norm: str) -> None:
     if not one_pass:
         monkeypatch.setattr(arguments.KernelArguments, "one_pass", False)
-    calls = recorded_calls(monkeypatch, small_inputs())
+    calls = recorded_calls(monkeypatch, small_inputs(qk_norm))
     for op, given in calls:
         torch.library.opcheck(op, given)
 

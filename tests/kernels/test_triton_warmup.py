@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -78,6 +79,28 @@ def test_warm_up_reaches_every_kernel(tmp_path: Path, monkeypatch: pytest.Monkey
     assert warm_up(**options, qk_norm="pre_rope", decoding=True) > 0  # type: ignore[arg-type]
     assert launched == launchers.keys()
     assert (tmp_path / "warm-up.lock").exists()
+
+
+def test_one_process_at_a_time_compiles_every_size_of_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one-pass backward kernel takes as many rows as a text has: 64, 128 or 256, and beyond those is long text."""
+    import triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tiles = []
+
+    def try_lock() -> None:
+        with (tmp_path / "warm-up.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def attend(tokens: int, *_: object) -> None:
+        tiles.append(max(64, triton.next_power_of_2(3 * tokens)))
+        with pytest.raises(BlockingIOError):
+            try_lock()
+
+    monkeypatch.setattr("hive_ds.kernels.warmup._attend", attend)
+    warm_up(heads=6, groups=2, head_dim=64, dtype=torch.float32, device="cpu")
+    assert tiles == [64, 128, 256, 512]
+    try_lock()
 
 
 def device() -> str:

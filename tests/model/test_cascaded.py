@@ -209,10 +209,12 @@ def test_backends_agree(backend: str) -> None:
 
 def test_saved_folder_comes_back_and_another_tower_is_refused(tmp_path: Path) -> None:
     model = tiny_cascaded("qwen2", "clip", feature_block=2)
+    model.language_model.generation_config.repetition_penalty = 3.0
     model.save_pretrained(tmp_path)
     again = load_any(tmp_path)
     assert isinstance(again, CascadedForCausalLM)
     assert again.last_vision_block == 2
+    assert again.language_model.generation_config.repetition_penalty == 3.0
     with torch.no_grad():
         torch.testing.assert_close(again(**packed()).logits, model(**packed()).logits, rtol=0, atol=0)
     weights = load_file(tmp_path / "model.safetensors")
