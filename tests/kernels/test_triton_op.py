@@ -98,7 +98,7 @@ def recorded_calls(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> list[tupl
     monkeypatch.setattr(registered, "gradient_op", recorder(registered.gradient_op))
     evaluate(inputs, triton_attention, dtype=torch.float32)
     (op, given), backward = calls
-    leaves = tuple(x.clone().requires_grad_() if i < 7 else x for i, x in enumerate(given))
+    leaves = tuple(x.clone().requires_grad_() if isinstance(x, Tensor) and i < 7 else x for i, x in enumerate(given))
     return [(op, leaves), backward]
 
 
