@@ -305,7 +305,8 @@ def _prepare_attention(run: Run, model: TrainedModel, dtype: torch.dtype) -> Non
     for line in describe_attention(model, run.device, dtype):
         run.say(line)
     run.say(describe_loss(model.language_loss, run.device))
-    seconds = warm_up_attention(model, run.device, dtype)
+    answers = run.recipe.data_of(run.stage.name).questions is not None
+    seconds = warm_up_attention(model, run.device, dtype, answers=answers)
     if seconds:
         run.say(f"attention kernels are compiled ({seconds:.0f} s)")
 

@@ -49,16 +49,29 @@ def describe_attention(model: TrainedModel, device: torch.device, dtype: torch.d
     return [*lines, f"attention of the vision encoder: {vision}, by transformers"]
 
 
-def warm_up_attention(model: TrainedModel, device: torch.device, dtype: torch.dtype) -> float:
+def warm_up_attention(model: TrainedModel, device: torch.device, dtype: torch.dtype, *, answers: bool) -> float:
     """Compile the Triton kernels that training ``model`` will need, if it needs any; seconds it took.
 
     A compilation inside a step would look like a hang to the other ranks. The first process of a node compiles into a
     cache on that node's own disk, the others wait and load.
+
+    Args:
+        model: as its layers will run.
+        device: where it trains.
+        dtype: in which its attention computes.
+        answers: it is asked questions as well, and decodes token by token.
     """
     served = [kind for kind in _kinds(model) if _choose(kind, device, dtype).backend == "triton"]
     return sum(
         warm_up(
-            heads=heads, groups=groups, head_dim=head_dim, dtype=dtype, device=device, qk_norm=qk_norm, rotate=rotate
+            heads=heads,
+            groups=groups,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+            qk_norm=qk_norm,
+            rotate=rotate,
+            decoding=answers,
         )
         for heads, groups, head_dim, qk_norm, rotate in sorted({kind[2:] for kind in served})
     )

@@ -166,4 +166,18 @@ def test_backends_are_said_with_their_reasons() -> None:
 
 
 def test_only_triton_is_warmed_up() -> None:
-    assert warm_up_attention(tiny_hive(), CPU, torch.float32) == 0
+    assert warm_up_attention(tiny_hive(), CPU, torch.float32, answers=True) == 0
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_decoding_is_warmed_up_where_questions_are_asked(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    asked: list[bool] = []
+
+    def record(*, decoding: bool, **_: Any) -> float:
+        asked.append(decoding)
+        return 1.0
+
+    monkeypatch.setattr("hive_ds.model.attention_backends.warm_up", record)
+    warm_up_attention(tiny_hive(), torch.device("cuda"), torch.bfloat16, answers=answers)
+    assert asked
+    assert asked == [answers] * len(asked)
