@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
@@ -70,9 +70,10 @@ def template_of(folder: Path, processor: HiveProcessor) -> str:
     recipe, number = folder.parent / "recipe.yaml", _stage_number(folder.parent)
     if number is None or not recipe.is_file():
         return "chat" if processor.tokenizer.chat_template else "plain"
-    values = yaml.safe_load(recipe.read_text())
-    stage = values["stages"].get(stage_by_number(number).name, {})
-    return str((stage.get("data") or values["data"])["template"])
+    with told_as(str(recipe), "the recipe that training leaves there"):
+        values = yaml.safe_load(recipe.read_text())
+        stage = values["stages"].get(stage_by_number(number).name, {})
+        return str((stage.get("data") or values["data"])["template"])
 
 
 def _candidates(checkpoint: Path) -> list[Path]:

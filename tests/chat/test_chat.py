@@ -18,7 +18,7 @@ from transformers import BitImageProcessor, SiglipImageProcessor, TextIteratorSt
 from hive_ds.analysis.attention_pictures import token_name
 from hive_ds.chat.answer_maps import answer_maps
 from hive_ds.chat.conversation import AnswerSettings, Conversation, read_image
-from hive_ds.chat.loading import ChatModel, load_chat_model
+from hive_ds.chat.loading import ChatModel, load_chat_model, template_of
 from hive_ds.cli import main
 from hive_ds.data.chat import end_token_ids
 from hive_ds.data.images import decode_image
@@ -143,6 +143,15 @@ def test_an_answer_ends_where_the_sliding_window_does(run: Path, kind: str) -> N
     assert answer.prompt_length < answer.token_ids.shape[1] == 40 - taken
     with pytest.raises(HiveError, match=f"expected at most {39 - taken}"):
         shown(chat, SAMPLES[0].images[0]).ask("why? " * 40)
+
+
+@pytest.mark.parametrize("text", ["{", "a: 1"])
+def test_a_damaged_recipe_beside_the_model_is_named(run: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "stage3").mkdir()
+    (tmp_path / "stage3" / "recipe.yaml").write_text(text)
+    processor = HiveProcessor.from_pretrained(run / "stage3" / "model")
+    with pytest.raises(HiveError, match=r"stage3/recipe\.yaml: .*; expected the recipe that training leaves there"):
+        template_of(tmp_path / "stage3" / "model", processor)
 
 
 def test_a_model_of_captions_gives_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

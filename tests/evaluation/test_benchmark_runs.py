@@ -148,6 +148,9 @@ def test_results_are_not_lost(one_rank: Path, data: Path, checkpoint: Path, tmp_
         evaluate(request)
     with pytest.raises(HiveError, match=f"--out {one_rank}: holds scores of gqa, mme.* would drop"):
         evaluate(replace(request, out=one_rank))
+    (tmp_path / "results.json").write_text("[1]")
+    with pytest.raises(HiveError, match=r"results\.json: TypeError: .*; expected results of an earlier evaluation"):
+        evaluate(replace(request, out=tmp_path))
 
 
 def test_two_ranks_answer_and_score_as_one(one_rank: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds import __version__
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.evaluation.benchmarks.catalogue import write_task
 from hive_ds.evaluation.benchmarks.checkpoint_model import CheckpointModel
 from hive_ds.evaluation.benchmarks.local_data import describe_files
@@ -54,7 +54,10 @@ def prepare_folder(out: Path, names: Collection[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
-    earlier = set(json.loads((out / RESULTS).read_text())["benchmarks"]) if (out / RESULTS).is_file() else set()
+    earlier: set[str] = set()
+    if (out / RESULTS).is_file():
+        with told_as(str(out / RESULTS), "results of an earlier evaluation, or another folder"):
+            earlier = set(json.loads((out / RESULTS).read_text())["benchmarks"])
     if lost := sorted(earlier - set(names)):
         raise HiveError(
             f"--out {out}: holds scores of {', '.join(lost)}, which this evaluation would drop; expected another "
