@@ -62,7 +62,7 @@ def check_slow_rank(ranks: Any) -> None:
     assert stays_slow(found, last), found
     assert bool(warnings) == (ranks.world.rank == 0), warnings
     if warnings:
-        assert warnings[0].startswith(
+        assert warnings[-1].startswith(  # on a busy machine the other one was slow for a while before, perhaps
             f"warning: rank {last} on {socket.gethostname()} is slow in compute: a step takes"
         )
     compared.add(0.9 if ranks.world.rank == last else 0.0)
