@@ -133,7 +133,10 @@ def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
 
 
 def _by_split(folder: Path) -> dict[str, list[str]]:
-    """The .parquet files of ``folder`` by the split that name or folder of each says, as ``test-00000-of-00001``."""
+    """The .parquet files of ``folder`` by the split that name or folder of each says, as ``test-00000-of-00001``.
+
+    ``datasets`` looks at all files of the folder: an eval-notes.txt beside 0.parquet, and it finds no data.
+    """
     found: dict[str, list[str]] = {}
     files = sorted(folder.rglob("*.parquet"))
     for file in files:

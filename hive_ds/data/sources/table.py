@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hive_ds.data.schema import Sample
 from hive_ds.data.sources.base import Columns, build_sample, describe_origin, read_images
@@ -14,14 +14,6 @@ from hive_ds.errors import HiveError
 
 CSV_LARGEST_FIELD = 1 << 24
 """Bytes. Python's default of 128 KiB is less than some conversations."""
-
-
-class AnyReader(Protocol):
-    """`csv.reader` or `csv.DictReader`."""
-
-    line_num: int
-
-    def __iter__(self) -> Iterator[Any]: ...
 
 
 class TableSource:
@@ -84,9 +76,10 @@ class TableSource:
         return dict(zip(self._names, row, strict=True))
 
 
-def strict_rows(reader: AnyReader, where: str, *, line: int = 1) -> Iterator[Any]:
+def strict_rows(reader: Any, where: str, *, line: int = 1) -> Iterator[Any]:
     """Rows, from ``line`` on, of a csv reader made with ``strict=True``; HiveError names one whose quotes are loose.
 
+    The reader is a `csv.reader` or a `csv.DictReader`.
     Python's reader is lenient by default: all up to the next mark, whole rows included, would be one field.
     """
     csv.field_size_limit(CSV_LARGEST_FIELD)
