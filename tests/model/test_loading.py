@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -77,24 +78,24 @@ def test_dinov2_tower_loads_by_name_whatever_transformers_calls_its_tensors(tmp_
     torch.testing.assert_close(logits(other), logits(first), rtol=0, atol=0)
 
 
-def test_dinov3_tower_loads_under_the_names_of_either_transformers_version(tmp_path):
-    """transformers 5 has its blocks one level deeper than transformers 4."""
-    first = tiny_hive(vision="dinov3")
+@pytest.mark.parametrize("level", ["", "model."])
+def test_dinov3_tower_loads_under_the_names_of_transformers_4_and_5(tmp_path, level):
+    first, other = tiny_hive(vision="dinov3"), tiny_hive(vision="dinov3", seed=5)
     with torch.no_grad():
         for parameter in first.vision_encoder.parameters():
             parameter.normal_(std=0.2)  # no two alike, and none as a fresh model has it
     first.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    flat, deep = "vision_encoder.layer.", "vision_encoder.model.layer."
-    for form in (
-        {name.replace(was, now): x for name, x in weights.items()} for was, now in ((deep, flat), (flat, deep))
-    ):
-        save_file(form, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        other = tiny_hive(vision="dinov3", seed=5)
-        load_weights(other, tmp_path)
-        torch.testing.assert_close(logits(other), logits(first), rtol=0, atol=0)
-        again = HiveForCausalLM.from_pretrained(tmp_path)
-        torch.testing.assert_close(logits(again), logits(first), rtol=0, atol=0)
+    names = {
+        name: re.sub(r"^vision_encoder\.(model\.)?layer\.", f"vision_encoder.{level}layer.", name) for name in weights
+    }
+    save_file(
+        {names[name]: x for name, x in weights.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    load_weights(other, tmp_path)
+    torch.testing.assert_close(logits(other), logits(first), rtol=0, atol=0)
+    again = HiveForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again), logits(first), rtol=0, atol=0)
 
 
 def test_names_of_either_transformers_version_load(tmp_path):
