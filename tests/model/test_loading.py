@@ -85,13 +85,9 @@ def test_dinov3_tower_loads_under_the_names_of_transformers_4_and_5(tmp_path, le
         for parameter in first.vision_encoder.parameters():
             parameter.normal_(std=0.2)  # no two alike, and none as a fresh model has it
     first.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    names = {
-        name: re.sub(r"^vision_encoder\.(model\.)?layer\.", f"vision_encoder.{level}layer.", name) for name in weights
-    }
-    save_file(
-        {names[name]: x for name, x in weights.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"}
-    )
+    level_of = re.compile(r"(?<=^vision_encoder\.)(model\.)?(?=layer\.)")
+    weights = {level_of.sub(level, name): x for name, x in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     load_weights(other, tmp_path)
     torch.testing.assert_close(logits(other), logits(first), rtol=0, atol=0)
     again = HiveForCausalLM.from_pretrained(tmp_path)
