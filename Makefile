@@ -70,7 +70,7 @@ docs: $(VENV)/.installed ## Write the reference and the pictures of docs/ again,
 lint: $(VENV)/.installed ## Check style, formatting and types
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) mypy hive_ds kernels/hive_kernels docs/hive_docs
+	$(RUN) mypy hive_ds kernels/hive_kernels kernels/benchmarks docs/hive_docs docs/results
 
 clean: ## Remove what the other tasks made (environments, caches, runs)
 	rm -rf $(VENV) $(VENV_TF5) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/quickstart

@@ -132,7 +132,7 @@ def cascaded_groups(last_vision_block: int) -> tuple[ModuleGroup, ...]:
 
 def _vision_groups(last_vision_block: int) -> tuple[ModuleGroup, ...]:
     vision = r"vision_encoder\.(?:vision_model\.)?"
-    used = rf"(?:encoder\.)?layers?\.{_one_of(range(last_vision_block))}\."
+    used = rf"(?:encoder\.|model\.)?layers?\.{_one_of(range(last_vision_block))}\."
     return (
         ModuleGroup(
             "vision_encoder",
@@ -140,7 +140,7 @@ def _vision_groups(last_vision_block: int) -> tuple[ModuleGroup, ...]:
         ),
         ModuleGroup(
             "vision_tail",
-            rf"{vision}(?:embeddings\.mask_token|(?:post_layernorm|layernorm|rms_norm|head|(?!{used})(?:encoder\.)?layers?)\..+)",
+            rf"{vision}(?:embeddings\.mask_token|(?:post_layernorm|layernorm|rms_norm|head|norm|(?!{used})(?:encoder\.|model\.)?layers?)\..+)",
         ),
     )
 

@@ -46,6 +46,8 @@ def vision_config(family: str = "siglip") -> transformers.PretrainedConfig:
             return transformers.Dinov2Config(**_VISION, **size, mlp_ratio=2)
         case "dinov2_with_registers":
             return transformers.Dinov2WithRegistersConfig(**_VISION, **size, mlp_ratio=2, num_register_tokens=3)
+        case "dinov3":
+            return transformers.DINOv3ViTConfig(**_VISION, **size, num_register_tokens=3)
         case "aimv2":
             return transformers.Aimv2VisionConfig(**_VISION, **size)
     raise AssertionError(family)

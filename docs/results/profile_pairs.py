@@ -28,7 +28,7 @@ from hive_ds.cost.model import random_model
 from hive_ds.data.batch import PackedBatch
 from hive_ds.data.loader import build_loader
 from hive_ds.kernels import rectangles
-from hive_ds.model import hive
+from hive_ds.model import inputs
 from hive_ds.model.compiling import compile_blocks
 from hive_ds.model.vision import encode_images, vision_blocks
 from hive_ds.processing import HiveProcessor
@@ -73,7 +73,7 @@ def all_blocks(setting: Setting) -> None:
     def encode(encoder: Any, blocks: Any, *arguments: Any, **options: Any) -> Any:
         return encode_images(encoder, [*blocks, len(vision_blocks(encoder))], *arguments, **options)
 
-    hive.encode_images = encode
+    inputs.encode_images = encode
 
 
 def padding(setting: Setting) -> None:
@@ -164,7 +164,7 @@ CASES = (
     Case("attention: texts of about one length share a rectangle", 3, one_rectangle),
     Case("rotation over whole rows", 3, rotation_by_halves),
     Case("fused AdamW", 3, plain_adamw),
-    Case("torch.compile, Inductor", 3, after=lambda setting: compile_blocks(setting.model)),
+    Case("torch.compile, Inductor", 3, after=lambda setting: compile_blocks(setting.model, CPU, torch.float32)),
 )
 
 
@@ -180,20 +180,20 @@ class Steps:
         (case.before if before else case.after)(self.setting)
         config = recipe.stages[plan.stage.name]
         self.optimizer = adamw(plan.groups, config, fused=self.setting.fused)
-        self.encode = hive.encode_images
-        hive.encode_images = encode_images
+        self.encode = inputs.encode_images
+        inputs.encode_images = encode_images
 
     def run(self) -> float:
         """CPU seconds of a step, mean of all batches."""
         start = time.process_time()
-        hive.encode_images = self.encode
+        inputs.encode_images = self.encode
         for batch in self.setting.batches:
             with record_function(STEP):
                 self.setting.model(**batch.model_inputs(CPU, torch.float32)).loss.backward()
                 with record_function("part:optimizer"):
                     self.optimizer.step()
                 self.setting.model.zero_grad()
-        hive.encode_images = encode_images
+        inputs.encode_images = encode_images
         return (time.process_time() - start) / len(self.setting.batches)
 
     def profile(self) -> dict[str, float]:

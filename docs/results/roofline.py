@@ -32,7 +32,7 @@ def rows_of(stage: int) -> list[dict[str, Any]]:
     """Every part of a micro-batch of captions and of long texts, and the optimizer, which runs once a step."""
     recipe = load_recipe(RECIPE)
     model, plan = meta_model(recipe, stage)
-    batch = recipe.stages[plan.stage.name].micro_batch_size
+    batch = recipe.stages[plan.stage.name].micro_batch
     rows = []
     for workload in (Workload(batch, CAPTION), Workload(LONG_BATCH, LONG)):
         counted = count_traffic(model, workload)

@@ -16,7 +16,7 @@ HEAD_SWITCHES = {
     "aimv2_vision_model": "use_head",
 }
 """Of a config, where the pooling head can be left out."""
-FINAL_NORMS = ("post_layernorm", "layernorm", "rms_norm")
+FINAL_NORMS = ("post_layernorm", "layernorm", "rms_norm", "norm")
 
 
 def with_tail(tower: Tower, tail: str) -> PreTrainedModel:

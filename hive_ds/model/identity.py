@@ -25,13 +25,14 @@ TOWER_PREFIX = re.compile(r"(model\.)?(vision_encoder|vision_tower)\.")
 """Before a tower's names in a HIVE model and in a LLaVA-style one."""
 RENAMES = (
     (r"^vision_model\.", ""),
+    (r"^layer\.", "model.layer."),
     (r"\.attention\.attention\.query\.", ".attention.q_proj."),
     (r"\.attention\.attention\.key\.", ".attention.k_proj."),
     (r"\.attention\.attention\.value\.", ".attention.v_proj."),
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
     (r"\.mlp\.weights_out\.", ".mlp.down_proj."),
 )
-"""From names of transformers 4 (SigLIP and CLIP nested one level deeper, DINOv2's own words) to those of 5."""
+"""From names of transformers 4 to those of 5: SigLIP and CLIP one level deeper, DINOv3 one less, DINOv2's own words"""
 
 
 def weights_sha256(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.bfloat16) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,14 +34,17 @@ class VisionFamily:
     """A CLS token (and registers, where the config names them) stands before the patches."""
     nested_in_v4: bool
     """transformers 4 wraps the tower in one more module, `vision_model`; transformers 5 does not."""
+    any_size: bool = False
+    """Takes images of any size that its patches tile: positions are interpolated, or rotary."""
 
 
 FAMILIES = {
     "siglip_vision_model": VisionFamily("SiglipVisionModel", has_cls=False, nested_in_v4=True),
     "siglip2_vision_model": VisionFamily("Siglip2VisionModel", has_cls=False, nested_in_v4=True),
     "clip_vision_model": VisionFamily("CLIPVisionModel", has_cls=True, nested_in_v4=True),
-    "dinov2": VisionFamily("Dinov2Model", has_cls=True, nested_in_v4=False),
-    "dinov2_with_registers": VisionFamily("Dinov2WithRegistersModel", has_cls=True, nested_in_v4=False),
+    "dinov2": VisionFamily("Dinov2Model", has_cls=True, nested_in_v4=False, any_size=True),
+    "dinov2_with_registers": VisionFamily("Dinov2WithRegistersModel", has_cls=True, nested_in_v4=False, any_size=True),
+    "dinov3_vit": VisionFamily("DINOv3ViTModel", has_cls=True, nested_in_v4=False, any_size=True),
     "aimv2_vision_model": VisionFamily("Aimv2VisionModel", has_cls=False, nested_in_v4=False),
 }
 
@@ -80,8 +84,11 @@ def vision_class(config: transformers.PretrainedConfig) -> type[transformers.Pre
 def tower_key_mapping(config: transformers.PretrainedConfig) -> dict[str, str]:
     """Patterns that turn either saved form of a HIVE model's tower names into that of the installed transformers.
 
-    transformers 4 nests SigLIP and CLIP towers one level deeper (``vision_model``) than transformers 5.
+    transformers 4 nests SigLIP and CLIP towers one level deeper (``vision_model``) than transformers 5, and DINOv3's
+    blocks one level less (``model``).
     """
+    if config.model_type == "dinov3_vit":  # transformers 5 turns the flat names into its own itself
+        return {r"^vision_encoder\.model\.layer\.": "vision_encoder.layer."}
     if transformers.__version__.startswith("4.") and FAMILIES[config.model_type].nested_in_v4:
         return {r"^vision_encoder\.(?!vision_model\.)": "vision_encoder.vision_model."}
     return {r"^vision_encoder\.vision_model\.": "vision_encoder."}
@@ -89,7 +96,10 @@ def tower_key_mapping(config: transformers.PretrainedConfig) -> dict[str, str]:
 
 def vision_blocks(encoder: nn.Module) -> nn.ModuleList:
     """The encoder's transformer blocks, in order."""
-    stack = _trunk(encoder).encoder
+    trunk = _trunk(encoder)
+    stack = getattr(trunk, "encoder", None) or getattr(
+        trunk, "model", trunk
+    )  # the last two: DINOv3 in transformers 5, 4
     return stack.layer if hasattr(stack, "layer") else stack.layers
 
 
@@ -118,20 +128,29 @@ def encode_images(
     hidden = _embed(encoder, pixel_values, spatial_shapes)
     grids = patch_grids(encoder.config, pixel_values, spatial_shapes)
     stack = vision_blocks(encoder)
-    masks = (_block_mask(encoder, hidden, pixel_attention_mask), None)[: _count_masks(type(stack[0]).forward)]
+    shared: list[Any] = [_block_mask(encoder, hidden, pixel_attention_mask), None]
+    del shared[_count_masks(type(stack[0]).forward) :]
+    if hasattr(encoder, "rope_embeddings"):
+        shared.append(rotation(encoder.config, grids[0], hidden))
     rows_N = None if spatial_shapes is None else patch_rows(grids, hidden.shape[1], hidden.device)
     by_block = {}
     for run in split_runs(max(blocks), [number - 1 for number in blocks]):
-        hidden = block_runner(encoder)([stack[index] for index in run], hidden, masks)
+        hidden = block_runner(encoder)([stack[index] for index in run], hidden, shared)
         if run.stop in blocks:
             by_block[run.stop] = patch_tokens(encoder.config, hidden, rows_N)
     return VisionFeatures(by_block, grids)
 
 
-def run_blocks(blocks: Sequence[nn.Module], hidden: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
-    """Hidden states (I, P, D) through some blocks of an encoder, one after the other."""
+def run_blocks(blocks: Sequence[nn.Module], hidden: Tensor, shared: Sequence[Any]) -> Tensor:
+    """Hidden states (I, P, D) through some blocks of an encoder, one after the other.
+
+    Args:
+        blocks: of the encoder.
+        hidden: tokens before the first of them.
+        shared: what each block takes beside its tokens: masks, and DINOv3's `rotation`.
+    """
     for block in blocks:
-        output = block(hidden, *masks)
+        output = block(hidden, *shared)
         hidden = output[0] if isinstance(output, tuple) else output
     return hidden
 
@@ -181,7 +200,7 @@ def _is_variable_resolution(config: transformers.PretrainedConfig) -> bool:
 
 def _check_image_size(config: transformers.PretrainedConfig, pixel_values: Tensor) -> None:
     height, width = pixel_values.shape[-2:]
-    if config.model_type.startswith("dinov2"):  # interpolates its position embeddings
+    if FAMILIES[config.model_type].any_size:
         step = config.patch_size
         fits, expected = height % step == width % step == 0, f"multiples of {step}"
     else:
@@ -206,6 +225,20 @@ def _block_mask(encoder: transformers.PreTrainedModel, hidden: Tensor, mask_IP: 
         return mask_IP
     blocked = torch.zeros_like(mask_IP, dtype=hidden.dtype).masked_fill(mask_IP == 0, torch.finfo(hidden.dtype).min)
     return blocked[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
+
+
+def rotation(config: transformers.PretrainedConfig, grid: Grid, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """DINOv3's rotary tables of the patches of an image, cosines and sines: (patches, head dim), as ``hidden``.
+
+    Computed here because a model that was cast to bf16 has its frequencies in bf16, and because in training the encoder
+    scales the positions of a batch at random (``pos_embed_rescale``): training would differ by how batches are cut.
+    """
+    arange = partial(torch.arange, dtype=torch.float32, device=hidden.device)
+    frequencies = config.rope_theta ** -arange(0, 1, 4 * config.num_attention_heads / config.hidden_size)
+    centres = [(arange(count) + 0.5) * (2 / count) - 1 for count in grid]
+    positions = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)
+    angles = 2 * math.pi * (positions[:, :, None] * frequencies).flatten(1).tile(2)
+    return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
 
 
 @cache

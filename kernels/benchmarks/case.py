@@ -14,7 +14,7 @@ from hive_ds.kernels import AttentionLayout
 
 from .shapes import Shape
 
-Arguments = dict[str, Tensor]
+Arguments = dict[str, Any]
 """Tensors of one call of `hierarchical_attention`, by argument name."""
 
 TABLES = ("cos", "sin", "image_cos", "image_sin")

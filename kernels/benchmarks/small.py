@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def _check_decoding(device: torch.device, backend: str) -> None:
     inputs = random_inputs(
         AttentionLayout.build(*lists, device=device), heads=6, groups=2, head_dim=32, qk_norm="pre_rope", rotate=True
     )
-    t = {name: x.float() for name, x in (inputs.tensors | inputs.tables).items()}
+    t: dict[str, Any] = {name: x.float() for name, x in (inputs.tensors | inputs.tables).items()}
     whole = hierarchical_attention(**t, layout=inputs.layout, qk_norm="pre_rope", backend="reference")
     rows = torch.tensor([4, 21], device=device)
     keys = finish_keys(t["k"], t["k_norm_weight"], 1e-6, "pre_rope", t["cos"], t["sin"])

@@ -137,7 +137,7 @@ def checks(xml: Path) -> list[Step]:
         pytest_step(
             "agreement", 150, xml / "agreement.xml", "-k", "agrees", str(root / "kernels" / "benchmarks"), *_many(3)
         ),
-        Step("small shapes", small, 60),
+        Step("small shapes", small, 120),
     ]
     for tool in ("memcheck", "racecheck"):
         command = [_sanitizer(), "--tool", tool, "--error-exitcode", str(SANITIZER_FAILURE), *small, "--few"]

@@ -95,7 +95,7 @@ def test_gradients_are_those_of_autograd_through_the_reference(kind: str, frozen
     assert not inputs["pixel_values"].requires_grad
 
 
-@pytest.mark.parametrize("vision", ["clip", "dinov2_with_registers", "siglip2"])
+@pytest.mark.parametrize("vision", ["clip", "dinov2_with_registers", "dinov3", "siglip2"])
 def test_patches_alone_count(vision: str) -> None:
     """CLS, registers and padding are left out; images may have grids of their own."""
     model = tiny_hive(vision=vision)

@@ -51,7 +51,7 @@ def test_counted_is_closed_form_at_tiny_size(
         _check(cost_of_stage(recipe, stage, text_length=11, batch=3, ranks=1))
 
 
-@pytest.mark.parametrize(("vision", "text"), [("dinov2", "qwen3"), ("aimv2", "qwen2")])
+@pytest.mark.parametrize(("vision", "text"), [("dinov2", "qwen3"), ("dinov3", "qwen3"), ("aimv2", "qwen2")])
 def test_what_checkpointing_repeats_in_other_families(vision: str, text: str, tmp_path: Path) -> None:
     """DINOv2's class token is left out of the closed form: 1 token in 17 here."""
     recipe = tiny_recipe(tmp_path, "tiny", "model.gradient_checkpointing=true", vision=vision, text=text)

@@ -19,6 +19,7 @@ PROCESSORS = {
     "clip": transformers.CLIPImageProcessor(**CROPPED),
     "dinov2": transformers.BitImageProcessor(**CROPPED),
     "dinov2_with_registers": transformers.BitImageProcessor(**CROPPED),
+    "dinov3": transformers.DINOv3ViTImageProcessorFast(size=SQUARE),
     "aimv2": transformers.CLIPImageProcessor(**CROPPED),
 }
 

@@ -21,6 +21,7 @@ PROCESSORS = {
     "aimv2": transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     "clip": transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     "dinov2": transformers.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    "dinov3": transformers.DINOv3ViTImageProcessorFast(size={"height": 32, "width": 32}),
     "dinov2_with_registers": transformers.BitImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     ),

@@ -171,6 +171,7 @@ def test_open_clip_loads_a_siglip_tower(tmp_path) -> None:
     [
         ("siglip2", "timm", "a siglip2_vision_model encoder has no timm form"),
         ("aimv2", "timm", "a aimv2_vision_model encoder has no timm form"),
+        ("dinov3", "timm", "a dinov3_vit encoder has no timm form"),
         ("siglip2", "open_clip", "a siglip2_vision_model encoder has no open_clip form"),
         ("dinov2", "open_clip", "a dinov2 encoder has no open_clip form"),
     ],

@@ -77,7 +77,7 @@ def stock_of(model: CascadedForCausalLM, folder: Path) -> LlavaForConditionalGen
     return stock.eval()
 
 
-@pytest.mark.parametrize("vision", [*STOCK, "dinov2_with_registers"])
+@pytest.mark.parametrize("vision", [*STOCK, "dinov2_with_registers", "dinov3"])
 @torch.no_grad()
 def test_packed_is_single_is_padded(vision: str) -> None:
     model = tiny_cascaded("qwen2", vision)

@@ -241,7 +241,7 @@ def test_a_batch_without_supervised_tokens_has_a_finite_zero_loss():
     assert model.projectors["block1_to_layer1"].fc1.weight.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("vision", ["clip", "dinov2", "dinov2_with_registers", "aimv2"])
+@pytest.mark.parametrize("vision", ["clip", "dinov2", "dinov2_with_registers", "dinov3", "aimv2"])
 def test_other_encoders_join(vision):
     model = tiny_hive("llama", vision)
     with torch.no_grad():

@@ -21,7 +21,7 @@ def sha256(model: torch.nn.Module) -> str:
     return weights_sha256(model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["siglip", "siglip2", "clip", "dinov2", "dinov2_with_registers", "aimv2"])
+@pytest.mark.parametrize("family", ["siglip", "siglip2", "clip", "dinov2", "dinov2_with_registers", "dinov3", "aimv2"])
 def test_a_tower_has_one_hash_wherever_it_is_kept(family: str, tmp_path) -> None:
     model = tiny_hive(vision=family)
     expected = sha256(model.vision_encoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -75,6 +76,22 @@ def test_dinov2_tower_loads_by_name_whatever_transformers_calls_its_tensors(tmp_
     first.save_pretrained(tmp_path)
     load_weights(other, tmp_path)
     torch.testing.assert_close(logits(other), logits(first), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("level", ["", "model."])
+def test_dinov3_tower_loads_under_the_names_of_transformers_4_and_5(tmp_path, level):
+    first, other = tiny_hive(vision="dinov3"), tiny_hive(vision="dinov3", seed=5)
+    with torch.no_grad():
+        for parameter in first.vision_encoder.parameters():
+            parameter.normal_(std=0.2)  # no two alike, and none as a fresh model has it
+    first.save_pretrained(tmp_path)
+    level_of = re.compile(r"(?<=^vision_encoder\.)(model\.)?(?=layer\.)")
+    weights = {level_of.sub(level, name): x for name, x in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_weights(other, tmp_path)
+    torch.testing.assert_close(logits(other), logits(first), rtol=0, atol=0)
+    again = HiveForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again), logits(first), rtol=0, atol=0)
 
 
 def test_names_of_either_transformers_version_load(tmp_path):

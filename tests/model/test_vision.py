@@ -20,7 +20,7 @@ from hive_ds.model.vision import (
     vision_config_of,
 )
 
-PREFIX = {"siglip": 0, "clip": 1, "dinov2": 1, "dinov2_with_registers": 4, "aimv2": 0}
+PREFIX = {"siglip": 0, "clip": 1, "dinov2": 1, "dinov2_with_registers": 4, "dinov3": 4, "aimv2": 0}
 
 
 @pytest.mark.parametrize("family", PREFIX)
@@ -59,6 +59,18 @@ def test_variable_resolution_equals_hidden_states_and_single_images():
         start = int(counts[:image].sum())
         together = features.by_block[3][start : start + int(counts[image])]
         torch.testing.assert_close(together, alone.by_block[3], rtol=1e-5, atol=1e-5)
+
+
+def test_dinov3_positions_are_fp32_and_never_drawn() -> None:
+    """A model cast to bf16 has bf16 frequencies, and stock DINOv3 scales positions at random in training."""
+    encoder = tiny_encoder("dinov3")
+    images = torch.randn(2, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = encoder(images).last_hidden_state[:, PREFIX["dinov3"] :].flatten(0, 1)
+    encoder.train().rope_embeddings.bfloat16()
+    features = encode_images(encoder, (4,), images)
+    assert features.grids == [(8, 4)] * 2
+    torch.testing.assert_close(encoder.norm(features.by_block[4]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_stops_after_the_last_block_that_is_needed():

@@ -18,7 +18,7 @@ from hive_ds.training.groups import StagePlan, groups_of, plan_stage
 from hive_ds.training.schedule import Schedule
 
 CONFIG = StageConfig(lr=1e-3, global_batch_size=4, micro_batch_size=1, weight_decay=0.1)
-VISION = ("siglip", "siglip2", "clip", "dinov2", "dinov2_with_registers", "aimv2")
+VISION = ("siglip", "siglip2", "clip", "dinov2", "dinov2_with_registers", "dinov3", "aimv2")
 LANGUAGE = ("llama", "qwen2", "qwen3", "mistral")
 
 
@@ -68,7 +68,7 @@ def test_stages_train_what_the_paper_says(language: str) -> None:
         assert all(group.parameters for group in plan.groups)
 
 
-@pytest.mark.parametrize("vision", ["siglip", "clip", "dinov2", "dinov2_with_registers", "aimv2"])
+@pytest.mark.parametrize("vision", ["siglip", "clip", "dinov2", "dinov2_with_registers", "dinov3", "aimv2"])
 @pytest.mark.parametrize("language", ["llama", "qwen3"])
 def test_cascaded_stages_train_what_the_paper_says(vision: str, language: str) -> None:
     """Every parameter in one group; what a stage trains gets a gradient, and what it freezes gets none."""
