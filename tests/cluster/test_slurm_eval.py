@@ -16,10 +16,8 @@ from benchmark_data import write_benchmarks
 from scene_models import save_scene_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
-CONTAINED = (
-    f'#!/bin/sh\n[ -z "$INSIDE" ] || exit 127  # no container in a container\nINSIDE=1 exec {sys.executable} "$@"\n'
-)
-"""A Python as of apptainer: a script around a container, which the container itself does not have."""
+CONTAINED = f'#!/bin/sh\n[ -z "$INSIDE" ] || exit 127\nINSIDE=1 exec {sys.executable} "$@"\n'
+"""A Python as of apptainer: a script around a container, which cannot be started inside of that."""
 
 
 def test_eval_job(site_folder: Path, tmp_path: Path) -> None:
