@@ -34,13 +34,13 @@ set -u
 export HIVE_PYTHON HIVE_SCRATCH
 export SLURM_EXPORT_ENV=ALL # sbatch --export=NONE, which some sites set, would keep srun from passing all this on
 
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+absolute() { realpath -ms -- "$1"; } # also without a slash at the end, which would make another run of it for pipeline.sh
 
 parse() { # sets recipe, run, spares, and the options that the trainer gets as they are
     recipe=$HIVE_RECIPE run=$HIVE_RUN spares=0 options=()
     while [ $# -gt 0 ]; do
         case $1 in
-        --recipe | --run | --spares | --set) [ $# -ge 2 ] || fail "$1 needs a value" ;;
+        --recipe | --run | --spares | --set) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
         esac
         case $1 in
         --recipe) recipe=$2 && shift 2 ;;
@@ -48,7 +48,10 @@ parse() { # sets recipe, run, spares, and the options that the trainer gets as t
         --spares) spares=$2 && shift 2 ;;
         --set) options+=("$1" "$2") && shift 2 ;;
         --debug) options+=("$1") && shift ;;
-        *) fail "unknown argument $1; expected --recipe R, --run RUN, --spares N, --set KEY=VALUE or --debug" ;;
+        *)
+            fail "unknown argument $1; expected --recipe R, --run RUN, --spares N, --set KEY=VALUE or --debug;" \
+                "sbatch's own go before the script's name, or as SBATCH_... into env.sh"
+            ;;
         esac
     done
     [[ $spares =~ ^[0-9]+$ ]] || fail "--spares is $spares; expected how many of the job's nodes are spare"
@@ -199,5 +202,5 @@ avoid() { # NODES: besides those that this job avoids already; Slurm takes that 
 run_once() { # SUBCOMMAND...: a command of hive-ds on one node
     srun --nodes 1 --ntasks 1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
         ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
-        "$HIVE_PYTHON" -c 'import sys; from hive_ds.cli import main; sys.exit(main())' "$@"
+        "$HIVE_PYTHON" -m hive_ds "$@"
 }

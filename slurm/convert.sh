@@ -1,5 +1,5 @@
 #!/bin/bash
-# Convert a data set: sbatch slurm/convert.sh SOURCE OUT [options of hive-ds data convert]
+# Convert a data set: sbatch [--cpus-per-task N] slurm/convert.sh SOURCE OUT [options of hive-ds data convert]
 # Stopped or killed, the same command goes on where it was. Without arguments it takes those of HIVE_CONVERT in env.sh.
 #SBATCH --job-name=hive-convert
 #SBATCH --nodes=1

@@ -15,7 +15,9 @@
 # for whole nodes.
 # export SBATCH_GPUS_PER_NODE=8
 
-# EDIT: sbatch options of jobs that need no GPU (convert, export), as (--partition=cpu --cpus-per-task=16).
+# EDIT: more sbatch options of pipeline.sh's jobs, of those that train or score and of those that need no GPU (convert,
+# export). For example (--constraint=a100 --mail-type=FAIL) and (--partition=cpu --cpus-per-task=16).
+HIVE_GPU_JOB=()
 HIVE_CPU_JOB=()
 
 # EDIT: modules.

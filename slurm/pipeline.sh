@@ -54,8 +54,8 @@ trains_encoder=''
 for stage in $described; do
     if [ "$stage" -le 3 ]; then
         trains_encoder=1
-        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$node_count" "$slurm_folder/stage$stage.sh" \
-            ${arguments[@]+"${arguments[@]}"}
+        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$node_count" ${HIVE_GPU_JOB[@]+"${HIVE_GPU_JOB[@]}"} \
+            "$slurm_folder/stage$stage.sh" ${arguments[@]+"${arguments[@]}"}
     fi
 done
 if [ -n "$trains_encoder" ]; then
@@ -63,8 +63,10 @@ if [ -n "$trains_encoder" ]; then
 fi
 for stage in $described; do
     if [ "$stage" -ge 4 ]; then
-        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$node_count" "$slurm_folder/vlm.sh" \
-            ${arguments[@]+"${arguments[@]}"}
+        submit "stage$stage" "$run/stage$stage/DONE" --nodes "$node_count" ${HIVE_GPU_JOB[@]+"${HIVE_GPU_JOB[@]}"} \
+            "$slurm_folder/vlm.sh" ${arguments[@]+"${arguments[@]}"}
     fi
 done
-if [ ${#HIVE_EVAL[@]} -gt 0 ]; then submit eval "$run/eval/results.json" "$slurm_folder/eval.sh" "$run"; fi
+if [ ${#HIVE_EVAL[@]} -gt 0 ]; then
+    submit eval "$run/eval/results.json" ${HIVE_GPU_JOB[@]+"${HIVE_GPU_JOB[@]}"} "$slurm_folder/eval.sh" "$run"
+fi

@@ -101,8 +101,9 @@ too_few() { # ends the script
 
 note_fault() { echo "$2" >>"$checks/$1.fault"; }
 
-last_words() { # NODE: the last line it printed, or what srun said
-    { grep -h . "$checks/$1.log" 2>/dev/null || grep -h "$1" "$checks/srun.log" || echo nothing; } | tail -n 1
+last_words() { # NODE: the last line it printed, or what srun said of it, or what srun said first
+    { grep -h . "$checks/$1.log" 2>/dev/null || grep "$1" "$checks/srun.log" || head -n 1 "$checks/srun.log" | grep . ||
+        echo nothing; } | tail -n 1
 }
 
 joined() { (IFS=, && echo "$*"); }

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Stages 4, 5, the encoder in a VLM: sbatch [--nodes N ...] slurm/vlm.sh [--recipe R] [--run RUN] [--set KEY=VALUE ...]
-# A job does the first of the two that is not done: submit it twice, in the clone's folder. Defaults are in env.sh.
+# A job does the first of the two that is not done: submit it again after it, in the clone's folder. Defaults are in env.sh.
 #SBATCH --job-name=hive-vlm
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

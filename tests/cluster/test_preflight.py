@@ -109,6 +109,15 @@ def test_a_fault_of_all_nodes_ends_the_job(seven: SlurmSite, site_folder: Path) 
     assert set(faults(seven, job).values()) == {"cannot write to /nowhere: No such file or directory"}
 
 
+def test_what_srun_refuses_for_all_nodes_is_said(seven: SlurmSite, site_folder: Path) -> None:
+    seven.edit("HIVE_SCRATCH=/run/scratch HIVE_SRUN=(--container-image=x)")  # where there is no pyxis
+    job = seven.submit(1, site_folder / "refused", recipe="tiny", options=("--nodes=2",))
+    assert seven.wait(job) == "FAILED", seven.log(job)
+    seven.edit("HIVE_SRUN=()")
+    said = "did not finish its check: srun: unrecognized option '--container-image=x'"
+    assert set(faults(seven, job).values()) == {said}
+
+
 def test_checks_can_be_switched_off(seven: SlurmSite, site_folder: Path) -> None:
     run = site_folder / "unchecked"
     seven.edit("HIVE_SCRATCH=/run/scratch HIVE_PREFLIGHT=0")

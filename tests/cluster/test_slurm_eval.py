@@ -16,6 +16,8 @@ from benchmark_data import write_benchmarks
 from scene_models import save_scene_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
+CONTAINED = f'#!/bin/sh\n[ -z "$INSIDE" ] || exit 127\nINSIDE=1 exec {sys.executable} "$@"\n'
+"""A Python as of apptainer: a script around a container, which cannot be started inside of that."""
 
 
 def test_eval_job(site_folder: Path, tmp_path: Path) -> None:
@@ -33,7 +35,9 @@ def test_eval_job(site_folder: Path, tmp_path: Path) -> None:
         assert site.wait(job) == "FAILED"
         assert "eval.sh needs HIVE_EVAL in env.sh" in site.log(job)
         site.edit(f"HIVE_EVAL=(gqa,scienceqa {data} --batch-size 4)")
-        site.edit(f"export LMMS_EVAL_DATASETS_CACHE={site_folder}/cache")
+        (site.clone / "python").write_text(CONTAINED)
+        (site.clone / "python").chmod(0o755)
+        site.edit(f"export HIVE_PYTHON={site.clone}/python LMMS_EVAL_DATASETS_CACHE={site_folder}/cache")
         job = int(site.login("sbatch", "--parsable", "slurm/eval.sh", str(run)))
         assert site.wait(job) == "COMPLETED", site.log(job)
         results = json.loads((run / "eval/results.json").read_text())

@@ -46,22 +46,52 @@ def test_help_is_the_comment_at_the_head(script: str, arguments: tuple[str, ...]
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_chain_of_the_cluster_page_is_submitted(tmp_path: Path) -> None:
-    """The page's own line, with an sbatch that only writes down what it is asked for."""
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with a copy of the scripts, and an sbatch that only writes down what it is asked for."""
     shutil.copytree(SLURM, tmp_path / "slurm")
-    with (tmp_path / "slurm" / "env.sh").open("a") as env:
-        env.write(f"\nHIVE_PYTHON={shlex.quote(sys.executable)}\n")
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, script in {"squeue": "", "sbatch": f'echo "$@" >>{tmp_path}/asked; wc -l <{tmp_path}/asked'}.items():
         (programs / name).write_text(f"#!/bin/sh\n{script}\n")
         (programs / name).chmod(0o755)
-    page = (ROOT / "docs" / "cluster.md").read_text()
-    line = re.search(r"^slurm/pipeline\.sh (.*\\\n)*.*", page, re.M)[0].replace("/shared/", f"{tmp_path}/")
-    path = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    said = subprocess.run(line, shell=True, env={**os.environ, **path}, cwd=tmp_path, capture_output=True, text=True)
+    return tmp_path
+
+
+def submit(line: str, python: str, site: Path) -> list[str]:
+    """What the chain's script says and, in ``asked``, asks for."""
+    with (site / "slurm" / "env.sh").open("a") as env:
+        env.write(f"\nHIVE_PYTHON={shlex.quote(python)}\n")
+    path = {"PATH": f"{site}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(line, shell=True, env={**os.environ, **path}, cwd=site, capture_output=True, text=True)
     assert (said.returncode, said.stderr) == (0, "")
+    return said.stdout.splitlines()
+
+
+def test_the_first_chain_of_the_cluster_page_is_submitted(site: Path) -> None:
+    """The page's own line."""
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    line = re.search(r"^slurm/pipeline\.sh (.*\\\n)*.*", page, re.M)[0].replace("/shared/", f"{site}/")
+    said = submit(line, sys.executable, site)
     jobs = [f"stage{number}: job {number}" for number in (1, 2, 3)]
-    assert [words.split(",")[0] for words in said.stdout.splitlines()] == [*jobs, "export: job 4"]
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert all(f"--set data.train={tmp_path}/my-captions --set data.validation=null" in one for one in asked[:3])
+    assert [words.split(",")[0] for words in said] == [*jobs, "export: job 4"]
+    asked = (site / "asked").read_text().splitlines()
+    assert all(f"--set data.train={site}/my-captions --set data.validation=null" in one for one in asked[:3])
+
+
+def test_a_run_folder_has_one_name_however_it_is_written(site: Path) -> None:
+    """By it the chain's script knows which jobs are queued."""
+    for run in ("runs/a", "runs/a/", "./runs/../runs/a", f"{site}/runs//a"):
+        submit(f"slurm/pipeline.sh --recipe tiny --run {run}", "/not/on/the/login/node", site)
+    assert set(re.findall(r"--comment (\S+)", (site / "asked").read_text())) == {f"{site}/runs/a"}
+
+
+def test_options_of_sbatch_reach_the_jobs_that_they_are_for(site: Path) -> None:
+    with (site / "slurm" / "env.sh").open("a") as env:
+        env.write(
+            "\nHIVE_STAGES='3 4' HIVE_EVAL=(mme /data) HIVE_GPU_JOB=(--oversubscribe) HIVE_CPU_JOB=('--mem=8 G')\n"
+        )
+    submit("slurm/pipeline.sh --recipe tiny", "/not/on/the/login/node", site)
+    asked = (site / "asked").read_text().splitlines()
+    found = [[option for option in ("--oversubscribe", "--mem=8 G") if option in one] for one in asked]
+    assert found == [["--oversubscribe"], ["--mem=8 G"], ["--oversubscribe"], ["--oversubscribe"]]
