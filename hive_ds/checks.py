@@ -7,9 +7,11 @@ looks the checks up there, so a rule stands once, at its field.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from hive_ds.errors import HiveError
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,9 @@ FOLDERS = Check(
 )
 """One folder, or folders with their weights."""
 BYTES = Check("a size such as 100gb", lambda value: bool(re.fullmatch(r"\d+(\.\d+)? *[kmgt]b", value.lower())))
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """HiveError where there is none, or one twice: of commands that run once a seed."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise HiveError(f"seeds: {', '.join(map(str, seeds)) or 'none'}; expected at least one, each once")

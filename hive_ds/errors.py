@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
@@ -55,6 +55,17 @@ class Signalled(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.exit_code = 128 + number
+
+
+def require_one_of(what: str, value: str, choices: Iterable[str]) -> None:
+    """HiveError where ``value``, of what is called ``what``, is none of ``choices``."""
+    if value not in choices:
+        raise HiveError(f"{what} {value!r}: expected one of {', '.join(choices)}")
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and words of an error of another library."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def names_wrong_path(error: BaseException) -> bool:

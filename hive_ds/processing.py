@@ -17,7 +17,7 @@ from hive_ds.data.images import ImageProcessor, auto_image_processor, decode_ima
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import IMAGE_POSITIONS, EncodedText, encode_text, prepare_tokenizer, render_chat
-from hive_ds.errors import HiveError, told_as
+from hive_ds.errors import HiveError, require_one_of, told_as
 from hive_ds.model.configuration import HiveConfig
 
 CONFIG_NAME = "processor_config.json"
@@ -51,8 +51,7 @@ class HiveProcessor:
         Raises:
             HiveError: another ``image_position``.
         """
-        if image_position not in IMAGE_POSITIONS:
-            raise HiveError(f"image_position {image_position!r}: expected one of {', '.join(IMAGE_POSITIONS)}")
+        require_one_of("image_position", image_position, IMAGE_POSITIONS)
         self.image_processor: ImageProcessor = image_processor
         self.tokenizer = prepare_tokenizer(tokenizer)
         self.image_position = image_position

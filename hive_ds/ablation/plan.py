@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hive_ds.ablation.arms import Arm, Depths, make_arms
+from hive_ds.checks import check_seeds
 from hive_ds.errors import HiveError, told_as
 from hive_ds.files import write_whole
 from hive_ds.model.loading import read_language_config, read_vision_config
@@ -40,12 +41,6 @@ class ArmRun:
     def done(self, stage: int) -> bool:
         """Whether a stage is finished."""
         return (self.folder / f"stage{stage}" / "DONE").is_file()
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """HiveError where there is none, or one twice."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise HiveError(f"seeds: {', '.join(map(str, seeds)) or 'none'}; expected at least one, each once")
 
 
 def make_plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hive_ds.ablation.plan import check_seeds
+from hive_ds.checks import check_seeds
 from hive_ds.config import STAGE_NAMES
 from hive_ds.quickstart.base_models import LanguageModelSize, VisionEncoderSize
 from hive_ds.quickstart.settings import SMOKE as QUICKSTART_SMOKE

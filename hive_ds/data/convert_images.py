@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from hive_ds.data.images import decode_image
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, require_one_of
 
 IMAGE_FORMATS = ("jpeg", "webp", "png")
 
@@ -30,8 +30,8 @@ class ImageOptions:
     quality: int = 90
 
     def __post_init__(self) -> None:
-        if self.format is not None and self.format not in IMAGE_FORMATS:
-            raise HiveError(f"image format {self.format!r}: expected one of {', '.join(IMAGE_FORMATS)}")
+        if self.format is not None:
+            require_one_of("image format", self.format, IMAGE_FORMATS)
         if self.resize is not None and self.resize < 16:
             raise HiveError(f"resize to {self.resize} pixels: expected 16 or more")
         if not 1 <= self.quality <= 100:

@@ -16,7 +16,7 @@ from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.convert_images import ImageOptions, ImageStorer
 from hive_ds.data.schema import Sample, Turn
 from hive_ds.data.sources import Source
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, one_line
 from hive_ds.files import write_whole
 
 REASON_LENGTH = 300
@@ -163,8 +163,8 @@ def _is_of_machine(error: BaseException | None) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    kind = "" if isinstance(error, HiveError) else f"{type(error).__name__}: "
-    return " ".join(f"{kind}{error}".split())[:REASON_LENGTH]
+    said = " ".join(str(error).split()) if isinstance(error, HiveError) else one_line(error)
+    return said[:REASON_LENGTH]
 
 
 def source_name(source: Source, index: int) -> str:

@@ -18,7 +18,7 @@ from hive_ds.data.images import ImageProcessor, decode_image
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.data.schema import Sample
 from hive_ds.data.text import IMAGE_POSITIONS, TEMPLATES, encode_sample, prepare_tokenizer
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, require_one_of
 from hive_ds.launch.probe import SHM_PER_RANK
 
 if TYPE_CHECKING:
@@ -145,7 +145,5 @@ def _check(data: DataConfig, micro_batch_size: int, global_batch_size: int, rank
             f"global_batch_size {global_batch_size}: expected a multiple of micro_batch_size {micro_batch_size} x "
             f"{ranks} ranks"
         )
-    if data.template not in TEMPLATES:
-        raise HiveError(f"data.template {data.template!r}: expected one of {', '.join(TEMPLATES)}")
-    if data.image_position not in IMAGE_POSITIONS:
-        raise HiveError(f"data.image_position {data.image_position!r}: expected one of {', '.join(IMAGE_POSITIONS)}")
+    require_one_of("data.template", data.template, TEMPLATES)
+    require_one_of("data.image_position", data.image_position, IMAGE_POSITIONS)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hive_ds.data.images import decode_image
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, require_one_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,8 +37,8 @@ class CaptionerSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise HiveError(f"max-new-tokens is {self.max_new_tokens}, expected at least 1")
-        if self.dtype not in (None, *DTYPES):
-            raise HiveError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.dtype is not None:
+            require_one_of("dtype", self.dtype, DTYPES)
 
 
 class Captioner:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, require_one_of
 from hive_ds.export.source import find_source
 from hive_ds.model.attention_backends import TrainedModel
 from hive_ds.model.identity import folder_sha256, weights_sha256
@@ -29,8 +29,7 @@ def load_checkpoint(source: str | Path, dtype: str = "float32") -> tuple[Trained
     Raises:
         HiveError: there is no model, its vision encoder is not the one that it was made with, or an unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise HiveError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    require_one_of("dtype", dtype, DTYPES)
     folder = find_source(source, STAGES).folder
     return load_any(folder, getattr(torch, dtype)), HiveProcessor.from_pretrained(folder)
 

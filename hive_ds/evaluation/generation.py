@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +47,18 @@ def answer_samples(
         progress: called with (answered, all) after every batch.
     """
     answers: list[str] = []
-    for batch in _batches(samples, batch_size):
-        answers += _generate(model, processor, batch, template, max_new_tokens, synced)
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        questions = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in (one.turns for one in batch)]
+        answers += generate_answers(
+            model,
+            processor,
+            [render_prompt(turns, processor.tokenizer, template=template) for turns in questions],
+            [image for sample in batch for image in sample.images],
+            template=template,
+            max_new_tokens=max_new_tokens,
+            synced=synced,
+        )
         if progress:
             progress(len(answers), len(samples))
     return answers
@@ -82,29 +92,6 @@ def with_shuffled_images(samples: Sequence[Sample], seed: int) -> list[Sample]:
     random.Random(seed).shuffle(order)
     donors = dict(zip(order, order[1:] + order[:1], strict=True))
     return [replace(sample, images=samples[donors[index]].images) for index, sample in enumerate(samples)]
-
-
-def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sample]]:
-    for start in range(0, len(samples), batch_size):
-        yield samples[start : start + batch_size]
-
-
-def _generate(
-    model: TrainedModel,
-    processor: HiveProcessor,
-    batch: Sequence[Sample],
-    template: str,
-    max_new_tokens: int,
-    synced: bool,
-) -> list[str]:
-    prompts = []
-    for sample in batch:
-        turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
-        prompts.append(render_prompt(turns, processor.tokenizer, template=template))
-    images = [image for sample in batch for image in sample.images]
-    return generate_answers(
-        model, processor, prompts, images, template=template, max_new_tokens=max_new_tokens, synced=synced
-    )
 
 
 @torch.no_grad()

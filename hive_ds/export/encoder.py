@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive_ds.data.images import auto_image_processor
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, require_one_of
 from hive_ds.export import open_clip_format, timm_format, transformers_format
 from hive_ds.export.card import PAPER, Section, write_card
 from hive_ds.export.formats import Job, Written
@@ -72,8 +72,7 @@ def export_encoder(
     Raises:
         HiveError: no model in ``source``, ``out`` holds files, the encoder has no such form, or the features differ.
     """
-    if format not in FORMATS:
-        raise HiveError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+    require_one_of("format", format, FORMATS)
     found, out = find_source(source), Path(out)
     tower = load_tower(found.folder)
     trained_sha256 = weights_sha256(tower.encoder.state_dict().items())

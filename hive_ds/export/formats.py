@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
 from hive_ds.errors import HiveError
@@ -76,8 +75,3 @@ def mlp_ratio(config: PretrainedConfig) -> float:
 def mean_and_std(processor: BaseImageProcessor) -> dict[str, list[float]]:
     """Of the pixels, by channel."""
     return {"mean": list(processor.image_mean), "std": list(processor.image_std)}
-
-
-def shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """By name."""
-    return {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig
@@ -63,21 +62,16 @@ def _write_clip(job: Job, open_clip: Any) -> Written:
         image_size=config.image_size,
         norm_kwargs=None if config.layer_norm_eps == 1e-5 else {"eps": config.layer_norm_eps},
     )
-    quick_gelu = ACTIVATIONS[config.hidden_act]
-    save_file(rename(job.encoder.state_dict().items(), OPEN_CLIP), job.folder / WEIGHTS, metadata={"format": "pt"})
-    names = _names(open_clip, vision, quick_gelu)
-    _write_config(job, vision, quick_gelu, names)
-    visual = _tower(open_clip, vision, quick_gelu, config.hidden_size)
-    found = visual.load_state_dict(load_file(job.folder / WEIGHTS), strict=False)
-    check_names([name for name in found.missing_keys if name != "proj"], found.unexpected_keys, "open_clip")
+    weights = rename(job.encoder.state_dict().items(), OPEN_CLIP)
+    name, visual = _write_and_read(job, open_clip, vision, ACTIVATIONS[config.hidden_act], weights, lacks=("proj",))
     # Without its projection, the tower's output is transformers' pooled output.
     nn.init.eye_(visual.proj)
     note = (
         "`visual.proj`, the projection to the space shared with a text tower, is not in the file: HIVE does not train "
         "nor keep it. `load_state_dict` must name it alone as missing; features of blocks do not depend on it."
     )
-    notes = (note, *_preprocessing_notes(job))
-    return Written(f"open_clip {_first(names)}", _usage(job, strict=False), _difference(job, visual), "fp64", notes)
+    difference = foreign_difference(job.encoder, job.blocks, visual)
+    return Written(name, _usage(job, strict=False), difference, "fp64", (note, *_preprocessing_notes(job)))
 
 
 def _write_siglip(job: Job, open_clip: Any) -> Written:
@@ -94,15 +88,23 @@ def _write_siglip(job: Job, open_clip: Any) -> Written:
         timm_model_name=named, timm_pool="map", timm_proj="none", image_size=config.image_size
     )
     weights = {f"trunk.{name}": tensor for name, tensor in timm_weights(job.encoder).items()}
-    save_file(weights, job.folder / WEIGHTS, metadata={"format": "pt"})
-    names = _names(open_clip, vision, quick_gelu=False)
-    _write_config(job, vision, False, names)
-    visual = _tower(open_clip, vision, False, config.hidden_size)
-    found = visual.load_state_dict(load_file(job.folder / WEIGHTS), strict=False)
-    check_names(found.missing_keys, found.unexpected_keys, "open_clip")
+    name, visual = _write_and_read(job, open_clip, vision, False, weights)
     usage = _usage(job, strict=True, activation=_set_activation(visual, config))
-    notes = _preprocessing_notes(job)
-    return Written(f"open_clip {_first(names)}", usage, _difference(job, visual), "fp64", notes)
+    difference = foreign_difference(job.encoder, job.blocks, visual)
+    return Written(name, usage, difference, "fp64", _preprocessing_notes(job))
+
+
+def _write_and_read(
+    job: Job, open_clip: Any, vision: Any, quick_gelu: bool, weights: dict[str, Tensor], *, lacks: tuple[str, ...] = ()
+) -> tuple[str, Any]:
+    """Write weights and config; what open_clip calls the tower, and the one that it makes of both."""
+    save_file(weights, job.folder / WEIGHTS, metadata={"format": "pt"})
+    names = _names(open_clip, vision, quick_gelu)
+    _write_config(job, vision, quick_gelu, names)
+    visual = _tower(open_clip, vision, quick_gelu, job.encoder.config.hidden_size)
+    found = visual.load_state_dict(load_file(job.folder / WEIGHTS), strict=False)
+    check_names([name for name in found.missing_keys if name not in lacks], found.unexpected_keys, "open_clip")
+    return f"open_clip {names[0] if names else 'vision tower'}", visual
 
 
 def _set_activation(visual: nn.Module, config: PretrainedConfig) -> str:
@@ -137,10 +139,6 @@ def _names(open_clip: Any, vision: Any, quick_gelu: bool) -> list[str]:
         if open_clip.CLIPVisionCfg(**config["vision_cfg"]) == vision and config.get("quick_gelu", False) == quick_gelu
     ]
     return sorted(names, key=lambda name: (not name.startswith("ViT-"), len(name)))
-
-
-def _first(names: list[str]) -> str:
-    return names[0] if names else "vision tower"
 
 
 def _write_config(job: Job, vision: Any, quick_gelu: bool, names: list[str]) -> None:
@@ -193,14 +191,3 @@ def _usage(job: Job, *, strict: bool, activation: str = "") -> str:
         'preprocess = open_clip.image_transform(is_train=False, **config["preprocess_cfg"])\n'
         f"pixels = preprocess({PICTURE})[None]\n{found}"
     )
-
-
-def _difference(job: Job, visual: Any) -> float:
-    visual = visual.double()
-
-    @torch.no_grad()
-    def features(pictures: Tensor, indices: list[int]) -> list[Tensor]:
-        found = visual.forward_intermediates(pictures, indices=indices, output_fmt="NLC", intermediates_only=True)
-        return found["image_intermediates"]
-
-    return foreign_difference(job.encoder, job.blocks, features, torch.no_grad()(visual))

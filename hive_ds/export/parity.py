@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,28 +38,25 @@ def features_before(encoder: PreTrainedModel, blocks: tuple[int, ...], **inputs:
 
 
 @torch.no_grad()
-def foreign_difference(
-    encoder: PreTrainedModel,
-    blocks: tuple[int, ...],
-    features: Callable[[Tensor, list[int]], list[Tensor]],
-    pooled: Callable[[Tensor], Tensor],
-) -> float:
+def foreign_difference(encoder: PreTrainedModel, blocks: tuple[int, ...], foreign: Any) -> float:
     """Largest difference between an encoder and its form in another library, in fp64, at the encoder's own size.
 
     Args:
         encoder: as exported; it is fp64 afterwards.
         blocks: from 1.
-        features: (I, 3, S, S) pictures and indices of blocks, from 0 -> their (I, P, D) patches.
-        pooled: pictures -> (I, D). Compared with the encoder's pooled output or, if it has none, its mean patch.
+        foreign: its form as timm or open_clip makes it, likewise. What it pools is compared with the encoder's pooled
+            output or, if it has none, its mean patch.
     """
-    encoder = encoder.double()
+    encoder, foreign = encoder.double(), foreign.eval().double()
     pictures = square_pictures(encoder.config.image_size)
     before = features_before(encoder, blocks, pixel_values=pictures)
-    after = features(pictures, [block - 1 for block in blocks])
+    indices = [block - 1 for block in blocks]
+    after = foreign.forward_intermediates(pictures, indices=indices, output_fmt="NLC", intermediates_only=True)
+    after = after["image_intermediates"] if isinstance(after, dict) else after  # open_clip's, timm's
     outputs = encoder(pictures)
     expected = outputs.pooler_output if outputs.pooler_output is not None else outputs.last_hidden_state.mean(1)
     pairs = [(before[block], one.flatten(0, 1)) for block, one in zip(blocks, after, strict=True)]
-    return largest_difference([*pairs, (expected, pooled(pictures))])
+    return largest_difference([*pairs, (expected, foreign(pictures))])
 
 
 def largest_difference(pairs: list[tuple[Tensor, Tensor]]) -> float:

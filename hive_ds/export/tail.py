@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import require_one_of
 from hive_ds.export.source import Tower
 from hive_ds.model.vision import vision_class
 
@@ -29,8 +29,7 @@ def with_tail(tower: Tower, tail: str) -> PreTrainedModel:
     Raises:
         HiveError: ``tail`` is neither.
     """
-    if tail not in TAILS:
-        raise HiveError(f"tail {tail!r}: expected one of {', '.join(TAILS)}")
+    require_one_of("tail", tail, TAILS)
     return tower.encoder if tail == "keep" else _cut(tower.encoder, tower.last_block)
 
 

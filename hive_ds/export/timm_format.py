@@ -22,7 +22,6 @@ from hive_ds.export.formats import (
     mean_and_std,
     mlp_ratio,
     refuse_family,
-    shapes,
 )
 from hive_ds.export.names import TIMM_CLIP, TIMM_DINOV2, TIMM_SIGLIP, Table, rename
 from hive_ds.export.parity import check_names, foreign_difference
@@ -211,7 +210,8 @@ def find_named(timm: Any, config: PretrainedConfig, arguments: dict[str, Any]) -
 
 
 def _signature(model: Any) -> tuple[Any, ...]:
-    return shapes(model.state_dict()), model.blocks[0].attn.num_heads, model.patch_embed.img_size, model.global_pool
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, model.blocks[0].attn.num_heads, model.patch_embed.img_size, model.global_pool
 
 
 def _preprocessing(processor: BaseImageProcessor, image_size: int) -> dict[str, Any]:
@@ -252,13 +252,7 @@ def _difference(job: Job, timm: Any) -> float:
     model = timm.create_model(f"local-dir:{job.folder}", pretrained=True)
     found = model.load_state_dict(load_file(job.folder / WEIGHTS), strict=False)
     check_names(found.missing_keys, found.unexpected_keys, "timm")
-    model = model.eval().double()
-
-    @torch.no_grad()
-    def features(pictures: Tensor, indices: list[int]) -> list[Tensor]:
-        return model.forward_intermediates(pictures, indices=indices, output_fmt="NLC", intermediates_only=True)
-
-    return foreign_difference(job.encoder, job.blocks, features, torch.no_grad()(model))
+    return foreign_difference(job.encoder, job.blocks, model)
 
 
 def _notes(config: PretrainedConfig, named: str | None, arguments: dict[str, Any], own_size: int) -> tuple[str, ...]:

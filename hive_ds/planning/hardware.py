@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import require_one_of
 
 GB = 1e9
 
@@ -71,8 +71,7 @@ def gpu_named(name: str) -> Gpu:
     Raises:
         HiveError: there is none of this name.
     """
-    if name not in GPUS:
-        raise HiveError(f"gpu {name!r}: expected one of {', '.join(GPUS)}")
+    require_one_of("gpu", name, GPUS)
     return GPUS[name]
 
 
@@ -82,6 +81,5 @@ def network_named(name: str) -> Network:
     Raises:
         HiveError: there is none of this name.
     """
-    if name not in NETWORKS:
-        raise HiveError(f"network {name!r}: expected one of {', '.join(NETWORKS)}")
+    require_one_of("network", name, NETWORKS)
     return NETWORKS[name]

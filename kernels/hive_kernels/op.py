@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -105,30 +103,15 @@ def hierarchical_attention(
             k = finish(k, k_norm_weight, norm_eps, qk_norm, cos, sin)
             if image_k is not None:
                 image_k = finish(image_k, k_norm_weight, norm_eps, qk_norm, image_cos, image_sin)
-        attend = reference_attention if backend == "reference" else dense_attention
-        out, lse = _finished_attention(attend, q, k, v, image_k, image_v, layout, scale, return_lse=return_lse)
+        # Seen by no query, and yet their gradient is zeros.
+        unread = [] if layout.max_seen else [image_k, image_v]
+        q = _tie(q, *unread, *([] if layout.num_queries else [k, v]))
+        if layout.num_queries:
+            attend = reference_attention if backend == "reference" else dense_attention
+            out, lse = attend(q, k, v, image_k, image_v, layout, scale, return_lse=return_lse)
+        else:
+            out, lse = q, q.to(torch.promote_types(q.dtype, torch.float32)).sum(-1)
     return (out, lse) if return_lse and lse is not None else out
-
-
-def _finished_attention(
-    attend: Callable[..., tuple[Tensor, Tensor | None]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    layout: AttentionLayout,
-    scale: float,
-    *,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``attend`` on normed and rotated queries and keys; tensors that no query reads get a gradient of zeros."""
-    if layout.num_queries == 0:
-        q = _tie(q, k, v, image_k, image_v)
-        return q, q.to(torch.promote_types(q.dtype, torch.float32)).sum(-1)
-    if layout.max_seen == 0:
-        q = _tie(q, image_k, image_v)
-    return attend(q, k, v, image_k, image_v, layout, scale, return_lse=return_lse)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

@@ -106,12 +106,14 @@ def test_tars_of_several_folders_give_ids_that_differ(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         with tarfile.open(tmp_path / folder / "00000.tar", "w") as tar:
             add(tar, "x.jpg", FILES[f"{number}.jpg"])
-    sources = [open_source(SourceOptions(f"{tmp_path}/{pattern}/*.tar")) for pattern in ("*", "a")]
-    assert [source.sample_id(at) for source in sources for at in range(len(source))] == [
-        "a/00000/x",
-        "b/00000/x",
-        "00000/x",
-    ]
+    sources = [open_source(SourceOptions(str(tmp_path / place))) for place in ("", "*/*.tar", "a")]
+    both = ["a/00000/x", "b/00000/x"]
+    assert [source.sample_id(at) for source in sources for at in range(len(source))] == [*both, *both, "00000/x"]
+    (tmp_path / "figure.jpg").write_bytes(FILES["2.jpg"])
+    with pytest.raises(HiveError, match=r"holds images and a/00000\.tar; expected --format image_folder or webdataset"):
+        open_source(SourceOptions(str(tmp_path)))
+    chosen = [len(open_source(SourceOptions(str(tmp_path), kind))) for kind in ("webdataset", "image_folder")]
+    assert chosen == [2, 1]
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])

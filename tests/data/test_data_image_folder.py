@@ -41,7 +41,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 def test_every_row_is_a_sample(tmp_path: Path) -> None:
     """Of a metadata file in any folder, whose names start there; ``./`` before a name changes nothing."""
     rows = '{"file_name": "./a.png", "text": "A."}\n{"file_name": "a.png", "text": "Again."}\n'
-    below = "file_name,text\nb.png,B.\nnone.png,Gone.\n"
+    below = "file_name,image,text\nb.png,,B.\nnone.png,,Gone.\n"
     assert found(write(tmp_path, {"metadata.jsonl": rows, "train/metadata.csv": below})) == {
         "a.png": ["A.", "Again."],
         "train/b.png": ["B."],

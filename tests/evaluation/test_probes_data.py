@@ -44,6 +44,9 @@ def class_folders(root: Path) -> DataOptions:
     write_classes(root / "train", TRAIN)
     write_classes(root / "val", TEST)
     (root / "val" / "cat" / "notes.txt").write_text("no image")
+    (root / "val" / "cat" / "._10.png").write_bytes(b"Mac OS X")
+    for part in ("train", "val"):
+        write_classes(root / part, [(noise_png(0), ".ipynb_checkpoints")])
     return DataOptions(str(root))
 
 
@@ -65,6 +68,8 @@ def hub_layout(root: Path) -> DataOptions:
     table(TRAIN[:4]).to_parquet(root / "copy" / "data" / "train-00000-of-00002.parquet")
     table(TRAIN[4:]).to_parquet(root / "copy" / "data" / "train-00001-of-00002.parquet")
     table(TEST).to_parquet(root / "copy" / "data" / "validation-00000-of-00001.parquet")
+    table(TEST).to_parquet(root / "copy" / "data" / "contrast-00000-of-00001.parquet")
+    (root / "copy" / "test-notes.txt").write_text("no images")
     return DataOptions(str(root / "copy"), preset="food101")
 
 

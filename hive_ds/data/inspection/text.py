@@ -11,7 +11,7 @@ from hive_ds.config import DataConfig
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.schema import Sample
 from hive_ds.data.text import TEMPLATES, EncodedSample, encode_sample, prepare_tokenizer
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, require_one_of
 
 NO_LIMIT = 1 << 62
 """A length that cuts nothing."""
@@ -26,8 +26,7 @@ class TextSettings:
     max_length: int = DataConfig.max_length
 
     def __post_init__(self) -> None:
-        if self.template not in TEMPLATES:
-            raise HiveError(f"template {self.template!r}: expected one of {', '.join(TEMPLATES)}")
+        require_one_of("template", self.template, TEMPLATES)
         if self.max_length < 2:
             raise HiveError(f"max-length is {self.max_length}, expected at least 2")
 

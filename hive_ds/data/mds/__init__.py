@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from hive_ds.data.mds.dataset import SampleDataset  # noqa: E402 (after the check above)
-from hive_ds.data.mds.folder import MdsFolderWriter, read_mds, write_mds  # noqa: E402
+from hive_ds.data.mds.folder import read_mds, write_mds  # noqa: E402
 from hive_ds.data.mds.loader import SampleLoader  # noqa: E402
 
-__all__ = ["MdsFolderWriter", "SampleDataset", "SampleLoader", "read_mds", "write_mds"]
+__all__ = ["SampleDataset", "SampleLoader", "read_mds", "write_mds"]

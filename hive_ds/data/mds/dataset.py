@@ -27,7 +27,7 @@ from hive_ds.data.mds.shared_memory import own_prefix, release_caches
 from hive_ds.data.mds.sizes import SIZES, Sizes, read_sizes
 from hive_ds.data.mds.streams import make_streams, share_out
 from hive_ds.data.schema import Sample
-from hive_ds.errors import HiveError, OutsideError
+from hive_ds.errors import HiveError, OutsideError, one_line
 
 CANONICAL_NODES = 1
 """Pinned, so that the order of samples does not depend on the machines. Every node reads every shard."""
@@ -134,7 +134,7 @@ class SampleDataset(StreamingDataset):
         """What to raise: a network may answer when the run is started again."""
         stream, shard = self._stream_of(shard_id), self.shards[shard_id]
         raw, zipped = shard.file_pairs[0]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(error)
         if stream.remote is not None:
             folder = list(self.weights)[self.stream_per_shard[shard_id]]
             return OutsideError(f"data folder {folder}: {raw.basename} cannot be brought to {stream.local} ({reason})")
@@ -261,5 +261,4 @@ def _named_errors(weights: Mapping[str, float], cache_limit: str | None) -> Iter
             raise
         raise HiveError(f"data.cache_limit {cache_limit}: {error}") from error
     except Exception as error:  # of whatever cloud
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise HiveError(f"data folder {' or '.join(weights)}: the index cannot be read: {reason}") from error
+        raise HiveError(f"data folder {' or '.join(weights)}: the index cannot be read: {one_line(error)}") from error

@@ -16,7 +16,7 @@ from streaming.base.format.mds.reader import MDSReader
 
 from hive_ds.data.mds.index import read_index
 from hive_ds.data.schema import Sample, from_columns
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, one_line
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ShardFolder:
         except HiveError:
             raise
         except Exception as error:  # bytes that are not what the index says fail in any decoder, in any way
-            raise HiveError(f"{place}: cannot be read ({_one_line(error)})") from error
+            raise HiveError(f"{place}: cannot be read ({one_line(error)})") from error
 
     def get(self, index: int) -> Sample:
         """Return sample ``index``; HiveError where it cannot be read or makes no sense."""
@@ -127,7 +127,7 @@ def sample_from(columns: Mapping[str, Any], index: int) -> Sample:
     except HiveError:
         raise
     except Exception as error:  # JSON of another form: turns that are no list, sizes that are no numbers
-        raise HiveError(f"sample number {index}: columns of another form ({_one_line(error)})") from error
+        raise HiveError(f"sample number {index}: columns of another form ({one_line(error)})") from error
 
 
 def open_folder(folder: str | Path) -> ShardFolder:
@@ -145,7 +145,3 @@ def open_folder(folder: str | Path) -> ShardFolder:
 
 def _file(root: Path, entry: dict[str, Any]) -> ShardFile:
     return ShardFile(root / entry["basename"], entry["bytes"], entry["hashes"])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

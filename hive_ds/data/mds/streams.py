@@ -22,13 +22,10 @@ class RemoteStream(Stream):
     def get_shards(self, *args: Any) -> Any:
         """Streaming's readers of the shards; HiveError where the index that was copied cannot be used."""
         try:
-            shards = super().get_shards(*args)
-        except Exception:  # of a value that is not what streaming expects, or of whatever cloud
+            return super().get_shards(*args)
+        finally:  # also where streaming ended at a value that it does not expect
             if Path(self.local, INDEX).is_file():
                 read_index(self.local, self.folder)
-            raise
-        read_index(self.local, self.folder)
-        return shards
 
 
 def make_streams(weights: Mapping[str, float], *, cache: str | None, cache_limit: str | None) -> list[Stream]:

@@ -96,6 +96,9 @@ class Columns:
         return Columns(pick(self.id, self.USUAL_ID), image, text, conversations)
 
 
+USUAL = Columns()
+
+
 def describe_origin(
     format: str,
     source: str,

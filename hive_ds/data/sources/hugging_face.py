@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample, describe_origin, read_images
-from hive_ds.data.sources.stores import open_store
+from hive_ds.data.sources.base import USUAL, Columns, build_sample, describe_origin, read_images
+from hive_ds.data.sources.stores import files_below, open_store
 from hive_ds.errors import HiveError
 
 logger = logging.getLogger(__name__)
@@ -42,12 +42,12 @@ class HuggingFaceSource:
     """
 
     def __init__(
-        self, name: str, *, split: str | None = None, images: str | Path | None = None, columns: Columns | None = None
+        self, name: str, *, split: str | None = None, images: str | Path | None = None, columns: Columns = USUAL
     ) -> None:
         self._rows = undecoded(_load(name, split))
         if not len(self._rows):
             raise HiveError(f"dataset {name}: holds no row")
-        self._columns = (columns or Columns()).resolve(self._rows.column_names, f"dataset {name}")
+        self._columns = columns.resolve(self._rows.column_names, f"dataset {name}")
         self._ids = self._rows.select_columns(self._columns.id) if self._columns.id else None
         self._classes = _class_names(self._rows, self._columns.text, f"dataset {name}")
         self._store = None if images is None else open_store(images)
@@ -84,29 +84,44 @@ class HuggingFaceSource:
         return f"row-{index}" if given in (None, "") else str(given)
 
     def _read_image(self, value: Any) -> bytes:
-        if isinstance(value, bytes):
-            return value
-        data = value.get("bytes") if isinstance(value, dict) else None
-        if data is not None:
-            return bytes(data)
-        path = value.get("path") if isinstance(value, dict) else value
-        if path is None:
-            raise HiveError("image holds neither bytes nor a path")
+        return image_file(value, self._read_path)
+
+    def _read_path(self, path: Any) -> bytes:
         if self._store is None:
             raise HiveError(f"image {path}: is a path, and no images were given (--images)")
         return self._store.read(path)
 
 
-def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
-    """Every split of a dataset, one called "train" where it has none.
+def image_file(value: Any, read_path: Callable[[Any], bytes]) -> bytes:
+    """The encoded image that a column of an `undecoded` dataset holds; ``read_path`` reads one that it names."""
+    if isinstance(value, bytes):
+        return value
+    fields = value if isinstance(value, Mapping) else {"path": value}
+    if fields.get("bytes") is not None:
+        return bytes(fields["bytes"])
+    if fields.get("path") is None:
+        raise HiveError("image holds neither bytes nor a path")
+    return read_path(fields["path"])
 
-    Args:
-        name: a folder that ``save_to_disk`` wrote, a folder of .parquet files or one such file, or a name on the hub.
-        splits_by_file: ``datasets`` reads the splits of a folder of .parquet off its files' names; else they are
-            splits where all of them name one (`SPLITS`), and "train" otherwise.
 
-    Raises:
-        HiveError: it does not load.
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote it."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def holds_dataset(folder: Path) -> bool:
+    """Whether it is a folder that ``datasets`` reads: one that ``save_to_disk`` wrote, or one of .parquet files."""
+    return is_saved_dataset(folder) or any(_parquet_files(folder))
+
+
+def _parquet_files(folder: Path) -> Iterator[Path]:
+    return (file for file in map(Path, files_below(folder)) if file.suffix.lower() == ".parquet")
+
+
+def load_splits(name: str) -> dict[str, Any]:
+    """Every split of a dataset, one called "train" where it has none; HiveError where it does not load.
+
+    ``name`` is a folder that ``save_to_disk`` wrote, a folder of .parquet files or one such file, or a name on the hub.
     """
     try:
         import datasets
@@ -116,10 +131,8 @@ def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
     if not path.exists():
         _refuse_path(path)
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if is_saved_dataset(path):
             loaded = datasets.load_from_disk(name)
-        elif path.is_dir() and splits_by_file:
-            loaded = datasets.load_dataset(name)
         elif path.exists():
             loaded = datasets.load_dataset("parquet", data_files=_by_split(path) if path.is_dir() else [name])
         else:
@@ -135,16 +148,18 @@ def load_splits(name: str, *, splits_by_file: bool = False) -> dict[str, Any]:
 def _by_split(folder: Path) -> dict[str, list[str]]:
     """The .parquet files of ``folder`` by the split that name or folder of each says, as ``test-00000-of-00001``.
 
-    ``datasets`` looks at all files of the folder: an eval-notes.txt beside 0.parquet, and it finds no data.
+    All are "train" where one says none, or none says a usual one (`SPLITS`). ``datasets`` itself looks at all files of
+    the folder: an eval-notes.txt beside 0.parquet, and it finds no data; and it leaves out files that say none.
     """
     found: dict[str, list[str]] = {}
-    files = sorted(folder.rglob("*.parquet"))
-    for file in files:
-        words = [
-            word for part in reversed(file.relative_to(folder).parts) for word in re.findall("[a-z]+", part.lower())
-        ]
-        found.setdefault(next((SPLITS[word] for word in words if word in SPLITS), ""), []).append(str(file))
-    return found if found and "" not in found else {"train": list(map(str, files))}
+    for file in sorted(_parquet_files(folder)):
+        words = [word for part in reversed(file.parts) for word in re.findall("[a-z]+", part.lower())]
+        other = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}", file.stem)
+        split = next((SPLITS[word] for word in words if word in SPLITS), other[1] if other else "")
+        found.setdefault(split, []).append(str(folder / file))
+    if "" in found or not set(SPLITS.values()) & set(found):
+        return {"train": sorted(file for files in found.values() for file in files)}
+    return found
 
 
 def _refuse_path(path: Path) -> None:

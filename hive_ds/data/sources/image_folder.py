@@ -7,14 +7,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample, describe_origin
-from hive_ds.data.sources.stores import FolderStore
+from hive_ds.data.sources.base import USUAL, Columns, build_sample, describe_origin
+from hive_ds.data.sources.stores import IMAGE_SUFFIXES, FolderStore, files_below, is_image
 from hive_ds.data.sources.table import strict_rows
-from hive_ds.data.sources.webdataset import IMAGE_SUFFIXES
 from hive_ds.errors import HiveError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -31,18 +31,18 @@ class ImageFolderSource:
     several, and a row without image or an image without row cannot be used.
     """
 
-    def __init__(self, folder: str | Path, columns: Columns | None = None) -> None:
+    def __init__(self, folder: str | Path, columns: Columns = USUAL) -> None:
         self._folder = Path(folder)
         if not self._folder.is_dir():
             raise HiveError(f"image folder {self._folder}: does not exist")
-        files = list(_files(self._folder))
-        names = sorted(name for name in files if Path(name).suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
+        files = list(files_below(self._folder))
+        names = sorted(filter(is_image, files))
         if not names:
             raise HiveError(f"image folder {self._folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
         self._store = FolderStore(self._folder)
         texts = {name for name in files if name.endswith(".txt")}
         self._with_texts = {Path(name).parent for name in names if str(Path(name).with_suffix(".txt")) in texts}
-        tables = [] if columns and not columns.texts else _metadata_files(self._folder, files)
+        tables = [] if not columns.texts else _metadata_files(self._folder, files)
         rows = [row for table in tables for row in _metadata(self._folder, table)]
         self._samples: list[tuple[str, Row | None]] = [(name, None) for name in names]
         self._columns = Columns(None, "file_name", "caption")
@@ -51,7 +51,9 @@ class ImageFolderSource:
             without = set(names) - {name for name, _ in rows}
             self._samples = sorted([*rows, *((name, None) for name in without)], key=lambda sample: sample[0])
             fields = list(dict.fromkeys(field for _, row in rows for field in row if field is not None))
-            self._columns = (columns or Columns(image="file_name")).resolve(fields, f"metadata of {self._folder}")
+            self._columns = replace(columns, image=columns.image or "file_name").resolve(
+                fields, f"metadata of {self._folder}"
+            )
         self.origin = {
             **describe_origin("image_folder", str(folder), self._columns, files=tables),
             "image names": hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest(),
@@ -93,13 +95,6 @@ class ImageFolderSource:
                 "captioner write it (hive-ds data recaption), and give its file with --captions"
             )
         return {"file_name": name, "caption": Path(name).parent.name.replace("_", " ")}
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """Paths below ``folder`` of what is not hidden."""
-    for at, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (str(Path(at, name).relative_to(folder)) for name in names if not name.startswith("."))
 
 
 def _metadata_files(folder: Path, files: list[str]) -> list[Path]:

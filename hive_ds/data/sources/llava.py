@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample, describe_origin, read_images
+from hive_ds.data.sources.base import USUAL, Columns, build_sample, describe_origin, read_images
 from hive_ds.data.sources.stores import ImageStore, open_store
 from hive_ds.errors import HiveError
 
@@ -20,7 +20,7 @@ class LlavaSource:
     HiveError for a missing or malformed file.
     """
 
-    def __init__(self, path: str | Path, images: str | Path | None = None, columns: Columns | None = None) -> None:
+    def __init__(self, path: str | Path, images: str | Path | None = None, columns: Columns = USUAL) -> None:
         self._path = Path(path)
         if not self._path.is_file():
             raise HiveError(f"LLaVA JSON {self._path}: does not exist")
@@ -30,15 +30,15 @@ class LlavaSource:
         if not first:
             raise HiveError(f"LLaVA JSON {self._path}: none of its first rows is an object with fields")
         names = list(dict.fromkeys(name for row in first for name in row))  # the first may be a text-only row
-        if not (columns and columns.image) and not set(Columns.USUAL_IMAGE) & {name.lower() for name in names}:
+        if not columns.image and not set(Columns.USUAL_IMAGE) & {name.lower() for name in names}:
             if images is not None:
                 raise HiveError(
                     f"LLaVA JSON {self._path}: no image in its first rows, whose fields are {', '.join(names)}; name "
                     "the one that holds them with --image-column, or leave --images out"
                 )
             names.append("image")  # which a later row may have
-        self._image_is_named = bool(columns and columns.image)
-        self._columns = (columns or Columns()).resolve(names, f"LLaVA JSON {self._path}")
+        self._image_is_named = bool(columns.image)
+        self._columns = columns.resolve(names, f"LLaVA JSON {self._path}")
         self.origin = describe_origin("llava", str(path), self._columns, files=[path], images=images)
 
     def __len__(self) -> int:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hive_ds.data.sources.base import Columns, Source
-from hive_ds.data.sources.hugging_face import HuggingFaceSource
+from hive_ds.data.sources.base import USUAL, Columns, Source
+from hive_ds.data.sources.hugging_face import HuggingFaceSource, holds_dataset
 from hive_ds.data.sources.image_folder import ImageFolderSource
 from hive_ds.data.sources.llava import LlavaSource
+from hive_ds.data.sources.stores import files_below, is_image
 from hive_ds.data.sources.table import TableSource
 from hive_ds.data.sources.webdataset import WebDatasetSource
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, require_one_of
 
 FORMATS = ("llava", "table", "webdataset", "huggingface", "image_folder")
 
@@ -32,7 +33,7 @@ class SourceOptions:
     format: str | None = None
     images: str | None = None
     split: str | None = None
-    columns: Columns = field(default_factory=Columns)
+    columns: Columns = USUAL
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Preset:
     about: str
     files: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
-    columns: Columns = field(default_factory=Columns)
+    columns: Columns = USUAL
 
 
 PRESETS = {
@@ -85,8 +86,7 @@ def open_source(options: SourceOptions, preset: str | None = None) -> Source:
     if preset is not None:
         options = _with_preset(options, preset)
     kind = options.format or _guess(options.path)
-    if kind not in FORMATS:
-        raise HiveError(f"source format {kind!r}: expected one of {', '.join(FORMATS)}")
+    require_one_of("source format", kind, FORMATS)
     if options.split is not None and kind != "huggingface":
         raise HiveError(f"split {options.split!r}: a source of format {kind} has none; expected the part's own files")
     if options.columns.id is not None and kind in ("webdataset", "image_folder"):
@@ -105,11 +105,10 @@ def open_source(options: SourceOptions, preset: str | None = None) -> Source:
 
 
 def _with_preset(options: SourceOptions, name: str) -> SourceOptions:
-    if name not in PRESETS:
-        raise HiveError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
+    require_one_of("preset", name, PRESETS)
     preset, folder = PRESETS[name], Path(options.path)
     columns = options.columns
-    if replace(columns, texts=True) == Columns():
+    if replace(columns, texts=True) == USUAL:
         columns = replace(preset.columns, texts=columns.texts)
     options = replace(options, format=options.format or preset.format, columns=columns)
     if preset.files and folder.is_dir():
@@ -141,8 +140,11 @@ def _guess(path: str) -> str:
         raise HiveError(
             f"source {path}: no such file or folder; expected a file, a folder, or a name on the Hugging Face hub"
         )
-    if next(file.glob("*.tar"), None):
+    tars = sorted(name for name in files_below(file) if name.lower().endswith(".tar"))
+    if any("/" not in name for name in tars):  # img2dataset writes a .parquet beside each
         return "webdataset"
-    if (file / "state.json").exists() or (file / "dataset_dict.json").exists() or next(file.rglob("*.parquet"), None):
+    if holds_dataset(file):
         return "huggingface"
-    return "image_folder"
+    if tars and any(is_image(name) for name in files_below(file)):
+        raise HiveError(f"source {path}: holds images and {tars[0]}; expected --format image_folder or webdataset")
+    return "webdataset" if tars else "image_folder"

@@ -15,6 +15,21 @@ from hive_ds.errors import HiveError
 
 logger = logging.getLogger(__name__)
 
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "img")
+"""Of files that are taken for images. What Pillow cannot decode (heic) is rejected, and not passed over."""
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Paths below ``folder`` of the files that are not hidden."""
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (str(Path(at, name).relative_to(folder)) for name in names if not name.startswith("."))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of that name is taken for an image."""
+    return Path(name).suffix.lower().lstrip(".") in IMAGE_SUFFIXES
+
 
 class ImageStore(Protocol):
     """Files by name, for any number of forked processes."""

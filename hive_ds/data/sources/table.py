@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import Columns, build_sample, describe_origin, read_images
+from hive_ds.data.sources.base import USUAL, Columns, build_sample, describe_origin, read_images
 from hive_ds.data.sources.stores import open_store
 from hive_ds.errors import HiveError
 
@@ -25,7 +25,7 @@ class TableSource:
         columns: names in the header.
     """
 
-    def __init__(self, path: str | Path, images: str | Path | None = None, columns: Columns | None = None) -> None:
+    def __init__(self, path: str | Path, images: str | Path | None = None, columns: Columns = USUAL) -> None:
         self._path = Path(path)
         if not self._path.is_file():
             raise HiveError(f"table {self._path}: does not exist")
@@ -39,7 +39,6 @@ class TableSource:
             raise HiveError(f"table {self._path}: cannot be read ({error})") from error
         if not rows:
             raise HiveError(f"table {self._path}: holds no row")
-        columns = columns or Columns()
         usual = {*Columns.USUAL_TEXT, *Columns.USUAL_IMAGE, *Columns.USUAL_CONVERSATIONS}
         if usual & {name.lower() for name in rows[0]} or {columns.text, columns.image} & set(rows[0]):
             self._names, self._rows = rows[0], rows[1:]

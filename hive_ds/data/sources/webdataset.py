@@ -10,27 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from hive_ds.data.schema import Sample
-from hive_ds.data.sources.base import NONE, Columns, build_sample, describe_origin
-from hive_ds.data.sources.stores import Member, read_span, tar_members
+from hive_ds.data.sources.base import NONE, USUAL, Columns, build_sample, describe_origin
+from hive_ds.data.sources.stores import IMAGE_SUFFIXES, Member, files_below, read_span, tar_members
 from hive_ds.errors import HiveError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "img")
-"""Of files that are taken for images. What Pillow cannot decode (heic) is rejected, and not passed over."""
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 
 
 class WebDatasetSource:
-    """Samples of ``key.jpg`` + ``key.txt`` and/or ``key.json`` in the .tar files of a folder or glob pattern.
+    """Samples of ``key.jpg`` + ``key.txt`` and/or ``key.json`` in the .tar files below a folder, or of a glob pattern.
 
     The caption is ``key.txt`` unless a text column names a field of ``key.json``; ``conversations`` in the JSON wins
     over ``key.txt``.
     """
 
-    def __init__(self, pattern: str | Path, columns: Columns | None = None) -> None:
+    def __init__(self, pattern: str | Path, columns: Columns = USUAL) -> None:
         self._tars = _tars(Path(pattern))
         if not self._tars:
             raise HiveError(f"WebDataset {pattern}: no .tar file there")
-        self._columns = columns or Columns()
+        self._columns = columns
         self._shards = [tar.stem for tar in self._tars]
         if len(set(self._shards)) < len(self._shards):  # of several folders
             top = os.path.commonpath([tar.parent for tar in self._tars])
@@ -82,12 +80,12 @@ class WebDatasetSource:
 
 
 def _tars(pattern: Path) -> list[Path]:
-    """The tar files of a folder or pattern, by name; HiveError where compressed ones lie beside those of a folder."""
+    """The tar files below a folder, or of a pattern, by name; HiveError where a folder holds compressed ones."""
     if pattern.is_file():
         return [pattern]
     if not pattern.is_dir():
         return sorted(map(Path, glob(str(pattern))))
-    files = sorted(pattern.iterdir())
+    files = sorted(pattern / name for name in files_below(pattern))
     for file in files:
         if file.suffix.lower() in COMPRESSED and (".tar." in file.name.lower() or file.suffix == ".tgz"):
             raise HiveError(

@@ -13,7 +13,7 @@ from transformers import LlavaConfig, PreTrainedModel
 
 from hive_ds.data.images import auto_image_processor
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
-from hive_ds.errors import HiveError
+from hive_ds.errors import require_one_of
 from hive_ds.export import model_folder
 from hive_ds.export.source import load_tower
 from hive_ds.model.configuration import HiveConfig
@@ -103,8 +103,7 @@ def make_encoder(
     Raises:
         HiveError: another ``dtype``.
     """
-    if dtype not in DTYPES:
-        raise HiveError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    require_one_of("dtype", dtype, DTYPES)
     processor_class = type(image_processor).__name__
     info = EncoderInfo(
         name=name,

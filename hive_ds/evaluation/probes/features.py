@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hive_ds.data.images import decode_image
 from hive_ds.data.preprocess import Preprocessor
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, require_one_of
 from hive_ds.evaluation.probes.cache import FeatureCache, FeatureKey, Features, FeatureSink, MemorySink
 from hive_ds.evaluation.probes.data import LabelledImages
 from hive_ds.evaluation.probes.encoder import ProbeEncoder
@@ -44,8 +44,7 @@ class ExtractSettings:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
             raise HiveError(f"batch size {self.batch_size}, workers {self.workers}: expected at least 1 and 0")
-        if self.stored not in STORED:
-            raise HiveError(f"stored type {self.stored!r}: expected one of {', '.join(STORED)}")
+        require_one_of("stored type", self.stored, STORED)
 
 
 DEFAULT = ExtractSettings()

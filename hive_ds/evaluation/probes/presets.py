@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import require_one_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,5 @@ PRESETS = {
 
 def find_preset(name: str) -> Preset:
     """The preset of that name; HiveError names those that there are."""
-    if name not in PRESETS:
-        raise HiveError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
+    require_one_of("preset", name, PRESETS)
     return PRESETS[name]

@@ -12,7 +12,7 @@ from typing import Any
 
 from hive_ds.data.scenes import Item, direction
 from hive_ds.data.schema import Sample
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, require_one_of
 from hive_ds.evaluation.probes.data import LabelledImages, ProbeData
 
 FACTORS = ("colour", "shape", "size", "count", "relation", "text")
@@ -24,8 +24,7 @@ def scene_probe_data(train: Sequence[Sample], test: Sequence[Sample], factors: S
     HiveError for an unknown factor, or a sample that is no scene.
     """
     for factor in factors:
-        if factor not in FACTORS:
-            raise HiveError(f"factor {factor!r}: expected one of {', '.join(FACTORS)}")
+        require_one_of("factor", factor, FACTORS)
     return ProbeData("scenes", _labelled("scenes train", train, factors), _labelled("scenes test", test, factors))
 
 

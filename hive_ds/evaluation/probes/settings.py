@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hive_ds.checks import check_seeds
 from hive_ds.errors import HiveError
 
 HEADS = ("linear", "attentive", "knn")
@@ -57,8 +58,7 @@ class ProbeSettings:
         for name, value in vars(self.head).items():
             if value is not None and name != "weight_decay" and not 0 < value < math.inf:  # NaN is not
                 raise HiveError(f"{self.head_name} probe: {name} is {value}, expected a number above 0")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise HiveError(f"seeds {self.seeds}: expected at least one, each once")
+        check_seeds(self.seeds)
         if isinstance(self.blocks, str) and self.blocks not in NAMED_BLOCKS:
             raise HiveError(f"blocks {self.blocks!r}: expected numbers or one of {', '.join(NAMED_BLOCKS)}")
         if not self.blocks:

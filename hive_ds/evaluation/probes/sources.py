@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hive_ds.data.sources.hugging_face import load_splits, undecoded
-from hive_ds.data.sources.webdataset import IMAGE_SUFFIXES
+from hive_ds.data.sources.hugging_face import holds_dataset, image_file, load_splits, undecoded
+from hive_ds.data.sources.stores import IMAGE_SUFFIXES, files_below, is_image
 from hive_ds.errors import HiveError
 from hive_ds.evaluation.probes.data import TASK, LabelledImages, ProbeData
 from hive_ds.evaluation.probes.presets import PRESETS, Preset, find_preset
@@ -49,12 +48,12 @@ def open_data(options: DataOptions) -> ProbeData:
         source = preset.hub_name
     splits: Mapping[str, Any]
     open_split: Callable[[str, Any], LabelledImages]
-    if path.is_dir() and not _is_dataset(path):
+    if path.is_dir() and not holds_dataset(path):
         if options.image_column or options.label_column:
             raise HiveError(f"data {source}: is a folder of class folders, which have no columns")
         splits, open_split = _image_folders(path), _open_image_folder
     else:
-        splits = load_splits(str(path) if path.exists() else source, splits_by_file=True)
+        splits = load_splits(str(path) if path.exists() else source)
         image_column = options.image_column or (preset.image_column if preset else None)
         label_column = options.label_column or (preset.label_column if preset else None)
         open_split = partial(_open_dataset, image_column=image_column, label_column=label_column)
@@ -91,12 +90,6 @@ def _choose_splits(splits: Mapping[str, Any], options: DataOptions, preset: Pres
     return train, test
 
 
-def _is_dataset(folder: Path) -> bool:
-    """Whether ``datasets`` wrote it, or it holds parquet files; else it is one of class folders."""
-    names = ("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet")
-    return any(next(folder.glob(name), None) is not None for name in names)
-
-
 def _image_folders(root: Path) -> dict[str, Path]:
     """Split -> folder of class folders; one split "train" where ``root`` itself holds the classes."""
     train = root / "train"
@@ -107,27 +100,21 @@ def _image_folders(root: Path) -> dict[str, Path]:
 
 def _open_image_folder(name: str, folder: Path) -> LabelledImages:
     """Images below ``folder/CLASS``, classes and paths in order; the fingerprint is of paths, sizes and times."""
-    paths = [
-        (path, entry.name)
-        for entry in sorted(folder.iterdir())
-        if entry.is_dir()
-        for path in sorted(Path(at, file) for at, _, files in os.walk(entry, followlinks=True) for file in files)
-        if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
-    ]
+    paths = sorted(Path(name) for name in files_below(folder) if "/" in name and is_image(name))
     if not paths:
         raise HiveError(f"{name}: {folder} holds no CLASS/IMAGE ({', '.join(IMAGE_SUFFIXES)})")
     digest = hashlib.sha256()
-    for path, _ in paths:
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    files = [path for path, _ in paths]
+    for path in paths:
+        stat = (folder / path).stat()
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    files = [folder / path for path in paths]
     return LabelledImages(
         name,
         digest.hexdigest(),
         len(files),
         partial(_read_file, files),
         partial(_describe_file, files),
-        {TASK: [label for _, label in paths]},
+        {TASK: [path.parts[0] for path in paths]},
     )
 
 
@@ -183,10 +170,4 @@ def _label_names(name: str, rows: Any, column: str) -> list[str | None]:
 
 
 def _read_row(rows: Any, column: str, index: int) -> bytes:
-    value = rows[index][column]
-    if isinstance(value, Mapping) and value.get("bytes") is not None:
-        return bytes(value["bytes"])
-    path = value.get("path") if isinstance(value, Mapping) else value
-    if not isinstance(path, str):
-        raise HiveError(f"column {column!r} holds no image")
-    return Path(path).read_bytes()
+    return image_file(rows[index][column], lambda path: Path(str(path)).read_bytes())
