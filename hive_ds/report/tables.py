@@ -131,12 +131,7 @@ def version_rows(runs: Sequence[RunRecord]) -> Rows:
 
 
 def _versions(run: RunRecord) -> dict[str, Any]:
-    for stage in reversed(run.stages):
-        starts = of_kind(stage.events, "start")
-        found = (starts[-1].get("versions") if starts else None) or training_versions(stage.folder)
-        if found:
-            return dict(found)
-    return {}
+    return next((found for stage in reversed(run.stages) if (found := training_versions(stage.folder))), {})
 
 
 def text(value: Any) -> str:
