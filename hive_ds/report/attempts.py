@@ -30,8 +30,8 @@ def _attempts(run: RunRecord, stage: StageRecord) -> Iterator[list[str]]:
     for place, following in zip(begins, [*begins[1:], len(stage.events)], strict=False):
         start, ended = stage.events[place], _ended(stage, stage.events[place:following], stage.events[following:])
         devices = f"{start['ranks']} x {start['device']}"
-        hosts = ", ".join(start.get("hosts", ()))
-        yield [run.name, str(stage.number), when(start.get("time")), f"{start['step']:,}", devices, hosts, ended]
+        hosts = ", ".join(start["hosts"])
+        yield [run.name, str(stage.number), when(start["time"]), f"{start['step']:,}", devices, hosts, ended]
     for folder in sorted(stage.folder.glob("attempts/*/")):
         yield [run.name, str(stage.number), f"job {folder.name}", "", "", "", _exit_codes(folder)]
 
@@ -42,7 +42,7 @@ def _ended(stage: StageRecord, own: Sequence[Mapping[str, Any]], later: Sequence
         return f"{'stopped as asked' if stopped else 'broken off'}; the next one went on from step {later[0]['step']:,}"
     if stage.done:
         return "done"
-    last, step = when(own[-1].get("time")), f"step {own[-1]['step']:,}"
+    last, step = when(own[-1]["time"]), f"step {own[-1]['step']:,}"
     asked = "; STOP is there" if (stage.folder / "STOP").exists() else ""
     return f"stopped as asked at {step}{asked}" if stopped else f"no end recorded; last heard of {last}, {step}{asked}"
 
@@ -83,7 +83,7 @@ def _stage_warnings(stage: StageRecord) -> Iterator[str]:
     unknown = [line["step"] for line in lines if line.get("loss") is None]
     if unknown:
         yield f"the loss was not finite at {_steps(unknown)}"
-    slow = [line for line in lines if line.get("slowest_ratio", 1.0) >= SLOW_RATIO]
+    slow = [line for line in lines if line["slowest_ratio"] >= SLOW_RATIO]
     for (rank, by), count in Counter((line["slowest_rank"], line["slowest_by"]) for line in slow).most_common(_NAMED):
         if count >= _OFTEN * len(lines):
             yield f"rank {rank} held the others up ({by}, {SLOW_RATIO:g} times or more), {count} of {len(lines)} lines"

@@ -146,6 +146,6 @@ def read_json(file: Path) -> Any:
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -145,9 +145,9 @@ def text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def when(seconds: float | None) -> str:
+def when(seconds: float) -> str:
     """A time since the epoch, on this machine's clock."""
-    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _stages(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, StageRecord]]:

@@ -181,12 +181,14 @@ def test_runs_side_by_side(run: Path, tmp_path: Path) -> None:
 def test_a_run_that_lacks_files(tmp_path: Path) -> None:
     folder = tmp_path / "bare" / "stage3"
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text("not: [closed")
-    page = render_report(read_runs([tmp_path / "bare"]))
-    assert "nothing logged" in page
-    assert "No recipe.yaml could be read." in page
+    for damaged in (b"not: [closed", b"\xff\x00"):
+        (folder / "recipe.yaml").write_bytes(damaged)
+        page = render_report(read_runs([tmp_path / "bare"]))
+        assert "nothing logged" in page
+        assert "No recipe.yaml could be read." in page
     (folder / "recipe.yaml").unlink()
-    (folder / "metrics.jsonl").write_text('{"event": "start", "step": 0, "ranks": 1, "device": "cpu", "time": 1.0}\n')
+    begun = {**start(0), "ranks": 1, "device": "cpu"}
+    (folder / "metrics.jsonl").write_text(json.dumps(begun) + "\n")
     page = render_report(read_runs([tmp_path / "bare"]))
     assert "begun, nothing logged yet" in page
     assert "1 x cpu" in page
