@@ -16,7 +16,7 @@ from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.chat import answer_opening, end_token_ids
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import render_prompt, start_token_id
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.evaluation.generation import GREEDY
 from hive_ds.export.card import PAPER, Section, write_card
 from hive_ds.export.formats import PICTURE
@@ -104,7 +104,7 @@ def export_vlm(source: str | Path, out: str | Path, *, scores: Path | None = Non
         )
     with whole_folder(out) as aside:
         _copy_model(found.folder, aside)
-        _end_answers(aside / "generation_config.json", own.tokenizer)
+        _end_answers(found.folder, aside, own.tokenizer)
         stock_processor(own, config).save_pretrained(aside)
         answers, hashes = _check(found.folder, aside, own)
         report = VlmReport(out, folder_sha256(aside), answers)
@@ -116,17 +116,19 @@ def export_vlm(source: str | Path, out: str | Path, *, scores: Path | None = Non
 
 def _copy_model(folder: Path, aside: Path) -> None:
     index = folder / "model.safetensors.index.json"
-    names = [folder / "config.json", folder / "generation_config.json", index, *weight_files(folder)]
+    names = [folder / "config.json", index, *weight_files(folder)]
     for file in names:
         if file.is_file():
             shutil.copyfile(file, aside / file.name)
 
 
-def _end_answers(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _end_answers(folder: Path, aside: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Have stock transformers end an answer where training's code does: a base LLM may know another end than chats."""
-    values = json.loads(file.read_text()) if file.is_file() else {}
+    file = folder / "generation_config.json"
+    with told_as(str(file), "the JSON object that training writes"):
+        values = dict(json.loads(file.read_text())) if file.is_file() else {}
     ends = end_token_ids(tokenizer, "plain" if tokenizer.chat_template is None else "chat")
-    file.write_text(json.dumps({**values, "eos_token_id": ends}, indent=2) + "\n")
+    (aside / file.name).write_text(json.dumps({**values, "eos_token_id": ends}, indent=2) + "\n")
 
 
 def stock_processor(own: HiveProcessor, config: LlavaConfig) -> LlavaProcessor:

@@ -99,6 +99,21 @@ def test_the_card_says_how_to_ask(tmp_path, monkeypatch) -> None:
     assert len(report.answers) == 2
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", "model has no config.json of a model: "),
+        ("generation_config.json", "model/generation_config.json: .*; expected the JSON object that training writes"),
+    ],
+)
+def test_damaged_configs_are_named(file: str, message: str, tmp_path) -> None:
+    save_vlm(tmp_path / "model")
+    for damaged in (b"", b"{", b"[1]", b"null", b"\xff"):
+        (tmp_path / "model" / file).write_bytes(damaged)
+        with pytest.raises(HiveError, match=message):
+            export_vlm(tmp_path / "model", tmp_path / "out")
+
+
 def test_the_card_shows_scores_of_this_model_alone(tmp_path) -> None:
     """Stages 4 and 5 of a run are two models around one encoder; the other one was judged in bf16, as this one was."""
     models = {number: save_vlm(tmp_path / f"stage{number}" / "model") for number in (4, 5)}
