@@ -80,5 +80,5 @@ def _add_scores(parser: argparse.ArgumentParser) -> None:
         "--scores",
         metavar="FILE",
         type=Path,
-        help="results for the model card, JSON (default: every results.json in the run that judged this encoder)",
+        help="results for the model card, JSON (default: every results.json in the run that judged these weights)",
     )

@@ -21,6 +21,8 @@ from hive_ds.recipe_values import Origins, build, nearest
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 """The recipes that come with the package."""
+_LONGEST_CHAIN = 100
+"""Recipes of a chain of bases; Python's stack would end at some hundred."""
 
 
 def recipe_names() -> list[str]:
@@ -106,6 +108,8 @@ def _read_with_bases(name_or_path: str, chain: tuple[Path, ...]) -> dict[str, En
     if path in chain:
         names = " -> ".join(link.name for link in (*chain, path))
         raise HiveError(f"recipe {shown}: its base leads back to itself ({names}); expected a chain with an end")
+    if len(chain) > _LONGEST_CHAIN:
+        raise HiveError(f"recipe {chain[0].name}: more than {_LONGEST_CHAIN} bases upon one another; expected few")
     entries = read_file(path, f"base {shown}" if chain else shown)
     base = entries.pop("base", None)
     if base is None:

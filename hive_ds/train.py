@@ -29,7 +29,7 @@ from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.stages import VLM_STAGES, Stage
 from hive_ds.train_options import build_parser, how_to_go_on, next_commands
 from hive_ds.training.attempt import Attempt
-from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
+from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, read_state, save_model
 from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import World, all_values, device_name, from_main, read_world, start, stop
 from hive_ds.training.ds_config import build_ds_config, read_policy, refusals_named, start_wandb, warn_of_rounding
@@ -118,10 +118,10 @@ def train(options: argparse.Namespace, world: World) -> bool:
         return True
     check_folders(recipe.data_of(stage.name))
     start_wandb(recipe.training, recipe.name, world)
-    run.attempt.sign()
+    run.attempt.make_folder()
     if isinstance(asked.micro_batch_size, int):
         run.say(describe_batch(config, world.size, asked.micro_batch_size))
-    model, processor = start_model(recipe, folder, world, run.attempt, run.say)
+    model, processor = start_model(recipe, folder, world, run.say)
     here.follow(model)
     plan = plan_stage(model, stage, groups_of(model), config)
     model.train()  # once more: what is frozen is known now
@@ -147,6 +147,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
     _write_inputs(run, _ds_config(run, policy))  # a refused resume leaves those of the run that it was refused
     done = run_loop(job, first_step)
     if done < job.schedule.steps:
+        job.metrics.write("stop", done)
         run.say(f"stopped after step {done} of {job.schedule.steps}; {how_to_go_on(folder.path)}")
         job.engine.close()
         return False
@@ -159,7 +160,7 @@ def train(options: argparse.Namespace, world: World) -> bool:
 
 def _find_micro_batch(run: Run, engine: Engine, processor: HiveProcessor) -> StageConfig:
     """The stage's numbers with the largest micro-batch that fits; ``engine`` takes it from now on."""
-    size = auto_micro_batch(engine, run.recipe, run.folder, processor, run.attempt, run.say)
+    size = auto_micro_batch(engine, run.recipe, run.folder, processor, run.say)
     engine.use_micro_batch(size)
     run.say(describe_batch(replace(run.config, micro_batch_size=size), run.world.size, size))
     return replace(run.config, micro_batch_size=size)
@@ -218,14 +219,11 @@ def _start_job(
     """Resume from the newest checkpoint if there is one, and return the job and its first step."""
     world, device, training, config = run.world, run.device, run.recipe.training, run.config
     model = engine.model
-    identity = RunIdentity.of(plan, training, config, model)
     torch.manual_seed(training.seed + world.rank)
-    origin = describe_origin(run.recipe)
+    identity, origin = RunIdentity.of(plan, training, config, model), describe_origin(run.recipe)
     writer = CheckpointWriter(run.folder.path, engine, identity, origin, world, run.attempt, training)
-    first_step, position = _resume(run, writer, loader)
     steps = _num_steps(config, loader, engine)
-    if first_step > steps:
-        raise HiveError(f"{run.folder.path}: its checkpoint has {first_step} steps, more than the stage's {steps}")
+    first_step, counts = _resume(run, writer, loader, steps)
     rate = matmul_rate(device, engine.dtype)
     if warning := warn_of_slow_bf16(device, engine.dtype, rate):
         run.say(warning)
@@ -248,7 +246,7 @@ def _start_job(
         schedule=Schedule(steps, config.warmup_ratio, config.min_lr_ratio),
         training=training,
         metrics=metrics,
-        meter=Meter(world.size, rate, device, first_step * config.global_batch_size, **position.get("counts", {})),
+        meter=Meter(world.size, rate, device, first_step * config.global_batch_size, **counts),
         pace=Pace(world, device, engine.dtype),
         flops=FlopCounter(model, plan),
         patch_size=model.config.vision_config.patch_size,
@@ -263,17 +261,23 @@ def _start_job(
     return job, first_step
 
 
-def _resume(run: Run, writer: CheckpointWriter, loader: SampleLoader) -> tuple[int, dict[str, Any]]:
-    """Load the newest complete checkpoint, if there is one; return the steps it has done and its place in the data."""
+def _resume(run: Run, writer: CheckpointWriter, loader: SampleLoader, steps: int) -> tuple[int, dict[str, Any]]:
+    """Take the folder over and load its newest complete checkpoint, if there is one: steps done, and counts till then.
+
+    What is refused is refused before: an attempt that trains there, as it should, would end by the signature.
+    """
     checkpoint = newest_checkpoint(run.folder.path, run.world, run.say)
     if checkpoint is None:
+        run.attempt.sign()
         return 0, {}
-    step, position = load_checkpoint(
-        checkpoint, writer.engine, writer.identity, run.world, origin=writer.origin, warn=run.say
-    )
-    loader.load_state_dict(position)
+    state = read_state(checkpoint, writer.engine, writer.identity, origin=writer.origin, warn=run.say)
+    if state["step"] > steps:
+        raise HiveError(f"{run.folder.path}: its checkpoint has {state['step']} steps, more than the stage's {steps}")
+    loader.load_state_dict(state["loader"])
+    run.attempt.sign()
+    load_checkpoint(checkpoint, state, writer.engine, run.world)
     run.say(f"resumed from {checkpoint}")
-    return step, position
+    return state["step"], state["loader"]["counts"]
 
 
 def _finish(run: Run, job: Job) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from hive_ds.errors import HiveError, require_one_of
 from hive_ds.export.source import find_source
@@ -44,15 +42,3 @@ def tower_sha256(model: TrainedModel, encoder: str | Path | None = None) -> str:
     if encoder is not None and (wanted := folder_sha256(encoder)) != found:
         raise HiveError(f"the checkpoint's vision encoder has SHA-256 {found}; expected {wanted}, that of {encoder}")
     return found
-
-
-def model_sha256(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor, in the order of the names.
-
-    It does not depend on how files hold them, but on the dtype that they were loaded in.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hive_ds.errors import told_as
 from hive_ds.export.run_facts import StageFacts, find_scores, licences, read_stage, training_versions
 from hive_ds.export.source import Source
 from hive_ds.versions import installed_versions
@@ -36,7 +37,7 @@ def write_card(
     source: Source,
     *,
     scores: Path | None,
-    hashes: Collection[str],
+    judged: tuple[str, Collection[str]],
 ) -> None:
     """Write ``README.md``; beside it the whole recipe, and the scores, where there are any.
 
@@ -47,13 +48,13 @@ def write_card(
         sections: what stands above the run's facts.
         source: of the model.
         scores: a JSON file of results; None: those that are found in the run.
-        hashes: of the encoder, which the scores must be of.
+        judged: key of the scores' hash, and the hashes that may stand there (`find_scores`).
 
     Raises:
-        HiveError: the scores are not JSON, or of another encoder.
+        HiveError: the scores are not JSON, or of other weights; recipe or metrics of the run are damaged.
     """
     run = source.stages[-1].parent if source.stages else None
-    results = find_scores(scores, run, hashes)
+    results = find_scores(scores, run, *judged)
     if results:
         (folder / SCORES).write_text(f"{json.dumps(results, indent=2)}\n")
     shown = [*sections, *_run_sections(folder, source), Section("Scores", _score_text(results)), _versions(source)]
@@ -66,21 +67,21 @@ def _run_sections(folder: Path, source: Source) -> list[Section]:
     if not source.stages:
         return [Section("Training", "The folder that this was exported from lies in no run: its recipe is not known.")]
     last = source.stages[-1]
-    recipe: dict[str, Any] = {}
+    text, name = "", ""
     if (last / RECIPE).is_file():
         shutil.copyfile(last / RECIPE, folder / RECIPE)
-        recipe = yaml.safe_load((last / RECIPE).read_text())
+        with told_as(str(last / RECIPE), "the recipe that training leaves there"):
+            recipe = yaml.safe_load((last / RECIPE).read_text())
+            text, name = _recipe_text(recipe), recipe["name"]
     facts = [stage for path in source.stages if (stage := read_stage(path)) is not None]
     return [
-        Section("Recipe", _recipe_text(recipe)),
+        Section("Recipe", text),
         Section("Cost", _cost_table(facts)),
-        Section("Licences", _licence_text(recipe.get("name", ""))),
+        Section("Licences", _licence_text(name)),
     ]
 
 
 def _recipe_text(recipe: dict[str, Any]) -> str:
-    if not recipe:
-        return ""
     model, data = recipe["model"], recipe["data"]
     sets = {"train": data["train"], "validation": data["validation"], "text validation": data["text_validation"]}
     own = {name: stage["data"]["train"] for name, stage in recipe["stages"].items() if stage.get("data")}
@@ -133,7 +134,17 @@ def _licence_text(recipe: str) -> str:
 
 def _score_text(results: dict[str, Any]) -> str:
     """Main scores of benchmarks in a table; of other results, the file that holds them."""
-    rows = [
+    rows = []
+    for name, result in results.items():
+        with told_as(f"scores {name}", "JSON as hive-ds eval writes it"):
+            rows += _score_rows(name, result)
+    heads = ("results", "benchmark", "prompt", "questions", "score", "value", "of")
+    table = _table(heads, rows) + "\n\n" if rows else ""
+    return f"{table}Whole: [{SCORES}]({SCORES}), from {', '.join(results)}." if results else ""
+
+
+def _score_rows(name: str, result: Any) -> list[tuple[Any, ...]]:
+    return [
         (
             name,
             benchmark,
@@ -143,13 +154,9 @@ def _score_text(results: dict[str, Any]) -> str:
             f"{score['value']:.4g}",
             score["maximum"],
         )
-        for name, result in results.items()
         for benchmark, found in (result.get("benchmarks", {}) if isinstance(result, dict) else {}).items()
         for score in found["scores"]
     ]
-    heads = ("results", "benchmark", "prompt", "questions", "score", "value", "of")
-    table = _table(heads, rows) + "\n\n" if rows else ""
-    return f"{table}Whole: [{SCORES}]({SCORES}), from {', '.join(results)}." if results else ""
 
 
 def _versions(source: Source) -> Section:

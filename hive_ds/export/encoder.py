@@ -12,6 +12,7 @@ from hive_ds.export import open_clip_format, timm_format, transformers_format
 from hive_ds.export.card import PAPER, Section, write_card
 from hive_ds.export.formats import Job, Written
 from hive_ds.export.parity import check
+from hive_ds.export.run_facts import JUDGED_ENCODER
 from hive_ds.export.source import Tower, find_source, load_tower
 from hive_ds.export.tail import describe_tail, with_tail
 from hive_ds.files import whole_folder
@@ -99,7 +100,8 @@ def export_encoder(
             raise HiveError(f"export to {out}: the weights read back are not those that were written")
         sections = _sections(tower, tail, written, report)
         title = f"Vision encoder {'pre-trained with' if report.untrained is None else 'not yet trained with'} HIVE"
-        write_card(aside, title, format, sections, found, scores=scores, hashes={sha256, trained_sha256})
+        judged = (JUDGED_ENCODER, {sha256, trained_sha256})
+        write_card(aside, title, format, sections, found, scores=scores, judged=judged)
     return report
 
 

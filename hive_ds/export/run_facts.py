@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.events import of_kind, read_events
 from hive_ds.recipe import RECIPES
 
 RESULTS = "results.json"
-JUDGED = "vision_encoder_sha256"
-"""Key of an evaluation's results: `weights_sha256` of the encoder."""
+JUDGED_ENCODER, JUDGED_MODEL = "vision_encoder_sha256", "weights_sha256"
+"""Keys of an evaluation's results: `weights_sha256` of the encoder, and `model_sha256`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,19 @@ class StageFacts:
 
 def read_stage(folder: Path) -> StageFacts | None:
     """What the stage in ``folder`` cost; None where it left no metrics."""
-    events = read_events(folder / "metrics.jsonl")
+    with _lines_of(folder) as events:
+        return _facts(folder.name, events)
+
+
+@contextmanager
+def _lines_of(stage: Path) -> Iterator[list[dict[str, Any]]]:
+    """The lines of its ``metrics.jsonl``; inside, one that lacks something is an error that names the file."""
+    file = stage / "metrics.jsonl"
+    with told_as(str(file), "lines that training writes"):
+        yield read_events(file)
+
+
+def _facts(name: str, events: Sequence[Mapping[str, Any]]) -> StageFacts | None:
     starts, lines = of_kind(events, "start"), of_kind(events, "train")
     if not starts or not lines:
         return None
@@ -60,7 +73,7 @@ def read_stage(folder: Path) -> StageFacts | None:
             possible += spent * start["matmul_flops_per_second"]
     last = lines[-1]
     return StageFacts(
-        name=folder.name,
+        name=name,
         steps=done,
         samples=int(last["samples"]),
         devices=", ".join(dict.fromkeys(f"{event['ranks']} x {event['device']}" for event in starts)),
@@ -74,11 +87,10 @@ def read_stage(folder: Path) -> StageFacts | None:
 
 
 def training_versions(stage: Path) -> dict[str, Any]:
-    """Versions that a stage ran with, out of its newest checkpoint; empty where none is kept."""
-    found = (path for path in stage.glob("checkpoints/step-*/state.json") if path.parent.name[5:].isdigit())
-    states = sorted(found, key=lambda path: int(path.parent.name[5:]))
-    origin = json.loads(states[-1].read_text()).get("origin", {}) if states else {}
-    return {key.removeprefix("version."): value for key, value in origin.items() if key.startswith("version.")}
+    """Versions that the last attempt at a stage ran with; empty where it left no metrics."""
+    with _lines_of(stage) as events:
+        starts = of_kind(events, "start")
+        return dict(starts[-1]["versions"]) if starts else {}
 
 
 def licences(recipe_name: str) -> list[str]:
@@ -105,37 +117,34 @@ def _licence_block(text: str) -> list[str]:
     return block
 
 
-def find_scores(given: Path | None, run: Path | None, hashes: Collection[str]) -> dict[str, Any]:
-    """Results by where they lie: ``given`` or, without it, every ``results.json`` of the run that judged this encoder.
+def find_scores(given: Path | None, run: Path | None, key: str, hashes: Collection[str]) -> dict[str, Any]:
+    """Results by where they lie: ``given`` or, without it, every ``results.json`` of the run that judged these weights.
 
     Args:
         given: a JSON file.
         run: folder of the run, if there is one; its folders and theirs are looked through.
-        hashes: of the encoder, whole and cut. Results that were made with another are not its scores.
+        key: of the results' hash that counts.
+        hashes: that may stand there. Results that were made with other weights are not their scores.
 
     Raises:
-        HiveError: ``given`` is not there, is not JSON, or says that it judged another encoder.
+        HiveError: ``given`` is not there, is not JSON, or says that it judged other weights.
     """
     if given is not None:
         results = _read_scores(given)
-        judged = _judged(results)
+        judged = _judged(results, key)
         if judged is not None and judged not in hashes:
-            raise HiveError(
-                f"scores {given}: of an encoder with sha256 {judged}; expected {' or '.join(sorted(hashes))}"
-            )
+            raise HiveError(f"scores {given}: its {key} is {judged}; expected {' or '.join(sorted(hashes))}")
         return {given.name: results}
     files = sorted(file for depth in ("*", "*/*") for file in run.glob(f"{depth}/{RESULTS}")) if run is not None else []
     found = {str(file.relative_to(run)): _read_scores(file) for file in files if run is not None}
-    return {name: results for name, results in found.items() if _judged(results) in hashes}
+    return {name: results for name, results in found.items() if _judged(results, key) in hashes}
 
 
 def _read_scores(file: Path) -> Any:
-    try:
+    with told_as(f"scores {file}", "a JSON file"):
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise HiveError(f"scores {file}: {error}; expected a JSON file") from error
 
 
-def _judged(results: Any) -> str | None:
-    """Hash of the encoder that an evaluation says it ran with."""
-    return results.get(JUDGED) if isinstance(results, dict) else None
+def _judged(results: Any, key: str) -> str | None:
+    """Hash of the weights that an evaluation says it ran with."""
+    return str(results[key]) if isinstance(results, dict) and results.get(key) is not None else None

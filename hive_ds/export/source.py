@@ -129,7 +129,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         values, _ = PretrainedConfig.get_config_dict(folder)
         return HiveConfig.from_dict(values) if values["model_type"] == "hive" else AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a list, say, where an object is expected
         raise HiveError(f"{folder} has no config.json of a model: {str(error).splitlines()[0]}") from error
 
 

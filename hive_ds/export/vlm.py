@@ -16,15 +16,16 @@ from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.chat import answer_opening, end_token_ids
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import render_prompt, start_token_id
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.evaluation.generation import GREEDY
 from hive_ds.export.card import PAPER, Section, write_card
 from hive_ds.export.formats import PICTURE
 from hive_ds.export.parity import check_names
+from hive_ds.export.run_facts import JUDGED_MODEL
 from hive_ds.export.source import find_source, read_config
 from hive_ds.files import whole_folder
 from hive_ds.model.cascaded import processor_values
-from hive_ds.model.identity import folder_sha256, weight_files
+from hive_ds.model.identity import folder_sha256, model_sha256, weight_files
 from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import VLM_STAGES
@@ -35,6 +36,8 @@ QUESTION = "What is in the picture?"
 NEW_TOKENS = 8
 PIXELS = 1e-3
 """Largest difference of two normalised pixels that are the same but for rounding."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Those in which `hive_ds.evaluation` judges a model."""
 ANSWER = {**GREEDY, "max_new_tokens": NEW_TOKENS, "eos_token_id": None}
 FLATTEN = (
     "{%- set flat = namespace(messages=[]) -%}"
@@ -76,7 +79,7 @@ def export_vlm(source: str | Path, out: str | Path, *, scores: Path | None = Non
     Args:
         source: a run's folder (its last finished stage of 4 and 5 is taken) or a model's.
         out: folder to write; it must not hold files.
-        scores: a JSON file of results for the model card; None: those in the run that judged this encoder.
+        scores: a JSON file of results for the model card; None: those in the run that judged this model.
 
     Raises:
         HiveError: no such model in ``source``, ``out`` holds files, or stock transformers does something else.
@@ -101,28 +104,31 @@ def export_vlm(source: str | Path, out: str | Path, *, scores: Path | None = Non
         )
     with whole_folder(out) as aside:
         _copy_model(found.folder, aside)
-        _end_answers(aside / "generation_config.json", own.tokenizer)
+        _end_answers(found.folder, aside, own.tokenizer)
         stock_processor(own, config).save_pretrained(aside)
-        answers = _check(found.folder, aside, own)
+        answers, hashes = _check(found.folder, aside, own)
         report = VlmReport(out, folder_sha256(aside), answers)
         title, sections = "LLaVA-style model around a HIVE encoder", _sections(report, own)
-        write_card(aside, title, "transformers", sections, found, scores=scores, hashes={report.vision_sha256})
+        judged = (JUDGED_MODEL, hashes)
+        write_card(aside, title, "transformers", sections, found, scores=scores, judged=judged)
     return report
 
 
 def _copy_model(folder: Path, aside: Path) -> None:
     index = folder / "model.safetensors.index.json"
-    names = [folder / "config.json", folder / "generation_config.json", index, *weight_files(folder)]
+    names = [folder / "config.json", index, *weight_files(folder)]
     for file in names:
         if file.is_file():
             shutil.copyfile(file, aside / file.name)
 
 
-def _end_answers(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _end_answers(folder: Path, aside: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Have stock transformers end an answer where training's code does: a base LLM may know another end than chats."""
-    values = json.loads(file.read_text()) if file.is_file() else {}
+    file = folder / "generation_config.json"
+    with told_as(str(file), "the JSON object that training writes"):
+        values = dict(json.loads(file.read_text())) if file.is_file() else {}
     ends = end_token_ids(tokenizer, "plain" if tokenizer.chat_template is None else "chat")
-    file.write_text(json.dumps({**values, "eos_token_id": ends}, indent=2) + "\n")
+    (aside / file.name).write_text(json.dumps({**values, "eos_token_id": ends}, indent=2) + "\n")
 
 
 def stock_processor(own: HiveProcessor, config: LlavaConfig) -> LlavaProcessor:
@@ -145,15 +151,20 @@ def stock_processor(own: HiveProcessor, config: LlavaConfig) -> LlavaProcessor:
     )
 
 
-def _check(folder: Path, aside: Path, own: HiveProcessor) -> tuple[str, ...]:
-    """Compare prompts and answers; one model is in memory at a time."""
+def _check(folder: Path, aside: Path, own: HiveProcessor) -> tuple[tuple[str, ...], set[str]]:
+    """Compare prompts and answers; returns these, and `model_sha256` in every dtype that a model is judged in.
+
+    One model is in memory at a time.
+    """
     pictures = [_picture(seed) for seed in (0, 1)]
     stock = LlavaProcessor.from_pretrained(aside)
     theirs = [stock_inputs(stock, own, picture) for picture in pictures]
     ours = [_own_inputs(own, picture) for picture in pictures]
     for one, other in zip(theirs, ours, strict=True):
         _check_prompt(one, other, stock.image_token_id)
-    expected = _answers(load_any(folder), ours)
+    trained = load_any(folder)
+    expected, hashes = _answers(trained, ours), {model_sha256(trained, dtype) for dtype in DTYPES}
+    del trained
     model, loaded = LlavaForConditionalGeneration.from_pretrained(aside, dtype=torch.float32, output_loading_info=True)
     check_names(sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"]), "stock transformers")
     answers = _answers(model.eval(), theirs)
@@ -162,7 +173,7 @@ def _check(folder: Path, aside: Path, own: HiveProcessor) -> tuple[str, ...]:
             f"export of {folder}: stock transformers answers {answers}, the code that trained it {expected}; expected "
             "the same tokens; nothing was exported"
         )
-    return tuple(own.decode(answer) for answer in answers)
+    return tuple(own.decode(answer) for answer in answers), hashes
 
 
 def _picture(seed: int) -> Image.Image:

@@ -27,10 +27,7 @@ from hive_ds.model.language_loss import LanguageLoss, sum_of_cross_entropy
 from hive_ds.model.projector import MlpProjector
 from hive_ds.model.vision import FAMILIES, rest_if_frozen, vision_blocks, vision_class
 
-STOCK_NAMES = {
-    "vision_encoder.": "vision_tower.",
-    "projector.": "multi_modal_projector.",
-}
+STOCK_NAMES = {"vision_encoder.": "vision_tower.", "projector.": "multi_modal_projector."}
 """Start of a parameter's name here -> in the folder of a stock Llava; the LLM's are the same."""
 
 
@@ -214,6 +211,10 @@ class CascadedForCausalLM(nn.Module):
             text, image_offsets, pixel_values, pixel_attention_mask, spatial_shapes, keep_last=True
         )
         embeds_BWD, mask_BW = places.left_padded(states_SD)
+        config = arguments.get("generation_config") or self.language_model.generation_config
+        asked = {"max_length", "max_new_tokens"} & arguments.keys() or config.max_new_tokens is not None
+        if not asked and config.max_length == GenerationConfig().max_length:  # 4.57 would count images into its default
+            arguments["max_new_tokens"] = config.max_length
         for name in {"max_length", "min_length"} & arguments.keys():
             arguments[name] += embeds_BWD.shape[1] - input_ids.shape[1]  # transformers takes off all that it reads
         found = self.language_model.generate(inputs_embeds=embeds_BWD, attention_mask=mask_BW, **arguments)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hive_ds.errors import HiveError, told_as
 
@@ -65,6 +65,19 @@ def folder_sha256(folder: str | Path) -> str:
         HiveError: no safetensors in the folder.
     """
     return weights_sha256(read_tower(folder))
+
+
+def model_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor, in the order of the names.
+
+    It does not depend on how files hold them, but on the dtype that they were loaded in, or would be: ``dtype``.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_tower(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

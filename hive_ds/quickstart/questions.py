@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hive_ds.data.schema import Sample
+from hive_ds.errors import told_as
 from hive_ds.evaluation.generation import answer_samples, truth, with_shuffled_images
 from hive_ds.evaluation.scoring import Share, accuracy_by_kind
 from hive_ds.model.loading import load_any
@@ -49,7 +50,8 @@ class QuestionResults:
     @classmethod
     def load(cls, path: Path) -> QuestionResults:
         """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text()))
+        with told_as(str(path), "answers that this command wrote"):
+            return cls(**json.loads(path.read_text()))
 
 
 def ask(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.files import write_whole
 
 
@@ -37,7 +37,8 @@ def check_made_with(path: Path, wanted: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(wanted, indent=2) + "\n")
         return
-    made_with = json.loads(path.read_text())
+    with told_as(str(path), "what the folder was made with; choose another --out, or remove the folder"):
+        made_with = dict(json.loads(path.read_text()))
     for name, value in wanted.items():
         if made_with.get(name) != value:
             raise HiveError(
@@ -67,7 +68,9 @@ def run_steps(steps: Sequence[Step], markers: Path) -> None:
 
 def seconds_of(markers: Path, name: str) -> float:
     """How long a finished step took, in the attempt that finished it."""
-    return json.loads(_marker(markers, name).read_text())["seconds"]
+    marker = _marker(markers, name)
+    with told_as(str(marker), "what the step left; remove the file, and it is done again"):
+        return float(json.loads(marker.read_text())["seconds"])
 
 
 def _marker(markers: Path, name: str) -> Path:

@@ -26,25 +26,25 @@ def attempt_rows(runs: Sequence[RunRecord]) -> Rows:
 
 
 def _attempts(run: RunRecord, stage: StageRecord) -> Iterator[list[str]]:
-    starts = of_kind(stage.events, "start")
-    for place, start in enumerate(starts):
-        following = starts[place + 1] if place + 1 < len(starts) else None
+    begins = [place for place, event in enumerate(stage.events) if event["event"] == "start"]
+    for place, following in zip(begins, [*begins[1:], len(stage.events)], strict=False):
+        start, ended = stage.events[place], _ended(stage, stage.events[place:following], stage.events[following:])
         devices = f"{start['ranks']} x {start['device']}"
-        hosts = ", ".join(start.get("hosts", ()))
-        ended = _ended(stage, following)
-        yield [run.name, str(stage.number), when(start.get("time")), f"{start['step']:,}", devices, hosts, ended]
+        hosts = ", ".join(start["hosts"])
+        yield [run.name, str(stage.number), when(start["time"]), f"{start['step']:,}", devices, hosts, ended]
     for folder in sorted(stage.folder.glob("attempts/*/")):
         yield [run.name, str(stage.number), f"job {folder.name}", "", "", "", _exit_codes(folder)]
 
 
-def _ended(stage: StageRecord, following: Mapping[str, Any] | None) -> str:
-    if following is not None:
-        return f"broken off; the next one went on from step {following['step']:,}"
+def _ended(stage: StageRecord, own: Sequence[Mapping[str, Any]], later: Sequence[Mapping[str, Any]]) -> str:
+    stopped = bool(of_kind(own, "stop"))
+    if later:
+        return f"{'stopped as asked' if stopped else 'broken off'}; the next one went on from step {later[0]['step']:,}"
     if stage.done:
         return "done"
-    last = stage.events[-1].get("time")
+    last, step = when(own[-1]["time"]), f"step {own[-1]['step']:,}"
     asked = "; STOP is there" if (stage.folder / "STOP").exists() else ""
-    return f"no end recorded; last heard of {when(last)}, step {stage.events[-1]['step']:,}{asked}"
+    return f"stopped as asked at {step}{asked}" if stopped else f"no end recorded; last heard of {last}, {step}{asked}"
 
 
 def _exit_codes(attempt: Path) -> str:
@@ -83,7 +83,7 @@ def _stage_warnings(stage: StageRecord) -> Iterator[str]:
     unknown = [line["step"] for line in lines if line.get("loss") is None]
     if unknown:
         yield f"the loss was not finite at {_steps(unknown)}"
-    slow = [line for line in lines if line.get("slowest_ratio", 1.0) >= SLOW_RATIO]
+    slow = [line for line in lines if line["slowest_ratio"] >= SLOW_RATIO]
     for (rank, by), count in Counter((line["slowest_rank"], line["slowest_by"]) for line in slow).most_common(_NAMED):
         if count >= _OFTEN * len(lines):
             yield f"rank {rank} held the others up ({by}, {SLOW_RATIO:g} times or more), {count} of {len(lines)} lines"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from hive_ds.errors import told_as
 from hive_ds.files import must_write, write_whole
 from hive_ds.page import document, table
 from hive_ds.report.attempts import attempt_rows, warnings
@@ -43,8 +44,10 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
     """
     runs = read_runs(folders)
     page = out or (folders[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    with told_as(f"report of {', '.join(map(str, folders))}", "folders as training leaves them"):
+        text = render_report(runs)
     with must_write(page, "name another with --out"):
-        write_whole(page, render_report(runs))
+        write_whole(page, text)
     return page
 
 

@@ -33,23 +33,25 @@ class StageRecord:
     recipe: dict[str, Any]
     """Its recipe.yaml; empty where there is none."""
     done: bool
+    facts: StageFacts | None
+    """What it cost; None where nothing was logged."""
 
     @classmethod
     def read(cls, folder: Path) -> StageRecord:
-        """What there is in ``folder``."""
+        """What there is in ``folder``.
+
+        Raises:
+            HiveError: a line of its metrics lacks something.
+        """
         number = int(folder.name.removeprefix("stage"))
         events = read_events(folder / "metrics.jsonl")
-        return cls(folder, number, events, _read_yaml(folder / "recipe.yaml"), (folder / "DONE").is_file())
+        recipe, done = _read_yaml(folder / "recipe.yaml"), (folder / "DONE").is_file()
+        return cls(folder, number, events, recipe, done, read_stage(folder))
 
     @property
     def title(self) -> str:
         """Its number and name."""
         return f"Stage {self.number}: {STAGE_NAMES.get(self.number, 'of another version').replace('_', ' ')}"
-
-    @cached_property
-    def facts(self) -> StageFacts | None:
-        """What it cost; None where nothing was logged."""
-        return read_stage(self.folder)
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -144,6 +146,6 @@ def read_json(file: Path) -> Any:
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

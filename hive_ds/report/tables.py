@@ -131,12 +131,7 @@ def version_rows(runs: Sequence[RunRecord]) -> Rows:
 
 
 def _versions(run: RunRecord) -> dict[str, Any]:
-    for stage in reversed(run.stages):
-        starts = of_kind(stage.events, "start")
-        found = (starts[-1].get("versions") if starts else None) or training_versions(stage.folder)
-        if found:
-            return dict(found)
-    return {}
+    return next((found for stage in reversed(run.stages) if (found := training_versions(stage.folder))), {})
 
 
 def text(value: Any) -> str:
@@ -150,9 +145,9 @@ def text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def when(seconds: float | None) -> str:
+def when(seconds: float) -> str:
     """A time since the epoch, on this machine's clock."""
-    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _stages(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, StageRecord]]:

@@ -8,6 +8,7 @@ refused.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -56,16 +57,27 @@ class Attempt:
         except ValueError:
             raise HiveError(f"HIVE_STOP_AT is {given!r}; expected seconds since the epoch") from None
 
+    def make_folder(self) -> None:
+        """Make the folder, or find out early that nothing can be written there; on rank 0.
+
+        Raises:
+            HiveError: names it.
+        """
+        if self._world.is_main:
+            with must_write(self._signature.parent, "expected a folder for this run"):
+                self._signature.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self._signature.parent):
+                    pass
+
     def sign(self) -> None:
         """Take the folder over from earlier attempts; on rank 0.
 
         Raises:
             HiveError: it cannot be written, and names it.
         """
-        if not self._world.is_main:
-            return
-        with must_write(self._signature.parent, "expected a folder for this run"):
-            write_whole(self._signature, self._name)
+        if self._world.is_main:
+            with must_write(self._signature.parent, "expected a folder for this run"):
+                write_whole(self._signature, self._name)
 
     def check(self) -> None:
         """Refuse to write where another attempt has signed since; rank 0 asks before it publishes anything.

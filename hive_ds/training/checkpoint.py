@@ -85,22 +85,15 @@ def newest_checkpoint(folder: Path, world: World, warn: Callable[[str], None]) -
     return None
 
 
-def load_checkpoint(
-    path: Path,
-    engine: Engine,
-    identity: RunIdentity,
-    world: World,
-    *,
-    origin: dict[str, Any],
-    warn: Callable[[str], None],
-) -> tuple[int, dict[str, Any]]:
-    """Restore weights, optimizer and random state; return (steps done, loader state).
+def read_state(
+    path: Path, engine: Engine, identity: RunIdentity, *, origin: dict[str, Any], warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a checkpoint's ``state.json`` says, if this run may go on from it.
 
     Args:
         path: of the checkpoint.
         engine: of this run, on any number of ranks.
         identity: of this run.
-        world: this process among all.
         origin: of this run; ``warn`` hears where the checkpoint's differs.
         warn: prints on rank 0.
 
@@ -110,7 +103,7 @@ def load_checkpoint(
     """
     state = json.loads((path / "state.json").read_text())
     for name, value in asdict(identity).items():
-        saved = state["identity"].get(name, value)  # an older checkpoint says less
+        saved = state["identity"].get(name)
         if saved != value:
             raise HiveError(
                 f"checkpoint {path}: {_difference(name, saved, value)}; use a new run folder or change it back"
@@ -120,13 +113,17 @@ def load_checkpoint(
         before, now = state["origin"].get(name), origin.get(name)
         if before != now:
             warn(f"checkpoint {path} was written with {name} = {before}, this run has {now}")
+    return state
+
+
+def load_checkpoint(path: Path, state: dict[str, Any], engine: Engine, world: World) -> None:
+    """Restore weights, optimizer and random state of the checkpoint at ``path``, whose `read_state` is given."""
     with PieceReader(piece_files(path)) as reader:
         engine.restore(reader, state["step"] - state["skipped_steps"])
     engine.skipped_steps = state["skipped_steps"]
     if world.rank < state["ranks"]:  # a rank that was not there goes on from its seed
         mine = torch.load(path / random_file_name(world.rank), weights_only=True)
         restore_random_state(mine["random"])
-    return state["step"], state["loader"]
 
 
 def save_model(folder: Path, engine: Engine, processor: Any, world: World, attempt: Attempt) -> None:

@@ -141,8 +141,8 @@ def _stage_checkpoints(stage: Path) -> list[CheckpointInfo]:
 
 def _describe(path: Path, faults: list[str], resumes: bool) -> CheckpointInfo:
     try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError):
+        state = dict(json.loads((path / "state.json").read_text()))
+    except (OSError, ValueError, TypeError):
         state = {}
     files = [file for file in path.iterdir() if file.is_file()]
     return CheckpointInfo(

@@ -4,7 +4,8 @@ Every line has ``event`` and ``step`` (optimizer steps done). Events: ``start`` 
 ``train`` (the keys of `TRAIN_KEYS`), ``validation`` (``loss``, ``text_loss``), ``answers`` (``share`` of questions),
 ``maps`` (gradient norms by encoder block: ``block_grad_norms`` of the step's batch, ``sample_grad_norms`` of the
 held-out sample), ``checkpoint`` (``blocked_seconds`` that training stood still, ``seconds`` in all, ``failed``: why
-there is none), ``skipped_step`` (``sample_ids`` of every rank), ``bad_samples`` (``samples``: id and reason), ``end``.
+there is none), ``skipped_step`` (``sample_ids`` of every rank), ``bad_samples`` (``samples``: id and reason), ``stop``
+(as asked, by the file or the time), ``end``.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from hive_ds.data.loader import build_loader
 from hive_ds.errors import HiveError
 from hive_ds.files import write_whole
 from hive_ds.processing import HiveProcessor
-from hive_ds.training.attempt import Attempt
 from hive_ds.training.device_memory import DeviceMemory, device_memory
 from hive_ds.training.distributed import from_main, min_over_ranks
 from hive_ds.training.engine import Engine
@@ -83,7 +82,6 @@ def auto_micro_batch(
     recipe: Recipe,
     folder: StageFolder,
     processor: HiveProcessor,
-    attempt: Attempt,
     say: Callable[[str], None],
 ) -> int:
     """The largest micro-batch that fits, or what an earlier start on the same ranks and devices has found.
@@ -93,7 +91,6 @@ def auto_micro_batch(
         recipe: of the run.
         folder: of the stage; what is found is written to it.
         processor: of the model.
-        attempt: this one.
         say: prints on rank 0.
 
     Raises:
@@ -122,7 +119,6 @@ def auto_micro_batch(
         )
     say(describe(found, sizes))
     if world.is_main:
-        attempt.check()
         write_whole(folder.micro_batch, _as_record(found, chosen.size, setting))
     return chosen.size
 

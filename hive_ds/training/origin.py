@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from hive_ds.config import Recipe
+from hive_ds.errors import told_as
 from hive_ds.recipe import dump_recipe
 from hive_ds.stages import VLM_STAGES, Stage
 from hive_ds.versions import installed_versions
@@ -26,7 +27,9 @@ def changed_values(written: Path, recipe: Recipe, stage: Stage) -> list[str]:
     """
     if not written.is_file():
         return []
-    before, now = (flatten("recipe", yaml.safe_load(text)) for text in (written.read_text(), dump_recipe(recipe)))
+    with told_as(str(written), "the recipe that training leaves there"):
+        before = flatten("recipe", yaml.safe_load(written.read_text()))
+    now = flatten("recipe", yaml.safe_load(dump_recipe(recipe)))
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     others = ("recipe.stages.",) if stage in VLM_STAGES else ("recipe.stages.", "recipe.vlm.")
     return [

@@ -28,14 +28,13 @@ from hive_ds.model.loading import (
 from hive_ds.model.routes import early_end
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import HIVE_STAGES, VLM_STAGES
-from hive_ds.training.attempt import Attempt
 from hive_ds.training.distributed import World, from_main
 from hive_ds.training.origin import changed_bases
 from hive_ds.training.run_folder import StageFolder
 
 
 def start_model(
-    recipe: Recipe, folder: StageFolder, world: World, attempt: Attempt, say: Callable[[str], None]
+    recipe: Recipe, folder: StageFolder, world: World, say: Callable[[str], None]
 ) -> tuple[TrainedModel, HiveProcessor]:
     """The model that the stage of ``folder`` starts with, and its processor; every rank calls it.
 
@@ -45,7 +44,7 @@ def start_model(
         HiveError: an earlier stage is not finished, a model is missing or does not fit the recipe.
     """
     judges = folder.stage.number in [stage.number for stage in VLM_STAGES]
-    section = recipe.vlm_model(_encoder_source(recipe, folder, world, attempt, say)) if judges else recipe.model
+    section = recipe.vlm_model(_encoder_source(recipe, folder, world, say)) if judges else recipe.model
     weights = folder.start_weights()
     processor = _processor(recipe, folder, section, weights)
     torch.manual_seed(recipe.training.seed)
@@ -99,9 +98,7 @@ def _processor(recipe: Recipe, folder: StageFolder, section: ModelConfig, weight
     return HiveProcessor(with_aspect(parts.image_processor, data.image_aspect), parts.tokenizer, data.image_position)
 
 
-def _encoder_source(
-    recipe: Recipe, folder: StageFolder, world: World, attempt: Attempt, say: Callable[[str], None]
-) -> str:
+def _encoder_source(recipe: Recipe, folder: StageFolder, world: World, say: Callable[[str], None]) -> str:
     """The encoder that stages 4 and 5 judge: the recipe's, or the run's own, exported if that is not done yet.
 
     Raises:
@@ -113,7 +110,6 @@ def _encoder_source(
     last = max(stage.number for stage in HIVE_STAGES if stage.name in recipe.stages)
     trained = folder.model_of(last)
     if world.is_main:
-        attempt.check()
         if not (folder.encoder / "config.json").is_file():
             report = export_encoder(trained, folder.encoder)
             say(f"{report.folder}: exported, features equal to {report.largest_difference:.1e}")

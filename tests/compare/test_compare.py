@@ -72,6 +72,10 @@ def test_another_preset_is_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(HiveError, match="was made with made None, not"):
         Comparison(tmp_path, SMOKE).run()
+    for damaged in ("", "[1]", '{"made": '):
+        (tmp_path / "settings.json").write_text(damaged)
+        with pytest.raises(HiveError, match=r"settings.json: .*; expected what the folder was made with; choose"):
+            Comparison(tmp_path, SMOKE).run()
 
 
 @pytest.mark.long

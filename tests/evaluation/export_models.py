@@ -36,9 +36,9 @@ def save_hive(folder: Path, family: str = "siglip", **changes: object) -> HiveFo
     return model
 
 
-def randomize(module: torch.nn.Module) -> None:
+def randomize(module: torch.nn.Module, seed: int = 7) -> None:
     """Draw every parameter."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name))

@@ -28,9 +28,9 @@ from hive_ds.evaluation.benchmarks.run import Request, evaluate
 from hive_ds.evaluation.benchmarks.runner import load_tasks, run_model
 from hive_ds.evaluation.benchmarks.self_test import run_self_tests
 from hive_ds.evaluation.benchmarks.stand_ins import StandIn
-from hive_ds.evaluation.checkpoints import load_checkpoint, model_sha256
+from hive_ds.evaluation.checkpoints import load_checkpoint
 from hive_ds.export.encoder import export_encoder
-from hive_ds.model.identity import folder_sha256
+from hive_ds.model.identity import folder_sha256, model_sha256
 
 ALL = ",".join(BENCHMARKS)
 QUESTIONS = {"mme": 30, "gqa": 4, "ok_vqa": 4, "scienceqa": 5, "scienceqa_img": 3, "textvqa_val": 4, "pope": 6}

@@ -12,12 +12,12 @@ from export_models import save_hive
 from hive_ds.cli import main
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder
-from hive_ds.export.run_facts import licences, read_stage, training_versions
+from hive_ds.export.run_facts import licences, read_stage
 from hive_ds.model.identity import folder_sha256
 from hive_ds.recipe import dump_recipe, load_recipe
 
 RECIPE = "hive-siglip-so400m-qwen2-0.5b"
-START = {"event": "start", "ranks": 4, "device": "NVIDIA H200", "matmul_flops_per_second": 1e12}
+START = {"event": "start", "ranks": 4, "device": "NVIDIA H200", "matmul_flops_per_second": 1e12, "versions": {}}
 
 
 def train(step: int, seconds: float, mfu: float) -> dict:
@@ -41,14 +41,11 @@ def make_run(run: Path) -> Path:
         {**START, "step": 0},
         train(10, 3.0, 0.4),
         train(20, 1.0, 0.5),
-        {**START, "step": 20, "ranks": 2},
+        {**START, "step": 20, "ranks": 2, "versions": {"torch": "9.8.7"}},
         {"event": "checkpoint", "step": 25, "seconds": 100.0},
         train(30, 2.0, 0.25),
     ]
     (stage / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "tr')
-    checkpoint = stage / "checkpoints" / "step-000025"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"origin": {"version.torch": "9.8.7", "recipe.name": "x"}}))
     return run
 
 
@@ -101,7 +98,7 @@ def test_scores_of_another_encoder_are_refused(tmp_path) -> None:
     run = make_run(tmp_path / "run")
     file = tmp_path / "mine.json"
     file.write_text(results("0" * 64, 0.5))
-    with pytest.raises(HiveError, match="of an encoder with sha256 0000"):
+    with pytest.raises(HiveError, match="its vision_encoder_sha256 is 0000"):
         export_encoder(run, tmp_path / "out", scores=file)
     file.write_text("{")
     with pytest.raises(HiveError, match="expected a JSON file"):
@@ -154,9 +151,29 @@ def test_a_model_outside_of_a_run_says_so(tmp_path) -> None:
     assert "lies in no run: its recipe is not known" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_versions_are_those_of_the_newest_checkpoint(tmp_path: Path) -> None:
-    for name, version in {"step-999999": "1", "step-1000000": "2", "step-1000000.bak": "3"}.items():
-        folder = tmp_path / "checkpoints" / name
-        folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps({"origin": {"version.torch": version}}))
-    assert training_versions(tmp_path) == {"torch": "2"}
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("stage3/recipe.yaml", ""),
+        ("stage3/recipe.yaml", "name: [a"),
+        ("stage3/recipe.yaml", "[1]"),
+        ("stage3/recipe.yaml", "name: a\nmodel: 3\n"),
+        ("stage3/recipe.yaml", "\0\x01"),
+        ("stage3/metrics.jsonl", '{"event": "start"}\n{"event": "train"}\n'),
+        ("stage3/metrics.jsonl", '{"event": "start", "step": 0}\n'),
+        ("eval/results.json", "{"),
+        ("eval/results.json", '{"vision_encoder_sha256": "SHA", "benchmarks": [1]}'),
+        ("eval/results.json", '{"vision_encoder_sha256": "SHA", "benchmarks": {"gqa": {"scores": [{}]}}}'),
+    ],
+)
+def test_damaged_files_of_the_run_are_named(tmp_path: Path, capsys, file: str, text: str) -> None:
+    run = make_run(tmp_path / "run")
+    damaged = run / file
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_text(text.replace("SHA", folder_sha256(run / "stage3" / "model")))
+    assert main(["export", "encoder", str(run), str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert f"{file}: " in line
+    assert "; expected " in line
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from hive_ds.data.text import prepare_tokenizer, render_chat
 from hive_ds.errors import HiveError
 from hive_ds.export import export_vlm, vlm
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config, processor_values
-from hive_ds.model.identity import folder_sha256, weights_sha256
+from hive_ds.model.identity import folder_sha256, model_sha256, weights_sha256
+from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
 
 
@@ -95,6 +97,43 @@ def test_the_card_says_how_to_ask(tmp_path, monkeypatch) -> None:
     exec(code.replace("(**inputs)", "(**inputs, max_new_tokens=3, pad_token_id=0)"), names)
     assert names["answer"].shape == (3,)
     assert len(report.answers) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", "model has no config.json of a model: "),
+        ("generation_config.json", "model/generation_config.json: .*; expected the JSON object that training writes"),
+    ],
+)
+def test_damaged_configs_are_named(file: str, message: str, tmp_path) -> None:
+    save_vlm(tmp_path / "model")
+    for damaged in (b"", b"{", b"[1]", b"null", b"\xff"):
+        (tmp_path / "model" / file).write_bytes(damaged)
+        with pytest.raises(HiveError, match=message):
+            export_vlm(tmp_path / "model", tmp_path / "out")
+
+
+def test_the_card_shows_scores_of_this_model_alone(tmp_path) -> None:
+    """Stages 4 and 5 of a run are two models around one encoder; the other one was judged in bf16, as this one was."""
+    models = {number: save_vlm(tmp_path / f"stage{number}" / "model") for number in (4, 5)}
+    randomize(models[4].projector, seed=8)
+    models[4].save_pretrained(tmp_path / "stage4" / "model")
+    for number, value in ((4, 0.25), (5, 0.75)):
+        (tmp_path / f"stage{number}" / "DONE").touch()
+        judged = load_any(tmp_path / f"stage{number}" / "model", torch.bfloat16)
+        scores = [{"name": "accuracy", "value": value, "maximum": 1}]
+        found = {"prompt_version": "gqa-2", "samples": 2, "available": 5, "scores": scores}
+        file = tmp_path / f"eval{number}" / "results.json"
+        file.parent.mkdir()
+        record = {"weights_sha256": model_sha256(judged), "vision_encoder_sha256": judged.config.vision_sha256}
+        file.write_text(json.dumps({**record, "benchmarks": {"gqa": found}}))
+    export_vlm(tmp_path, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| eval5/results.json | gqa | gqa-2 | 2 of 5 | accuracy | 0.75 | 1 |" in card
+    assert "0.25" not in card
+    with pytest.raises(HiveError, match=r"eval4/results.json: its weights_sha256 is \w+; expected \w+ or \w+"):
+        export_vlm(tmp_path, tmp_path / "again", scores=tmp_path / "eval4" / "results.json")
 
 
 @pytest.mark.parametrize("kind", ["chatml", "qwen3", "llama2", "llama3"])

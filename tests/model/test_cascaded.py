@@ -146,6 +146,13 @@ def test_lengths_count_what_is_returned_and_a_dict_holds_it() -> None:
     assert torch.equal(found.sequences, whole)
 
 
+def test_without_a_length_twenty_tokens_are_written() -> None:
+    """As transformers does for prompts of tokens; the two images of a prompt take more places than that."""
+    model, options = tiny_cascaded(), {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    batch = padded("left")
+    assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, max_new_tokens=20))
+
+
 def test_images_reach_the_texts_after_them_alone() -> None:
     """Another picture moves the logits from its offset on, in its own sample; the text's own ones stay to the bit."""
     model = tiny_cascaded()

@@ -86,7 +86,7 @@ def troubled() -> list[dict[str, Any]]:
         *lines,
         {"event": "skipped_step", "step": 21, "sample_ids": [["s7"], ["s8"]], "grad_norms": {}},
         {"event": "bad_samples", "step": 30, "samples": [{"id": "b1", "reason": "truncated <file>"}]},
-        {"event": "checkpoint", "step": 40, "seconds": 1.0, "blocked_seconds": 0.1, "failed": "no space left"},
+        {"event": "checkpoint", "step": 40, "time": 1.8e9, "blocked_seconds": 0.1, "failed": "no space left"},
     ]
 
 

@@ -69,6 +69,35 @@ def test_all_of_a_run_is_on_its_page(run: Path, capsys: pytest.CaptureFixture[st
     assert cost[4:] == ["2 x NVIDIA H200, 4 x NVIDIA H200", "0.417", "0.5", "600 T", "40.0 %", "3.25 GB"]
 
 
+def test_attempts_that_were_asked_to_stop_say_so(tmp_path: Path) -> None:
+    lines = [train(step, 9) for step in range(1, 4)]
+    stop = {"event": "stop", "step": 3, "time": 1.8e9}
+    # Stopped; gone on from there and killed before its next checkpoint; stopped once more.
+    events = [start(0), *lines, stop, start(3), start(3), train(4, 9), {**stop, "step": 4}]
+    write_stage(tmp_path / "run", 1, events, done=False)
+    page = render_report(read_runs([tmp_path / "run"]))
+    ended = [row[-1] for row in cells(page) if row[:2] == ["run", "1"] and len(row) == 7]
+    asked, broken, last = ended
+    assert asked == "stopped as asked; the next one went on from step 3"
+    assert broken == "broken off; the next one went on from step 3"
+    assert last == "stopped as asked at step 4"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ({"event": "train", "step": 7}, r"stage1/metrics.jsonl: KeyError: 'seconds_per_step'; expected lines that"),
+        ({"event": "start", "step": "x"}, r"stage1/metrics.jsonl: KeyError: 'ranks'; expected lines that"),
+        ({"event": "bad_samples", "step": 7}, r"report of \S+/run: KeyError: 'samples'; expected folders as training"),
+        ({"event": "validation", "loss": 1.0}, r"report of \S+/run: KeyError: 'step'; expected folders as training"),
+    ],
+)
+def test_lines_that_lack_something_are_one_line(tmp_path: Path, line: dict, named: str, capsys) -> None:
+    write_stage(tmp_path / "run", 1, [start(0), train(1, 9), line, train(8, 9)])
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert re.match(f"error: .*{named}", capsys.readouterr().err)
+
+
 def test_what_went_wrong_is_said(run: Path) -> None:
     page = render_report(read_runs([run]))
     for said in (
@@ -152,12 +181,14 @@ def test_runs_side_by_side(run: Path, tmp_path: Path) -> None:
 def test_a_run_that_lacks_files(tmp_path: Path) -> None:
     folder = tmp_path / "bare" / "stage3"
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text("not: [closed")
-    page = render_report(read_runs([tmp_path / "bare"]))
-    assert "nothing logged" in page
-    assert "No recipe.yaml could be read." in page
+    for damaged in (b"not: [closed", b"\xff\x00"):
+        (folder / "recipe.yaml").write_bytes(damaged)
+        page = render_report(read_runs([tmp_path / "bare"]))
+        assert "nothing logged" in page
+        assert "No recipe.yaml could be read." in page
     (folder / "recipe.yaml").unlink()
-    (folder / "metrics.jsonl").write_text('{"event": "start", "step": 0, "ranks": 1, "device": "cpu", "time": 1.0}\n')
+    begun = {**start(0), "ranks": 1, "device": "cpu"}
+    (folder / "metrics.jsonl").write_text(json.dumps(begun) + "\n")
     page = render_report(read_runs([tmp_path / "bare"]))
     assert "begun, nothing logged yet" in page
     assert "1 x cpu" in page

@@ -29,7 +29,7 @@ from hive_ds.config import TrainingConfig
 from hive_ds.model.weights import load_weights
 from hive_ds.stages import stage_by_number
 from hive_ds.training.attempt import Attempt
-from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, save_model
+from hive_ds.training.checkpoint import RunIdentity, load_checkpoint, newest_checkpoint, read_state, save_model
 from hive_ds.training.checkpoint_tools import reshard
 from hive_ds.training.checkpoint_writer import CheckpointWriter
 from hive_ds.training.distributed import barrier
@@ -97,7 +97,9 @@ def held_back(here: bool = True) -> Iterator[threading.Event]:
 def load(ranks: Any, path: Any, trainee: Any, identity: RunIdentity, warnings: list[str] | None = None) -> Any:
     warn = print if warnings is None else warnings.append
     origin = {"recipe.name": "one" if warnings is None else "two"}
-    return load_checkpoint(path, trainee.engine, identity, ranks.world, origin=origin, warn=warn)
+    state = read_state(path, trainee.engine, identity, origin=origin, warn=warn)
+    load_checkpoint(path, state, trainee.engine, ranks.world)
+    return state["step"], state["loader"]
 
 
 def check_hand_over(ranks: Any) -> None:

@@ -13,7 +13,7 @@ from zero_checks import hpz_policy
 
 from hive_ds.config import TrainingConfig
 from hive_ds.stages import stage_by_number
-from hive_ds.training.checkpoint import load_checkpoint, newest_checkpoint
+from hive_ds.training.checkpoint import load_checkpoint, newest_checkpoint, read_state
 from hive_ds.training.checkpoint_writer import CheckpointWriter
 
 STEPS = 2
@@ -43,7 +43,9 @@ def check_leg(ranks: Any) -> dict[str, list[list[float]]]:
         first = 0
         if leg:
             found = newest_checkpoint(place, ranks.world, print)
-            first, _ = load_checkpoint(found, trainee.engine, identity, ranks.world, origin={}, warn=print)
+            state = read_state(found, trainee.engine, identity, origin={}, warn=print)
+            load_checkpoint(found, state, trainee.engine, ranks.world)
+            first = state["step"]
             assert first == STEPS * leg
         rows[chain] = []
         for step in range(first, first + STEPS):

@@ -27,10 +27,10 @@ def write(values: dict[str, Any]) -> None:
         file.write(f"{json.dumps(values)}\n")
 
 
-def load_and_write(path: Path, engine: Any, identity: Any, world: Any, **options: Any) -> Any:
+def load_and_write(path: Path, state: Any, engine: Any, world: Any) -> None:
     if world.is_main:
         write({"resumed": path.name, "manifest": json.loads((path / "manifest.json").read_text())})
-    return load_checkpoint(path, engine, identity, world, **options)
+    load_checkpoint(path, state, engine, world)
 
 
 def train_and_write(job: Any, first_step: int) -> int:

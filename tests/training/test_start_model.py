@@ -43,9 +43,8 @@ def begin(tiny: TinyRun, run: str, number: int, *overrides: str) -> tuple[Any, A
     """Model and processor as the stage starts, and its folder."""
     recipe = load_recipe(tiny.root / "recipe.yaml", overrides)
     folder = StageFolder(tiny.root / run, stage_by_number(number, recipe.model.kind))
-    attempt = Attempt(folder.path, World())
-    attempt.sign()
-    return *start_model(recipe, folder, World(), attempt, print), folder
+    Attempt(folder.path, World()).make_folder()
+    return *start_model(recipe, folder, World(), print), folder
 
 
 def finish(model: Any, processor: Any, folder: StageFolder) -> None:

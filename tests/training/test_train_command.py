@@ -206,6 +206,7 @@ def test_stopped_by_a_file_and_gone_on(tiny: TinyRun) -> None:
     assert batch.format(1, 4, 8) in printed
     assert "training.seed" not in printed
     assert [line["step"] for line in tiny.metrics("stopped", 1, "train")] == [1, 2, 3]
+    assert [line["step"] for line in tiny.metrics("stopped", 1, "stop")] == [1]
 
 
 def test_stages_follow_one_another(tiny: TinyRun, pretrained: dict[int, str]) -> None:
@@ -282,6 +283,7 @@ def test_wrong_input_is_one_line(
     (line,) = [line for line in errors.splitlines() if "error" in line]
     assert re.match(f"error: {message}", line), line
     assert "Traceback" not in errors
+    assert not list((tiny.root / "wrong").rglob("attempt")), "a run that trains there would end"
 
 
 def test_checkpoint_of_another_run_is_refused(
@@ -296,7 +298,7 @@ def test_checkpoint_of_another_run_is_refused(
     ended = run_forked("hive_ds.train:main", fewer, tiny.environment(), 1, timeout=240)
     assert ended.returncode == 2, ended.stderr
     assert "its checkpoint has 12 steps, more than the stage's 6" in ended.stderr
-    for name in ("recipe.yaml", "ds_config.json"):  # of what the checkpoint was trained with
+    for name in ("attempt", "recipe.yaml", "ds_config.json"):  # of what the checkpoint was trained with
         assert (tiny.root / "unfinished" / "stage1" / name).read_text() == (folder / name).read_text(), name
 
 

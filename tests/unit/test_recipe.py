@@ -276,6 +276,13 @@ BAD_FILES = {
 }
 
 
+def test_a_chain_of_bases_without_end_is_named(tmp_path: Path):
+    for number in range(1500):
+        (tmp_path / f"r{number}.yaml").write_text(f"base: ./r{number + 1}.yaml\n")
+    with pytest.raises(HiveError, match=r"recipe r0.yaml: more than 100 bases upon one another; expected few"):
+        load_recipe(tmp_path / "r0.yaml")
+
+
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_wrong_file_is_named(case: str, tmp_path: Path):
     text, expected = BAD_FILES[case]

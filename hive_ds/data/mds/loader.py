@@ -105,8 +105,7 @@ class SampleLoader(StreamingDataLoader):
         The number of ranks, of workers and the micro-batch may differ from the run that saved it.
         """
         for name, value in self._identity().items():
-            saved = state.get(name, value)  # an older position says less
-            if saved != value:
+            if (saved := state.get(name)) != value:
                 raise HiveError(f"data position saved with {name} {saved}, but the run has {value}")
         self._epoch, self._start, self.num_samples_yielded = state["epoch"], state["samples"], 0
 

@@ -17,8 +17,9 @@ from hive_ds.evaluation.benchmarks.checkpoint_model import CheckpointModel
 from hive_ds.evaluation.benchmarks.local_data import describe_files
 from hive_ds.evaluation.benchmarks.runner import Outcome
 from hive_ds.evaluation.benchmarks.self_test import SelfTest
-from hive_ds.evaluation.checkpoints import model_sha256, tower_sha256
+from hive_ds.evaluation.checkpoints import tower_sha256
 from hive_ds.files import must_write, write_whole
+from hive_ds.model.identity import model_sha256
 
 RESULTS = "results.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lmms-eval", "accelerate", "pillow", "numpy")
