@@ -101,6 +101,7 @@ def _rank(entry: str, arguments: list[str], variables: dict[str, str], outputs: 
     os.environ.clear()
     os.environ.update(variables)
     tempfile.tempdir = None  # read from TMPDIR again
+    multiprocessing.set_start_method("fork", force=True)  # of its loader's workers, as in a process of its own
     module, function = entry.split(":")
     try:
         sys.exit(getattr(importlib.import_module(module), function)(arguments))
