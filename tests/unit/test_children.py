@@ -19,8 +19,11 @@ COMMAND = """
 import os, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from hive_ds import children
 from hive_ds.children import Programs, process_pool
 from hive_ds.errors import run_command
+
+children._GRACE = 1.0  # seconds that are waited for one that ignores SIGTERM
 
 def nap(name):
     Path(name).touch()
