@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked import start_rank
 from full_disk import full_disk
 from safetensors.torch import load_file
 from tiny_data import make_image_processor, make_tokenizer
@@ -28,8 +29,6 @@ from hive_ds.training.checkpoint import newest_checkpoint, save_model
 from hive_ds.training.checkpoint_files import aside_of, faults_of, publish, remove_old, step_folders
 from hive_ds.training.checkpoint_tools import reshard
 from hive_ds.training.distributed import World, start, stop
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -91,9 +90,11 @@ def access(path: Path) -> int:
 
 def test_sigkill_at_every_write_point(tmp_path: Path) -> None:
     """Row 11: what has its name is whole, whenever the process is killed, and the next save clears the rest away."""
-    done = subprocess.run([sys.executable, HERE / "write_points.py", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    points = sorted(int(path.name) for path in tmp_path.iterdir() if path.name != "base")
+    output = tmp_path / "output"
+    process = start_rank("write_points:main", [str(tmp_path)], os.environ, [output, output])
+    process.join(400)
+    assert process.exitcode == 0, output.read_text()
+    points = sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
     assert points == list(range(1, len(points) + 1))
     seen = set()
     for point in points:

@@ -1,4 +1,4 @@
-"""Kill a process that saves at each file operation of the save in turn: ``write_points.py FOLDER``.
+"""Kill a process that saves at each file operation of the save in turn: ``main([FOLDER])``.
 
 Below FOLDER, ``N/killed`` is what a kill at the Nth operation left, ``N/after`` the same after another process has
 saved the next checkpoint there.
@@ -73,7 +73,8 @@ def kill_at(number: int, folder: Path) -> None:
     sys.addaudithook(watch)
 
 
-def main(folder: Path) -> None:
+def main(arguments: list[str]) -> None:
+    folder = Path(arguments[0])
     assert save(folder / "base", 1, 2) == 0
     for number in count(1):
         killed, after = folder / str(number) / "killed", folder / str(number) / "after"
@@ -85,7 +86,3 @@ def main(folder: Path) -> None:
         assert code == -signal.SIGKILL, code
         shutil.copytree(killed, after)
         assert save(after, 4) == 0
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
