@@ -1,4 +1,4 @@
-"""The trainer with a fault planted in one rank: ``torchrun ... -m planted ARGUMENTS``, as ``hive_ds.train``.
+"""The trainer with a fault planted in one rank: ``torchrun ... -m planted ARGUMENTS`` or ``main(ARGUMENTS)``.
 
 HIVE_PLANT is ``FAULT RANK STEP``: what goes wrong, and where. It does in the first forward pass of that step, in
 `MODULE`. The rank also waits for its data in every step; all ranks are taken to compute alike, as those that share busy
@@ -36,7 +36,9 @@ def raise_error() -> None:
 
 def kill_a_worker() -> None:
     """As the kernel's out-of-memory killer does."""
-    workers = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "planted"], capture_output=True, text=True)
+    workers = subprocess.run(
+        ["pgrep", "-P", str(os.getpid()), "-f", "planted|forkserver"], capture_output=True, text=True
+    )
     os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
     time.sleep(60)  # the signal that a child has died ends it
 
@@ -74,7 +76,7 @@ def slow_data(seconds: float) -> None:
     step_sums.next = slow_next  # type: ignore[attr-defined]
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
     watchdog.ANSWER_SECONDS = 3.0
     pace.SLOW_SECONDS, pace.SLOW_LINES = 0.0, 3
     pace.matmul_times = lambda device, dtype: [1.0]
@@ -82,4 +84,8 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") == rank:
         slow_data(0.5)
         plant(fault, int(step))
-    leave(train.main(sys.argv[1:]))
+    leave(train.main(arguments))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

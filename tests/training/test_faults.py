@@ -86,24 +86,40 @@ def test_stopped_rank_is_named_and_gone_on_from(tiny: TinyRun, undisturbed: None
     check_resumes(tiny, "stopped-rank")
 
 
-@pytest.mark.parametrize(
-    ("fault", "launcher", "message"),
-    [
-        ("kill_a_worker", "torchrun", r"DataLoader worker \(pid \d+\) is killed by signal: Killed\..* lower data\."),
-        pytest.param("raise_error", "deepspeed", "planted error;", marks=pytest.mark.long),
-    ],
-)
-def test_error_of_one_rank_ends_all(tiny: TinyRun, fault: str, launcher: str, message: str) -> None:
-    done = tiny.train(1, fault, "--set", "data.num_workers=1", launcher=launcher, plant=f"{fault} 1 2")
+KILLED = r"DataLoader worker \(pid \d+\) is killed by signal: Killed\..* lower data\."
+ONE_WORKER = ("--set", "data.num_workers=1")
+
+
+def check_error_of_rank_1(output: str, message: str, planted: Path) -> None:
+    """That ``output`` names it, once, and that all ranks have ended soon after the time that ``planted`` holds."""
     ended = time.time()
-    assert done.returncode == 1, done.stderr
-    output = done.stdout + done.stderr
     (line,) = (line for line in output.splitlines() if line.startswith("error:"))
     where = rf"at step 2, forward, module {re.escape(MODULE)}, samples \[.*\]"
     assert re.fullmatch(rf"error: rank 1 on {HOST}: RuntimeError: {message}.*{where}", line), line
+    assert ended - float(planted.read_text()) < 15
+
+
+def test_error_of_one_rank_is_said_once(tiny: TinyRun) -> None:
+    env = tiny.environment() | {"HIVE_PLANT": "kill_a_worker 1 2"}
+    done = run_forked("planted:main", tiny.arguments(1, "killed-worker", *ONE_WORKER), env, 2, timeout=240)
+    assert done.returncode == 1, done.stderr
+    output = done.stdout + done.stderr
+    check_error_of_rank_1(output, KILLED, tiny.root / "killed-worker" / "planted")
+    assert output.count("Traceback (most recent call last)") == 1, output
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fault", "launcher", "message"),
+    [("kill_a_worker", "torchrun", KILLED), ("raise_error", "deepspeed", "planted error;")],
+)
+def test_error_of_one_rank_ends_all(tiny: TinyRun, fault: str, launcher: str, message: str) -> None:
+    done = tiny.train(1, fault, *ONE_WORKER, launcher=launcher, plant=f"{fault} 1 2")
+    assert done.returncode == 1, done.stderr
+    output = done.stdout + done.stderr
+    check_error_of_rank_1(output, message, tiny.root / fault / "planted")
     # One of the ranks'; torchrun adds its own.
     assert output.count("Traceback (most recent call last)") == 1 + (launcher == "torchrun"), output
-    assert ended - float((tiny.root / fault / "planted").read_text()) < 15
 
 
 def test_two_ranks_report_one_line_and_exit_with_two(tiny: TinyRun) -> None:
