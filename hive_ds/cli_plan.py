@@ -61,16 +61,21 @@ def _run(args: argparse.Namespace) -> None:
     for name, share in shares.items():
         if not 0 < share <= 1:
             raise HiveError(f"--{name} {share}: expected a share above 0, at most 1")
+    from hive_ds.cost.ledger import stages_of
     from hive_ds.files import write_whole
     from hive_ds.planning.plan import count_samples, plan_profiles, scaling, steps_of
     from hive_ds.planning.report import PlanReport, draw_scaling
     from hive_ds.planning.stage_model import StageModel
     from hive_ds.planning.timing import Assumptions, Cluster
     from hive_ds.recipe import load_recipe
+    from hive_ds.training.global_batch import micro_batches
     from hive_ds.versions import made_with
 
     cluster = Cluster(args.nodes, args.gpus_per_node, gpu_named(args.gpu), network_named(args.network))
     recipe, assumed = load_recipe(args.recipe, args.overrides), Assumptions(**shares)
+    for stage in stages_of(recipe):
+        if stage.number == args.stage:
+            micro_batches(recipe.stages[stage.name], cluster.ranks)  # refused before the model is counted, in seconds
     model = StageModel.of(recipe, args.stage, args.text_length)
     samples = args.samples or count_samples(recipe.data_of(model.plan.stage.name).train)
     plans, steps = plan_profiles(model, cluster, assumed), steps_of(model, samples)
