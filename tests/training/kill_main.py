@@ -18,13 +18,15 @@ import hive_ds.train
 import hive_ds.training.loop as loop
 from hive_ds.training.distributed import all_values, sum_over_ranks
 
-FILE = Path(sys.argv[1])
 run_loop, run_micro_batches, load_checkpoint = loop.train, loop.run_micro_batches, hive_ds.train.load_checkpoint
 
 
+file = Path()
+
+
 def write(values: dict[str, Any]) -> None:
-    with FILE.open("a") as file:
-        file.write(f"{json.dumps(values)}\n")
+    with file.open("a") as lines:
+        lines.write(f"{json.dumps(values)}\n")
 
 
 def load_and_write(path: Path, state: Any, engine: Any, world: Any) -> None:
@@ -48,8 +50,13 @@ def train_and_write(job: Any, first_step: int) -> int:
     return run_loop(job, first_step)
 
 
-hive_ds.train.load_checkpoint = load_and_write
-hive_ds.train.run_loop = train_and_write
+def main(arguments: list[str]) -> int:
+    global file
+    file = Path(arguments[0])
+    hive_ds.train.load_checkpoint = load_and_write
+    hive_ds.train.run_loop = train_and_write
+    return hive_ds.train.main(arguments[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(hive_ds.train.main(sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forked import run_forked
 from tiny_run import TinyRun
 
 from hive_ds.children import processes_with
@@ -59,27 +59,33 @@ class KilledRun:
     def log(self) -> Path:
         return self.tiny.root / f"{self.name}.log"
 
-    def command(self, options: Sequence[str]) -> list[str]:
-        """The training command."""
+    def arguments(self, *options: str) -> list[str]:
+        """Of `kill_main`."""
         values = (
             f"stages.connector_pretraining.steps={self.steps}",
             *("training.checkpoint_interval=1", "training.keep_checkpoints=3", "training.validation_interval=0"),
             *("training.tensorboard=false", "model.gradient_checkpointing=false", "data.max_bad_share=1"),
         )
-        options = [*(part for value in values for part in ("--set", value)), *options]
+        changed = [part for value in values for part in ("--set", value)]
+        return [str(self.record), *self.tiny.arguments(1, self.name, *changed, *options)]
+
+    def train(self, *options: str) -> None:
+        """Train without a kill; ``options`` are the trainer's."""
+        arguments, env = self.arguments(*options), self.tiny.environment()
+        done = run_forked("kill_main:main", arguments, env, self.ranks, PATIENCE + self.steps)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def train_and_kill(self, seed: int, kills: int) -> None:
+        """Train under the supervisor, and kill so often."""
         launcher = [sys.executable]
         if self.ranks > 1:
             launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={self.ranks}", "--standalone"]
-        return [*launcher, str(MAIN), str(self.record), *self.tiny.arguments(1, self.name, *options)]
-
-    def train(self, seed: int, kills: int, options: Sequence[str] = ()) -> None:
-        """Train under the supervisor, and kill so often; ``options`` are the trainer's."""
         supervise = [sys.executable, "-c", "import sys; from hive_ds.cli import main; sys.exit(main())", "supervise"]
         limits = ["--restarts", str(kills), "--failures", str(kills + 1), "--pause", "0"]
         drawn = random.Random(seed)
         with self.log.open("w") as output:
             process = subprocess.Popen(
-                [*supervise, *limits, "--", *self.command(options)],
+                [*supervise, *limits, "--", *launcher, str(MAIN), *self.arguments()],
                 stdout=output,
                 stderr=output,
                 env=self.tiny.environment(),

@@ -28,9 +28,9 @@ SAME = ("step", "loss", "lr", "grad_norms", "samples")
 def test_killed_at_random_moments_equals_straight(ranks: int, kills: int, tmp_path: Path) -> None:
     tiny = TinyRun.make(tmp_path)
     straight = KilledRun(tiny, NAMES[0], ranks, STEPS_A_KILL * kills)
-    straight.train(seed=0, kills=0, options=("--set", "training.keep_every=1"))
+    straight.train("--set", "training.keep_every=1")
     killed = replace(straight, name=NAMES[1], hits=Counter())
-    killed.train(seed=kills, kills=kills)
+    killed.train_and_kill(seed=kills, kills=kills)
     print(f"\n{kills} kills on {ranks} ranks hit: {dict(killed.hits)}")
     assert sum(killed.hits.values()) == kills
 
