@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx.experimental import _config
@@ -30,31 +29,38 @@ class CountedStep:
 def count_step(model: TrainedModel, workload: Workload) -> CountedStep:
     """Count a step of ``model``, on the meta device with its stage planned; its gradients are cleared afterwards."""
     with FlopCounterMode(display=False) as ran:
-        watch_step(model, workload)
+        run_step(model, workload)
     counts = ran.get_flop_counts()["Global"]
     total = float(sum(counts.values()))
     repeated = sum(counts.get(op, 0) for op in ATTENTION_BACKWARD) / 5
     return CountedStep(total, total - repeated)
 
 
+def run_step(model: TrainedModel, workload: Workload) -> None:
+    """Forward and backward of such a step, for those that count in their own way."""
+    _run(model, _inputs(model, workload))
+
+
 def watch_step(model: TrainedModel, workload: Workload) -> MemoryWatch:
     """Follow the memory of such a step: by itself, for the FLOP counter's hooks keep alive what checkpointing frees."""
-    attend_on_meta(model, workload.size(model))
-    inputs = workload.inputs(model, torch.device("meta"))
+    inputs = _inputs(model, workload)
     watch = MemoryWatch([*model.parameters(), *model.buffers(), inputs["input_ids"], inputs["pixel_values"]])
     hooks = watch.follow_gradients(model.parameters())
-    with _every_token_counts(), one_sequence_a_row(), watch:
-        model(**inputs).loss.backward()
+    with watch:
+        _run(model, inputs)
     for hook in hooks:
         hook.remove()
-    model.zero_grad()
     return watch
 
 
-@contextmanager
-def _every_token_counts() -> Iterator[None]:
-    """Indexing by a mask takes everything: on the meta device a mask holds no values."""
-    with _config.patch(  # type: ignore[attr-defined]
-        meta_nonzero_assume_all_nonzero=True
-    ):
-        yield
+def _inputs(model: TrainedModel, workload: Workload) -> dict[str, Any]:
+    attend_on_meta(model, workload.size(model))
+    return workload.inputs(model, torch.device("meta"))
+
+
+def _run(model: TrainedModel, inputs: dict[str, Any]) -> None:
+    # Indexing by a mask takes everything: on the meta device a mask holds no values.
+    every_token_counts = _config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+    with every_token_counts, one_sequence_a_row():
+        model(**inputs).loss.backward()
+    model.zero_grad()

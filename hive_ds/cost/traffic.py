@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from hive_ds.cost.counted import watch_step
+from hive_ds.cost.counted import run_step
 from hive_ds.cost.workload import Workload
 from hive_ds.model.attention_backends import TrainedModel
 
@@ -44,7 +44,7 @@ class Traffic:
 def count_traffic(model: TrainedModel, workload: Workload) -> dict[str, Traffic]:
     """Count a micro-batch of ``model``, on the meta device with its stage planned, by `PARTS`."""
     with TrafficWatch(model) as watch:
-        watch_step(model, workload)
+        run_step(model, workload)
     return watch.parts
 
 

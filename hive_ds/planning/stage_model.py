@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hive_ds.config import Recipe, StageConfig
-from hive_ds.cost.counted import watch_step
+from hive_ds.cost.counted import run_step, watch_step
 from hive_ds.cost.memory import ModelStates, model_state_bytes, weight_bytes, zero_buffer_bytes
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
@@ -45,7 +45,7 @@ class StageModel:
         watches = [watch_step(model, workload) for workload in (one, two)]
         peaks = [watch.peak for watch in watches]
         with recorded(model) as trace:  # by itself: what it hangs on keeps activations alive
-            watch_step(model, one)
+            run_step(model, one)
         return cls(
             config=recipe.stages[plan.stage.name],
             plan=plan,
