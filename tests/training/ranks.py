@@ -83,6 +83,8 @@ class Ranks:
     world: Any
     device: Any
     folder: Path
+    frozen: int
+    """Objects that collections left out when the ranks had met."""
 
 
 def main(arguments: list[str]) -> int:
@@ -95,7 +97,7 @@ def main(arguments: list[str]) -> int:
     checks = [getattr(importlib.import_module(module), check) for module, check in (name.split(".") for name in names)]
     world = read_world(os.environ)
     timeout = timedelta(seconds=60)  # ranks out of step end the launch, not the tests' patience
-    ranks = Ranks(world, start(world, timeout), Path(folder))
+    ranks = Ranks(world, start(world, timeout), Path(folder), gc.get_freeze_count())
     torch.set_printoptions(threshold=0, edgeitems=1)  # the start of ZeRO-3 prints all weights, to nobody
     for name, check in zip(names, checks, strict=True):
         error, value = None, None
