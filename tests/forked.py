@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from torch.distributed import TCPStore
+from tqdm import tqdm
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -101,6 +103,7 @@ def _rank(entry: str, arguments: list[str], variables: dict[str, str], outputs: 
     os.environ.clear()
     os.environ.update(variables)
     tempfile.tempdir = None  # read from TMPDIR again
+    tqdm.set_lock(threading.RLock())  # its own is shared by all that this server forks; one may be killed holding it
     multiprocessing.set_start_method("fork", force=True)  # of its loader's workers, as in a process of its own
     module, function = entry.split(":")
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from corpus import make_source, tree
+from tqdm import tqdm
 
 from hive_ds.data.convert import convert
 from hive_ds.data.convert_options import ConvertOptions
@@ -33,6 +34,7 @@ def kill_and_go_on(source: LlavaSource, out: Path, options: ConvertOptions, rng:
             code = 1
             try:
                 os.setpgid(0, 0)
+                tqdm.set_lock(threading.RLock())  # its own is shared with this process, which would wait for the dead
                 with contextlib.redirect_stderr(io.StringIO()):
                     convert(source, out, options)
                 code = 0

@@ -217,7 +217,7 @@ WRONG_COMMANDS = {
     "a digit that is no number": (["{tmp}/base", "--blocks", "²"], "blocks '²': expected numbers or one of"),
     "no weight": (["{tmp}/base", "--l2", "nan"], "linear probe: l2 is nan, expected a number above 0"),
     "k": (["{tmp}/base", "--head", "knn", "--k", "31"], "kNN probe: k is 31, expected at most the 30 training images"),
-    "seeds": (["{tmp}/base", "--seeds", "0"], "seeds (): expected at least one"),
+    "seeds": (["{tmp}/base", "--seeds", "0"], "seeds: none; expected at least one, each once"),
     "workers": (["{tmp}/base", "--workers", "-1"], "batch size 64, workers -1: expected at least 1 and 0"),
 }
 
