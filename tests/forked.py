@@ -6,9 +6,11 @@ For tests that are not about launchers. Variables, output and exit codes are tho
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -72,13 +74,19 @@ def run_forked(
             variables = {**env, **meeting, **{name: str(value) for name, value in place.items()}}
             ranks.append(start_rank(entry, arguments, variables, outputs))
         deadline = time.monotonic() + timeout
-        while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        running = ranks
+        while running and not any(rank.exitcode for rank in ranks):
             left = deadline - time.monotonic()
             if left <= 0 or (kill_when and kill_when()):
                 break
-            wait([rank.sentinel for rank in ranks if rank.exitcode is None], 0.005 if kill_when else left)
+            wait([rank.sentinel for rank in running], 0.005 if kill_when else left)  # of none, it would take all of it
+            running = [rank for rank in ranks if rank.exitcode is None]
         late = time.monotonic() >= deadline
         codes = [rank.exitcode for rank in ranks if rank.exitcode]
+        for rank in running if late else []:
+            assert rank.pid is not None
+            os.kill(rank.pid, signal.SIGABRT)  # faulthandler says where it stands
+            rank.join(1)
         for rank in ranks:
             rank.kill()
         for rank in ranks:
@@ -100,6 +108,7 @@ def start_rank(
 def _rank(entry: str, arguments: list[str], variables: dict[str, str], outputs: list[Path]) -> None:
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    faulthandler.enable(file=2)
     os.environ.clear()
     os.environ.update(variables)
     tempfile.tempdir = None  # read from TMPDIR again
