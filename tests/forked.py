@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -84,8 +85,8 @@ def run_forked(
         late = time.monotonic() >= deadline
         codes = [rank.exitcode for rank in ranks if rank.exitcode]
         for rank in running if late else []:
-            assert rank.pid is not None
-            os.kill(rank.pid, signal.SIGABRT)  # faulthandler says where it stands
+            with suppress(ProcessLookupError):  # it has ended by now
+                os.kill(rank.pid, signal.SIGABRT)  # faulthandler says where it stands
             rank.join(1)
         for rank in ranks:
             rank.kill()
