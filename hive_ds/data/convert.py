@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from hive_ds.children import process_pool
 from hive_ds.data.convert_options import REJECTS, SUMMARY, ConversionSummary, ConvertOptions, read_captions
-from hive_ds.data.convert_part import PartJob, PartReport, convert_part, source_name
+from hive_ds.data.convert_part import PartJob, PartReport, convert_part, read_record, source_name
 from hive_ds.data.sources import Source
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, told_as
 from hive_ds.files import write_whole
 
 PLAN = "plan.json"
@@ -95,8 +95,10 @@ def _finished(out: Path, work: Path) -> ConversionSummary | None:
         return None
     # ``work`` may be removed in part already; it goes last, and no conversion makes it where ``out`` holds anything.
     if work.is_dir() and not (work / "out").exists() and (out / SUMMARY).is_file():
+        with told_as(str(out / SUMMARY), "the summary of a conversion"):
+            summary = ConversionSummary(**json.loads((out / SUMMARY).read_text()))
         shutil.rmtree(work)
-        return ConversionSummary(**json.loads((out / SUMMARY).read_text()))
+        return summary
     raise HiveError(f"output {out}: exists and is not an empty folder; name a new one or remove it")
 
 
@@ -145,7 +147,8 @@ def _check_plan(work: Path, plan: dict[str, Any]) -> None:
     if not path.is_file():
         write_whole(path, json.dumps(plan, indent=2))
         return
-    begun = json.loads(path.read_text())
+    with told_as(str(path), f"the plan of a conversion begun there; remove {work} to start anew"):
+        begun = dict(json.loads(path.read_text()))
     for name, value in plan.items():
         if begun.get(name) != value:
             raise HiveError(
@@ -227,7 +230,7 @@ def _read_rejects_again(work: Path) -> None:
     if not (work / REJECTS).is_file():
         return
     for record in (work / "records").glob("part-*.json"):
-        if json.loads(record.read_text())["rejects"]:
+        if read_record(record)["rejects"]:
             record.unlink()
     (work / REJECTS).unlink()
 

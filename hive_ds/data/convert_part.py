@@ -16,7 +16,7 @@ from hive_ds.constants import IMAGE_TOKEN
 from hive_ds.data.convert_images import ImageOptions, ImageStorer
 from hive_ds.data.schema import Sample, Turn
 from hive_ds.data.sources import Source
-from hive_ds.errors import HiveError, one_line
+from hive_ds.errors import HiveError, one_line, told_as
 from hive_ds.files import write_whole
 
 REASON_LENGTH = 300
@@ -63,8 +63,14 @@ class PartJob:
 
     def read_record(self, number: int) -> dict[str, Any]:
         """What the record of a part says."""
-        record: dict[str, Any] = json.loads(self.record(number).read_text())
-        return record
+        return read_record(self.record(number))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What the file that says a part is done says of its samples."""
+    with told_as(str(path), "the record of a part, as conversions leave it; remove it: the part is converted again"):
+        record = dict(json.loads(path.read_text()))
+        return {**record, "rejects": list(record["rejects"])}
 
 
 @dataclass(frozen=True)

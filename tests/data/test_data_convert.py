@@ -152,6 +152,31 @@ def test_rejects_that_stopped_a_conversion_are_read_again(missing: Iterable[int]
     assert tree(tmp_path / "out") == tree(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("damage", ["", "[1]", "{}"])
+@pytest.mark.parametrize("name", ["plan.json", "records/part-00003.json"])
+def test_damaged_files_of_a_begun_conversion_are_named(name: str, damage: str, tmp_path: Path) -> None:
+    source, options = make_source(tmp_path), ConvertOptions(workers=1, part_size=10, max_reject_share=0.0)
+    with pytest.raises(HiveError, match="were rejected"):
+        convert(source, tmp_path / "out", options)
+    work = tmp_path / ".out.partial"
+    (work / name).write_text(damage)
+    kept = tree(work)
+    fault = "begun there with" if (name, damage) == ("plan.json", "{}") else f"{work / name}: .*; expected the "
+    with pytest.raises(HiveError, match=fault):
+        convert(source, tmp_path / "out", options)
+    assert tree(work) == kept
+
+
+def test_damaged_summary_of_a_killed_conversion_is_named(tmp_path: Path) -> None:
+    source, out, work = make_source(tmp_path), tmp_path / "out", tmp_path / ".out.partial"
+    convert(source, out, ANY_REJECTS)
+    work.mkdir()
+    (out / "summary.json").write_text("{")
+    with pytest.raises(HiveError, match=r"summary\.json: .*; expected the summary of a conversion"):
+        convert(source, out, ANY_REJECTS)
+    assert work.is_dir(), "the one sign that this command was at work there"
+
+
 def test_images_are_shrunk_and_encoded_anew(tmp_path: Path) -> None:
     source = make_source(tmp_path)
     big = encoded(photo(120, 90), "png")
