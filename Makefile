@@ -45,7 +45,7 @@ compare: $(VENV)/.installed ## Train HIVE and its baselines at small scale, 3 se
 	$(VENV)/bin/hive-ds compare
 
 # tests/conftest.py orders the files: pytest-xdist, which goes by numbers of tests, would keep the longest for the end.
-test: $(VENV)/.installed ## Run the tests (17 to 32 minutes on 2 cores)
+test: $(VENV)/.installed ## Run the tests (9 to 32 minutes on 2 cores)
 	$(RUN) pytest -rs --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.installed $(VENV_TF5)/.installed ## Run what is too long for `make test`, and models, kernels, text, export, probes, cost on transformers 5

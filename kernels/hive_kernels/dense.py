@@ -58,9 +58,8 @@ def _in_rectangles(
     rectangles = layout.rectangles
     images = (image_k, image_v) if layout.max_seen else (None, None)
     keys, values = (rectangles.join(x, image) for x, image in zip((k, v), images, strict=True))
-    out, _ = attend(
-        rectangles.pad(q), keys, values, rectangles.mask(q.dtype), rectangles.shape, scale, layout.schedule.pairs
-    )
+    mask = rectangles.mask(layout, q.dtype)
+    out, _ = attend(rectangles.pad(q), keys, values, mask, rectangles.shape, scale, layout.schedule.pairs)
     return rectangles.unpad(out)
 
 

@@ -60,11 +60,11 @@ class Rectangles:
     """Where the rows of a packed batch stand in its rectangles, which lie end to end in one tensor.
 
     Args:
-        layout: of whole texts (no cache), whose image keys belong to one sample each.
+        layout: of whole texts (no cache), whose image keys belong to one sample each. It keeps this object, which
+            does not keep it: in a circle, the tables of a batch would stay until Python's next collection.
     """
 
     def __init__(self, layout: AttentionLayout) -> None:
-        self._layout = layout
         self.runs = find_runs(layout)
         self.shape = [size for run in self.runs for size in (len(run.samples), run.queries, run.keys)]
         """Samples, queries and keys of each rectangle, as `rectangle_op.rectangle_attention` takes them."""
@@ -100,26 +100,28 @@ class Rectangles:
         rows = text if image is None else torch.cat([text, image])
         return text.new_zeros(self.num_keys, *text.shape[1:]).index_copy_(0, self._key_slots[: len(rows)], rows)
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
+    def mask(self, layout: AttentionLayout, dtype: torch.dtype) -> Tensor:
         """0 where a query sees a key, else -inf; (samples, queries, keys) of every rectangle with images, end to end.
 
-        Padding queries see what their text's last token sees, so that no query sees nothing.
+        ``layout`` is the one that this object was made from. Padding queries see what their text's last token sees, so
+        that no query sees nothing.
         """
         if dtype not in self._masks:
             with torch.inference_mode(False):
-                hidden = [~self._seen_in(run).flatten() for run in self.runs if run.image_keys]
-                blank = torch.zeros(sum(map(len, hidden)), dtype=dtype, device=self._layout.device)
+                hidden = [~_seen_in(run, layout).flatten() for run in self.runs if run.image_keys]
+                blank = torch.zeros(sum(map(len, hidden)), dtype=dtype, device=layout.device)
                 self._masks[dtype] = blank.masked_fill_(torch.cat(hidden), float("-inf")) if hidden else blank
         return self._masks[dtype]
-
-    def _seen_in(self, run: Run) -> Tensor:
-        rows, device = slice(run.samples.start, run.samples.stop), self._layout.device
-        last = torch.tensor(self._layout.text_lengths[rows], device=device)[:, None] - 1
-        position = torch.arange(run.queries, device=device).minimum(last).clamp_(min=0)[:, :, None]
-        text = torch.arange(run.queries, device=device) <= position
-        return torch.cat([text, self._layout.padded_offsets[rows, None, : run.image_keys] <= position], dim=2)
 
     @property
     def _run_of_each(self) -> list[Run]:
         """The run of each sample."""
         return [run for run in self.runs for _ in run.samples]
+
+
+def _seen_in(run: Run, layout: AttentionLayout) -> Tensor:
+    rows, device = slice(run.samples.start, run.samples.stop), layout.device
+    last = torch.tensor(layout.text_lengths[rows], device=device)[:, None] - 1
+    position = torch.arange(run.queries, device=device).minimum(last).clamp_(min=0)[:, :, None]
+    text = torch.arange(run.queries, device=device) <= position
+    return torch.cat([text, layout.padded_offsets[rows, None, : run.image_keys] <= position], dim=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -267,6 +269,21 @@ def test_runs_of_about_one_length_share_a_rectangle(
     layout = AttentionLayout.build(text, images, offsets)
     assert [list(run.samples) for run in layout.rectangles.runs] == rectangles
     compare(random_inputs(layout, heads=4, groups=2, head_dim=16, qk_norm="pre_rope", rotate=True))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton", "reference"])
+def test_tables_go_with_the_batch(backend: str) -> None:
+    """A layout is in no circle of references, which would keep its tables until Python collects."""
+    inputs = several_images()
+    gc.collect()
+    gc.disable()
+    try:
+        evaluate(inputs, hierarchical_attention, dtype=torch.float32, backend=backend)
+        layout = weakref.ref(inputs.layout)
+        del inputs
+        assert layout() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("gradient", ["expanded", "strided"])
