@@ -22,7 +22,11 @@ def add_eval_command(commands: Any) -> None:
         " must score what theory says. Several GPUs: torchrun --nproc-per-node N --no-python hive-ds eval ...",
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, nargs="?", help="a model's folder, or a run's (its last stage)"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        nargs="?",
+        help="folder of a run (its last stage), a stage or a model",
     )
     parser.add_argument(
         "--tasks", required=True, metavar="A,B", help="mme, gqa, ok_vqa, scienceqa, ... (docs/evaluation.md)"

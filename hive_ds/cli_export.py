@@ -35,7 +35,7 @@ def _add_encoder(export: Any) -> None:
         "The folder is read back with that library and its features compared, to 1e-5, before the command says it is"
         " done. README.md in it is a model card: recipe, data, scores, cost, licences, versions, hash of the weights.",
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="a run's folder, or a model's")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of a run, a stage or a model")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
     parser.add_argument(
         "--format",
@@ -70,7 +70,7 @@ def _add_vlm(export: Any) -> None:
         "Prompt tokens, pixels and greedy answers are compared with those of the code that trained it before the"
         " command says it is done.",
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="a run's folder, or a model's")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of a run, a stage or a model")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
     _add_scores(parser)
 

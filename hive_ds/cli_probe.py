@@ -52,7 +52,7 @@ def add_probe_command(commands: Any) -> None:
         "encoders",
         metavar="[NAME=]ENCODER",
         nargs="+",
-        help="encoder's folder or Hugging Face name, HIVE model's folder, or run; NAME heads its column",
+        help="encoder's folder or Hugging Face name, or folder of a run, a stage or a model; NAME heads its column",
     )
     _add_data_options(parser)
     _add_head_options(parser)

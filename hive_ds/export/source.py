@@ -28,9 +28,14 @@ class Source:
     """Folders of the stages of its run up to it, in order; empty for a model that lies in no run."""
 
     @property
+    def stage_number(self) -> int | None:
+        """Of the stage that trained it; None for a model that lies in no run."""
+        return _number(self.stages[-1]) if self.stages else None
+
+    @property
     def untrained(self) -> str | None:
         """Why its encoder is still the one that the run started from; None where it is not, or nothing is known."""
-        number = _number(self.stages[-1]) if self.stages else None
+        number = self.stage_number
         stage = next((one for one in HIVE_STAGES if one.number == number), None)
         if stage is None or "vision_encoder" in stage.trains:
             return None
@@ -53,33 +58,36 @@ class Tower:
 
 
 def find_source(path: str | Path, stages: Sequence[Stage] = HIVE_STAGES) -> Source:
-    """``path`` itself if it is a model's folder, or the last finished one of ``stages`` below a run's folder.
+    """The model in ``path``, or in a stage's folder, or of the last finished one of ``stages`` in a run's folder.
 
     Raises:
-        HiveError: neither is there.
+        HiveError: none of these is there.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise HiveError(f"{path}: no such folder; expected that of a run, a stage or a model")
     if (path / "config.json").is_file():
-        in_run = path.name == "model" and (path.parent / "recipe.yaml").is_file()
+        in_run = path.name == "model" and _number(path.parent) is not None
         return Source(path, _stages_up_to(path.parent) if in_run else ())
-    done = {number: stage for number, stage in _stages(path) if (stage / "DONE").is_file()}
+    number = _number(path)
+    done = [found for found in (_stages(path) if number is None else [(number, path)]) if (found[1] / "DONE").is_file()]
     wanted = [stage.number for stage in stages]
-    finished = [stage for number, stage in done.items() if number in wanted]
+    finished = [stage for number, stage in done if number in wanted]
     if not finished and done:
-        numbers, expected = (", ".join(map(str, stages)) for stages in (done, wanted))
+        numbers, expected = (", ".join(map(str, stages)) for stages in ([number for number, _ in done], wanted))
         raise HiveError(
             f"{path}: of its stages {numbers} are finished; expected one of {expected}, which hold such a model"
         )
     if not finished:
-        raise HiveError(f"{path}: neither a model folder (config.json) nor a run with a finished stage (stageN/DONE)")
+        raise HiveError(f"{path}: holds neither a model (config.json) nor a finished stage (DONE, or stageN/DONE)")
     return Source(finished[-1] / "model", _stages_up_to(finished[-1]))
 
 
 def model_folder(source: str | Path) -> Path:
-    """The folder of a model's weights: ``source`` itself, or the last finished stage, of 1 to 3, of a run.
+    """The folder of a model's weights, as `find_source` finds it; of stages 1 to 3.
 
     Raises:
-        HiveError: neither is there.
+        HiveError: it is not there.
     """
     return find_source(source).folder
 

@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_cascaded_scene_model(folder / "sa")
     shutil.copytree(folder / "hive", folder / "stage1" / "model")
     (folder / "stage1" / "recipe.yaml").write_text("{data: {template: plain}, stages: {}}")
+    (folder / "stage1" / "DONE").touch()
     samples = list(question_samples(0, "questions", 4, 64))
     write_mds([*text_samples(0, "text", 2), *samples], folder / "data")
     (folder / "scene.png").write_bytes(samples[0].images[0])

@@ -27,6 +27,7 @@ from hive_ds.data.schema import Turn
 from hive_ds.data.text import render_prompt
 from hive_ds.errors import HiveError
 from hive_ds.evaluation.generation import answer_samples
+from hive_ds.export.source import Source
 from hive_ds.model.cascaded import CascadedForCausalLM
 from hive_ds.processing import HiveProcessor
 
@@ -151,7 +152,7 @@ def test_a_damaged_recipe_beside_the_model_is_named(run: Path, tmp_path: Path, t
     (tmp_path / "stage3" / "recipe.yaml").write_text(text)
     processor = HiveProcessor.from_pretrained(run / "stage3" / "model")
     with pytest.raises(HiveError, match=r"stage3/recipe\.yaml: .*; expected the recipe that training leaves there"):
-        template_of(tmp_path / "stage3" / "model", processor)
+        template_of(Source(tmp_path / "stage3" / "model", (tmp_path / "stage3",)), processor)
 
 
 def test_a_model_of_captions_gives_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +249,7 @@ def test_wrong_input(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(HiveError, match=r"text\.png: image of 10 bytes cannot be read"):
         read_image(tmp_path / "text.png")
-    with pytest.raises(HiveError, match="holds no model"):
+    with pytest.raises(HiveError, match="holds neither a model"):
         load_chat_model(tmp_path)
     for wrong in ({"max_new_tokens": 0}, {"temperature": -0.5}, {"temperature": float("nan")}, {"beams": 0}):
         with pytest.raises(HiveError, match="expected at least"):

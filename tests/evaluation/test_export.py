@@ -13,6 +13,7 @@ from tiny_models import text_config, tiny_encoder
 
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder, formats, model_folder, transformers_format
+from hive_ds.export.source import Source, find_source
 from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.vision import FAMILIES, encode_images
 
@@ -119,13 +120,20 @@ def test_encoder_of_a_llava_model(tmp_path) -> None:
 
 def test_which_model_is_meant(tmp_path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(HiveError, match="neither a model folder"):
+    with pytest.raises(HiveError, match="no such folder; expected that of a run, a stage or a model"):
         model_folder(run)
     first, third, fifth = finish(run, 1), finish(run, 3), finish(run, 5)
     assert model_folder(run) == third  # 4 and 5 judge the encoder, and do not change it
+    assert find_source(run / "stage1") == Source(first, (run / "stage1",))
+    with pytest.raises(HiveError, match=r"stage5: of its stages 5 are finished; expected one of 1, 2, 3"):
+        model_folder(run / "stage5")
     (run / "stage3" / "DONE").unlink()
     assert model_folder(run) == first
-    (fifth / "config.json").write_text("{}")
+    with pytest.raises(HiveError, match=r"stage3: holds neither a model \(config.json\) nor a finished stage"):
+        model_folder(run / "stage3")
+    for model in (first, fifth):
+        (model / "config.json").write_text("{}")
+    assert find_source(first) == find_source(run / "stage1")
     assert model_folder(fifth) == fifth
 
 

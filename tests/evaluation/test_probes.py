@@ -210,7 +210,7 @@ WRONG_COMMANDS = {
     "two of one name": (["base", "x/base"], "encoder x/base: there is another one named 'base'; write NAME=x/base"),
     "no name": (["=base"], "encoder '=base': expected ENCODER or NAME=ENCODER"),
     "no such encoder": (["{tmp}/none"], "vision encoder folder {tmp}/none does not exist"),
-    "no encoder in it": (["{tmp}/data"], "{tmp}/data: neither a model folder"),
+    "no encoder in it": (["{tmp}/data"], "{tmp}/data: holds neither a model"),
     "no processor": (["{tmp}/bare"], "image processor of {tmp}/bare does not load: "),
     "block": (["{tmp}/base", "--blocks", "2,9"], "block 9 of base: expected 1 to 4"),
     "blocks": (["{tmp}/base", "--blocks", "first"], "blocks 'first': expected numbers or one of"),

@@ -252,7 +252,7 @@ def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
         save_file(weights, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(HiveError, match=reason):
             load_encoder(tmp_path / folder)
-    with pytest.raises(HiveError, match="neither a model folder"):
+    with pytest.raises(HiveError, match="holds neither a model"):
         load_encoder(tmp_path)
     with pytest.raises(HiveError, match="does not exist"):
         load_encoder(tmp_path / "none")
