@@ -211,6 +211,7 @@ WRONG_COMMANDS = {
     "no name": (["=base"], "encoder '=base': expected ENCODER or NAME=ENCODER"),
     "no such encoder": (["{tmp}/none"], "vision encoder folder {tmp}/none does not exist"),
     "no encoder in it": (["{tmp}/data"], "{tmp}/data: holds neither a model"),
+    "config of another kind": (["{tmp}/damaged"], "vision encoder '{tmp}/damaged' has no readable config.json"),
     "no processor": (["{tmp}/bare"], "image processor of {tmp}/bare does not load: "),
     "block": (["{tmp}/base", "--blocks", "2,9"], "block 9 of base: expected 1 to 4"),
     "blocks": (["{tmp}/base", "--blocks", "first"], "blocks 'first': expected numbers or one of"),
@@ -229,6 +230,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_encoder(root / "base")
     save_encoder(root / "bare")
     (root / "bare" / "preprocessor_config.json").unlink()
+    (root / "damaged").mkdir()
+    (root / "damaged" / "config.json").write_text("[1]")
     return root
 
 

@@ -133,5 +133,5 @@ def _holds_trained_model(where: str) -> bool:
         return False
     try:
         return json.loads(config.read_text()).get("model_type") in TRAINED
-    except ValueError:
+    except (ValueError, AttributeError):
         return False  # load_vision_encoder says what is wrong with it
