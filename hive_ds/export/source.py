@@ -69,12 +69,13 @@ def find_source(path: str | Path, stages: Sequence[Stage] = HIVE_STAGES) -> Sour
     if (path / "config.json").is_file():
         in_run = path.name == "model" and _number(path.parent) is not None
         return Source(path, _stages_up_to(path.parent) if in_run else ())
-    number = _number(path)
-    done = [found for found in (_stages(path) if number is None else [(number, path)]) if (found[1] / "DONE").is_file()]
+    own = _number(path)
+    candidates = _stages(path) or ([] if own is None else [(own, path)])
+    done = {number: stage for number, stage in candidates if (stage / "DONE").is_file()}
     wanted = [stage.number for stage in stages]
-    finished = [stage for number, stage in done if number in wanted]
+    finished = [stage for number, stage in done.items() if number in wanted]
     if not finished and done:
-        numbers, expected = (", ".join(map(str, stages)) for stages in ([number for number, _ in done], wanted))
+        numbers, expected = (", ".join(map(str, stages)) for stages in (done, wanted))
         raise HiveError(
             f"{path}: of its stages {numbers} are finished; expected one of {expected}, which hold such a model"
         )
