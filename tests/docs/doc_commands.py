@@ -192,10 +192,13 @@ def _sbatch(arguments: list[str]) -> list[str]:
 
 
 def _script(words: list[str]) -> list[str]:
-    """A job script is there, and the scripts' common parser or its own lines know its options."""
+    """A job script is there, and the command it hands them to, the common parser or its lines know its options."""
     path = ROOT / words[0]
     if not path.is_file():
         return [f"{words[0]}: no such script"]
+    if handed_on := re.search(r"\[options of (hive-ds [a-z ]+)\]", path.read_text()):
+        found = faults([*handed_on[1].split(), *words[1:]])
+        return [fault for fault in found if "are required: " not in fault]  # which the script may give itself
     texts = path.read_text() + (ROOT / "slurm" / "body.sh").read_text()
     options = [word for word in words[1:] if word.startswith("--")]
     found = [f"{words[0]} does not know {one}" for one in options if not re.search(rf"{one}(?![\w-])", texts)]

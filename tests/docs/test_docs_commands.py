@@ -69,6 +69,7 @@ def test_commands_in_sentences_name_what_is_there(page: str):
         ("make test PARTS=checks", "variable PARTS is read nowhere"),
         ("sbatch --nodes 2 slurm/stage9.sh", "slurm/stage9.sh: no such script"),
         ("sbatch slurm/stage1.sh --spare 1", "slurm/stage1.sh does not know --spare"),
+        ("sbatch slurm/convert.sh a.json out --image b", "--image"),
         ("python -m hive_ds.trains", "no such module"),
         ('pip install -e ".[streeming]"', "no extra streeming"),
         ("cd docs && pytest tests/none.py", "tests/none.py: no such file"),

@@ -134,6 +134,12 @@ def test_which_model_is_meant(tmp_path) -> None:
     for model in (first, fifth):
         (model / "config.json").write_text("{}")
     assert find_source(first) == find_source(run / "stage1")
+    assert model_folder(run.rename(tmp_path / "stage2")) == tmp_path / "stage2" / "stage1" / "model"
+    run = (tmp_path / "stage2").rename(run)
+    (tmp_path / "recipe.yaml").touch()
+    alone = fifth.rename(tmp_path / "model")
+    assert find_source(alone) == Source(alone, ()), "a recipe beside it makes no stage"
+    alone.rename(fifth)
     assert model_folder(fifth) == fifth
 
 

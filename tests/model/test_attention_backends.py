@@ -6,6 +6,7 @@ import math
 import sys
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -102,10 +103,11 @@ def varlen_stand_in(
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_flash_attention_is_called_as_documented(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     package: Any = ModuleType("flash_attn")
-    package.flash_attn_varlen_func = varlen_stand_in
+    package.flash_attn_varlen_func = Mock(side_effect=varlen_stand_in)
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     model = tiny_hive(family).train()
     compare(model, "auto", "flash_attention_2")
+    package.flash_attn_varlen_func.assert_called()
     model.eval().generate(torch.tensor([[5, 6]]), max_new_tokens=2)
 
 
