@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from hive_ds.errors import run_command, told_as
 
 OURS = ("ours compiled", "ours")
 """What the others are compared with: the first of these that was timed."""
@@ -135,11 +138,13 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--picture", type=Path, help="PNG to draw the bars into")
     options = parser.parse_args()
-    result = json.loads(options.file.read_text(encoding="utf-8"))
-    print(table(result))
+    with told_as(str(options.file), "a result file of hive_ds.benchmarks.step"):
+        result = json.loads(options.file.read_text(encoding="utf-8"))
+        words = table(result)
+    print(words)
     if options.picture:
         picture(result, options.picture)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

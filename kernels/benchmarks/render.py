@@ -153,8 +153,12 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--picture", type=Path, help="PNG to draw the roofline into")
     options = parser.parse_args()
-    record = json.loads(options.file.read_text(encoding="utf-8"))
-    print(table(record))
+    try:
+        record = json.loads(options.file.read_text(encoding="utf-8"))
+        words = table(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{options.file} is no result file of PART=bench: {type(error).__name__} {error}")
+    print(words)
     if options.picture:
         picture(record, options.picture)
 

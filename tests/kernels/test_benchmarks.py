@@ -204,6 +204,19 @@ def test_the_suite_runs_without_a_gpu(part: str, tmp_path: Path) -> None:
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("content", [None, "text", "[]", '{"kind": "checks"}'])
+def test_what_is_no_result_is_named(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["render", str(path)])
+    with pytest.raises(SystemExit, match="^2$"):
+        render.main()
+    assert f"{path} is no result file of PART=bench: " in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not tiles.INTERPRETED, reason="needs the Triton interpreter: TRITON_INTERPRET=1")
 def test_tuning_tells_rounding_from_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another tile passes; what computes something else does not. Candidates are of kernels that there are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from hive_ds.benchmarks.side_by_side import time_side_by_side
 from hive_ds.benchmarks.sizes import TINY, caption_lengths, make_batch
 from hive_ds.benchmarks.step import PROBES, Run, main
 from hive_ds.benchmarks.trainer import engine_refusal
+from hive_ds.errors import HiveError
 from hive_ds.training.parts import slowest_kernels
 
 MINIMAL_ROW: dict[str, Any] = {
@@ -100,6 +102,16 @@ def test_unknown_names_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main(["1", option, "no such"])
         assert f"{option} names 'no such'; expected some of {known}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "text", "[]", '{"kind": "checks"}'])
+def test_what_is_no_result_is_named(content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report", str(path)])
+    with pytest.raises(HiveError, match=rf"^{re.escape(str(path))}: .*expected a result file of "):
+        report.main()
 
 
 def test_slowest_kernels() -> None:
