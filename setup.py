@@ -5,10 +5,10 @@ transformers imports when it finds one. The folder below it installs as ``hive_d
 `ds_configs/` as data in ``hive_ds/ds_configs`` (`hive_ds.training.ds_config` finds them in a checkout and in a wheel).
 """
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 setup(
-    packages=[*find_packages(include=["hive_ds", "hive_ds.*"]), "hive_ds.kernels", "hive_ds.ds_configs"],
+    packages=[*find_namespace_packages(include=["hive_ds", "hive_ds.*"]), "hive_ds.kernels", "hive_ds.ds_configs"],
     package_dir={
         "hive_ds": "hive_ds",
         "hive_ds.kernels": "kernels/hive_kernels",

@@ -84,7 +84,7 @@ class Engine:
         self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._without_gradient = {name for group in groups for name in group.parameters}
         self._watch = [
-            parameter.register_hook(lambda _, name=name: self._without_gradient.discard(name))
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._without_gradient.discard(name))
             for group in groups
             for name, parameter in group.parameters.items()
         ]

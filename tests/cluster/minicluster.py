@@ -128,7 +128,12 @@ class MiniCluster:
         command = [*tied, "unshare", *_NAMESPACES, "bash", str(HERE / "mini" / "outer.sh"), str(base), str(nodes)]
         with (base / "log" / "outer.out").open("w") as output:
             parent = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={"PATH": _PATH}, process_group=0
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={"PATH": _PATH},
+                start_new_session=True,
             )
         outer = wait_for(lambda: _child(parent.pid), 5, "the namespaces")
         cluster = cls(base, outer)

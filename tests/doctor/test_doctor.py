@@ -96,7 +96,7 @@ def test_versions_out_of_range() -> None:
     assert set(bad) == set(planted)
     assert bad["torch"] == ("2.8.1; expected >=2.9", 'pip install "torch>=2.9"')
     assert bad["transformers"][0].startswith("not installed; expected ")
-    assert bad["deepspeed"][1] == 'pip install "deepspeed>=0.19.3"'
+    assert bad["deepspeed"][1] == 'pip install "deepspeed>=0.19.8"'
     assert "[streaming]" in bad["mosaicml-streaming"][1]
     assert found["flash-attn"].status == "ok"
     needed = by_name(check_software(lambda name: None if name == "flash-attn" else version(name), flash_needed=True))

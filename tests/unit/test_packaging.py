@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from dockerfile_parse import DockerfileParser
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +38,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "absent from" not in done.stdout + done.stderr  # a folder of data that setuptools will leave out one day
     return next(out.glob("hive_ds-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def distribution(wheel: Path) -> Iterator[importlib.metadata.Distribution]:
+    """What the wheel says of itself."""
+    with zipfile.ZipFile(wheel) as archive:
+        folder = next(name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name)
+        yield importlib.metadata.PathDistribution(zipfile.Path(archive, f"{folder}/"))  # type: ignore[arg-type]
 
 
 def test_wheel_holds_every_module_recipe_and_zero_policy(wheel: Path):
@@ -67,11 +78,8 @@ print(load_recipe("tiny").name, read_policy("zero3")["zero_optimization"]["stage
     assert values == "tiny 3"
 
 
-def test_declared_metadata(wheel: Path):
-    with zipfile.ZipFile(wheel) as archive:
-        folder = next(name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name)
-        distribution = importlib.metadata.PathDistribution(zipfile.Path(archive, f"{folder}/"))  # type: ignore[arg-type]
-        metadata, commands = distribution.metadata, distribution.entry_points
+def test_declared_metadata(distribution: importlib.metadata.Distribution):
+    metadata, commands = distribution.metadata, distribution.entry_points
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == {
@@ -93,6 +101,18 @@ def test_declared_metadata(wheel: Path):
         ("lmms_eval.models", "hive_ds", "hive_ds.evaluation.benchmarks.manifest:MANIFEST"),
     ]
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
+
+
+def test_the_oldest_versions_are_those_allowed(distribution: importlib.metadata.Distribution):
+    """`tests/oldest.txt` pins every lower bound of what users install, but flash-attn, which only builds for a GPU."""
+    allowed = {
+        f"{needed.name}=={bound.version}"
+        for needed in map(Requirement, distribution.requires or ())
+        for bound in needed.specifier
+        if bound.operator == ">=" and needed.name != "flash-attn" and 'extra == "dev"' not in str(needed.marker)
+    }
+    pinned = (ROOT / "tests/oldest.txt").read_text().splitlines()
+    assert {line for line in pinned if not line.startswith("#")} == allowed
 
 
 IMPORT_TRANSFORMERS = """
