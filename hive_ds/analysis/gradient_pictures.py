@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
-from matplotlib.figure import Figure
+import numpy as np
 from PIL import Image
 
 from hive_ds.analysis.attention_pictures import (
-    DPI,
     GAP,
     PANEL,
     Scale,
     add_colour_bar,
+    blank_figure,
     fitted,
     heat_over,
     pale,
@@ -122,15 +122,15 @@ def _panel_figure(panels: list[tuple[str, Image.Image]], title: str, scale: Scal
     step, down = PANEL + 2 * GAP, PANEL + CAPTION
     left, right, top, bottom = 14, 120 if scale is not None else 14, 40, 10
     width, height = left + columns * step + right, top + rows * down + bottom
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure = blank_figure(width, height)
     figure.text(0.5, 1 - 20 / height, title, ha="center", va="center", fontsize=11, parse_math=False, wrap=True)
     for place, (caption, panel) in enumerate(panels):
         row, column = divmod(place, columns)
-        x = left + column * step + (PANEL - panel.width) / 2
+        x = left + column * step + (PANEL - panel.width) // 2
         y = height - top - CAPTION - row * down - panel.height
         axes = figure.add_axes((x / width, y / height, panel.width / width, panel.height / height))
-        axes.imshow(panel, interpolation="none", aspect="auto", cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
+        figure.figimage(np.asarray(panel), x, y, cmap="gray", vmin=0, vmax=255)  # as in `attention_figure`
         axes.set_title(caption, fontsize=9, pad=4)
     if scale is not None:
         long = min(rows * down - CAPTION, 2 * PANEL)

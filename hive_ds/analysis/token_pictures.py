@@ -7,18 +7,17 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from hive_ds.analysis.attention_maps import token_attention_maps
 from hive_ds.analysis.attention_pictures import (
-    DPI,
     GAP,
     LEFT,
     PANEL,
     RIGHT,
     Row,
     attention_figure,
+    blank_figure,
     rendered,
     seen_part,
     shared_scale,
@@ -154,7 +153,7 @@ def _groups(rows: int, columns: int) -> int:
 
 def _side_by_side(parts: Sequence[Image.Image], title: str) -> Image.Image:
     width, height = sum(part.width for part in parts), max(part.height for part in parts)
-    strip = Figure(figsize=(width / DPI, TITLE / DPI), dpi=DPI)
+    strip = blank_figure(width, TITLE)
     strip.text(0.5, 0.5, title, ha="center", va="center", fontsize=12, parse_math=False, wrap=True)
     canvas = Image.new("RGB", (width, height + TITLE), "white")
     canvas.paste(rendered(strip), (0, 0))

@@ -10,7 +10,10 @@ from .tiles import SHORT_ROWS, Tile, architecture_of, choose_tile
 
 
 class KernelArguments(NamedTuple):
-    """Tensors as in `hierarchical_attention` (no image is an empty tensor), tables in halves, the layout's tables."""
+    """Tensors as in `hierarchical_attention` (no image is an empty tensor), tables in halves, the layout's tables.
+
+    No properties: torch.compile of torch 2.9 does not follow those of a named tuple.
+    """
 
     q: Tensor
     k: Tensor
@@ -39,26 +42,22 @@ class KernelArguments(NamedTuple):
     pairs: int
     """Visible (query, key) pairs, of one head."""
 
-    @property
     def groups(self) -> int:
         """Key/value heads."""
         return self.k.shape[-2]
 
-    @property
     def fused(self) -> bool:
         """Whether the forward kernel norms and rotates keys itself: where few programs read each."""
         return not self.decoding and self.max_rows <= SHORT_ROWS
 
-    @property
     def one_pass(self) -> bool:
         """Whether one program of the backward kernel takes all rows of a sample and group."""
         most = self.tile("backward short").rows
         return most > 0 and self.max_rows <= most
 
-    @property
     def forward_tile(self) -> Tile:
         """Launch settings of the forward kernel."""
-        kind = "forward short" if self.fused else "forward"
+        kind = "forward short" if self.fused() else "forward"
         return self.tile("decode" if self.decoding and self.max_rows <= self.tile("decode").rows else kind)
 
     def tile(self, kind: str) -> Tile:

@@ -71,11 +71,11 @@ def _arguments(
 
 def _with_work(arguments: KernelArguments, layout: AttentionLayout) -> KernelArguments:
     """The arguments with the lists of work for the tiles that serve them."""
-    schedule, pack = layout.schedule, arguments.q.shape[1] // arguments.groups
-    arguments = arguments._replace(row_work=schedule.row_work(pack, arguments.forward_tile.rows))
+    schedule, pack = layout.schedule, arguments.q.shape[1] // arguments.groups()
+    arguments = arguments._replace(row_work=schedule.row_work(pack, arguments.forward_tile().rows))
     if layout.decoding:
         return arguments
-    if arguments.one_pass:
+    if arguments.one_pass():
         return arguments._replace(backward_work=schedule.sample_work())
     return arguments._replace(
         first_token=schedule.first_token,

@@ -74,7 +74,8 @@ def key_tile_gradients(
     dk_high = tl.zeros([key.shape[0], BLOCK_H], tl.float32)
     dv = tl.zeros([key.shape[0], BLOCK_K], tl.float32)
     rows = tokens * PACK
-    first = rows if some == tokens else some * PACK // BLOCK_M * BLOCK_M
+    # Not `if`: triton 3.5 fails to compile a loop whose first step an `if` gives.
+    first = tl.where(some == tokens, rows, some * PACK // BLOCK_M * BLOCK_M)
     full = tl.minimum((every * PACK + BLOCK_M - 1) // BLOCK_M * BLOCK_M, rows)
     q += place * (2 * HALF)
     dout += place * (2 * HALF)

@@ -34,18 +34,18 @@ def forward(a: KernelArguments) -> tuple[Tensor, Tensor]:
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     work, cache = a.row_work, k.ndim == 4
     with _device_of(q):
-        if not a.fused and not a.decoding:
+        if not a.fused() and not a.decoding:
             _, k, image_k = _finished(a, q, k, image_k)
         if len(work):
             weights = _or(a.q_weight, q), _or(a.k_weight, q)
             forward_kernel(
-                len(work) * a.groups,
+                len(work) * a.groups(),
                 (q, k, v, image_k, image_v, out, lse, *_tables(a), *weights, work, a.samples, a.seen),
                 (
                     *(a.scale * LOG2E.value, a.eps, k.stride(0) if cache else 0, v.stride(0) if cache else 0),
                     *_strides(q, k, v, image_k, image_v),
                 ),
-                attention_settings(*_shape(a), a.forward_tile, FINISH_KEYS=a.fused, CACHE=cache),
+                attention_settings(*_shape(a), a.forward_tile(), FINISH_KEYS=a.fused(), CACHE=cache),
             )
     return out, lse
 
@@ -58,7 +58,7 @@ def backward(a: KernelArguments, out: Tensor, lse: Tensor, dout: Tensor, dlse: T
     dout, dlse = dout.contiguous(), None if dlse is None else dlse.contiguous()
     inputs = [rows_in_memory(x) for x in (a.q, a.k, a.v, a.image_k, a.image_v)]
     gradients = [x.new_empty(x.shape) for x in inputs]
-    passes = _short_pass if a.one_pass else _two_passes
+    passes = _short_pass if a.one_pass() else _two_passes
     with _device_of(a.q):
         partials = passes(a, inputs, out, lse, dout, dlse, gradients)
     # One row a program, added up in the order of the rows: the same in every run.
@@ -81,7 +81,7 @@ def _short_pass(
     if len(work):
         weights = _or(a.q_weight, q), _or(a.k_weight, q)
         short_gradient_kernel(
-            len(work) * a.groups,
+            len(work) * a.groups(),
             (
                 *(*inputs, out, dout, lse, _or(dlse, lse), *gradients, q_partials, k_partials, *_tables(a), *weights),
                 *(work, a.samples, a.seen),
@@ -111,7 +111,7 @@ def _two_passes(
     finished_q, finished_k, finished_image_k = _finished(a, q, k, image_k, given, depends_on_lse=dlse is not None)
     if len(a.key_work):
         key_gradient_kernel(
-            len(a.key_work) * a.groups,
+            len(a.key_work) * a.groups(),
             (
                 *(finished_q, k, v, image_k, image_v, dout, lse, delta, dk, dv, dimage_k, dimage_v, k_partials),
                 *(cos, sin, image_cos, image_sin, _or(a.k_weight, q), a.key_work, a.samples, a.seen, a.first_token),
@@ -121,7 +121,7 @@ def _two_passes(
         )
     if len(a.backward_work):
         query_gradient_kernel(
-            len(a.backward_work) * a.groups,
+            len(a.backward_work) * a.groups(),
             (
                 *(q, finished_k, v, finished_image_k, image_v, dout, lse, delta, dq, q_partials, cos, sin),
                 *(_or(a.q_weight, q), a.backward_work, a.samples, a.seen),
@@ -196,13 +196,13 @@ def _or(x: Tensor | None, never_read: Tensor) -> Tensor:
 
 def _partials(a: KernelArguments, pieces: int) -> Tensor:
     """Shares of a norm weight's gradient, one row a program; without norm nothing."""
-    shape = (0,) if a.qk_norm == "none" else (pieces * a.groups, a.q.shape[-1])
+    shape = (0,) if a.qk_norm == "none" else (pieces * a.groups(), a.q.shape[-1])
     return a.q.new_empty(shape, dtype=torch.float32)
 
 
 def _shape(a: KernelArguments) -> tuple[int, int, int, str, bool]:
     _, heads, head_dim = a.q.shape
-    return heads, a.groups, head_dim, a.qk_norm, a.cos is not None
+    return heads, a.groups(), head_dim, a.qk_norm, a.cos is not None
 
 
 @cache

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import varlen
 
 
 def weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -26,7 +26,9 @@ def texts_of(bounds: Tensor, q: Tensor, *others: Tensor, heads: Sequence[Tensor]
 
 @cache
 def serve_on_cpu() -> None:
-    """Give torch's own op, whose autograd and shapes stay as they are, what it lacks on CPUs."""
+    """Give torch's own op, whose autograd and shapes stay as they are, what it lacks on CPUs; skip without it."""
+    pytest.importorskip("torch", minversion="2.11", reason="needs torch 2.11 or later: `torch_flash` is its own")
+    from torch.nn.attention import varlen
 
     @varlen._varlen_attn.register_kernel("cpu")
     def _(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, bounds_k: Tensor, longest: int, longest_k: int,
