@@ -81,10 +81,8 @@ def test_the_page_is_of_this_machine_alone(page: Any, chat: ChatModel) -> None:
     assert page.share_url is None
     assert not page.analytics_enabled
     assert not any("http" in sheet for sheet in page.theme._stylesheets)
-    assert [view["props"]["buttons"] for view in config["components"] if view["type"] == "image"][-1] == [
-        "fullscreen",
-        "download",
-    ]
+    buttons = [view["props"]["buttons"] for view in config["components"] if view["type"] == "image"]
+    assert list(buttons[-1]) == ["fullscreen", "download"]
     with pytest.raises(HiveError, match=f"page at 127.0.0.1:{page.server_port}"):
         serve(chat, SETTINGS, host="127.0.0.1", port=page.server_port, block=False)
 

@@ -87,8 +87,8 @@ def check_drawn(data: st.DataObject, errors: PooledErrors) -> None:
     plain = evaluate(inputs, plain_attention, return_lse=True, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):
-            patch.setattr(arguments.KernelArguments, "fused", False)
-            patch.setattr(arguments.KernelArguments, "one_pass", False)
+            patch.setattr(arguments.KernelArguments, "fused", lambda _: False)
+            patch.setattr(arguments.KernelArguments, "one_pass", lambda _: False)
         found = evaluate(inputs, hierarchical_attention, return_lse=True, dtype=dtype, backend="triton")
     errors.add(found, plain, exact, gradients_of_rounding(inputs, found["out"] - exact["out"]), dtype)
     if qk_norm == "none" and dtype == torch.float32:

@@ -77,7 +77,7 @@ def test_tables_of_shared_images_are_refused() -> None:
 @pytest.mark.parametrize(("one_pass", "qk_norm"), [(True, "pre_rope"), (False, "pre_rope"), (True, "none")])
 def test_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch, one_pass: bool, qk_norm: str) -> None:
     if not one_pass:
-        monkeypatch.setattr(arguments.KernelArguments, "one_pass", False)
+        monkeypatch.setattr(arguments.KernelArguments, "one_pass", lambda _: False)
     calls = recorded_calls(monkeypatch, small_inputs(qk_norm))
     for op, given in calls:
         torch.library.opcheck(op, given)
@@ -106,7 +106,7 @@ def recorded_calls(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> list[tupl
 def test_an_unused_lse_is_not_gone_through(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
     """No zeros are made for its gradient; the others are the same to the bit, and its own is right without out's."""
     if not one_pass:
-        monkeypatch.setattr(arguments.KernelArguments, "one_pass", False)
+        monkeypatch.setattr(arguments.KernelArguments, "one_pass", lambda _: False)
     _, (_, given) = recorded_calls(monkeypatch, small_inputs())
     dout, dlse, out, lse, *rest = given
     assert dlse is None
