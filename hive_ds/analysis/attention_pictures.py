@@ -197,7 +197,8 @@ def add_colour_bar(figure: Figure, place: tuple[float, float, float, float], sca
 
 def blank_figure(width: int, height: int) -> Figure:
     """A figure of so many pixels; matplotlib before 3.11 cuts off what 2.3 inches of 100 pixels lack of 230."""
-    return Figure(figsize=[math.nextafter(side / DPI, math.inf) for side in (width, height)], dpi=DPI)
+    across, up = (math.nextafter(side / DPI, math.inf) for side in (width, height))
+    return Figure(figsize=(across, up), dpi=DPI)
 
 
 def rendered(figure: Figure) -> Image.Image:
