@@ -130,7 +130,7 @@ def _panel_figure(panels: list[tuple[str, Image.Image]], title: str, scale: Scal
         y = height - top - CAPTION - row * down - panel.height
         axes = figure.add_axes((x / width, y / height, panel.width / width, panel.height / height))
         axes.set_axis_off()
-        figure.figimage(np.asarray(panel), x, y, cmap="gray", vmin=0, vmax=255)  # as in `attention_figure`
+        figure.figimage(np.asarray(panel), x, y, cmap="gray", vmin=0, vmax=255)  # pixel by pixel, too
         axes.set_title(caption, fontsize=9, pad=4)
     if scale is not None:
         long = min(rows * down - CAPTION, 2 * PANEL)
