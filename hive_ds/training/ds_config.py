@@ -55,6 +55,8 @@ ZERO_DEFAULTS = {
 """DeepSpeed's values (0.19.8) of the keys that are read here, where a policy does not set them."""
 _SECTIONS = ("zero_optimization", "data_types")
 """What a policy has, as a rule; DeepSpeed passes over keys that it does not know."""
+_TIMERS = {"throughput": {"enabled": False}}
+"""DeepSpeed's own timer waits for the GPU before every forward pass and behind every step; nobody reads it."""
 _HPZ = "zero_hpz_partition_size"
 _OFFLOAD = ("offload_optimizer", "offload_param")
 _UNSUPPORTED = {
@@ -194,6 +196,7 @@ def build_ds_config(
     if _HPZ in zero:
         zero = {**zero, _HPZ: _hpz_size(zero[_HPZ], num_ranks)}
     return {
+        "timers": _TIMERS,
         **policy,
         "zero_optimization": zero,
         "train_batch_size": stage.global_batch_size,

@@ -49,6 +49,17 @@ def test_recipe_values_are_filled_in(policy: str, zero: int) -> None:
     assert "scheduler" not in config
 
 
+def test_deepspeeds_timer_is_off() -> None:
+    """It would wait for the GPU before every forward pass, however many micro-batches a step has."""
+    from hive_ds.training.engine import deepspeed
+
+    config = build_ds_config(
+        read_policy("zero1"), STAGE, TrainingConfig(), num_ranks=3, log_folder=Path("logs"), job="run"
+    )
+    assert deepspeed.utils.config.get_timers_config({}).enabled
+    assert not deepspeed.utils.config.get_timers_config(config).enabled
+
+
 @pytest.mark.parametrize(
     ("key", "value", "owner"),
     [
