@@ -12,6 +12,9 @@ from .layout import AttentionLayout
 from .op import hierarchical_attention
 from .tiles import SHORT_ROWS
 
+PROMPT = 17
+"""Tokens, more than the rows of any tile for decoding."""
+
 
 def warm_up(
     *,
@@ -37,7 +40,7 @@ def warm_up(
         device: a GPU.
         qk_norm: as in `hierarchical_attention`.
         rotate: whether rotation tables are given.
-        decoding: also compile a step of one token on a padded cache.
+        decoding: also compile a step of one token, on a padded cache and on packed keys, and a prompt on a cache.
 
     Returns:
         Seconds it took.
@@ -52,7 +55,8 @@ def warm_up(
             tokens = -(-rows * groups // heads)
             _attend(tokens, heads, groups, head_dim, dtype, device, qk_norm, rotate)
         if decoding:
-            _decode(heads, groups, head_dim, dtype, device, qk_norm, rotate)
+            for tokens, padded in ((1, True), (1, False), (PROMPT, True)):
+                _decode(tokens, padded, heads, groups, head_dim, dtype, device, qk_norm, rotate)
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
     return time.monotonic() - began
@@ -98,18 +102,27 @@ def _attend(
 
 
 def _decode(
-    heads: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device | str, qk_norm: str, rotate: bool
+    tokens: int,
+    padded: bool,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    qk_norm: str,
+    rotate: bool,
 ) -> None:
-    layout = AttentionLayout.build([2], [[2]], [[0]], [1], device=device)
-    keys = torch.zeros(1, 4, groups, head_dim, dtype=dtype, device=device)
-    table = torch.zeros(1, head_dim // 2, device=device) if rotate else None
+    layout = AttentionLayout.build([tokens + 1], [[2]], [[0]], [tokens], device=device)
+    shape = (1, tokens + 3) if padded else (tokens + 1,)
+    keys, image_keys = (torch.zeros(*x, groups, head_dim, dtype=dtype, device=device) for x in (shape, (2,)))
+    table = torch.zeros(tokens, head_dim // 2, device=device) if rotate else None
     with torch.no_grad():
         hierarchical_attention(
-            torch.zeros(1, heads, head_dim, dtype=dtype, device=device),
+            torch.zeros(tokens, heads, head_dim, dtype=dtype, device=device),
             keys,
             keys,
-            keys[0, :2],
-            keys[0, :2],
+            image_keys,
+            image_keys,
             layout,
             q_norm_weight=None if qk_norm == "none" else torch.ones(head_dim, dtype=dtype, device=device),
             qk_norm=qk_norm,

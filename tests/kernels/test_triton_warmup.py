@@ -81,6 +81,36 @@ def test_warm_up_reaches_every_kernel(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "warm-up.lock").exists()
 
 
+def test_warm_up_compiles_what_answers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt on a cache has another tile than a token; padded batches of cascaded models hand over packed keys."""
+    from hive_ds.kernels import AttentionLayout, hierarchical_attention, triton_launch
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("hive_ds.kernels.arguments.architecture_of", lambda device: "sm_90")  # has a tile for decoding
+    started = set()
+    monkeypatch.setattr(triton_launch, "forward_kernel", lambda *given: started.add(given[-1]))
+    for other in ("finish_kernel", "key_gradient_kernel", "query_gradient_kernel", "short_gradient_kernel"):
+        monkeypatch.setattr(triton_launch, other, lambda *given: None)
+    options = {"heads": 6, "groups": 2, "head_dim": 32, "dtype": torch.bfloat16, "device": device()}
+    warm_up(**options, rotate=False, decoding=True)  # type: ignore[arg-type]
+    warm = set(started)
+
+    def attend(cached: int, new: int, *, packed: bool) -> None:
+        layout = AttentionLayout.build([cached + new] * 2, [[3], []], [[0], []], [new] * 2, device=device())
+        shape = (2 * (cached + new),) if packed else (2, cached + new + 5)
+        q, keys, image_keys = (
+            torch.zeros(*rows, 32, dtype=torch.bfloat16, device=device())
+            for rows in ((2 * new, 6), (*shape, 2), (3, 2))
+        )
+        hierarchical_attention(q, keys, keys, image_keys, image_keys, layout, backend="triton")
+
+    attend(0, 40, packed=False)
+    attend(0, 3, packed=False)
+    attend(40, 1, packed=False)
+    attend(40, 1, packed=True)
+    assert started == warm
+
+
 def test_one_process_at_a_time_compiles_every_size_of_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one-pass backward kernel takes as many rows as a text has: 64, 128 or 256, and beyond those is long text."""
     import triton
