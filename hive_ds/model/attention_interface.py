@@ -12,6 +12,7 @@ or by ``position_ids`` that start again at 0. A jump of positions is no start: t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hive_ds.errors import HiveError
 from hive_ds.kernels import BACKENDS, AttentionLayout, hierarchical_attention
 from hive_ds.model.flash import FLASH_ATTENTION, TORCH_FLASH, TextBounds, flash_attention
+from hive_ds.model.language import one_sequence_a_row
 
 NAME = "hive"
 _described: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -52,6 +54,15 @@ def attention_name(backend: str) -> str:
 
 def _name(backend: str) -> str:
     return NAME if backend == "auto" else f"{NAME}_{backend}"
+
+
+def bounds_are_given(language_model: Any) -> AbstractContextManager[None]:
+    """Inside, ``language_model`` is told by ``cu_seq_lens_q`` where samples begin: transformers does not look, too.
+
+    Only where the attention is ours, which reads them: any other may need what transformers finds.
+    """
+    ours = language_model.config._attn_implementation.startswith(NAME)
+    return one_sequence_a_row() if ours else nullcontext()
 
 
 def key_mask(

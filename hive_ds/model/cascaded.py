@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.errors import HiveError
 from hive_ds.kernels import to_device
-from hive_ds.model.attention_interface import attention_name
+from hive_ds.model.attention_interface import attention_name, bounds_are_given
 from hive_ds.model.identity import weights_sha256
 from hive_ds.model.inputs import PackedText, PromptImages
 from hive_ds.model.interleaving import Interleaving
@@ -258,15 +258,15 @@ class CascadedForCausalLM(nn.Module):
         if not self.language_loss.is_fused(states_SD.device):
             return sum_of_cross_entropy(self._logits(places, states_SD, at), targets_T)
         trunk = self.language_model.get_decoder()
-        output = trunk(inputs_embeds=states_SD[None], use_cache=False, **places.packed(states_SD.device))
+        with bounds_are_given(self.language_model):
+            output = trunk(inputs_embeds=states_SD[None], use_cache=False, **places.packed(states_SD.device))
         return self.language_loss(output.last_hidden_state[0, at], targets_T)
 
     def _logits(self, places: Interleaving, states_SD: Tensor, at: Tensor) -> Tensor:
         """Logits at the places ``at``; the samples stay apart, for positions start again with each."""
-        output = self.language_model(
-            inputs_embeds=states_SD[None], use_cache=False, logits_to_keep=at, **places.packed(states_SD.device)
-        )
-        return output.logits[0]
+        asked = {"logits_to_keep": at, **places.packed(states_SD.device)}
+        with bounds_are_given(self.language_model):
+            return self.language_model(inputs_embeds=states_SD[None], use_cache=False, **asked).logits[0]
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the folder of a stock `LlavaForConditionalGeneration`.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, random_images, random_tokens, tiny_cascaded
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, masking_utils
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.errors import HiveError
@@ -212,6 +212,22 @@ def test_backends_agree(backend: str) -> None:
     with torch.no_grad():
         found = tiny_cascaded(attention_backend=backend)(**packed()).logits
         torch.testing.assert_close(found, tiny_cascaded()(**packed()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_does_not_look_for_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our attention is told where they begin; transformers 5 would have the host wait for the GPU to find them."""
+
+    def look(*_: object) -> None:
+        raise AssertionError("it looks")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    with torch.no_grad():
+        tiny_cascaded()(**packed())
+        tiny_cascaded()(**packed(), labels=torch.cat(texts()))
+        plain = tiny_cascaded()
+        plain.language_model.set_attn_implementation("eager")  # needs what it finds
+        with pytest.raises(AssertionError, match="it looks"):
+            plain(**packed())
 
 
 def test_saved_folder_comes_back_and_another_tower_is_refused(tmp_path: Path) -> None:
