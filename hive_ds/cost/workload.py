@@ -33,13 +33,14 @@ class Workload:
         return BatchSize.of([self.text_length] * self.batch, [[0]] * self.batch, tokens, [_patches(model)] * self.batch)
 
     def inputs(self, model: TrainedModel, device: torch.device) -> dict[str, Any]:
-        """Arguments of ``model.forward``, all zeros."""
+        """Arguments of ``model.forward``, all zeros; labels on the CPU, as loaders leave them: else the host waits."""
         tokens = torch.zeros(self.batch * self.text_length, dtype=torch.int64, device=device)
+        labels = tokens if device.type == "meta" else tokens.cpu()
         side = model.config.vision_config.image_size
         pixels: Tensor = torch.zeros(self.batch, 3, side, side, dtype=model.dtype, device=device)
         return {
             "input_ids": tokens,
-            "labels": tokens,
+            "labels": labels,
             "text_lengths": [self.text_length] * self.batch,
             "image_offsets": [[0]] * self.batch,
             "pixel_values": pixels,
