@@ -125,13 +125,16 @@ def own_time(event: Any, *, cuda: bool) -> float:
     return 0.0 if event.is_async else event.self_cpu_time_total
 
 
-def _forward_parts(events: list[Any]) -> dict[int, str]:
-    """Number of each node of the graph -> part that made it; of operators with one number the last made the node."""
-    owners: dict[int, str] = {}
+def _forward_parts(events: list[Any]) -> dict[tuple[int, int], str]:
+    """Thread and number of each node of the graph -> part that made it; of operators with one number the last did.
+
+    Every thread counts for itself: on a GPU what is recomputed for backward is numbered by a thread of autograd.
+    """
+    owners: dict[tuple[int, int], str] = {}
     for event in sorted(events, key=lambda one: one.time_range.start):
         part = _marked(event)
         if event.sequence_nr >= 0 and part is not None:
-            owners[event.sequence_nr] = part
+            owners[event.thread, event.sequence_nr] = part
     return owners
 
 
@@ -147,7 +150,7 @@ def _marked(event: Any) -> str | None:
     return None
 
 
-def _part(event: Any, owners: dict[int, str]) -> str:
+def _part(event: Any, owners: dict[tuple[int, int], str]) -> str:
     part, attends = _marked(event), False
     one = event
     while part is None and one is not None:
@@ -155,7 +158,7 @@ def _part(event: Any, owners: dict[int, str]) -> str:
         if any(name in one.name for name in COMMUNICATION):
             part = "communication"
         elif one.name.startswith("autograd::engine::evaluate_function") or "Backward" in one.name:
-            part = owners.get(one.sequence_nr)
+            part = owners.get((one.fwd_thread, one.sequence_nr))
         one = one.cpu_parent
     if part == "LLM" and attends:  # inside the gradient of a compiled piece
         return "attention of the LLM"

@@ -18,6 +18,7 @@ from stage_helpers import make_model, step_batches
 from torch.profiler import record_function
 
 from hive_ds.stages import stage_by_number
+from hive_ds.training.parts import shares_of
 from hive_ds.training.profile import STEP, StepProfile, kinds_of_work
 
 ALONE = SimpleNamespace(world=SimpleNamespace(rank=0, size=1))
@@ -120,3 +121,28 @@ def test_kernels_of_a_gpu_count_whoever_starts_them() -> None:
         "elementwise, copies": 0.3,
         "Python, waiting": 0.3,
     }
+
+
+def test_what_another_thread_recomputes_takes_no_gradient_of_others() -> None:
+    """Threads number their nodes by themselves, and on a GPU backward runs in one of its own."""
+
+    def event(
+        name: str, number: int, around: Any = None, *, kernels: float = 0.0, thread: int = 1, at: float = 0.0
+    ) -> Any:
+        return SimpleNamespace(
+            name=name,
+            sequence_nr=number,
+            cpu_parent=around,
+            thread=thread,
+            fwd_thread=1 if "Backward" in name else 0,
+            time_range=SimpleNamespace(start=at),
+            device_type=torch.autograd.DeviceType.CPU,
+            self_device_time_total=kernels,
+        )
+
+    forward = event("aten::mm", 7, event("part:encoder", -1))
+    backward = event("autograd::engine::evaluate_function: MmBackward0", 7, thread=2, kernels=3.0, at=2.0)
+    again = event("aten::mm", 7, event("part:LLM", -1, thread=2), thread=2, kernels=1.0, at=1.0)
+    found = shares_of([forward, again, backward], cuda=True)
+    assert found["encoder"] == 0.75
+    assert found["LLM"] == 0.25
