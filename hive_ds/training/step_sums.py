@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from hive_ds.kernels import to_device
 from hive_ds.training.attempt import Agreement
 from hive_ds.training.distributed import sum_over_ranks
 from hive_ds.training.flops import BatchSize
@@ -75,7 +76,7 @@ def add_up(job: Job, loss: Tensor, ahead: Fetched | None) -> Sums:
     squares = job.engine.gradient_squares()
     totals = (Totals() if ahead is None else ahead.own).vector()
     words = torch.tensor([*totals, *job.attempt.word(writing=job.checkpoints.writing)], dtype=torch.float64)
-    said = sum_over_ranks(torch.cat([loss.double()[None], squares, words.to(job.device)]), job.device)
+    said = sum_over_ranks(torch.cat([loss.double()[None], squares, to_device(words, job.device)]), job.device)
     behind = 1 + len(squares)
     return Sums(
         loss=said[0] / job.world.size,
