@@ -80,14 +80,18 @@ def read_dumps(folder: Path) -> dict[int, Dump]:
 
 
 def verdict(dumps: Mapping[int, Dump], hosts: Sequence[str]) -> str:
-    """Which ranks the others wait for: those that do not answer, do not wait themselves, or are behind."""
+    """Which ranks the others wait for: those that do not answer, do not wait themselves, or are behind.
+
+    Those that are behind and do not wait come first: a rank that waits for its own GPU, which waits for others, looks
+    as if it worked.
+    """
     silent = [rank for rank in range(len(hosts)) if rank not in dumps]
     if silent:
         return f"no answer from {_names(silent, hosts)}: stopped, ended, or cut off from the folder of the run"
     busy = [rank for rank, dump in dumps.items() if not dump.in_collective]
     fewest = min(dump.marks for dump in dumps.values())
     behind = [rank for rank, dump in dumps.items() if dump.marks == fewest]
-    for culprits in (busy, behind):
+    for culprits in ([rank for rank in busy if rank in behind], busy, behind):
         if culprits and len(culprits) < len(hosts):
             where = one_line(vars(dumps[culprits[0]]))
             return f"the others wait for {_names(culprits, hosts)}: {where}"

@@ -26,6 +26,8 @@ _LOCALS = ("self", "sub_module", "module")
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/", "/hive_ds/training/distributed.py")
 _WAITS = {"wait", "synchronize"}
 _WAITING_FILES = ("/torch/cuda/", "/deepspeed/runtime/")
+_BACKWARD = ("_engine_run_backward", "/torch/autograd/graph.py")
+"""Where the main thread is while autograd works."""
 
 
 class Place:
@@ -64,7 +66,7 @@ class Place:
     def describe(self, error: Exception | None = None) -> dict[str, Any]:
         """What there is to say about this process, now or where ``error`` was raised; the values are JSON."""
         main = main_frame() if error is None else _frame_of(error)
-        stacks = [main, *_other_frames()] if error is None else [main]
+        stacks = [frame for frame in (main, *(_other_frames() if error is None else ())) if frame is not None]
         module = next((name for stack in stacks if (name := self._module_in(stack))), self._block)
         return {
             "host": socket.gethostname(),
@@ -73,7 +75,7 @@ class Place:
             "phase": self.phase,
             "module": module,
             "samples": list(self.samples),
-            "in_collective": main is not None and waits_for_others(main),
+            "in_collective": main is not None and any(map(waits_for_others, _that_work(main, stacks))),
             "marks": self.marks,
         }
 
@@ -103,6 +105,12 @@ def waits_for_others(frame: FrameType) -> bool:
     code = frame.f_code
     in_collective = any(part in code.co_filename for part in _COLLECTIVE_FILES)
     return in_collective or (code.co_name in _WAITS and any(part in code.co_filename for part in _WAITING_FILES))
+
+
+def _that_work(main: FrameType, stacks: list[FrameType]) -> list[FrameType]:
+    """The stack of the main thread; while autograd works, which has threads of its own on GPUs, all of them."""
+    name, file = _BACKWARD
+    return stacks if main.f_code.co_name == name and main.f_code.co_filename.endswith(file) else [main]
 
 
 def one_line(place: dict[str, Any]) -> str:

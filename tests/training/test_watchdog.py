@@ -8,10 +8,12 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +122,8 @@ def test_verdict() -> None:
     assert verdict(behind, hosts) == f"the others wait for rank 1 on two: {where.replace('forward', 'data')}"
     busy = {**behind, 2: replace(dumps[2], in_collective=False)}
     assert verdict(busy, hosts) == f"the others wait for rank 2 on three: {where}"
+    on_gpus = {0: dumps[0], 1: replace(behind[1], in_collective=False), 2: busy[2]}  # rank 2 waits for its own GPU
+    assert verdict(on_gpus, hosts) == verdict(behind, hosts)
     silent = {0: dumps[0], 2: busy[2]}
     assert verdict(silent, hosts).startswith("no answer from rank 1 on two: stopped, ended, or cut off")
     many = verdict({0: dumps[0]}, ["one"] * 20)
@@ -207,6 +211,34 @@ def test_waiting_is_told_from_working() -> None:
         sys.setprofile(None)
         torch.distributed.destroy_process_group()
     assert any(frames)
+
+
+@pytest.mark.parametrize(("file", "waits"), [("/torch/autograd/graph.py", True), ("/torch/elsewhere.py", False)])
+def test_a_wait_in_a_thread_of_autograd_is_seen(file: str, waits: bool) -> None:
+    """On a GPU backward, and DeepSpeed's waits in it, run in such a thread; the main one waits for it in C++."""
+
+    def stand(name: str, file: str, until: threading.Lock) -> None:
+        made: dict[str, Any] = {}
+        exec(compile(f"def {name}(until):\n    until.acquire()", file, "exec"), made)
+        made[name](until)
+
+    def look() -> None:
+        while not {"synchronize", "_engine_run_backward"} <= {x.f_code.co_name for x in sys._current_frames().values()}:
+            time.sleep(0.01)
+        found.append(Place().describe()["in_collective"])
+        for lock in locks:
+            lock.release()
+
+    found: list[bool] = []
+    locks = [threading.Lock(), threading.Lock()]
+    for lock in locks:
+        lock.acquire()
+    inner = threading.Thread(target=stand, args=("synchronize", "/torch/cuda/streams.py", locks[0]))
+    inner.start()
+    threading.Thread(target=look).start()
+    stand("_engine_run_backward", file, locks[1])
+    inner.join()
+    assert found == [waits]
 
 
 def test_groups_made_later_wait_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
