@@ -11,6 +11,8 @@ import torch
 from hive_ds.config import Recipe
 from hive_ds.cost.model import random_model
 from hive_ds.cost.workload import Workload
+from hive_ds.model.attention_backends import set_vision_attention
+from hive_ds.model.compiling import compile_blocks
 from hive_ds.training.groups import adamw
 
 WARM_UP = 3
@@ -28,8 +30,12 @@ class MeasuredStep:
 
 
 def measure_step(recipe: Recipe, stage: int, workload: Workload, device: torch.device, steps: int = 10) -> MeasuredStep:
-    """Time ``steps`` steps, after some that are not counted. Weights are made in the recipe's precision."""
+    """Time ``steps`` steps, after some that are not counted, in the recipe's precision, with its attention and loss."""
     model, plan = random_model(recipe, stage, device)
+    model.language_loss.backend = recipe.model.language_loss
+    set_vision_attention(model, recipe.model.vision_attention)
+    if recipe.training.compile:
+        compile_blocks(model, device, model.dtype)
     optimizer = adamw(plan.groups, recipe.stages[plan.stage.name], fused=device.type == "cuda")
     inputs, on_gpu = workload.inputs(model, device), device.type == "cuda"
     if on_gpu:

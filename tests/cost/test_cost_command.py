@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ import transformers
 from cost_recipes import tiny_recipe
 
 from hive_ds.cli import main
-from hive_ds.cost import claims
+from hive_ds.cost import claims, measured
 from hive_ds.cost.claims import Arm, compare, with_routes
 from hive_ds.cost.counted import watch_step
 from hive_ds.cost.ledger import cost_of_stage
 from hive_ds.cost.measured import measure_step
+from hive_ds.cost.model import random_model
 from hive_ds.cost.pictures import draw
 from hive_ds.cost.tables import peaks, tables
 from hive_ds.cost.workload import Workload
@@ -128,6 +130,20 @@ def test_a_step_is_measured(tmp_path: Path) -> None:
     step = measure_step(tiny_recipe(tmp_path), 2, Workload(2, 7), torch.device("cpu"), steps=2)
     assert (step.device, step.peak_bytes) == ("cpu", None)
     assert step.seconds > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_measured_step_is_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    asked = ("model.language_loss=plain", "model.vision_attention=eager", f"training.compile={str(compiled).lower()}")
+    made: list[Any] = []
+    pieces: list[Any] = []
+    monkeypatch.setattr(measured, "random_model", lambda *of: made.append(random_model(*of)) or made[-1])
+    monkeypatch.setattr(measured, "compile_blocks", lambda model, *_: pieces.append(model))
+    measure_step(tiny_recipe(tmp_path, "tiny", *asked), 2, Workload(2, 7), torch.device("cpu"), steps=1)
+    ((model, _),) = made
+    assert pieces == [model] * compiled
+    assert model.language_loss.backend == "plain"
+    assert model.vision_encoder.config._attn_implementation == "eager"
 
 
 def test_the_document_shows_the_committed_figures() -> None:

@@ -1,4 +1,4 @@
-"""The ways of the step benchmark on a GPU that computes nothing: each compiles for a GPU, and nothing twice."""
+"""A GPU that computes nothing: the ways of the step benchmark compile for it, once, and memory is as forecast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from hive_ds.cost.counted import watch_step
+from hive_ds.cost.model import meta_model
+from hive_ds.cost.workload import Workload
+from hive_ds.recipe import load_recipe
+
 NULL_GPU = Path(__file__).resolve().parents[1] / "null_gpu"
+PAPER, SA = "hive-siglip-l-mobilellm-600m", "sa-siglip-l-mobilellm-600m"
 
 pytestmark = [
     pytest.mark.long,
@@ -26,14 +32,15 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, Any]]:
+def script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Run a script of the null GPU's folder; returns the JSON that it prints."""
     sys.path.insert(0, str(NULL_GPU))
     import build
 
     variables = build.environment(tmp_path_factory.mktemp("null_gpu"))
 
-    def run(way: str, stage: int) -> dict[str, Any]:
-        command = [sys.executable, str(NULL_GPU / "steps.py"), "tiny", str(stage), way, "4"]
+    def run(name: str, *arguments: object) -> dict[str, Any]:
+        command = [sys.executable, str(NULL_GPU / name), *map(str, arguments)]
         environment = os.environ | variables | {"DS_ACCELERATOR": "cuda"}  # the tests' own is the CPU
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -45,8 +52,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict
 @pytest.mark.parametrize(
     ("way", "stage"), [("ours compiled", 1), ("ours compiled", 3), ("ours flash", 3), ("ours zero3", 3)]
 )
-def test_ours_compiles_for_a_gpu_once(steps: Callable[[str, int], dict[str, Any]], way: str, stage: int) -> None:
-    found = steps(way, stage)
+def test_ours_compiles_for_a_gpu_once(script: Callable[..., dict[str, Any]], way: str, stage: int) -> None:
+    found = script("steps.py", "tiny", stage, way, 4)
     assert found["graphs"] > 0
     assert found["graphs_later"] == 0
     assert found["launches"] > found["products"] > 0
@@ -54,11 +61,21 @@ def test_ours_compiles_for_a_gpu_once(steps: Callable[[str, int], dict[str, Any]
 
 
 @pytest.mark.parametrize("way", ["paper", "sa", "sa packed"])
-def test_peers_compile_for_a_gpu(steps: Callable[[str, int], dict[str, Any]], way: str) -> None:
-    found = steps(way, 3)
+def test_peers_compile_for_a_gpu(script: Callable[..., dict[str, Any]], way: str) -> None:
+    found = script("steps.py", "tiny", 3, way, 4)
     assert found["graphs"] > 0
     assert found["graphs_later"] <= 2  # their padded shapes coincide now and then
     check_waits(found, plain_loss=way == "paper")
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [(PAPER, 1), (PAPER, 3), (SA, 3)])
+def test_pytorch_hands_out_what_the_forecast_says(
+    script: Callable[..., dict[str, Any]], recipe: str, stage: int
+) -> None:
+    """`hive-ds cost` counts on the meta device; here CUDA's allocator is asked, at the paper's size."""
+    model, _ = meta_model(load_recipe(recipe), stage)
+    found = script("memory.py", recipe, stage, 32, 128)
+    assert found["bytes"] == pytest.approx(watch_step(model, Workload(32, 128)).peak, rel=0.005)
 
 
 def check_waits(found: dict[str, Any], *, plain_loss: bool = False, engine: bool = False) -> None:
