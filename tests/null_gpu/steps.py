@@ -29,7 +29,6 @@ def main() -> None:
         int(sys.argv[4]),
     )
     leave_out_what_is_not_there()
-    torch.nn.Parameter.__repr__ = object.__repr__  # type: ignore[method-assign]  # DeepSpeed logs weights, which are noise
     arms.compared = lambda *_: "passed"  # there is nothing to compare
     device = torch.device("cuda")
     made = arms.build_arm(way, arms.Setting(size, stage, device, compiled=True), [batch(size, n, 9) for n in PROBES])
@@ -60,10 +59,14 @@ def main() -> None:
 
 
 def leave_out_what_is_not_there() -> None:
-    """cuDNN and kernels that PyTorch compiles at run time are not the null GPU's; both are one call a step or less."""
+    """cuDNN and kernels that PyTorch compiles at run time are not the null GPU's; both are one call a step or less.
+
+    DeepSpeed logs weights, which are noise.
+    """
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.Tensor.erfinv_ = lambda self: self  # type: ignore[method-assign]
+    torch.nn.Parameter.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 
 def batch(size: Any, captions: int, seed: int) -> Any:

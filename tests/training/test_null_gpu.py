@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from hive_ds.cost.counted import watch_step
+from hive_ds.cost.ledger import cost_of_stage
 from hive_ds.cost.model import meta_model
 from hive_ds.cost.workload import Workload
-from hive_ds.recipe import load_recipe
+from hive_ds.recipe import dump_recipe, load_recipe
 
 NULL_GPU = Path(__file__).resolve().parents[1] / "null_gpu"
 PAPER, SA = "hive-siglip-l-mobilellm-600m", "sa-siglip-l-mobilellm-600m"
@@ -76,6 +77,20 @@ def test_pytorch_hands_out_what_the_forecast_says(
     model, _ = meta_model(load_recipe(recipe), stage)
     found = script("memory.py", recipe, stage, 32, 128)
     assert found["bytes"] == pytest.approx(watch_step(model, Workload(32, 128)).peak, rel=0.005)
+
+
+@pytest.mark.parametrize("policy", ["zero0", "zero1", "zero2", "zero3"])
+def test_deepspeed_takes_what_the_forecast_says(
+    script: Callable[..., dict[str, Any]], tmp_path: Path, policy: str
+) -> None:
+    """Weights, optimizer and activations as counted; ZeRO's buffers are in the forecast at their most."""
+    recipe = load_recipe(PAPER, [f"training.ds_config={policy}"])
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    found = script("engine_memory.py", file, 3, 32, 128)["bytes"]
+    forecast = cost_of_stage(recipe, 3, text_length=128, batch=32, ranks=1)
+    assert forecast.peak - forecast.memory["zero_buffers"] < 1.02 * found
+    assert found < 1.01 * forecast.peak
 
 
 def check_waits(found: dict[str, Any], *, plain_loss: bool = False, engine: bool = False) -> None:
