@@ -92,7 +92,7 @@ def train(job: Job, first_step: int) -> int:
         watch: Any = watched_gradients(job.engine.model) if mapped else nullcontext()
         with watch as squares:
             loss = run_micro_batches(job.engine, micro_batches, totals.supervised)
-        ahead = fetch(job, batches) if done < steps else None  # a GPU is still at work
+        ahead = fetch(job, batches) if done < steps else None  # ZeRO 0 and 1: a GPU is still at work
         position = job.loader.state_dict() if ahead is None else ahead.position
         here.enter("step")
         with record_function("part:optimizer"):
