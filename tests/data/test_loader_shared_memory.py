@@ -36,7 +36,7 @@ for number, names in enumerate(batches):
 """
 
 
-def make_dataset(folder: str, cache: str | None = None) -> SampleDataset:
+def make_dataset(folder: str, cache: str | None = None, *, balance: bool = False) -> SampleDataset:
     return SampleDataset(
         {folder: 1.0},
         cache=cache,
@@ -46,7 +46,7 @@ def make_dataset(folder: str, cache: str | None = None) -> SampleDataset:
         global_batch_size=2,
         shuffle=True,
         seed=3,
-        balance=False,
+        balance=balance,
     )
 
 
