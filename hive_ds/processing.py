@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 
 from hive_ds.constants import IMAGE_TOKEN
+from hive_ds.data.chat import padding_id
 from hive_ds.data.images import ImageProcessor, auto_image_processor, decode_image, to_rgb
 from hive_ds.data.preprocess import Preprocessor, make_preprocessor
 from hive_ds.data.schema import Turn
@@ -113,9 +114,8 @@ class HiveProcessor:
         return given
 
     def _pad(self, rows: Sequence[EncodedText]) -> dict[str, torch.Tensor]:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         width = max(len(row.input_ids) for row in rows)
-        ids = torch.full((len(rows), width), pad or 0)
+        ids = torch.full((len(rows), width), padding_id(self.tokenizer) or 0)
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
             ids[index, width - len(row.input_ids) :] = torch.tensor(row.input_ids)

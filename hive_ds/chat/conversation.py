@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from hive_ds.chat.loading import ChatModel
 from hive_ds.config import SEED
 from hive_ds.constants import IMAGE_TOKEN
-from hive_ds.data.chat import end_token_ids
+from hive_ds.data.chat import end_token_ids, padding_id
 from hive_ds.data.images import decode_image, read_image_file
 from hive_ds.data.schema import Turn
 from hive_ds.data.text import render_prompt
@@ -135,7 +135,7 @@ class Conversation:
             **self.settings.for_generate(),
             max_new_tokens=min(self.settings.max_new_tokens, longest - length),
             eos_token_id=end_token_ids(tokenizer, self.chat.template),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=padding_id(tokenizer),
             streamer=streamer if self.settings.beams == 1 else None,
         )
         rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}

@@ -62,6 +62,11 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int
     return ends
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id that fills up a row of a batch: the tokenizer's own, or that of the end of a text; None if it has neither."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def _render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, for_answer: bool) -> str:
     if not tokenizer.chat_template:
         raise HiveError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hive_ds.data.chat import end_token_ids
+from hive_ds.data.chat import end_token_ids, padding_id
 from hive_ds.data.schema import Sample
 from hive_ds.data.text import render_prompt
 from hive_ds.errors import HiveError
@@ -129,7 +129,7 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         synced_gpus=synced,
         eos_token_id=end_token_ids(processor.tokenizer, template) or None,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        pad_token_id=padding_id(processor.tokenizer),
     )
     answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -138,7 +138,7 @@ def start(world: World, timeout: timedelta = TIMEOUT) -> torch.device:
             rank=world.rank,
             world_size=world.size,
             timeout=timeout,
-            device_id=device if device.type == "cuda" and world.size > 1 else None,
+            device_id=device if device.type == "cuda" else None,
         )
     return device
 

@@ -41,6 +41,17 @@ def test_answers_end_where_the_template_does_and_are_greedy(tmp_path) -> None:
     assert asked["eos_token_id"] == [processor.tokenizer.eos_token_id, closing]
 
 
+def test_a_tokenizer_without_padding_is_not_talked_about(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers says at each call what it pads with, on every rank, unless it is told."""
+    model, processor = save_scene_model(tmp_path)
+    before = answer_samples(model, processor, SAMPLES, template="chat", max_new_tokens=5)
+    processor.tokenizer.pad_token = model.generation_config.pad_token_id = None
+    said: list[str] = []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning", said.append)
+    assert answer_samples(model, processor, SAMPLES, template="chat", max_new_tokens=5) == before
+    assert said == []
+
+
 def test_the_picture_counts(tmp_path) -> None:
     model, processor = save_scene_model(tmp_path)
     first = SAMPLES[0]
