@@ -42,7 +42,9 @@ class Pace:
         self._probe()
         self._wait, self._steps = 0.0, 0
         self._slow: tuple[int, str] | None = None
-        self._since, self._lines, self._warned = 0.0, 0, -REPEAT_SECONDS
+        self._since, self._lines = 0.0, 0
+        self._warned: dict[int, float] = {}
+        """When each rank was last warned of."""
 
     def add(self, wait: float) -> None:
         """One more step, for whose data this rank waited so many seconds."""
@@ -75,12 +77,12 @@ class Pace:
     def _watch(self, found: dict[str, Any], warn: Callable[[str], None]) -> None:
         now = time.monotonic()
         slow = (found["slowest_rank"], found["slowest_by"]) if found["slowest_ratio"] >= SLOW_RATIO else None
-        if slow != self._slow or slow is None:
-            self._slow, self._since, self._lines, self._warned = slow, now, 0, now - REPEAT_SECONDS
+        if slow != self._slow:
+            self._slow, self._since, self._lines = slow, now, 0
         self._lines += 1
         lasting = self._lines >= SLOW_LINES and now - self._since >= SLOW_SECONDS
-        if slow and lasting and now - self._warned >= REPEAT_SECONDS:
-            self._warned = now
+        if slow and lasting and now - self._warned.get(slow[0], -REPEAT_SECONDS) >= REPEAT_SECONDS:
+            self._warned[slow[0]] = now
             warn(
                 f"warning: rank {slow[0]} on {self._hosts[slow[0]]} is slow in {slow[1]}: a step takes "
                 f"{found['slowest_ratio']:.2f} times as long as with the median rank"
