@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,11 +41,15 @@ class Supervisor:
         restarts: how often to start again, for whatever reason.
         failures: give up after so many in a row without a new checkpoint.
         pause: seconds between two tries.
+
+    Raises:
+        HiveError: HIVE_STOP_PATIENCE is no number of seconds.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, *, restarts: int, failures: int, pause: float) -> None:
         self._command, self._folder = list(command), folder
         self._restarts, self._failures, self._pause = restarts, failures, pause
+        self._patience = stop_patience(os.environ)
         self._name = uuid.uuid4().hex[:12]
         self._newest_at_failures: list[str] = []
         self._end_at: float | None = None
@@ -165,9 +169,22 @@ class Supervisor:
             self._news.append(f"{signal.Signals(number).name}: asking the trainer to save and stop")
             self._folder.mkdir(parents=True, exist_ok=True)
             self._stop_file.touch()
-            self._end_at = time.monotonic() + float(os.environ.get("HIVE_STOP_PATIENCE", PATIENCE))
+            self._end_at = time.monotonic() + self._patience
         elif number not in (signal.SIGUSR1, signal.SIGHUP):
             self._end_at = time.monotonic()
+
+
+def stop_patience(env: Mapping[str, str]) -> float:
+    """Seconds that a trainer has to save and stop.
+
+    Raises:
+        HiveError: HIVE_STOP_PATIENCE is something else.
+    """
+    given = env.get("HIVE_STOP_PATIENCE") or str(PATIENCE)
+    with suppress(ValueError):
+        if (seconds := float(given)) >= 0:
+            return seconds
+    raise HiveError(f"HIVE_STOP_PATIENCE is {given!r}; expected seconds")
 
 
 def stage_folder(command: Sequence[str]) -> Path:

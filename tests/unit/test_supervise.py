@@ -91,6 +91,7 @@ def test_no_such_program() -> None:
         (["SIGTERM"], True, 85),
         (["SIGINT"], True, 85),
         (["SIGTERM", "SIGUSR1", "SIGTERM"], False, 85),
+        (["SIGTERM", "SIGUSR1", "SIGHUP"], True, 85),  # only a second SIGTERM or SIGINT ends it
         (["SIGHUP"], True, 85),  # the terminal has gone
     ],
 )
@@ -98,7 +99,7 @@ def test_signals_ask_for_a_stop(signals: list[str], answers: bool, code: int) ->
     """A stop file that an earlier run left does not end the new one; the trainer's answer to a signal does."""
     Path("STOP").touch()
     trainer = "echo $HIVE_ATTEMPT > started; while [ ! -e STOP ]; do sleep 0.02; done; touch seen; " + (
-        "exit 85" if answers else "sleep 1000"
+        "sleep 0.2; touch saved; exit 85" if answers else "sleep 1000"
     )
     main = "import sys; from hive_ds.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "supervise", "--folder", ".", "--", "sh", "-c", trainer]
@@ -111,8 +112,26 @@ def test_signals_ask_for_a_stop(signals: list[str], answers: bool, code: int) ->
             wait_for("seen")
         output, _ = process.communicate(timeout=20)
     assert process.returncode == code
+    assert Path("saved").exists() == answers
     assert f"{signals[0]}: asking the trainer to save and stop" in output
     assert processes_with("HIVE_ATTEMPT", Path("started").read_text().strip()) == []
+
+
+def test_a_trainer_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIVE_STOP_PATIENCE", "0.5")
+    begun = time.monotonic()
+    command = ["sh", "-c", "kill -USR1 $PPID; sleep 1000"]
+    assert Supervisor(command, Path(), restarts=1, failures=1, pause=0).run() == 85
+    assert 0.5 <= time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("given", ["8m", "-1", "nan"])
+def test_a_patience_that_is_none_is_refused_before_the_first_try(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noticed at a signal, it would end the trainer before that has saved."""
+    monkeypatch.setenv("HIVE_STOP_PATIENCE", given)
+    with pytest.raises(HiveError, match=f"^HIVE_STOP_PATIENCE is '{given}'; expected seconds$"):
+        supervise("done0")
+    assert not Path("tries").exists()
 
 
 def test_nohup_keeps_it_going() -> None:
@@ -133,6 +152,16 @@ def test_what_a_killed_supervisor_left_is_ended() -> None:
     Path("attempt").write_text("earlier.0")
     assert supervise("done0") == (0, 1)
     assert left.wait(10) == -signal.SIGKILL
+
+
+def test_the_attempt_that_a_supervisor_runs_in_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    outer = subprocess.Popen(["sleep", "1000"], env={"HIVE_ATTEMPT": "outer.0", "PATH": os.environ["PATH"]})
+    monkeypatch.setenv("HIVE_ATTEMPT", "outer.0")
+    Path("attempt").write_text("outer.0")
+    assert supervise("done0") == (0, 1)
+    assert outer.poll() is None
+    outer.kill()
+    outer.wait()
 
 
 def test_signal_during_the_pause_starts_no_other_try() -> None:
