@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,21 +186,30 @@ def resharded(ranks: Any, path: Any) -> Any:
 def check_what_universal_checkpoints_lose(ranks: Any) -> None:
     """Groups keep their own rates and decay, tensors their own step counts, frozen weights their values.
 
+    A skipped step counts as none, and is remembered; ranks draw the numbers that they would have drawn.
+
     DeepSpeed's universal checkpoints (0.19.8) give every group the rate and decay of the first, let tensors share one
     counter, which AdamW then counts up once for each, and do not restore what is frozen.
     """
     config = config_for(2, group_lr={"routed_attention": 5e-4, "image_kv": 1e-4})
     straight, folder = make_trainee(ranks, zero=3, config=config), ranks.folder / "universal"
     for step in range(4):
+        batches = step_batches(ranks, step, 2)
+        if step == 1:
+            batches[0].images["pixel_values"][:] = float("inf")
         if step == 2:
+            torch.manual_seed(5 + ranks.world.rank)
             assert save(writer_of(ranks, straight, folder, config), step) is None
-        run_step(ranks, straight, step_batches(ranks, step, 2), factor=0.5)
+            drawn = torch.rand(1)
+        run_step(ranks, straight, batches, factor=0.5)
     wanted = state_of(straight)
     straight.engine.close()
     stage = stage_by_number(2)
     for zero in (0, 1, 2, 3):
         resumed = make_trainee(ranks, zero=zero, config=config, model=scrambled(make_model(stage), stage))
         load(ranks, newest_checkpoint(folder, ranks.world, print), resumed, identity_of(resumed, config))
+        assert torch.equal(torch.rand(1), drawn)
+        assert resumed.engine.skipped_steps == 1
         for step in (2, 3):
             run_step(ranks, resumed, step_batches(ranks, step, 2), factor=0.5)
         groups = {group["name"]: (group["lr"], group["weight_decay"]) for group in resumed.engine._adamw.param_groups}
@@ -208,7 +218,7 @@ def check_what_universal_checkpoints_lose(ranks: Any) -> None:
         assert groups["routed_attention/decay"] == (2.5e-4, 0.1), groups
         assert groups["image_kv/decay"] == (5e-5, 0.1), groups
         counters = [state["step"] for state in resumed.engine._adamw.state.values()]
-        assert [float(counter) for counter in counters] == [4.0] * len(counters), zero
+        assert [float(counter) for counter in counters] == [3.0] * len(counters), zero
         assert len({counter.data_ptr() for counter in counters}) == len(counters) > 1, zero
         found = state_of(resumed)
         trained = {name for group in resumed.plan.groups for name in group.parameters}
@@ -226,13 +236,13 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
     folder = ranks.folder / "incomplete"
     trainee = make_trainee(ranks, config=config_for(2))
     identity = identity_of(trainee, config_for(2))
-    writer = writer_of(ranks, trainee, folder, config_for(2), keep_every=20)
+    writer = writer_of(ranks, trainee, folder, config_for(2), keep_checkpoints=3, keep_every=30)
     for step in range(10, 70, 10):
         assert save(writer, step) is None
     assert (folder / "latest").read_text() == "step-000060"
-    steps = {step: folder / "checkpoints" / f"step-{step:06d}" for step in (20, 40, 45, 50, 60)}
+    steps = {step: folder / "checkpoints" / f"step-{step:06d}" for step in (30, 40, 45, 50, 60)}
     if ranks.world.is_main:
-        assert sorted((folder / "checkpoints").iterdir()) == [steps[20], steps[40], steps[50], steps[60]]
+        assert sorted((folder / "checkpoints").iterdir()) == [steps[30], steps[40], steps[50], steps[60]]
         with (steps[60] / "rank-00001.pt").open("ab") as file:
             file.write(b"x")
         pieces = steps[50] / "pieces-00000.safetensors"
@@ -257,6 +267,13 @@ def check_incomplete_checkpoints(ranks: Any) -> None:
     turned = make_trainee(ranks, config=config_for(2), model=make_model(stage_by_number(2), rope="1d"))
     message = expect_error(lambda: load(ranks, found, turned, identity_of(turned, config_for(2))))
     assert "model {'qk_norm': 'pre_rope', 'rope': '2d'}, this run has {'qk_norm': 'pre_rope', 'rope': '1d'}" in message
+    layer: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vision_feature_layer=-2)))
+    for identity_of_another, difference in (
+        (identity_of(trainee, config_for(2), "bf16"), "precision fp32, this run has bf16"),
+        (identity_of(trainee, config_for(2, global_batch_size=8)), "global_batch_size 4, this run has 8"),
+        (identity_of(SimpleNamespace(plan=trainee.plan, engine=layer), config_for(2)), "{'vision_feature_layer': -2}"),
+    ):
+        assert difference in expect_error(lambda another=identity_of_another: load(ranks, found, trainee, another))
     changed = make_trainee(ranks, config=config_for(2), model=make_model(stage_by_number(2), seed=3))
     message = expect_error(lambda: load(ranks, found, changed, identity))
     assert re.search("frozen weights vision_encoder.* are not those it was trained with", message), message
