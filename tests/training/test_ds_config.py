@@ -14,7 +14,7 @@ from tiny_run import TinyRun
 
 from hive_ds.config import StageConfig, TrainingConfig
 from hive_ds.errors import HiveError
-from hive_ds.launch.meeting import set_meeting_point
+from hive_ds.launch.meeting import meeting_port, set_meeting_point
 from hive_ds.training.distributed import World, read_world, start
 from hive_ds.training.ds_config import ZERO_DEFAULTS, build_ds_config, read_policy, warn_of_rounding
 from hive_ds.training.global_batch import describe_batch, fit_micro_batch, micro_batches
@@ -301,6 +301,8 @@ def test_ranks_of_a_slurm_step_know_where_to_meet(nodes: str, first: str) -> Non
     env = {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "SLURM_RESTART_COUNT": "1"}
     set_meeting_point(env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == (first, str(12000 + 7 * 131 + 13 + 2))
+    ports = [meeting_port({"SLURM_JOB_ID": str(job)}) for job in (12345678, 87654321, *range(9000, 9200))]
+    assert all(12000 <= port < 32000 for port in ports), "a port from 32768 on may be in use for a connection"
     given = {**env, "MASTER_ADDR": "mine", "MASTER_PORT": "1"}
     set_meeting_point(given)
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("mine", "1")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +33,7 @@ def test_node_that_differs_is_named() -> None:
     }
     first_is_off = {A: facts(skew=0.0), B: facts(skew=-60.0), C: facts(skew=-60.2)}
     assert compare_nodes(first_is_off) == {A: ["its clock is +60 s off the others'"]}
+    assert list(compare_nodes({A: facts(skew=0.0), B: facts(skew=4.9), C: facts(skew=-5.1)})) == [C]
     slow = {A: [7e14, 7e14], B: [7e14, 3e14]}
     assert compare_nodes({node: facts(matmul_flops_per_second=slow[node]) for node in slow}) == {
         B: ["GPU 1 does 300 TFLOP/s; the median is 700"]
@@ -71,6 +74,22 @@ def test_matrix_product_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "ones", lambda *size, **options: torch.full(size, 1.01, **options))
     with pytest.raises(RuntimeError, match="a matrix product is wrong"):
         preflight._matmul(torch.device("cpu"), size=256)
+
+
+def test_folders_that_are_nearly_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"/dev/shm": 2e9, str(tmp_path): 10**9}
+    monkeypatch.setattr(preflight, "free", free.get)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[str(folder)]))
+
+    def faults(ranks: int) -> list[str]:
+        options = argparse.Namespace(ranks=ranks, gpus=0, scratch=tmp_path, run=tmp_path)
+        return preflight.check_node(options)[1]
+
+    assert faults(8) == []
+    assert faults(9) == ["/dev/shm has 2.00 GB; 9 ranks need 2.25 GB"]
+    free |= {"/dev/shm": None, str(tmp_path): 10**9 - 10**7}
+    full = f"{tmp_path} has 0.99 GB free; expected 1.00 GB"
+    assert faults(1) == ["/dev/shm has nothing that can be written to; 1 ranks need 0.25 GB", full, full]
 
 
 def test_node_without_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
