@@ -82,6 +82,19 @@ def test_data_of_a_stage_lies_over_the_recipes():
     assert origins["stages.vlm_alignment.data.template"] == origins["data.template"]
 
 
+def test_model_that_judges_the_encoder():
+    """Its own language model and block; all else is the model's that trains the encoder."""
+    recipe = load_recipe("tiny", ["vlm={language_model: chat, feature_block: -1}", "model.rope=1d"])
+    found, own = recipe.vlm_model("encoder"), {"vision_encoder": "encoder", "feature_block": -1}
+    own |= {"kind": "cascaded", "routes": None, "language_model": "chat"}
+    assert found == replace(recipe.model, **own)
+
+
+def test_an_encoder_that_no_stage_trains_has_to_be_named():
+    with pytest.raises(HiveError, match=r"vlm\.vision_encoder is null, but no stage trains an encoder; expected"):
+        load_recipe("tiny-base", ["vlm.vision_encoder=null"])
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipe(name: str):
     recipe = load_recipe(name)
