@@ -202,10 +202,13 @@ def check_waits_count_where_they_pass(ranks: Any) -> None:
 
 
 def check_skipped_steps_are_left_out_of_the_mean_loss(ranks: Any) -> None:
-    """Of two steps to a line, of which one was skipped, the other's loss is logged; of two skipped ones, none."""
+    """Of two steps to a line, of which one was skipped, the other's loss is logged; of two skipped ones, none.
+
+    The last step has a line, whatever the interval.
+    """
     losses = {}
     for interval in (1, 2):
-        job = job_of(ranks, Flawed(ranks, [0] * 6, infinite=(1, 4, 5)), log_interval=interval)
+        job = job_of(ranks, Flawed(ranks, [0] * 7, infinite=(1, 4, 5)), log_interval=interval)
         train(job, 0)
         job.engine.close()
         if ranks.world.is_main:
@@ -213,8 +216,8 @@ def check_skipped_steps_are_left_out_of_the_mean_loss(ranks: Any) -> None:
             losses[interval] = [line["loss"] for line in lines if line["event"] == "train"]
     if ranks.world.is_main:
         single, double = losses[1], losses[2]
-        assert [loss is None for loss in single] == [False, True, False, False, True, True]
-        assert (double[0], double[2]) == (single[0], None)
+        assert [loss is None for loss in single] == [False, True, False, False, True, True, False]
+        assert (double[0], *double[2:]) == (single[0], None, single[6])
         assert min(single[2:4]) < double[1] < max(single[2:4])
 
 

@@ -1,16 +1,19 @@
-"""``metrics.jsonl`` on full disks and after kills: no line is lost that was there, and none is glued to another."""
+"""``metrics.jsonl``: what a line says, and on full disks and after kills that none is lost or glued to another."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from full_disk import full_disk
 
 from hive_ds.events import read_events
-from hive_ds.training import metrics
+from hive_ds.training import loop, metrics
 from hive_ds.training.distributed import World
 from hive_ds.training.metrics import Meter, MetricsLog, Totals
 
@@ -95,3 +98,73 @@ def test_rates_leave_out_pauses_and_nothing_else(monkeypatch: pytest.MonkeyPatch
     assert values["tokens_per_second_per_gpu"] == pytest.approx(100)
     assert values["data_wait_share"] == pytest.approx(0.2)
     assert (values["seconds_per_step"], values["eta_seconds"]) == (pytest.approx(1), pytest.approx(3))
+
+
+def test_numbers_of_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, two steps of two seconds, the second of which has thrice the text; and a line that starts over."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    meter = Meter(2, 1e12, torch.device("cpu"), samples=100.0, cut_samples=5.0, bad_samples=6.0)
+    meter.restart()
+    for times, loss in ((1, 5.0), (3, 1.0)):
+        now[0] += 2.0
+        step = Totals(supervised=10, tokens=40, images=6, samples=8, cut=1, bad=2, flops=5e11, wait=0.2)
+        meter.add(Totals(*(times * value for value in step.vector())), loss)
+    values = meter.read(steps_left=10)
+    assert 0.05 < values.pop("memory_gb") < 1000
+    assert values == pytest.approx(
+        {
+            "loss": 2.0,  # (1 * 5 + 3 * 1) / 4
+            "tokens_per_second_per_gpu": 4 * 40 / 4 / 2,
+            "images_per_second_per_gpu": 4 * 6 / 4 / 2,
+            "mfu": 4 * 5e11 / 4 / 2 / 1e12,
+            "data_wait_share": 4 * 0.2 / 4 / 2,
+            "supervised_share": 0.25,
+            "samples": 100 + 4 * 8,
+            "cut_samples": 5 + 4 * 1,
+            "bad_samples": 6 + 4 * 2,
+            "seconds_per_step": 2.0,
+            "eta_seconds": 20.0,
+        }
+    )
+    now[0] += 3.0
+    meter.add(Totals(tokens=60, samples=8), math.nan)
+    values = meter.read(steps_left=9)
+    assert math.isnan(values["loss"])
+    found = [values[name] for name in ("tokens_per_second_per_gpu", "seconds_per_step", "mfu", "samples")]
+    assert found == pytest.approx([10, 3, 0, 140])
+
+
+def test_what_is_between_steps_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validations, maps and saves take no time of the steps around them, and those keep theirs."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop, "norms_over_ranks", lambda squares, engine: {})
+
+    def long(*_: Any) -> dict[str, float]:
+        now[0] += 50.0
+        return {"share": 0.5}
+
+    none = SimpleNamespace(**dict.fromkeys(("write", "write_events", "gather_parts", "wait"), lambda *_, **__: None))
+    engine, meter = SimpleNamespace(**vars(none), model=None), Meter(1, 1e12, torch.device("cpu"))
+    job: Any = SimpleNamespace(
+        meter=meter,
+        metrics=none,
+        engine=engine,
+        world=World(),
+        validation={},
+        questions=SimpleNamespace(ask=long),
+        checkpoints=SimpleNamespace(wait=none.wait, begin=long),
+        maps=SimpleNamespace(sample=SimpleNamespace(id="a"), draw=long),
+    )
+    meter.restart()
+    for between in (
+        lambda: loop._validate(job, 1),
+        lambda: loop._map(job, 1, {}),
+        lambda: loop._save(job, 1, {}, last=False),
+    ):
+        for _ in range(2):
+            now[0] += 1.0
+            meter.add(Totals(), 1.0)
+            between()
+        assert meter.read(0)["seconds_per_step"] == pytest.approx(1.0)
