@@ -14,7 +14,7 @@ from torch import nn
 from hive_ds.config import STAGE_NAMES, StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.stages import ModuleGroup, Stage, assign_groups, next_stage, stage_by_number
-from hive_ds.training.groups import StagePlan, groups_of, plan_stage
+from hive_ds.training.groups import StagePlan, adamw, groups_of, plan_stage
 from hive_ds.training.schedule import Schedule
 
 CONFIG = StageConfig(lr=1e-3, global_batch_size=4, micro_batch_size=1, weight_decay=0.1)
@@ -110,6 +110,20 @@ def test_vision_learning_rate_falls_from_block_to_block() -> None:
     assert next(rate for name, rate in rates.items() if name.startswith("projectors.")) == 1e-3
 
 
+def test_numbers_of_adamw_are_the_recipes() -> None:
+    config = replace(CONFIG, betas=(0.7, 0.8), eps=1e-3)
+    plan = planned(tiny_hive(image_kv="own"), 2, config)
+    for group, made in zip(plan.groups, adamw(plan.groups, config, fused=False).param_groups, strict=True):
+        found = {key: made[key] for key in ("betas", "eps", "weight_decay", "peak_lr", "lr")}
+        assert found == {
+            "betas": (0.7, 0.8),
+            "eps": 1e-3,
+            "weight_decay": group.weight_decay,
+            "peak_lr": 1e-3,
+            "lr": 0.0,  # until the first step asks for one
+        }
+
+
 def test_rate_of_zero_freezes() -> None:
     model = tiny_hive(image_kv="own")
     plan = planned(model, 2, replace(CONFIG, group_lr={"routed_attention": 0.0}))
@@ -153,5 +167,7 @@ def test_schedule_warms_up_and_ends_at_the_floor() -> None:
     assert factors[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
     assert all(later < earlier for earlier, later in itertools.pairwise(factors[3:]))
     assert schedule.factor(3 + 97 // 2) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 48 / 97)))
-    assert schedule.factor(100) == pytest.approx(0.1)
+    assert [schedule.factor(step) for step in (100, 150)] == pytest.approx([0.1, 0.1])
+    begun_steps = Schedule(steps=70, warmup_ratio=0.03, min_lr_ratio=0.0)  # 2.1: a step that has begun is one
+    assert [begun_steps.factor(step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert Schedule(steps=10, warmup_ratio=0.0, min_lr_ratio=0.0).factor(0) == 1.0
