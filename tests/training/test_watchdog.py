@@ -99,6 +99,7 @@ def test_rank_that_cannot_write_ends_too(ends: dict[str, list[tuple[int, str]]])
 
 
 def test_stopped_and_let_go_on_is_no_hang(ends: dict[str, list[tuple[int, str]]]) -> None:
+    """Nor is a first step that takes longer than the timeout."""
     ((code, output),) = ends["was_stopped"]
     assert code == 0
     assert output.endswith("over\n")

@@ -73,6 +73,8 @@ def main(arguments: list[str]) -> int:
     for step in (1, 2):
         here.begin_step(step)
         here.enter("data", ())
+        if fault == "was_stopped" and step == 1:
+            time.sleep(1.5 * TIMEOUT)  # longer, as the first step may take
         barrier()
     if world.rank == 0:
         FAULTS[fault]()
