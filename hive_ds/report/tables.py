@@ -36,8 +36,14 @@ _UNNAMED = ("name", "description")
 
 def recipe_rows(run: RunRecord) -> Rows:
     """What the recipe is, in short."""
-    flat = run.flat_recipe
-    return [[label, text(flat[key])] for label, key in _SHOWN if flat.get(key) is not None]
+    rows = [[label, _in_words(run.flat_recipe, key)] for label, key in _SHOWN]
+    return [row for row in rows if row[1]]
+
+
+def _in_words(flat: dict[str, Any], key: str) -> str:
+    """A value; of several data folders each with its weight."""
+    weights = {name.removeprefix(f"{key}."): weight for name, weight in flat.items() if name.startswith(f"{key}.")}
+    return text(flat.get(key)) or ", ".join(f"{folder} ({text(weight)})" for folder, weight in weights.items())
 
 
 def stage_rows(run: RunRecord) -> Rows:

@@ -16,6 +16,7 @@ from run_folders import long_run, start, train, validation, write_results, write
 from hive_ds.cli import main
 from hive_ds.errors import HiveError
 from hive_ds.plots import Line, line_plot, thinned
+from hive_ds.recipe import dump_recipe, load_recipe
 from hive_ds.report.page import render_report, write_report
 from hive_ds.report.run import read_runs
 
@@ -67,6 +68,16 @@ def test_all_of_a_run_is_on_its_page(run: Path, capsys: pytest.CaptureFixture[st
     # 500 steps on 2 ranks and 500 on 4, half a second each, at 0.4 of 1e12 FLOPs a second.
     cost = next(row for row in rows if row[:3] == ["long", "1", "1,000"])
     assert cost[4:] == ["2 x NVIDIA H200, 4 x NVIDIA H200", "0.417", "0.5", "600 T", "40.0 %", "3.25 GB"]
+
+
+def test_data_of_several_folders_are_named_with_their_weights(tmp_path: Path) -> None:
+    stage = write_stage(tmp_path / "run", 1, [start(0), train(1, 9)])
+    recipe = load_recipe("tiny", ["data.train={data/captions: 0.75, data/web: 2}", "data.validation=data/held-out"])
+    (stage / "recipe.yaml").write_text(dump_recipe(recipe))
+    page = render_report(read_runs([tmp_path / "run"]))
+    assert "<dt>training data</dt><dd>data/captions (0.75), data/web (2)</dd>" in page
+    assert "<dt>held-out data</dt><dd>data/held-out</dd>" in page
+    assert "<dt>vision blocks</dt><dd>1, 2, 3</dd>" in page
 
 
 def test_attempts_that_were_asked_to_stop_say_so(tmp_path: Path) -> None:
