@@ -156,6 +156,7 @@ def _score_rows(name: str, result: Any) -> list[tuple[Any, ...]]:
         )
         for benchmark, found in (result.get("benchmarks", {}) if isinstance(result, dict) else {}).items()
         for score in found["scores"]
+        if "." not in score["name"]
     ]
 
 

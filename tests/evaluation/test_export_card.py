@@ -50,7 +50,7 @@ def make_run(run: Path) -> Path:
 
 
 def results(sha256: str | None, value: float) -> str:
-    scores = [{"name": "accuracy", "value": value, "maximum": 1}]
+    scores = [{"name": name, "value": value, "maximum": 1} for name in ("accuracy", "accuracy.part")]
     asked = {"prompt_version": "gqa-2", "samples": 2, "available": 5}
     return json.dumps({"vision_encoder_sha256": sha256, "benchmarks": {"gqa": {**asked, "scores": scores}}})
 
@@ -91,6 +91,7 @@ def test_the_card_tells_the_run(tmp_path) -> None:
     ):
         assert words in card
     assert "0.375" not in card  # scores of another encoder
+    assert "accuracy.part" not in card  # part of a main score: in the file
     assert list(json.loads((out / "scores.json").read_text())) == ["eval/results.json"]
 
 
