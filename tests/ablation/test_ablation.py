@@ -17,7 +17,7 @@ from tiny_models import text_config, vision_config
 from hive_ds.ablation.arms import Depths, make_arms
 from hive_ds.ablation.contrast import Contrast, contrast
 from hive_ds.ablation.execute import run_all, submit_all
-from hive_ds.ablation.gather import gather
+from hive_ds.ablation.gather import Gathered, gather
 from hive_ds.ablation.plan import ArmRun, make_plan, read_plan
 from hive_ds.cli import main
 from hive_ds.errors import HiveError, Signalled
@@ -251,14 +251,27 @@ def test_cost_and_scores_say_what_they_are_of(recipe: str, tmp_path: Path, launc
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     lines.insert(2, {**lines[0], "step": 2, "ranks": 4, "matmul_flops_per_second": 3e12})
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    score = {"scores": [{"name": "accuracy", "value": 0.5}], "available": 100}
+    parts = [{"name": "accuracy", "value": 0.5}, {"name": "accuracy.part", "value": 0.25}]
+    score = {"scores": parts, "available": 100}
     benchmarks = {"gqa": {**score, "samples": 100}, "mme": {**score, "samples": 2}}
     (run.folder / "eval").mkdir()
     (run.folder / "eval" / "results.json").write_text(json.dumps({"benchmarks": benchmarks}))
     scores = gather(runs).scores["hive"][0]
     expected = [9.0, 6 * 0.5 * 2 + 3 * 0.25 * 12, 2.0]
     assert [scores[f"stage 1 {name}"] for name in ("seconds", "TFLOPs", "GB")] == expected
-    assert (scores["gqa accuracy"], scores["mme accuracy of the first 2"]) == (0.5, 0.5)
+    judged = {name: value for name, value in scores.items() if name.startswith(("gqa", "mme"))}
+    assert judged == {"gqa accuracy": 0.5, "mme accuracy of the first 2": 0.5}
+
+
+def test_the_table_says_how_many_seeds_each_arm_and_score_has() -> None:
+    hive = {0: {"loss": 1.0, "probe": 0.5}, 1: {"loss": 2.0}, 2: {"loss": 3.0}}
+    gathered = Gathered({"hive": hive, "sa": {0: {"loss": 4.0}}}, ())
+    assert gathered.table() == [["score", "hive (3)", "sa (1)"], ["loss", "2 ± 1", "4"], ["probe", "0.5", ""]]
+    summary = gathered.as_dict()["summary"]["hive"]
+    assert summary == {
+        "loss": {"mean": 2.0, "std": 1.0, "seeds": 3},
+        "probe": {"mean": 0.5, "std": None, "seeds": 1},
+    }
 
 
 def test_submission_is_one_command_a_run(recipe: str, tmp_path: Path) -> None:
