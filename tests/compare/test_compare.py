@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from hive_ds.ablation.gather import Gathered
 from hive_ds.cli import main
+from hive_ds.compare import judge as judging
 from hive_ds.compare.page import JUDGED, contrasts, render_page
 from hive_ds.compare.pipeline import Comparison
 from hive_ds.compare.settings import PRESETS, SMOKE
+from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.errors import HiveError
-from hive_ds.recipe import load_recipe
+from hive_ds.evaluation.probes.results import BlockResult, Score
+from hive_ds.evaluation.probes.scene_factors import FACTORS
+from hive_ds.evaluation.scoring import Share
+from hive_ds.recipe import dump_recipe, load_recipe
 
 
 def gathered(spread: float) -> Gathered:
     """HIVE ten points better than base, give or take ``spread`` from seed to seed, in every score."""
-    names = (*JUDGED, "stage 4 seconds")
+    names = (*JUDGED, "stage 4 seconds", "stage 4 GB")
     shift = (0.0, spread, -spread)
     scores = {
         "hive": {seed: dict.fromkeys(names, 0.6 + shift[seed]) for seed in range(3)},
@@ -49,7 +56,38 @@ def test_page_says_what_differs_and_what_could_not_be_told() -> None:
         assert page.count('stroke="var(--one)" stroke-width="2"') == len(record["contrasts"]) * (verdict == "yes")
         assert "sa-seed0" in page
         assert "± 9.8 points" in page  # 1.96 sqrt(0.25 / 100)
-        assert "<td>stage 4 seconds</td>" in page
+        # Shares in percent, cost as it is; an interval's name has the order of its difference.
+        assert f"<td>answers all</td><td>60.0 ± {100 * spread:.1f}</td><td>50.0 ± 0.0</td>" in page
+        assert f"<td>stage 4 seconds</td><td>0.6 ± {spread:.1f}</td><td>0.5 ± 0.0</td>" in page
+        assert "<td>stage 4 GB</td>" in page
+        assert page.count(">hive \N{MINUS SIGN} base</text>") == len(JUDGED)
+
+
+def test_a_run_is_judged_at_the_block_that_its_vlm_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last but one of four; the best one, and the answers over shuffled pictures, are scores of their own."""
+    results = [
+        BlockResult("encoder", factor, block, 2, 8, 10, (Score(0, Share(right, 10), 0.0),))
+        for factor in FACTORS
+        for block, right in ((1, 4), (2, 8), (3, 6), (4, 5))
+    ]
+    answers = SimpleNamespace(
+        accuracy={"colour": Share(3, 4), "all": Share(5, 8)}, shuffled_accuracy={"all": Share(1, 8)}, save=Path.touch
+    )
+    asked: list[Any] = []
+    encoder = SimpleNamespace(info=SimpleNamespace(name="encoder", num_blocks=4))
+    monkeypatch.setattr(judging, "ask", lambda model, *_, **more: asked.append((model, more["template"])) or answers)
+    monkeypatch.setattr(judging, "load_encoder", lambda source: asked.append(source) or encoder)
+    monkeypatch.setattr(judging, "scene_probe_data", lambda train, held_out: (train, held_out))
+    monkeypatch.setattr(judging, "read_samples", lambda folder: [folder])
+    monkeypatch.setattr(judging, "probe", lambda *_: results)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe("tiny")))
+    scores = judging.judge(tmp_path, SceneFolders(tmp_path / "data"))
+    assert asked == [(tmp_path / "stage5" / "model", "chat"), str(tmp_path / "encoder")]
+    assert scores == {
+        **{"answers colour": 0.75, "answers all": 0.625, "answers all, pictures shuffled": 0.125},
+        **{f"probe {factor}": 0.6 for factor in FACTORS},
+        **{f"probe {factor}, best block": 0.8 for factor in FACTORS},
+    }
 
 
 @pytest.mark.parametrize("name", PRESETS)
