@@ -185,6 +185,19 @@ def test_a_row_whose_rounds_differ_is_marked() -> None:
     assert "Not steady, rounds differ by more than 10%: one.\n" in report.table(record | {"rows": rows})
 
 
+def test_a_row_beside_ours() -> None:
+    """Half of the rounds' spread; GiB; seconds and counted FLOPs as multiples of ours and of SA's."""
+    ours = {**MINIMAL_ROW, "label": "ours", "spread": 0.04, "seconds": 0.5, "peak_bytes": 3 * 2**30, "flops": 2.0}
+    ours |= {"shares": {"LLM": 0.75, "data": 0.004}}
+    sa = {**MINIMAL_ROW, "arm": "sa", "label": "SA", "spread": 0.0, "seconds": 1.5, "peak_bytes": None, "flops": 8.0}
+    record = {"stage": 1, "models": "", "precision": "", "matmul_flops_per_second": 2e12, "tiny": True, "skipped": []}
+    lines = report.table(record | {"rows": [ours, sa]}).splitlines()
+    assert "measured here: 2 TFLOP/s of a large matrix product." in lines[0]
+    assert "| ours | 500 ±2% | 2 | 1 | 40 | 3 | 1.00 | LLM 75% |" in lines
+    assert "| SA | 1500 ±0% | 2 | 1 | 40 |  | 3.00 |  |" in lines
+    assert "Over SA: 3.00 times as fast; counted FLOPs allow 4.00 (0.75 of that)." in lines
+
+
 def test_an_engine_that_does_not_load_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is built and compiled for it."""
     assert engine_refusal() is None
