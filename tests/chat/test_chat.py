@@ -159,6 +159,13 @@ def test_a_model_of_captions_gives_one(run: Path, capsys: pytest.CaptureFixture[
     chat = load_chat_model(run / "stage1")
     caption = shown(chat, SAMPLES[0].images[0]).ask("is it red?")
     assert caption.prompt_length == 1  # the question is not read
+    conversation = shown(chat, SAMPLES[0].images[0])
+    conversation.ask("")
+    conversation.show(decode_image(SAMPLES[1].images[0]))
+    last = conversation.ask("")
+    assert last.images == conversation.ask("").images  # the picture shown last, once more
+    assert last.text == shown(chat, SAMPLES[1].images[0]).ask("").text
+    assert len(last.images) == 1
     with pytest.raises(HiveError, match="no picture: this model gives captions"):
         Conversation(chat).ask("red?")
     command = ["chat", f"{run}/stage1", "--image", f"{run}/0.png", "--max-new-tokens", "6"]
