@@ -16,14 +16,16 @@ from scene_models import save_cascaded_scene_model, save_scene_model
 from hive_ds.cli import main
 from hive_ds.errors import HiveError
 from hive_ds.evaluation.probes import features as features_module
+from hive_ds.evaluation.probes import report as report_module
 from hive_ds.evaluation.probes.data import TASK, LabelledImages, ProbeData
-from hive_ds.evaluation.probes.encoder import load_encoder
+from hive_ds.evaluation.probes.encoder import EncoderInfo, load_encoder
 from hive_ds.evaluation.probes.features import ExtractSettings
 from hive_ds.evaluation.probes.report import ProbeReport
-from hive_ds.evaluation.probes.results import best_block
+from hive_ds.evaluation.probes.results import BlockResult, Score, best_block
 from hive_ds.evaluation.probes.settings import AttentiveSettings, KnnSettings, LinearSettings, ProbeSettings
 from hive_ds.evaluation.probes.sources import DataOptions, open_data
 from hive_ds.evaluation.probes.sweep import probe
+from hive_ds.evaluation.scoring import Share
 from hive_ds.export import export_encoder
 from hive_ds.model.vision import vision_blocks
 
@@ -203,6 +205,29 @@ def test_command_compares_encoders(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(features_module, "encode_images", never)  # what the first run computed is in the cache
     assert main([*command, "--head", "knn", "--k", "3", "--blocks", "2,4"]) == 0
     assert " ± " not in capsys.readouterr().out
+
+
+def test_a_report_says_how_well_and_on_how_many(capsys, monkeypatch) -> None:
+    """Standard deviations of n - 1; fits that did not end; percent in table and plot."""
+    drawn: list[list] = []
+    monkeypatch.setattr(report_module, "line_plot", lambda lines, *_: drawn.append(lines) or "")
+    scores = [
+        tuple(Score(seed, Share(right, 10), right / 20, {"gradient": gradient}) for seed, right in enumerate(rights))
+        for rights, gradient in (((5, 6, 7), 2e-3), ((7, 7, 10), 1e-4))
+    ]
+    results = [BlockResult("HIVE", TASK, block, 3, 40, 10, one) for block, one in enumerate(scores, start=1)]
+    assert results[0].as_dict()["std"] == pytest.approx(0.1)
+    assert results[0].as_dict()["mean_per_class"] == pytest.approx(0.3)
+    images = LabelledImages.from_files("food train", [b"1", b"2"], {TASK: ["a", "b"]})
+    info = EncoderInfo("HIVE", "runs/hive", "SiglipVisionModel", 2, "fp32", *["sha"] * 3, "SiglipImageProcessor", "sha")
+    report = ProbeReport(ProbeData("food", images, None), ProbeSettings(LinearSettings(), "all"), [info], results)
+    assert report.rows(TASK) == [["block", "HIVE"], ["1", "60.0 ± 10.0"], ["2", "80.0 ± 17.3"], ["best", "block 2"]]
+    report.print()
+    printed = capsys.readouterr().out
+    assert "food, label: linear probe, 3 classes, 40 training and 10 test images" in printed
+    assert "3 linear fits ended with a gradient above 0.001" in printed
+    report._page()
+    assert drawn[0][0].points == [(1, pytest.approx(60)), (2, pytest.approx(80))]
 
 
 WRONG_COMMANDS = {

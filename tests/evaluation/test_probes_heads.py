@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +154,36 @@ def test_attention_finds_what_the_mean_hides() -> None:
     assert np.array_equal(predicted, again)
     assert loss == same_loss
     assert attentive(train, test, seed=1)[1] != loss
+
+
+def test_attentive_head_is_trained_as_the_page_says() -> None:
+    """A plain loop: AdamW along a cosine to 0, clipped, norms and biases not decayed; the mean of the last epoch."""
+    features, labels = one_patch_decides(91, 0)
+    changes = {"epochs": 3, "batch_size": 40, "lr": 0.05, "weight_decay": 0.5, "clip": 0.1}
+    _, found = attentive((features, labels), (features, labels), 5, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        head = AttentiveHead(WIDTH, 4, 2)
+    weights = list(head.parameters())
+    optimizer = torch.optim.AdamW([{"params": [one], "weight_decay": 0.5 * (one.dim() > 1)} for one in weights])
+    drawn, step = np.random.default_rng(5), 0
+    for _ in range(3):
+        losses: list[float] = []
+        for rows in np.array_split(drawn.permutation(91), 3):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * (1 + math.cos(math.pi * step / 9)) / 2
+            loss = torch.nn.functional.cross_entropy(
+                head(torch.from_numpy(features.values[rows])), torch.from_numpy(labels[rows])
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            norm = math.sqrt(sum(float(one.grad.square().sum()) for one in weights))
+            for one in weights:
+                one.grad *= min(1.0, 0.1 / norm)
+            optimizer.step()
+            step += 1
+            losses += [loss.item()] * len(rows)
+    assert found == pytest.approx(statistics.fmean(losses), rel=1e-4)
 
 
 def test_attentive_head_does_not_see_padding() -> None:
