@@ -137,6 +137,10 @@ def check_result(record: dict[str, Any]) -> None:
     for row in record["rows"]:
         assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-2)
         assert min(row["shares"][part] for part in ("encoder", "projectors", "LLM", "optimizer")) > 0
+        assert row["images_per_second"] * row["seconds"] == pytest.approx(2)
+        if row["workload"] == "32 tokens x 2":
+            assert row["text_tokens_per_second"] * row["seconds"] == pytest.approx(64)
+        assert row["mfu"] * row["seconds"] * record["matmul_flops_per_second"] == pytest.approx(row["flops"])
     text = report.table(record)
     assert all(LABELS[arm] in text for arm in ways)
     assert "counted FLOPs allow" in text
