@@ -17,7 +17,7 @@ from hive_ds.analysis.attention_pictures import GAP, PANEL
 from hive_ds.analysis.block_gradients import block_gradients
 from hive_ds.analysis.gradient_pictures import CAPTION, gradient_maps
 from hive_ds.analysis.samples import Subject, picture_sample, stored_samples
-from hive_ds.analysis.token_pictures import MOST_TOKENS, token_maps
+from hive_ds.analysis.token_pictures import MOST_TOKENS, TITLE, _side_by_side, token_maps
 from hive_ds.chat.loading import load_chat_model
 from hive_ds.cli import main
 from hive_ds.constants import IGNORE_INDEX
@@ -113,6 +113,13 @@ def test_attention(
         torch.testing.assert_close(torch.tensor(said["maps"]).sum((1, 2)), on_picture)
         assert (on_picture[:first] == 0).all()
         assert (on_picture[first:] > 0).all()
+    head, *table = maps.lines()
+    assert head.split()[-2:] == ["layer", str(layers[-1])]
+    assert [row[:34].strip() for row in table] == found["tokens"][first:]
+    assert [row[34:].split() for row in table] == [
+        [f"{layer['on_picture'][token]:.1%}" for layer in found["layers"]]
+        for token in range(first, len(found["tokens"]))
+    ]
     labels = [row.label for row in maps.rows()]
     assert labels[-2:] == ["blue\n→ <|end|>", "<|end|>"]
     assert [row.tokens for row in maps.rows()] == [[token] for token in range(first, len(found["tokens"]))]
@@ -127,6 +134,12 @@ def test_long_texts_go_on_beside_the_first_rows(folder: Path) -> None:
     assert max(figure.size) < 1.5 * min(figure.size)
     assert max(figure.size) < MOST_TOKENS * PANEL / 2
     assert f"first {MOST_TOKENS} of {len(maps.rows())} tokens" in maps._title(MOST_TOKENS)
+
+
+def test_parts_of_a_long_figure_stand_side_by_side() -> None:
+    whole = _side_by_side([Image.new("RGB", (300, 9), "red"), Image.new("RGB", (100, 5), "blue")], "title")
+    assert whole.size == (400, TITLE + 9)
+    assert [whole.getpixel((x, TITLE + 4)) for x in (0, 299, 300, 399)] == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
 
 
 def panel(figure: Image.Image, number: int) -> np.ndarray:

@@ -9,7 +9,16 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from hive_ds.analysis.attention_pictures import GAP, PANEL, Row, Scale, attention_figure, heat_over, seen_part
+from hive_ds.analysis.attention_pictures import (
+    GAP,
+    PANEL,
+    Row,
+    Scale,
+    _column_name,
+    attention_figure,
+    heat_over,
+    seen_part,
+)
 from hive_ds.analysis.maps import AttentionMaps, LayerMaps
 from hive_ds.data.images import process_images
 
@@ -81,6 +90,9 @@ def test_images_of_any_shape_stand_side_by_side() -> None:
     pictures = [Image.new("RGB", (500, 200), "red"), Image.new("RGB", (30, 30), "blue")]
     figure = attention_figure(maps_of(*values), [Row("$ _it_ %", [0])], pictures, title="what $x$ is it?")
     assert figure.width > 2 * PANEL
+    wide = np.asarray(figure.crop((130, 90, 130 + PANEL, 90 + PANEL)))[:, PANEL // 2]
+    drawn = (wide != 255).any(axis=1).nonzero()[0]
+    assert (drawn.min(), drawn.max()) == (48, 111), "160 x 64, in the middle of its panel"
     over = heat_over(pictures[0], torch.eye(2), 1.0)
     assert over.size == (500, 200)
     nowhere = np.asarray(heat_over(pictures[0], torch.zeros(2, 2), 1.0)).astype(int)
@@ -88,6 +100,12 @@ def test_images_of_any_shape_stand_side_by_side() -> None:
     assert nowhere.min() >= 180, "light: the map's colours are darker"
     strength = np.ptp(np.asarray(over).astype(int), axis=2)
     assert strength[:40, :100].mean() > 3 * strength[:40, -100:].mean()
+
+
+def test_columns_are_called_after_layer_blocks_and_image() -> None:
+    layer = LayerMaps(4, (2, 7), torch.zeros(1, 1), [])
+    assert _column_name(layer, 0, 1) == "layer 4\nblocks 2, 7"
+    assert _column_name(LayerMaps(0, (), torch.zeros(1, 1), []), 1, 2) == "image 2\nlayer 0"
 
 
 def test_one_patch_alone_does_not_pale_the_rest() -> None:
