@@ -281,6 +281,7 @@ def test_tasks_that_sample_are_refused() -> None:
     settings = read({"max_new_tokens": 5, "until": ["\n\n"], "temperature": 0.0, "do_sample": False}, "t")
     assert settings.cut(" a\nb\n\nc") == "a\nb"
     assert replace(settings, stops=()).cut("a\n\nc") == "a\n\nc"
+    assert read({"max_new_tokens": 5, "until": "\n\n", "num_beams": 3}, "t") == replace(settings, num_beams=3)
     with pytest.raises(HiveError, match="task t: samples answers"):
         read({"max_new_tokens": 5, "temperature": 0.7}, "t")
     with pytest.raises(HiveError, match="task t: sets no max_new_tokens"):

@@ -16,6 +16,8 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 
 from hive_ds.evaluation.benchmarks.catalogue import BENCHMARKS, TASKS, named, read_task, write_task
 from hive_ds.evaluation.benchmarks.readings import MME_COGNITION, MME_PERCEPTION, mme_says, pope_says_yes
+from hive_ds.evaluation.benchmarks.report import summary, table
+from hive_ds.evaluation.benchmarks.runner import Outcome
 from hive_ds.evaluation.benchmarks.scores import POPE_METRICS, Answered, Score, ratio, scores
 from hive_ds.evaluation.scoring import Z_95
 
@@ -188,3 +190,24 @@ def test_task_files(tmp_path) -> None:
             "!function"
         )
     assert [one.name for one in named(["pope", "mme", "pope"])] == ["pope", "mme"]
+
+
+def test_the_table_and_the_summary_hold_the_main_scores() -> None:
+    """Shares in percent, sums as they are; one standard error; how many of the questions were asked."""
+    rows = [Answered({}, "", {})] * 2
+    parts = [Score("accuracy", 0.5, 1.0, 0.25, 0.4), Score("random.accuracy", 0.75, 1.0, None)]
+    sums = [Score("perception", 1300.5, 2000, 12.5, 1250.0)]
+    outcomes = [
+        Outcome(BENCHMARKS["pope"], "pope-1", "test", 9000, rows, parts, {}),
+        Outcome(BENCHMARKS["mme"], "mme-1", "test", 2, rows, sums, {}),
+    ]
+    lines = table(outcomes).splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]] == [
+        ["pope", "accuracy", "50.00 ± 25.00", "100", "40.00", "2 of 9000", "pope-1"],
+        ["mme", "perception", "1300.50 ± 12.50", "2000", "1250.00", "2", "mme-1"],
+    ]
+    record = {"weights_sha256": "w", "vision_encoder_sha256": "v", "versions": {"lmms-eval": "0"}}
+    assert summary(outcomes, record)["scores"] == {
+        "pope-1 (pope, test, 2 questions)": {"accuracy": 0.5},
+        "mme-1 (mme, test, 2 questions)": {"perception": 1300.5},
+    }
