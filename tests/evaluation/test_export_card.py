@@ -84,6 +84,7 @@ def test_the_card_tells_the_run(tmp_path) -> None:
         "Routes (vision block -> LLM layer): 1->1, 3->3",
         "| vision encoder | google/siglip-so400m-patch14-384 |",
         "| data, train | data/cc3m-florence |",
+        "| data, vlm_alignment | data/llava-pretrain |",
         "| stage3 | 30 | 240 | 4 x NVIDIA H200, 2 x NVIDIA H200 | 0.05556 | 7.8e+13 | 0.03333 |",
         "Qwen/Qwen2-0.5B Apache-2.0",
         "| torch | 9.8.7 |",

@@ -12,11 +12,12 @@ from export_models import PROCESSORS, save_hive
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import IMAGE_SIZE, random_images
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, SiglipVisionConfig
 
 from hive_ds.data.aspect import with_aspect
 from hive_ds.errors import HiveError
-from hive_ds.export import export_encoder, timm_format
+from hive_ds.export import export_encoder, open_clip_format, timm_format
+from hive_ds.export.formats import foreign_features, mlp_ratio
 from hive_ds.export.names import TIMM_SIGLIP
 from hive_ds.export.timm_format import _preprocessing
 from hive_ds.model.vision import encode_images
@@ -41,11 +42,31 @@ def assert_equal_features(model, intermediates: list[torch.Tensor], pooled: torc
         torch.testing.assert_close(pooled, model.vision_encoder(images).pooler_output, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("width", "inner"), [(1152, 4304), (704, 784), (448, 976)])
+def test_no_ratio_misses_the_width_of_an_mlp(width: int, inner: int) -> None:
+    """Both libraries cut the product to an integer, which 784 / 704 * 704 would be one short of."""
+    config = SiglipVisionConfig(hidden_size=width, intermediate_size=inner)
+    assert int(width * mlp_ratio(config)) == inner
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_both_libraries_resize_as_the_image_processor(resample: str) -> None:
+    processor = CLIPImageProcessor(resample=Image.Resampling[resample.upper()])
+    found = [one._preprocessing(processor, 224)["interpolation"] for one in (timm_format, open_clip_format)]
+    assert found == [resample] * 2
+
+
+def test_a_card_counts_blocks_from_zero_and_says_so() -> None:
+    lines = foreign_features("visual", 3)
+    assert "from 0 here: 2 is block 3, the last one that the LLM saw" in lines
+    assert "indices=[2]" in lines
+
+
 @pytest.mark.parametrize("tail", ["keep", "cut"])
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("siglip", {"intermediate_size": 43}),  # 43 / 32 * 32 is what a ratio may miss by one
+        ("siglip", {"intermediate_size": 43}),
         ("clip", {"hidden_act": "quick_gelu"}),
         ("clip", {"hidden_act": "gelu"}),
         ("dinov2", {}),
