@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -190,6 +191,23 @@ def test_task_files(tmp_path) -> None:
             "!function"
         )
     assert [one.name for one in named(["pope", "mme", "pope"])] == ["pope", "mme"]
+
+
+def test_the_error_of_mme_is_that_of_a_sum_of_categories() -> None:
+    """Images are independent, and so are categories: 200, 50 and 0 points for both, one and no question right."""
+    points = {"existence": (200, 50, 0), "count": (200, 200, 0)}
+    rows = [
+        Answered({"question_id": f"{image}", "answer": "Yes", "category": category}, said, {})
+        for category, images in points.items()
+        for image, value in enumerate(images)
+        for said in {200: ("yes", "yes"), 50: ("yes", "no"), 0: ("no", "no")}[value]
+    ]
+    errors = {category: stdev(images) / math.sqrt(3) for category, images in points.items()}
+    found = {score.name: score for score in scores(BENCHMARKS["mme"], rows, {})}
+    assert {name: found[f"perception.{name}"].standard_error for name in points} == pytest.approx(errors)
+    whole = found["perception"]
+    assert (whole.value, whole.maximum) == (pytest.approx(250 / 3 + 400 / 3), 400)
+    assert whole.standard_error == pytest.approx(math.hypot(*errors.values()))
 
 
 def test_the_table_and_the_summary_hold_the_main_scores() -> None:
