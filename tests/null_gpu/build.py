@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("null_gpu.c")
+GPU, NCCL = (Path(__file__).with_name(name) for name in ("null_gpu.c", "nccl.c"))
 RUNTIME, DRIVER = re.compile(r"_*cuda[A-Z]\w*|cublas[A-Z]\w*|nccl[A-Z]\w*"), re.compile(r"cu[A-Z]\w*")
 
 
@@ -29,10 +29,10 @@ def environment(folder: Path) -> dict[str, str]:
         listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
         wanted |= {line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()}
     includes = [f"-I{headers}", f"-I{triton / 'include'}"]
-    _build(folder / "libnull_gpu.so", (name for name in wanted if RUNTIME.fullmatch(name)), includes)
+    _build(folder / "libnull_gpu.so", (name for name in wanted if RUNTIME.fullmatch(name)), [GPU, NCCL, *includes])
     named = DRIVER.findall((triton / "driver.c").read_text() + (triton / "driver.py").read_text())
     driver = [*named, *(name for name in wanted if DRIVER.fullmatch(name) and not name.startswith("cuda"))]
-    _build(folder / "libcuda.so.1", driver, [*includes, "-DDRIVER", "-Wl,-soname,libcuda.so.1"])
+    _build(folder / "libcuda.so.1", driver, [GPU, *includes, "-DDRIVER", "-Wl,-soname,libcuda.so.1"])
     (folder / "libcuda.so").symlink_to("libcuda.so.1")
     return {
         "LD_PRELOAD": str(folder / "libnull_gpu.so"),
@@ -45,12 +45,12 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _build(library: Path, wanted: Iterable[str], flags: list[str]) -> None:
-    """Compile the source, and with it a function that returns 0 for each wanted one that it lacks."""
-    command = ["gcc", "-O2", "-shared", "-fPIC", "-w", *flags, "-o", library]
-    subprocess.run([*command, SOURCE], check=True)
+def _build(library: Path, wanted: Iterable[str], flags: list[str | Path]) -> None:
+    """Compile the sources, and with them a function that returns 0 for each wanted one that they lack."""
+    command = ["gcc", "-O2", "-shared", "-fPIC", "-w", "-o", library, *flags]
+    subprocess.run(command, check=True)
     listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
     made = {line.split()[-1] for line in listed.stdout.splitlines()}
     rest = library.with_suffix(".c")
     rest.write_text("".join(f"long {name}() {{ return 0; }}\n" for name in sorted(set(wanted) - made)))
-    subprocess.run([*command, SOURCE, rest], check=True)
+    subprocess.run([*command, rest], check=True)

@@ -15,7 +15,7 @@
 
 #define MULTIPROCESSORS 132 // of an H200, as all that follows
 #define MEMORY (139UL << 30)
-#define SMALL (1UL << 20) // bytes of copies that are made
+#define SMALL (1UL << 20)
 #define RETURN(place, value) return *(place) = (value), 0
 
 static int attribute(int which) {
@@ -78,7 +78,8 @@ long null_gpu_launches, null_gpu_products;
 long null_gpu_waits;    // of the host for the GPU
 long null_gpu_pageable; // copies to the GPU from memory that is not pinned: beyond 64 KiB a real one makes the host wait
 
-static struct { char *start; size_t size; } blocks[1 << 16], pinned[1 << 12];
+static __thread int current; // device of this thread
+static struct { char *start; size_t size; int device; } blocks[1 << 16], pinned[1 << 12];
 static int num_blocks, num_pinned;
 static size_t used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -95,7 +96,7 @@ cudaError_t cudaMalloc(void **pointer, size_t size) {
   if (size && used + size <= MEMORY && num_blocks < 1 << 16)
     start = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (start != MAP_FAILED) {
-    blocks[num_blocks].start = start, blocks[num_blocks++].size = size;
+    blocks[num_blocks].start = start, blocks[num_blocks].device = current, blocks[num_blocks++].size = size;
     used += size, *pointer = start;
   }
   pthread_mutex_unlock(&lock);
@@ -130,8 +131,10 @@ cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags) {
 }
 cudaError_t cudaFreeHost(void *pointer) { return free(pointer), 0; }
 
+static int is_made(size_t size) { return size <= SMALL || getenv("NULL_GPU_COMPUTES"); }
+
 static int copy(void *to, const void *from, size_t size) {
-  if (size <= SMALL) memcpy(to, from, size);
+  if (is_made(size)) memcpy(to, from, size);
   else if (block_of(to) < 0) memset(to, 0, size);
   return 0;
 }
@@ -147,21 +150,26 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return null_gpu_waits++
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return null_gpu_waits++, 0; }
 cudaError_t cudaDeviceSynchronize() { return null_gpu_waits++, 0; }
 cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
-  if (size <= SMALL) memset(to, value, size);
+  if (is_made(size)) memset(to, value, size);
   return null_gpu_launches++, 0;
 }
 cudaError_t cudaMemset(void *to, int value, size_t size) { return cudaMemsetAsync(to, value, size, 0); }
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *out, const void *pointer) {
   memset(out, 0, sizeof *out);
-  int device = block_of(pointer) >= 0;
+  int block = block_of(pointer), device = block >= 0;
+  out->device = device ? blocks[block].device : 0;
   out->type = device ? cudaMemoryTypeDevice : is_pinned(pointer) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
   *(device ? &out->devicePointer : &out->hostPointer) = (void *)pointer;
   return 0;
 }
 
-cudaError_t cudaGetDevice(int *device) { RETURN(device, 0); }
-cudaError_t cudaGetDeviceCount(int *count) { RETURN(count, 1); }
+cudaError_t cudaGetDevice(int *device) { RETURN(device, current); }
+cudaError_t cudaSetDevice(int device) { return current = device, 0; }
+cudaError_t cudaGetDeviceCount(int *count) {
+  const char *given = getenv("NULL_GPUS");
+  RETURN(count, given ? atoi(given) : 1);
+}
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int device) { RETURN(value, attribute(which)); }
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *out, int device) {
   memset(out, 0, sizeof *out);
@@ -263,16 +271,4 @@ int cublasLtMatmulAlgoGetHeuristic(void *lt, void *d, void *a, void *b, void *c,
   memset(results, 0, sizeof *results);
   RETURN(found, 1);
 }
-
-typedef struct { char text[128]; } Id;
-int ncclGetVersion(int *version) { RETURN(version, 22809); }
-int ncclGetUniqueId(Id *id) { return memset(id, 0, sizeof *id), 0; }
-int ncclCommInitRank(void **comm, int ranks, Id id, int rank) { RETURN(comm, calloc(1, 64)); }
-int ncclCommInitRankConfig(void **comm, int ranks, Id id, int rank, void *config) { RETURN(comm, calloc(1, 64)); }
-int ncclCommSplit(void *from, int color, int key, void **comm, void *config) { RETURN(comm, calloc(1, 64)); }
-int ncclCommGetAsyncError(void *comm, int *error) { RETURN(error, 0); }
-int ncclCommCount(void *comm, int *count) { RETURN(count, 1); }
-int ncclCommUserRank(void *comm, int *rank) { RETURN(rank, 0); }
-const char *ncclGetErrorString(int error) { return "error of the null GPU"; }
-const char *ncclGetLastError(void *comm) { return "error of the null GPU"; }
 #endif

@@ -13,13 +13,14 @@ import json
 import os
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import run_forked
+from forked import Ended, run_forked
 
 HERE = Path(__file__).parent
 PYTHONPATH = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent, HERE.parent / "data"))
@@ -45,11 +46,13 @@ def check_names(*modules: str) -> list[str]:
     ]
 
 
-def launch_checks(names: list[str], num_ranks: int, folder: Path) -> dict[str, Verdict]:
+def launch_checks(
+    names: list[str], num_ranks: int, folder: Path, run: Callable[..., Ended] = run_forked
+) -> dict[str, Verdict]:
     """Run these checks on ``num_ranks`` ranks, in one launch, and return a verdict for each."""
     folder.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "TMPDIR": tempfile.mkdtemp(dir=folder)}
-    done = run_forked("ranks:main", [str(folder), *names], env, num_ranks, timeout=800)
+    done = run("ranks:main", [str(folder), *names], env, num_ranks, timeout=800)
     verdicts: dict[str, Verdict] = {}
     broken = None
     for name in names:
