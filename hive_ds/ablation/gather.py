@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hive_ds.ablation.plan import ArmRun, read_plan
 from hive_ds.errors import told_as
+from hive_ds.evaluation.scoring import is_part
 from hive_ds.events import read_events
 from hive_ds.export.run_facts import read_stage
 from hive_ds.files import write_whole
@@ -138,7 +139,7 @@ def _scores(run: ArmRun) -> Iterator[tuple[str, float]]:
 def _benchmarks(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, entry in found.items():
         asked = "" if entry["samples"] == entry["available"] else f" of the first {entry['samples']}"
-        main = [score for score in entry["scores"] if "." not in score["name"]]
+        main = [score for score in entry["scores"] if not is_part(score["name"])]
         yield from ((f"{name} {score['name']}{asked}", float(score["value"])) for score in main)
 
 

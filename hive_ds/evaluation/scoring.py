@@ -67,3 +67,8 @@ def accuracy_by_kind(kinds: Sequence[str], answers: Sequence[str], truths: Seque
     rows = list(zip(kinds, answers, truths, strict=True))
     shares = {kind: accuracy((a, t) for k, a, t in rows if k == kind) for kind in dict.fromkeys(kinds)}
     return {**shares, "all": accuracy((a, t) for _, a, t in rows)}
+
+
+def is_part(name: str) -> bool:
+    """Whether a benchmark's score of this name is that of a part, of one of MME's categories, say."""
+    return "." in name

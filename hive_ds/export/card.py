@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hive_ds.errors import told_as
+from hive_ds.evaluation.scoring import is_part
 from hive_ds.export.run_facts import StageFacts, find_scores, licences, read_stage, training_versions
 from hive_ds.export.source import Source
 from hive_ds.versions import installed_versions
@@ -156,7 +157,7 @@ def _score_rows(name: str, result: Any) -> list[tuple[Any, ...]]:
         )
         for benchmark, found in (result.get("benchmarks", {}) if isinstance(result, dict) else {}).items()
         for score in found["scores"]
-        if "." not in score["name"]
+        if not is_part(score["name"])
     ]
 
 

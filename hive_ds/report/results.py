@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from hive_ds.evaluation.scoring import accuracy_by_kind
+from hive_ds.evaluation.scoring import accuracy_by_kind, is_part
 from hive_ds.page import picture
 from hive_ds.report.run import RunRecord, read_json
 from hive_ds.report.tables import Rows
@@ -30,7 +30,7 @@ def benchmark_rows(runs: Sequence[RunRecord]) -> Rows:
         for where, content in _below(run.folder, BENCHMARKS)
         for name, found in content.get("benchmarks", {}).items()
         for score in found["scores"]
-        if "." not in score["name"]
+        if not is_part(score["name"])
     ]
     return [["run", "in", "benchmark", "score", "value", "of", "questions"], *rows] if rows else []
 

@@ -18,6 +18,7 @@ from hive_ds.evaluation.benchmarks.local_data import describe_files
 from hive_ds.evaluation.benchmarks.runner import Outcome
 from hive_ds.evaluation.benchmarks.self_test import SelfTest
 from hive_ds.evaluation.checkpoints import tower_sha256
+from hive_ds.evaluation.scoring import is_part
 from hive_ds.files import must_write, write_whole
 from hive_ds.model.identity import model_sha256
 
@@ -109,7 +110,7 @@ def summary(outcomes: Sequence[Outcome], record: dict[str, Any]) -> dict[str, An
         "lmms-eval": record["versions"]["lmms-eval"],
         "scores": {
             f"{outcome.prompt_version} ({outcome.benchmark.name}, {outcome.split}, {len(outcome.rows)} questions)": {
-                score.name: score.value for score in outcome.scores if "." not in score.name
+                score.name: score.value for score in outcome.scores if not is_part(score.name)
             }
             for outcome in outcomes
         },
@@ -122,7 +123,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         some = "" if len(outcome.rows) == outcome.available else f" of {outcome.available}"
         for score in outcome.scores:
-            if "." in score.name:
+            if is_part(score.name):
                 continue
             unit = 100 if score.maximum == 1 else 1
             error = "" if not score.standard_error else f" ± {unit * score.standard_error:.2f}"
