@@ -2,8 +2,8 @@
 
 PyTorch and DeepSpeed take each rank for one with a GPU: allocator, streams, pinned copies and NCCL's process group are
 those of CUDA. The null GPU's memory is the host's, so what an operator computes is computed by the CPU's operator in
-that memory. Streams have no meaning here: everything is done when its call returns. Triton's kernels run where its
-interpreter is chosen, and are else left out; so are graphs, and cuDNN's and flash attention's kernels.
+that memory. Streams have no meaning here: everything is done when its call returns. Nothing runs that is compiled for a
+GPU: Triton's kernels, Inductor's graphs, cuDNN and flash attention; attention and loss take their plain ways.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ AS_THEY_ARE = {
     *("_unsafe_view", "detach", "lift_fresh", "is_pinned", "_pin_memory", "record_stream"),
 }
 """Operators that compute nothing, beside views."""
+NO_TRITON = "this GPU runs no kernel of Triton"
 
 
 class ComputedOnTheCPU(TorchDispatchMode):
@@ -87,6 +88,8 @@ def _on_cpu(x: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str]) -> int:
     """Import the function and call it with the rest of the arguments, as one list, in a process that has a GPU."""
+    from hive_ds.kernels import backends
+    from hive_ds.model import language_loss
     from hive_ds.training import flops
 
     module, function = arguments[0].split(":")
@@ -95,6 +98,8 @@ def main(arguments: Sequence[str]) -> int:
     torch.backends.cudnn.enabled = False
     torch.nn.Parameter.__repr__ = object.__repr__  # type: ignore[method-assign]  # DeepSpeed logs weights: minutes here
     flops._size = lambda _: 64  # of the products that say how fast a GPU is
+    backends._triton_refuses = lambda *_, **__: NO_TRITON
+    language_loss._missing = lambda: NO_TRITON
     with ComputedOnTheCPU():
         return getattr(importlib.import_module(module), function)(list(arguments[1:]))
 

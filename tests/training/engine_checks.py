@@ -72,7 +72,8 @@ def check_imports_are_left_out_of_collections(ranks: Any) -> None:
 def check_deprecated_calls_of_others_are_not_shown(ranks: Any) -> None:
     """DeepSpeed's, whose warnings would cut into the progress bar."""
     with warnings.catch_warnings(record=True) as shown:
-        dist.all_gather_into_tensor(torch.empty(ranks.world.size), torch.zeros(1))
+        own = torch.zeros(1, device=ranks.device)
+        dist.all_gather_into_tensor(own.new_empty(ranks.world.size), own)
     assert not shown, [str(one.message) for one in shown]
 
 
@@ -164,10 +165,12 @@ def check_generation(ranks: Any) -> list[list[int]]:
     results = []
     for seed in (11, 12):
         ids, _, offsets, pixels = draw_sample(seed)
-        inputs = {"image_offsets": [offsets], "pixel_values": pixels, "attention_mask": torch.ones_like(ids[None])}
+        ids = ids.to(ranks.device)
+        inputs = {"pixel_values": pixels.to(ranks.device), "attention_mask": torch.ones_like(ids[None])}
         length = 3 + 4 * ((seed + ranks.world.rank) % 2)  # other lengths on other ranks
         tokens = model.generate(
             ids[None],
+            image_offsets=[offsets],
             **inputs,
             max_new_tokens=length,
             do_sample=False,
