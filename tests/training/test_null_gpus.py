@@ -65,5 +65,10 @@ def test_stages_on_two_gpus_equal_those_on_two_cpus(tiny: TinyRun, on_gpus: Run)
         assert "Warning" not in done.stderr
         lines = [[line["loss"] for line in tiny.metrics(run, stage, "train")] for run in ("cpus", "gpus")]
         torch.testing.assert_close(*map(torch.tensor, lines), rtol=1e-5, atol=0)
-        files = (Path(tiny.root, run, f"stage{stage}", "model", "model.safetensors") for run in ("cpus", "gpus"))
-        torch.testing.assert_close(*map(load_file, files), rtol=0, atol=1e-5)
+        torch.testing.assert_close(*(weights(tiny, run, stage) for run in ("cpus", "gpus")), rtol=0, atol=1e-5)
+
+
+def weights(tiny: TinyRun, run: str, stage: int) -> dict[str, torch.Tensor]:
+    """All but the biases of keys: softmax cancels them, so that their gradients are rounding, of any sign."""
+    path = Path(tiny.root, run, f"stage{stage}", "model", "model.safetensors")
+    return {name: x for name, x in load_file(path).items() if not name.endswith("k_proj.bias")}
