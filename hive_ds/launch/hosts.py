@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def run_on_hosts(hosts: Sequence[Host], train: Sequence[str], *, port: int = POR
         meeting = ["--master", hosts[0].name, "--port", port, "--tied"]
         command = [sys.executable, "-m", "hive_ds.launch.node", *map(str, [*place, *meeting]), "--", *train]
         # stdin stays open: when it closes, for whatever reason, the other end stops.
-        running[host] = subprocess.Popen([*SSH, host.name, _remote(command)], stdin=subprocess.PIPE)
+        with _ssh_is_installed():
+            running[host] = subprocess.Popen([*SSH, host.name, _remote(command)], stdin=subprocess.PIPE)
     try:
         return _first_failure(running)
     finally:
@@ -115,6 +117,14 @@ def _first_failure(running: dict[Host, subprocess.Popen[bytes]]) -> int:
     return 0
 
 
+@contextmanager
+def _ssh_is_installed() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise HiveError(f"{error.filename}: not found; install an ssh client") from error
+
+
 def _remote(command: Sequence[str]) -> str:
     """A shell command line that runs ``command`` in this folder with this environment."""
     own = {name: os.environ[name] for name in OF_THIS_START if name in os.environ}
@@ -126,12 +136,12 @@ def _ask(host: Host, folder: Path, port: int, master: str, patience: float) -> R
     probe = (Path(__file__).parent / "probe.py").read_text()
     command = shlex.join([sys.executable, "-", str(port), str(folder.absolute()), master])
     before = time.time()
+    asked = [*SSH, host.name, command]
     try:
-        done = subprocess.run([*SSH, host.name, command], input=probe, capture_output=True, text=True, timeout=patience)
+        with _ssh_is_installed():
+            done = subprocess.run(asked, input=probe, capture_output=True, text=True, timeout=patience)
     except subprocess.TimeoutExpired:
         return Report(host, {}, (f"no answer within {patience:.0f} s", f"see what it does: ssh {host.name} uptime"))
-    except FileNotFoundError as error:
-        raise HiveError(f"{error.filename}: not found; install an ssh client") from error
     after = time.time()
     said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
     if done.returncode == 255:

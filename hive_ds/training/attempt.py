@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -52,10 +53,11 @@ class Attempt:
         self._name = env.get("HIVE_ATTEMPT") or uuid.uuid4().hex
         self._successor: str | None = None
         given = env.get("HIVE_STOP_AT", "inf")
-        try:
+        self._stop_at = math.nan
+        with suppress(ValueError):
             self._stop_at = float(given)
-        except ValueError:
-            raise HiveError(f"HIVE_STOP_AT is {given!r}; expected seconds since the epoch") from None
+        if math.isnan(self._stop_at):
+            raise HiveError(f"HIVE_STOP_AT is {given!r}; expected seconds since the epoch")
 
     def make_folder(self) -> None:
         """Make the folder, or find out early that nothing can be written there; on rank 0.

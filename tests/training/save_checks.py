@@ -72,8 +72,9 @@ def check_attempts(ranks: Any) -> None:
     if ranks.world.is_main:
         (folder / "STOP").touch()
     assert agree(ranks, new).stop
-    message = expect_error(lambda: Attempt(folder, ranks.world, {"HIVE_STOP_AT": "noon"}))
-    assert message == "HIVE_STOP_AT is 'noon'; expected seconds since the epoch"
+    for given in ("noon", "nan"):
+        message = expect_error(lambda given=given: Attempt(folder, ranks.world, {"HIVE_STOP_AT": given}))
+        assert message == f"HIVE_STOP_AT is {given!r}; expected seconds since the epoch"
     assert save(writer_of(ranks, trainee, folder, config_for(2)), 1) is None  # one that signs again
     trainee.engine.close()
 

@@ -126,6 +126,15 @@ def test_the_first_host_that_fails_ends_all(ends: tuple[str, ...], code: int, mo
     assert time.monotonic() - begun < 30
 
 
+def test_without_an_ssh_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "SSH", ("no-such-client",))
+    message = "no-such-client: not found; install an ssh client"
+    with pytest.raises(HiveError, match=message):
+        hosts.check_hosts([Host("first", 8)], folder=tmp_path)
+    with pytest.raises(HiveError, match=message):
+        hosts.run_on_hosts([Host("first", 8)], [])
+
+
 def test_interface_is_one_of_this_host() -> None:
     names = interface_addresses()
     assert "lo" not in names
