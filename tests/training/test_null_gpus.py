@@ -25,7 +25,12 @@ OF_CPUS = {
 }
 LAUNCHES = [
     [name for name in check_names(*modules) if name not in OF_CPUS]
-    for modules in (("engine_checks",), ("zero_checks", "cascaded_checks"), ("checkpoint_checks", "loop_checks"))
+    for modules in (
+        ("engine_checks",),
+        ("zero_checks", "cascaded_checks"),
+        ("checkpoint_checks", "loop_checks"),
+        ("save_checks", "maps_checks", "micro_batch_checks"),
+    )
 ]
 
 Run = Callable[[str, Sequence[str], Mapping[str, str], int, float], Ended]
