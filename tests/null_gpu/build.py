@@ -13,7 +13,7 @@ RUNTIME, DRIVER = re.compile(r"_*cuda[A-Z]\w*|cublas[A-Z]\w*|nccl[A-Z]\w*"), re.
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Build into ``folder``; variables of a process whose PyTorch then finds one GPU, an H200 by its shape.
+    """Build into ``folder``; variables of a process whose PyTorch then finds a GPU, or $NULL_GPUS, H200 by their shape.
 
     Raises:
         FileNotFoundError: no C compiler, or PyTorch is not one for CUDA 13.

@@ -92,6 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     from hive_ds.model import language_loss
     from hive_ds.training import flops
 
+    assert torch.cuda.get_device_name() == "null GPU"
     module, function = arguments[0].split(":")
     for switch in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):
         getattr(torch.backends.cuda, switch)(False)

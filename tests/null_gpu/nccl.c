@@ -1,7 +1,6 @@
 // NCCL for ranks of one machine, through shared memory: collectives are done when their call returns, sums in the order
 // of the ranks. What no training step of ours calls (sending to one rank, say) is not here: build.py makes it return 0.
 #include <fcntl.h>
-#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

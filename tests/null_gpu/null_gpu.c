@@ -1,6 +1,7 @@
-// A GPU that computes nothing: CUDA's runtime and driver, cuBLAS and NCCL for one process, as far as PyTorch and Triton
-// call them in a training step. Kernels are not run, memory is the host's and never touched beyond small copies, so a
-// model of any size fits. What is left of a step is what the host does for it, and what memory PyTorch would ask for.
+// A GPU that computes nothing: CUDA's runtime and driver and cuBLAS (NCCL: nccl.c), as far as PyTorch and Triton call
+// them in a training step. Kernels are not run, memory is the host's and never touched beyond small copies, so a model
+// of any size fits. What is left of a step is what the host does for it, and what memory PyTorch would ask for. Under
+// NULL_GPU_COMPUTES all copies are made, for computed.py.
 //
 // Functions with nothing to return are not here: build.py makes them up. Loaded before CUDA's own libraries; built once
 // more with -DDRIVER as libcuda.so.1, which Triton opens by name.
@@ -72,7 +73,7 @@ int cuPointerGetAttribute(void *value, int which, uint64_t pointer) {
   return 0;
 }
 
-#else // -------------------------------------------------------------------------------- the runtime, cuBLAS and NCCL
+#else // ------------------------------------------------------------------------------------------ the runtime and cuBLAS
 
 long null_gpu_launches, null_gpu_products;
 long null_gpu_waits;    // of the host for the GPU
