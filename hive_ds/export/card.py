@@ -15,6 +15,7 @@ from hive_ds.errors import told_as
 from hive_ds.evaluation.scoring import is_part
 from hive_ds.export.run_facts import StageFacts, find_scores, licences, read_stage, training_versions
 from hive_ds.export.source import Source
+from hive_ds.stages import STAGES, VLM_STAGES
 from hive_ds.versions import installed_versions
 
 RECIPE = "recipe.yaml"
@@ -73,7 +74,7 @@ def _run_sections(folder: Path, source: Source) -> list[Section]:
         shutil.copyfile(last / RECIPE, folder / RECIPE)
         with told_as(str(last / RECIPE), "the recipe that training leaves there"):
             recipe = yaml.safe_load((last / RECIPE).read_text())
-            text, name = _recipe_text(recipe), recipe["name"]
+            text, name = _recipe_text(recipe, source.stage_number or 0), recipe["name"]
     facts = [stage for path in source.stages if (stage := read_stage(path)) is not None]
     return [
         Section("Recipe", text),
@@ -82,11 +83,13 @@ def _run_sections(folder: Path, source: Source) -> list[Section]:
     ]
 
 
-def _recipe_text(recipe: dict[str, Any]) -> str:
+def _recipe_text(recipe: dict[str, Any], last: int) -> str:
+    """What the model is made of, up to stage ``last``, its own."""
     model, data = recipe["model"], recipe["data"]
     sets = {"train": data["train"], "validation": data["validation"], "text validation": data["text_validation"]}
-    own = {name: stage["data"]["train"] for name, stage in recipe["stages"].items() if stage.get("data")}
-    judge = recipe.get("vlm") or {}
+    done = {stage.name: recipe["stages"].get(stage.name, {}) for stage in STAGES if stage.number <= last}
+    own = {name: stage["data"]["train"] for name, stage in done.items() if stage.get("data")}
+    judge = (recipe.get("vlm") if last >= VLM_STAGES[0].number else None) or {}
     rows = [
         ("recipe", f"{recipe['name']}: {recipe['description']}"),
         ("vision encoder", model["vision_encoder"]),

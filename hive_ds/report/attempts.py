@@ -100,7 +100,7 @@ def _skips(events: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if events:
         samples = [sample for rank in events[-1].get("sample_ids", ()) for sample in rank]
         named = ", ".join(map(str, samples[:_NAMED])) + (" ..." if len(samples) > _NAMED else "")
-        yield f"{len(events)} steps skipped, {_steps([one['step'] for one in events])}; samples of the last: {named}"
+        yield f"skipped {_steps([one['step'] for one in events])}; samples of the last: {named}"
 
 
 def _bad_samples(stage: StageRecord, events: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -108,7 +108,7 @@ def _bad_samples(stage: StageRecord, events: Sequence[Mapping[str, Any]]) -> Ite
     if bad:
         named = "; ".join(f"{one['id']}: {one['reason']}" for one in bad[:_NAMED])
         share = 100 * len(bad) / max(stage.last.get("samples", 0), 1)
-        yield f"{len(bad)} unreadable samples replaced by others ({share:.2g} %), the first of them {named}"
+        yield f"unreadable samples replaced by others: {len(bad)} ({share:.2g} %), the first of them {named}"
 
 
 def _steps(steps: Sequence[int]) -> str:

@@ -96,7 +96,7 @@ def _reader(kind: str, key: str) -> Callable[[StageRecord], Points]:
 def _figure(title: str, lines: Sequence[Line], *, from_zero: bool = True) -> str:
     shown = [line for line in lines[:MOST_LINES] if line.points]
     more = len(lines) - MOST_LINES
-    note = f'<p class="faint">and {more} more lines, not drawn</p>' if more > 0 else ""
+    note = f'<p class="faint">lines not drawn: {more}</p>' if more > 0 else ""
     if not shown:
         return f"<figure><figcaption>{escape(title)}</figcaption><p>No values were logged.</p></figure>"
     return f"<figure>{line_plot(shown, 'step', title, small=True, from_zero=from_zero)}{note}</figure>"

@@ -84,13 +84,13 @@ def test_the_card_tells_the_run(tmp_path) -> None:
         "Routes (vision block -> LLM layer): 1->1, 3->3",
         "| vision encoder | google/siglip-so400m-patch14-384 |",
         "| data, train | data/cc3m-florence |",
-        "| data, vlm_alignment | data/llava-pretrain |",
         "| stage3 | 30 | 240 | 4 x NVIDIA H200, 2 x NVIDIA H200 | 0.05556 | 7.8e+13 | 0.03333 |",
         "Qwen/Qwen2-0.5B Apache-2.0",
         "| torch | 9.8.7 |",
         "| eval/results.json | gqa | gqa-2 | 2 of 5 | accuracy | 0.625 | 1 |",
     ):
         assert words in card
+    assert "llava" not in card  # data of stage 4, which this encoder has not seen
     assert "0.375" not in card  # scores of another encoder
     assert "accuracy.part" not in card  # part of a main score: in the file
     assert list(json.loads((out / "scores.json").read_text())) == ["eval/results.json"]

@@ -24,6 +24,7 @@ from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config, process
 from hive_ds.model.identity import folder_sha256, model_sha256, weights_sha256
 from hive_ds.model.loading import load_any
 from hive_ds.processing import HiveProcessor
+from hive_ds.recipe import dump_recipe, load_recipe
 
 
 def save_vlm(
@@ -119,8 +120,10 @@ def test_the_card_shows_scores_of_this_model_alone(tmp_path) -> None:
     models = {number: save_vlm(tmp_path / f"stage{number}" / "model") for number in (4, 5)}
     randomize(models[4].projector, seed=8)
     models[4].save_pretrained(tmp_path / "stage4" / "model")
+    recipe = dump_recipe(load_recipe("hive-siglip-l-mobilellm-600m"))
     for number, value in ((4, 0.25), (5, 0.75)):
         (tmp_path / f"stage{number}" / "DONE").touch()
+        (tmp_path / f"stage{number}" / "recipe.yaml").write_text(recipe)
         judged = load_any(tmp_path / f"stage{number}" / "model", torch.bfloat16)
         scores = [{"name": "accuracy", "value": value, "maximum": 1}]
         found = {"prompt_version": "gqa-2", "samples": 2, "available": 5, "scores": scores}
@@ -132,6 +135,10 @@ def test_the_card_shows_scores_of_this_model_alone(tmp_path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| eval5/results.json | gqa | gqa-2 | 2 of 5 | accuracy | 0.75 | 1 |" in card
     assert "0.25" not in card
+    for words in ("language model, stages 4 and 5", "data, vlm_alignment", "data, vlm_instruction_tuning"):
+        assert f"| {words} | " in card
+    export_vlm(tmp_path / "stage4", tmp_path / "aligned")
+    assert "vlm_instruction_tuning" not in (tmp_path / "aligned" / "README.md").read_text()
     with pytest.raises(HiveError, match=r"eval4/results.json: its weights_sha256 is \w+; expected \w+ or \w+"):
         export_vlm(tmp_path, tmp_path / "again", scores=tmp_path / "eval4" / "results.json")
 

@@ -112,8 +112,8 @@ def test_lines_that_lack_something_are_one_line(tmp_path: Path, line: dict, name
 def test_what_went_wrong_is_said(run: Path) -> None:
     page = render_report(read_runs([run]))
     for said in (
-        "stage 2: 1 steps skipped, step 21; samples of the last: s7, s8",
-        "stage 2: 1 unreadable samples replaced by others (0.078 %), the first of them b1: truncated &lt;file&gt;",
+        "stage 2: skipped step 21; samples of the last: s7, s8",
+        "stage 2: unreadable samples replaced by others: 1 (0.078 %), the first of them b1: truncated &lt;file&gt;",
         "stage 2: the loss was not finite at step 21",
         "stage 2: rank 1 held the others up (compute, 1.3 times or more), 40 of 40 lines",
         "stage 2: no checkpoint could be written at step 40: no space left",

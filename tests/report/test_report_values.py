@@ -61,7 +61,7 @@ def test_curves_of_a_run(tmp_path: Path, drawn: dict[str, list[Line]]) -> None:
     assert smooth[1] == lines[0]["loss"]
     assert smooth[100] == pytest.approx((lines[98]["loss"] + lines[99]["loss"]) / 2)
     assert list(named(drawn["learning rate"])) == ["a and 2 more", "d"]
-    assert page.count("and 1 more lines, not drawn") == 1
+    assert page.count("lines not drawn: 1") == 1
     assert len(drawn["gradient norm before clipping"]) == 6
     for title, value in (
         ("questions answered, %", 25.0),
