@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from ranks import Verdict, check_names, launch_checks, passed
 
-FILES = ("checkpoint_checks", "save_checks", "maps_checks", "micro_batch_checks", "pace_checks", "loop_checks")
+FILES = ("checkpoint_checks", "save_checks", "maps_checks", "micro_batch_checks", "loop_checks", "pace_checks")
 CHECKS = check_names(*FILES)
 
 
