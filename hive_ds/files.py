@@ -85,20 +85,24 @@ def give_usual_access(weights: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``out`` when the block ends, and is gone if it raises.
+    """A folder to write into, which becomes ``out`` when the block ends, and is gone if it raises. A link stays one.
 
     Raises:
-        HiveError: ``out`` is there and is not an empty folder.
+        HiveError: ``out`` is there and is not an empty folder, or is one that no other can take the place of.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HiveError(f"folder {out}: exists and is not an empty folder; name a new one or remove it")
-    aside = out.absolute().with_name(f".{out.name}.partial-{os.getpid()}")
+    target = Path(os.path.realpath(out))
+    for kind, is_one in (("the current folder", target == Path.cwd()), ("a mount point", os.path.ismount(target))):
+        if is_one:
+            raise HiveError(f"folder {out}: is {kind}, which a finished folder cannot replace; name a new one in it")
+    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     aside.mkdir(parents=True)
     try:
         yield aside
         finish_folder(aside)
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
+        if target.exists():
+            target.rmdir()
+        aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
