@@ -66,9 +66,10 @@ def find_source(path: str | Path, stages: Sequence[Stage] = HIVE_STAGES) -> Sour
     path = Path(path)
     if not path.is_dir():
         raise HiveError(f"{path}: no such folder; expected that of a run, a stage or a model")
+    if not _in_run(path) and _in_run(path.resolve()):  # a link to it, or "."
+        path = path.resolve()
     if (path / "config.json").is_file():
-        in_run = path.name == "model" and _number(path.parent) is not None
-        return Source(path, _stages_up_to(path.parent) if in_run else ())
+        return Source(path, _stages_up_to(path.parent) if path.name == "model" and _in_run(path) else ())
     own = _number(path)
     candidates = _stages(path) or ([] if own is None else [(own, path)])
     done = {number: stage for number, stage in candidates if (stage / "DONE").is_file()}
@@ -96,6 +97,11 @@ def model_folder(source: str | Path) -> Path:
 def _stages(run: Path) -> list[tuple[int, Path]]:
     numbers = ((_number(path), path) for path in run.glob("stage*"))
     return sorted((number, path) for number, path in numbers if number is not None)
+
+
+def _in_run(folder: Path) -> bool:
+    """Whether the names say that it is a stage's folder, or that of a stage's model."""
+    return _number(folder) is not None or (folder.name == "model" and _number(folder.parent) is not None)
 
 
 def _number(stage: Path) -> int | None:

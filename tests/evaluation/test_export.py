@@ -143,6 +143,27 @@ def test_which_model_is_meant(tmp_path) -> None:
     assert model_folder(fifth) == fifth
 
 
+def test_a_model_of_a_run_is_known_by_every_path_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its card would know no recipe, and chat would ask it with another template than it was trained with."""
+    model = finish(tmp_path / "run", 3)
+    stage = model.parent
+    (model / "config.json").write_text("{}")
+    (tmp_path / "final").symlink_to(model)
+    (tmp_path / "latest").symlink_to(stage)
+    for folder, path in (
+        (model, "."),
+        (model, ".."),
+        (stage, "."),
+        (stage, "model"),
+        (tmp_path, "final"),
+        (tmp_path, "latest"),
+    ):
+        monkeypatch.chdir(folder)
+        assert find_source(path) == Source(model, (stage,))
+    monkeypatch.chdir(tmp_path / "run")
+    assert find_source(".") == find_source("stage3") == Source(Path("stage3/model"), (Path("stage3"),))
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path) -> None:
     save_hive(tmp_path / "model")
     with pytest.raises(HiveError, match="format 'onnx': expected one of transformers, timm, open_clip"):
