@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +78,7 @@ class Comparison:
         return make_plan(RECIPE, overrides, self.settings.arms, self.settings.seeds, self.out / "runs")
 
     def _runs(self) -> None:
-        judge = f"{sys.executable} -m hive_ds.compare.judge {{run}} {self.folders.root}"
+        judge = shlex.join([sys.executable, "-m", "hive_ds.compare.judge", "{run}", str(self.folders.root)])
         run_all(
             self._plan(),
             [sys.executable, "-m", "hive_ds.train"],

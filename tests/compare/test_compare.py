@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from hive_ds.ablation.gather import Gathered
 from hive_ds.cli import main
 from hive_ds.compare import judge as judging
+from hive_ds.compare import pipeline
 from hive_ds.compare.page import JUDGED, contrasts, render_page
 from hive_ds.compare.pipeline import Comparison
 from hive_ds.compare.settings import PRESETS, SMOKE
@@ -88,6 +91,15 @@ def test_a_run_is_judged_at_the_block_that_its_vlm_reads(tmp_path: Path, monkeyp
         **{f"probe {factor}": 0.6 for factor in FACTORS},
         **{f"probe {factor}, best block": 0.8 for factor in FACTORS},
     }
+
+
+def test_runs_are_judged_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(pipeline, "run_all", lambda runs, launcher, **more: asked.update(more))
+    monkeypatch.setattr(Comparison, "_plan", lambda self: [])
+    Comparison(tmp_path / "my runs", SMOKE)._runs()
+    judge = [sys.executable, "-m", "hive_ds.compare.judge", "{run}", str(tmp_path / "my runs" / "data")]
+    assert shlex.split(asked["after"]) == judge
 
 
 @pytest.mark.parametrize("name", PRESETS)
