@@ -48,7 +48,8 @@ def make_arm(name: str, recipe: Recipe, depths: Depths) -> Arm:
     if name == "hive":
         return Arm(name, ())
     if name == "last":
-        return Arm(name, (f"model.routes.vision_blocks={[depths.blocks] * len(routes.language_layers)}",))
+        layers = tuple(dict.fromkeys(routes.language_layers))  # one that reads several blocks reads this one once
+        return Arm(name, (_routes_override([depths.blocks] * len(layers), layers),))
     if name == "sa":
         clips = [f"stages.{stage}.clip={SA_CLIP}" for stage in trained]
         return Arm(name, ("model.kind=cascaded", "model.routes=null", *clips))
@@ -57,9 +58,12 @@ def make_arm(name: str, recipe: Recipe, depths: Depths) -> Arm:
         return Arm(name, (*untrained, f"vlm.vision_encoder={recipe.model.vision_encoder}"))
     if match := re.fullmatch(r"routes-(\d+)", name):
         blocks, layers = spread_routes(int(match[1]), depths.blocks, depths.layers)
-        pairs = f"{{vision_blocks: {list(blocks)}, language_layers: {list(layers)}}}"
-        return Arm(name, (f"model.routes={pairs}",))
+        return Arm(name, (_routes_override(blocks, layers),))
     raise HiveError(f"arm {name!r}: expected one of {', '.join(ARMS)}, N a number")
+
+
+def _routes_override(blocks: Sequence[int], layers: Sequence[int]) -> str:
+    return f"model.routes={{vision_blocks: {list(blocks)}, language_layers: {list(layers)}}}"
 
 
 def make_arms(names: Sequence[str], recipe: Recipe, depths: Depths) -> list[Arm]:

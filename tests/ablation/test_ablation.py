@@ -20,6 +20,7 @@ from hive_ds.ablation.execute import run_all, submit_all
 from hive_ds.ablation.gather import Gathered, gather
 from hive_ds.ablation.plan import ArmRun, make_plan, read_plan
 from hive_ds.cli import main
+from hive_ds.config import RoutesConfig
 from hive_ds.errors import HiveError, Signalled
 from hive_ds.model.routes import spread_routes
 from hive_ds.recipe import load_recipe
@@ -127,6 +128,12 @@ def test_plan_changes_nothing_but_the_arm(recipe: str, tmp_path: Path) -> None:
     assert base.vlm.vision_encoder == hive.model.vision_encoder
     with pytest.raises(HiveError, match="says something else; choose another folder"):
         make_plan(recipe, [], ARMS, (0, 3), out)
+
+
+def test_the_last_block_is_read_once_by_a_layer_that_reads_several(recipe: str, tmp_path: Path) -> None:
+    routes = "model.routes={vision_blocks: [1, 2, 3], language_layers: [1, 1, 3]}"
+    (run,) = make_plan(recipe, [routes], ("last",), (0,), tmp_path / "out")
+    assert load_recipe(run.recipe).model.routes == RoutesConfig(vision_blocks=(4, 4), language_layers=(1, 3))
 
 
 @pytest.mark.parametrize(
