@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_ds.cli_parts import command, require_positive, split_name
+from hive_ds.cli_parts import command, require_file_to_write, require_positive, split_name
 from hive_ds.errors import HiveError
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def _check(args: argparse.Namespace) -> None:
     """What can be refused before anything is loaded."""
     if not args.out.absolute().parent.is_dir():
         raise HiveError(f"out {args.out}: there is no folder {args.out.parent}")
+    require_file_to_write(args.out)
     if args.text is not None and not args.text.strip():
         raise HiveError("text is empty: expected a caption or an answer")
     if "data" not in args:

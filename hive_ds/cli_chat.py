@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hive_ds.cli_parts import command, port_number
+from hive_ds.cli_parts import command, port_number, require_file_to_write
 from hive_ds.errors import HiveError
 
 
@@ -93,5 +93,6 @@ def _check(args: argparse.Namespace) -> None:
             raise HiveError(f"--browser with {', '.join(wrong)}: expected neither; the page asks for them")
     if args.map is not None and not args.map.parent.is_dir():
         raise HiveError(f"map {args.map}: there is no folder {args.map.parent}")
+    require_file_to_write(args.map)
     if args.map is not None and args.question is not None and not args.images:
         raise HiveError("--map without --image: the map shows where in a picture the model looked")

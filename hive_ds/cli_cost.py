@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_ds.cli_parts import add_overrides, command, require_positive
+from hive_ds.cli_parts import add_overrides, command, require_file_to_write, require_positive
 from hive_ds.errors import HiveError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _run(args: argparse.Namespace) -> None:
     from hive_ds.recipe import load_recipe
 
     require_positive(args, "ranks", "batch")
+    require_file_to_write(args.json, args.picture)
     if args.curves and len(args.against) != 1:
         raise HiveError(f"--curves compares two recipes; expected one --against, got {len(args.against)}")
     if args.picture and not args.curves:
@@ -75,13 +76,13 @@ def _run(args: argparse.Namespace) -> None:
     recipes = [load_recipe(name, args.overrides) for name in (args.recipe, *args.against)]
     if args.routes is not None:
         recipes = [with_routes(recipe, args.routes) if recipe.model.kind == "hive" else recipe for recipe in recipes]
-    costs = _print_stages(args, recipes)
-    measured = _measure(args, recipes, costs) if args.measure else []
+    costed = _print_stages(args, recipes)
+    measured = _measure(costed) if args.measure else []
     curves = compare(recipes[0], recipes[1], _say) if args.curves else None
     if curves is not None:
         print("\n\n".join(tables(curves)))
     if args.json:
-        write_whole(args.json, json.dumps(as_dict(costs, measured, curves), indent=1) + "\n")
+        write_whole(args.json, json.dumps(as_dict([cost for _, cost in costed], measured, curves), indent=1) + "\n")
     if args.picture and curves is not None:
         write_whole(args.picture, draw(curves))
 
@@ -90,13 +91,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _print_stages(args: argparse.Namespace, recipes: list[Recipe]) -> list[StageCost]:
-    """Cost and print every stage asked for; a recipe without it is left out of its table."""
+def _print_stages(args: argparse.Namespace, recipes: list[Recipe]) -> list[tuple[Recipe, StageCost]]:
+    """Cost and print every stage asked for, each beside its recipe; a recipe without it is left out of its table."""
     from hive_ds.cost.ledger import cost_of_stage, stages_of
     from hive_ds.cost.report import print_costs
 
     numbers = args.stages or [stage.number for stage in stages_of(recipes[0])]
-    found = []
+    found: list[tuple[Recipe, StageCost]] = []
     for number in numbers:
         having = [recipe for recipe in recipes if number in [stage.number for stage in stages_of(recipe)]]
         costs = [
@@ -106,11 +107,11 @@ def _print_stages(args: argparse.Namespace, recipes: list[Recipe]) -> list[Stage
         if not costs:
             raise HiveError(f"--stage {number}: no recipe here has it")
         print_costs(costs)
-        found += costs
+        found += zip(having, costs, strict=True)
     return found
 
 
-def _measure(args: argparse.Namespace, recipes: list[Recipe], costs: list[StageCost]) -> list[dict[str, Any]]:
+def _measure(costed: list[tuple[Recipe, StageCost]]) -> list[dict[str, Any]]:
     """Run a step of everything that was costed on the GPU; nothing where there is none."""
     import torch
 
@@ -120,10 +121,10 @@ def _measure(args: argparse.Namespace, recipes: list[Recipe], costs: list[StageC
     if not torch.cuda.is_available():
         print("not measured: no GPU")
         return []
-    by_name, found = {recipe.name: recipe for recipe in recipes}, []
-    for cost in costs:
+    found = []
+    for recipe, cost in costed:
         workload = Workload(cost.batch, cost.text_length)
-        step = measure_step(by_name[cost.recipe], cost.stage, workload, torch.device("cuda"))
+        step = measure_step(recipe, cost.stage, workload, torch.device("cuda"))
         gigabytes = (step.peak_bytes or 0) / 1e9
         print(f"{cost.recipe}, stage {cost.stage}: {1e3 * step.seconds:.1f} ms, {gigabytes:.2f} GB on {step.device}")
         found.append({"recipe": cost.recipe, "stage": cost.stage, **vars(step)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hive_ds.errors import HiveError
@@ -52,6 +53,13 @@ def require_positive(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise HiveError(f"--{name.replace('_', '-')} {value}: expected a number of at least 1")
+
+
+def require_file_to_write(*paths: Path | None) -> None:
+    """HiveError where one of these, of what is written at the end, is a folder."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise HiveError(f"{path}: is a folder; expected the name of a file to write")
 
 
 def split_name(given: str) -> tuple[str | None, str]:

@@ -12,11 +12,12 @@ import transformers
 from cost_recipes import tiny_recipe
 
 from hive_ds.cli import main
+from hive_ds.config import Recipe
 from hive_ds.cost import claims, measured
 from hive_ds.cost.claims import Arm, compare, with_routes
 from hive_ds.cost.counted import watch_step
 from hive_ds.cost.ledger import cost_of_stage
-from hive_ds.cost.measured import measure_step
+from hive_ds.cost.measured import MeasuredStep, measure_step
 from hive_ds.cost.model import random_model
 from hive_ds.cost.pictures import draw
 from hive_ds.cost.tables import peaks, tables
@@ -130,6 +131,25 @@ def test_a_step_is_measured(tmp_path: Path) -> None:
     step = measure_step(tiny_recipe(tmp_path), 2, Workload(2, 7), torch.device("cpu"), steps=2)
     assert (step.device, step.peak_bytes) == ("cpu", None)
     assert step.seconds > 0
+
+
+def test_recipes_of_one_name_are_measured_each(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is based on the other has its name where it gives none of its own."""
+    asked: list[tuple[str, int, Workload]] = []
+
+    def measure(recipe: Recipe, stage: int, workload: Workload, device: torch.device) -> MeasuredStep:
+        asked.append((recipe.training.precision, stage, workload))
+        return MeasuredStep("a GPU", 0.25, 3 * 10**9)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measured, "measure_step", measure)
+    Path(files[1]).write_text(f"base: {files[0]}\ntraining: {{precision: bf16}}\n")
+    options = ["--stage", "1", "--batch", "2", "--text-length", "9", "--measure"]
+    assert main(["cost", files[0], "--against", files[1], *options]) == 0
+    assert asked == [(precision, 1, Workload(2, 9)) for precision in ("fp32", "bf16")]
+    assert capsys.readouterr().out.endswith("tiny, stage 1: 250.0 ms, 3.00 GB on a GPU\n" * 2)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

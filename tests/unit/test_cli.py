@@ -156,6 +156,9 @@ WRONG = {
         ["analyze", "attention", "{tmp}", *PICTURE, "--out", "{tmp}/out/map.png"],
         "there is no folder {tmp}/out",
     ),
+    "folder for a picture": (["analyze", "flow", "{tmp}", "--data", "{tmp}", "--out", "{tmp}"], "{tmp}: is a folder;"),
+    "folder for a map": (["chat", "{tmp}", "--map", "{tmp}"], "{tmp}: is a folder; expected the name of a file"),
+    "folder for figures": (["cost", "{tmp}/none.yaml", "--json", "{tmp}"], "{tmp}: is a folder; expected the name"),
     "no text to analyze": (["analyze", "flow", "{tmp}", "--image", "{tmp}/a.png"], "either --data, or --image and"),
     "too few samples": (
         ["analyze", "flow", "{tmp}", "--data", "{tmp}", "--samples", "0"],
