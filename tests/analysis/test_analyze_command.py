@@ -162,6 +162,25 @@ def test_one_scale_for_all_blocks_or_one_each(folder: Path) -> None:
     assert np.ptp(panel(own, 4), axis=2).max() <= 2  # grey: no gradient
 
 
+@pytest.mark.parametrize("kind", ["gradients", "attention"])
+@pytest.mark.parametrize("scale", ["shared", "panel"])
+def test_the_picture_has_the_scale_that_is_asked_for(folder: Path, tmp_path: Path, kind: str, scale: str) -> None:
+    checkpoint, *picture = asked(folder, "hive")
+    options = ["--scale", scale, "--out", f"{tmp_path}/map.png"]
+    assert main(["analyze", kind, f"hive={checkpoint}", *picture, *options]) == 0
+    draw: Any = {"gradients": gradient_maps, "attention": token_maps}[kind]
+    maps = draw(subject_of(folder / "hive"), picture_sample(folder / "scene.png", ANSWER, QUESTION))
+    assert np.array_equal(Image.open(tmp_path / "map.png"), maps.figure(per_panel=scale == "panel"))
+
+
+def test_drift_from_the_initial_encoder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subject_of(folder / "hive").model.vision_encoder.save_pretrained(tmp_path / "encoder")
+    options = ["--initial", tmp_path / "encoder", "--out", tmp_path / "flow.png"]
+    (found,) = run(capsys, "flow", *asked(folder, "hive"), *options)["models"]
+    assert [block["similarity"] for block in found["blocks"]] == pytest.approx([1.0] * 4)
+    assert found["routes"] == []  # nothing was knocked out
+
+
 def test_flow(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["flow", f"HIVE={folder}/hive", f"{folder}/sa", "--data", folder / "data", "--samples", 3, "--knock-out"]
     found = run(capsys, *command, "--out", tmp_path / "flow.png")
