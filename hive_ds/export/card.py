@@ -116,7 +116,7 @@ def _cost_table(facts: list[StageFacts]) -> str:
             f.devices,
             f"{f.hours:.4g}",
             f"{f.flops:.4g}",
-            f"{f.loss:.4g}" if f.loss else "",
+            "" if f.loss is None else f"{f.loss:.4g}",
         )
         for f in facts
     ]

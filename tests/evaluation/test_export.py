@@ -79,19 +79,26 @@ def check_cut(encoder: torch.nn.Module, outputs, last: torch.Tensor, mask: torch
         torch.testing.assert_close(normed, expected, atol=1e-5, rtol=0)
 
 
-def test_features_that_differ_are_refused_and_nothing_is_left(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ("layers.2.mlp.fc2.weight", "differ by"),
+        ("head.mlp.fc2.weight", "the weights read back are not those that were written"),  # no feature depends on it
+    ],
+)
+def test_what_differs_is_refused_and_nothing_is_left(spoilt: str, message: str, tmp_path, monkeypatch) -> None:
     save_hive(tmp_path / "model")
     check = transformers_format._difference
 
     def spoil_then_check(job):
         weights = load_file(job.folder / "model.safetensors")
-        name = next(name for name in weights if "layers.2.mlp.fc2.weight" in name)
+        name = next(name for name in weights if spoilt in name)
         weights[name][0, 0] += 0.01
         save_file(weights, job.folder / "model.safetensors", metadata={"format": "pt"})
         return check(job)
 
     monkeypatch.setattr(transformers_format, "_difference", spoil_then_check)
-    with pytest.raises(HiveError, match="differ by"):
+    with pytest.raises(HiveError, match=message):
         export_encoder(tmp_path / "model", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -12,7 +12,7 @@ from export_models import save_hive
 from hive_ds.cli import main
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder
-from hive_ds.export.run_facts import licences, read_stage
+from hive_ds.export.run_facts import _licence_block, licences, read_stage
 from hive_ds.model.identity import folder_sha256
 from hive_ds.recipe import dump_recipe, load_recipe
 
@@ -63,6 +63,7 @@ def test_cost_is_the_sum_of_what_was_logged(tmp_path) -> None:
     seconds = [10 * 3.0 * 4, 10 * 1.0 * 4, 10 * 2.0 * 2]
     assert facts.hours * 3600 == pytest.approx(sum(seconds))
     assert facts.flops == pytest.approx(1e12 * sum(map(float.__mul__, seconds, (0.4, 0.5, 0.25))))
+    assert facts.mfu == pytest.approx(facts.flops / (1e12 * sum(seconds)))
     assert read_stage(tmp_path) is None
 
 
@@ -96,6 +97,33 @@ def test_the_card_tells_the_run(tmp_path) -> None:
     assert list(json.loads((out / "scores.json").read_text())) == ["eval/results.json"]
 
 
+def test_the_card_sums_up_all_stages_and_names_all_data(tmp_path: Path) -> None:
+    """Stage 1 ended with a loss that was no number; the results lie two folders deep, and are of the encoder before
+    its end was cut."""
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    (run / "stage1").mkdir()
+    events = [{**START, "step": 0, "ranks": 2}, {**train(10, 9.0, 0.5), "loss": None}]
+    (run / "stage1" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    given = ["data.train={one: 1, two: 0.5}", "data.validation=three", "data.text_validation=four", "training.seed=7"]
+    (run / "stage3" / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, given)))
+    (run / "evaluation" / "first").mkdir(parents=True)
+    judged = results(folder_sha256(run / "stage3" / "model"), 0.625)
+    (run / "evaluation" / "first" / "results.json").write_text(judged)
+    export_encoder(run, out, tail="cut")
+    card = (out / "README.md").read_text()
+    for words in (
+        "| stage1 | 10 | 80 | 2 x NVIDIA H200 | 0.05 | 9e+13 |  |",
+        "| together | 40 | 320 |  | 0.1056 | 1.68e+14 |  |",
+        "| data, train | one (1.0), two (0.5) |",
+        "| data, validation | three |",
+        "| data, text validation | four |",
+        "| language model, stages 4 and 5 | Qwen/Qwen2-0.5B-Instruct |",
+        "| seed | 7 |",
+        "| evaluation/first/results.json | gqa | gqa-2 |",
+    ):
+        assert words in card
+
+
 def test_scores_of_another_encoder_are_refused(tmp_path) -> None:
     run = make_run(tmp_path / "run")
     file = tmp_path / "mine.json"
@@ -117,6 +145,7 @@ def test_licences_are_those_of_the_recipe_and_its_base() -> None:
     assert any("CC3M" in line for line in lines)  # of the recipe that it is based on
     assert not any(line.startswith(("name", "The paper")) for line in lines)
     assert licences("a recipe of my own") == []
+    assert _licence_block("# Mine\n# Licences: a\n# and b\n#\n# More\nname: c\n") == ["Licences: a", "and b"]
 
 
 @pytest.mark.parametrize("tail", ["keep", "cut"])
