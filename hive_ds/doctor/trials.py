@@ -60,7 +60,7 @@ def _start(folder: Path, rank: int, ranks: int, gpus: int) -> subprocess.Popen[b
 def _read(folder: Path, with_gpus: bool, patience: float) -> Iterator[Finding]:
     said: dict[str, dict[str, str]] = {}
     for file in folder.glob("out-*"):
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith('{"trial"')]
+        lines = [json.loads(line) for line in _lines(file) if line.startswith('{"trial"')]
         said |= {line["trial"]: line for line in lines if "error" in line or "error" not in said.get(line["trial"], {})}
     for name in (REDUCE, *((GPUS,) if with_gpus else ()), KERNEL):
         # Without a GPU, training takes torch's attention.
@@ -75,8 +75,13 @@ def _read(folder: Path, with_gpus: bool, patience: float) -> Iterator[Finding]:
 
 
 def _last_words(folder: Path) -> str:
-    errors = [line for file in sorted(folder.glob("err-*")) for line in file.read_text().strip().splitlines()[-1:]]
+    errors = [line for file in sorted(folder.glob("err-*")) for line in _lines(file)[-1:]]
     return "; ".join(errors) or "it said nothing"
+
+
+def _lines(file: Path) -> list[str]:
+    """Text, whatever bytes a driver has put between."""
+    return file.read_text(errors="replace").strip().splitlines()
 
 
 def main(folder: Path, rank: int, ranks: int, gpus: int) -> None:

@@ -16,7 +16,7 @@ from tiny_models import text_config, vision_config
 
 from hive_ds.ablation.arms import Depths, make_arms
 from hive_ds.ablation.contrast import Contrast, contrast
-from hive_ds.ablation.execute import run_all, submit_all
+from hive_ds.ablation.execute import _environment, run_all, submit_all
 from hive_ds.ablation.gather import Gathered, gather
 from hive_ds.ablation.plan import ArmRun, make_plan, read_plan
 from hive_ds.cli import main
@@ -179,6 +179,14 @@ def test_runs_scores_and_differences(
     assert contrast(gathered, "no such score", "hive", "last") is None
 
 
+def test_cores_are_shared_out_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert [_environment(jobs)["OMP_NUM_THREADS"] for jobs in (1, 2)] == ["7", "7"]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert "OMP_NUM_THREADS" not in _environment(1)  # one run alone takes them all
+    assert _environment(10**6)["OMP_NUM_THREADS"] == "1"
+
+
 def test_the_difference_that_could_be_told_is_found_in_four_cases_of_five() -> None:
     """Drawn: differences of that size over few seeds, tested as `ttest_rel` would."""
     drawn = np.random.default_rng(0).standard_normal((200_000, 3))
@@ -216,6 +224,9 @@ def test_a_failed_run_is_named_and_the_others_go_on(
     runs = make_plan(recipe, [], ("hive",), (9, 0), out)
     with pytest.raises(HiveError, match=r"1 of 2 runs failed: hive-seed9 stage 1 with exit code 1, see .*stage1\.log"):
         run_all(runs, launcher)
+    assert "planted" in (out / "hive-seed9" / "stage1.log").read_text()
+    with pytest.raises(HiveError, match="1 of 1 runs failed: hive-seed9 stage 1 with exit code 0, see"):
+        run_all(runs[:1], ["true"])  # as one that is stopped before its end
     assert "planted" in (out / "hive-seed9" / "stage1.log").read_text()
     assert main(["ablate", "table", str(out)]) == 0
     printed = capsys.readouterr().out

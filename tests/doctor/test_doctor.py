@@ -83,6 +83,24 @@ def test_a_trial_that_hangs_is_ended() -> None:
     assert found["all-reduce"].said.startswith("no answer within 0 s, or a crash: ")
 
 
+def test_a_trial_has_failed_where_one_rank_says_so(tmp_path: Path) -> None:
+    """Whichever rank is read first; a rank that crashed may have said anything at all."""
+    good, bad = ({"trial": "all-reduce", **said} for said in ({"said": "2 ranks"}, {"error": "no network"}))
+    for said in ((good, bad), (bad, good)):
+        for rank, line in enumerate(said):
+            (tmp_path / f"out-{rank}").write_bytes(b"loading \xff\n" + json.dumps(line).encode() + b"\n")
+        (tmp_path / "err-0").write_bytes(b"a trace\nillegal \xff instruction\n")
+        (tmp_path / "err-1").write_text("")
+        on_cpu, on_gpus = (by_name(trials._read(tmp_path, with_gpus, 5)) for with_gpus in (False, True))
+        assert (on_cpu["all-reduce"].status, on_cpu["all-reduce"].said) == ("problem", "no network")
+        assert on_cpu["Triton kernel"].said == "no answer within 5 s, or a crash: illegal \ufffd instruction"
+        assert (on_cpu["Triton kernel"].status, on_gpus["Triton kernel"].status) == ("warning", "problem")
+        assert (list(on_cpu), list(on_gpus)) == (
+            ["all-reduce", "Triton kernel"],
+            ["all-reduce", "GPUs", "Triton kernel"],
+        )
+
+
 def test_versions_out_of_range() -> None:
     planted = {
         "torch": "2.8.1",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tiny_models import text_config, tiny_encoder
 
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder, formats, model_folder, transformers_format
+from hive_ds.export.parity import check, check_names
 from hive_ds.export.source import Source, find_source
 from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.vision import FAMILIES, encode_images
@@ -101,6 +104,20 @@ def test_what_differs_is_refused_and_nothing_is_left(spoilt: str, message: str, 
     with pytest.raises(HiveError, match=message):
         export_encoder(tmp_path / "model", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_differs_by_more_than_rounding_or_is_no_number_is_refused() -> None:
+    check(0.9e-5, "timm")
+    for difference, said in ((1.1e-5, r"1\.1e-05"), (math.inf, "inf"), (math.nan, "nan")):
+        with pytest.raises(HiveError, match=f"export to timm: features read back differ by {said}, expected at most"):
+            check(difference, "timm")
+
+
+def test_every_weight_has_its_name_in_the_other_library() -> None:
+    check_names([], [], "timm")
+    for names in ((["one"], []), ([], ["two"])):
+        with pytest.raises(HiveError, match=re.escape(f"missing {names[0]}, unexpected {names[1]}; expected its")):
+            check_names(*names, "timm")
 
 
 def test_large_weights_are_sharded_and_keep_their_type(tmp_path, monkeypatch) -> None:

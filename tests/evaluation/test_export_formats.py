@@ -129,6 +129,7 @@ def test_timm_names_its_own_model_of_these_sizes_and_the_activation_it_needs(tmp
     report = export_encoder(tmp_path / "model", tmp_path / "out", format="timm")
     assert report.model_class == "timm vit_testing_patch8_siglip_32"
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: timm\n" in card
     call = 'timm.create_model("vit_testing_patch8_siglip_32", act_layer="gelu_tanh", num_classes=0)'
     assert call in card
     encoder = eval(call).eval()
@@ -221,12 +222,13 @@ def test_wrong_names_and_missing_libraries_are_refused(tmp_path, monkeypatch) ->
 
     def exchanged(encoder):
         weights = own_weights(encoder)
-        first, second = "blocks.0.norm1.bias", "blocks.0.norm2.bias"
         return weights | {first: weights[second], second: weights[first]}
 
     monkeypatch.setattr(timm_format, "timm_weights", exchanged)
-    with pytest.raises(HiveError, match="differ by"):
-        export_encoder(tmp_path / "model", tmp_path / "out", format="timm")
+    for pair in (("blocks.0.norm1.bias", "blocks.0.norm2.bias"), ("norm.bias", "attn_pool.norm.bias")):
+        first, second = pair  # no block depends on the latter two
+        with pytest.raises(HiveError, match="differ by"):
+            export_encoder(tmp_path / "model", tmp_path / "out", format="timm")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(HiveError, match="timm is not installed; pip install"):
         export_encoder(tmp_path / "model", tmp_path / "out", format="timm")
