@@ -15,7 +15,7 @@ from tiny_models import text_config, tiny_encoder
 
 from hive_ds.errors import HiveError
 from hive_ds.export import export_encoder, formats, model_folder, transformers_format
-from hive_ds.export.parity import check, check_names
+from hive_ds.export.parity import check, check_names, largest_difference
 from hive_ds.export.source import Source, find_source
 from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.vision import FAMILIES, encode_images
@@ -107,6 +107,9 @@ def test_what_differs_is_refused_and_nothing_is_left(spoilt: str, message: str, 
 
 
 def test_what_differs_by_more_than_rounding_or_is_no_number_is_refused() -> None:
+    one, two, three = (torch.full((size,), float(size)) for size in (1, 2, 3))
+    assert largest_difference([(one, one), (two, two + 0.5), (three, three)]) == 0.5
+    assert largest_difference([(two, three)]) == math.inf  # not of one shape
     check(0.9e-5, "timm")
     for difference, said in ((1.1e-5, r"1\.1e-05"), (math.inf, "inf"), (math.nan, "nan")):
         with pytest.raises(HiveError, match=f"export to timm: features read back differ by {said}, expected at most"):
@@ -140,6 +143,7 @@ def test_encoder_of_a_llava_model(tmp_path) -> None:
     report = export_encoder(tmp_path / "model", tmp_path / "out")
     assert report.sha256 == folder_sha256(tmp_path / "model")
     assert report.trained_blocks == 3
+    assert "The LLM saw block 3." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_which_model_is_meant(tmp_path) -> None:
