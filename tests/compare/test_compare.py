@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,14 @@ from hive_ds.ablation.gather import Gathered
 from hive_ds.cli import main
 from hive_ds.compare import judge as judging
 from hive_ds.compare import pipeline
-from hive_ds.compare.page import JUDGED, contrasts, render_page
+from hive_ds.compare.page import JUDGED, _intervals, contrasts, render_page
 from hive_ds.compare.pipeline import Comparison
-from hive_ds.compare.settings import PRESETS, SMOKE
+from hive_ds.compare.settings import ARMS, PRESETS, SMOKE
 from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.errors import HiveError
 from hive_ds.evaluation.probes.results import BlockResult, Score
 from hive_ds.evaluation.probes.scene_factors import FACTORS
+from hive_ds.evaluation.probes.settings import LinearSettings, ProbeSettings
 from hive_ds.evaluation.scoring import Share
 from hive_ds.recipe import dump_recipe, load_recipe
 
@@ -66,8 +68,12 @@ def test_page_says_what_differs_and_what_could_not_be_told() -> None:
         assert page.count(">hive \N{MINUS SIGN} base</text>") == len(JUDGED)
 
 
-def test_a_run_is_judged_at_the_block_that_its_vlm_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last but one of four; the best one, and the answers over shuffled pictures, are scores of their own."""
+@pytest.mark.parametrize("given", [None, "base/encoder"])
+def test_a_run_is_judged_at_the_block_that_its_vlm_reads(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last but one of four; the best one, and the answers over shuffled pictures, are scores of their own. Without
+    stages 1 to 3 the encoder is the one that the recipe names."""
     results = [
         BlockResult("encoder", factor, block, 2, 8, 10, (Score(0, Share(right, 10), 0.0),))
         for factor in FACTORS
@@ -78,14 +84,26 @@ def test_a_run_is_judged_at_the_block_that_its_vlm_reads(tmp_path: Path, monkeyp
     )
     asked: list[Any] = []
     encoder = SimpleNamespace(info=SimpleNamespace(name="encoder", num_blocks=4))
-    monkeypatch.setattr(judging, "ask", lambda model, *_, **more: asked.append((model, more["template"])) or answers)
+
+    def ask(*given: Any, template: str, **_: Any) -> Any:
+        asked.extend([*given, template])
+        return answers
+
+    monkeypatch.setattr(judging, "ask", ask)
     monkeypatch.setattr(judging, "load_encoder", lambda source: asked.append(source) or encoder)
     monkeypatch.setattr(judging, "scene_probe_data", lambda train, held_out: (train, held_out))
-    monkeypatch.setattr(judging, "read_samples", lambda folder: [folder])
-    monkeypatch.setattr(judging, "probe", lambda *_: results)
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe("tiny")))
-    scores = judging.judge(tmp_path, SceneFolders(tmp_path / "data"))
-    assert asked == [(tmp_path / "stage5" / "model", "chat"), str(tmp_path / "encoder")]
+    monkeypatch.setattr(judging, "read_samples", lambda folder: [folder] * 3000)
+    monkeypatch.setattr(judging, "probe", lambda encoder, *more: asked.extend(more) or results)
+    recipe = load_recipe("tiny", [f"vlm.vision_encoder={given or 'null'}"])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    data = SceneFolders(tmp_path / "data")
+    scores = judging.judge(tmp_path, data)
+    assert asked == [
+        *(tmp_path / "stage5" / "model", [data.questions] * 3000, "chat"),
+        given or str(tmp_path / "encoder"),
+        ([data.train] * 2400, [data.validation] * 3000),
+        ProbeSettings(LinearSettings(l2=1e-3), "all", (0,)),
+    ]
     assert scores == {
         **{"answers colour": 0.75, "answers all": 0.625, "answers all, pictures shuffled": 0.125},
         **{f"probe {factor}": 0.6 for factor in FACTORS},
@@ -100,6 +118,36 @@ def test_runs_are_judged_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: py
     Comparison(tmp_path / "my runs", SMOKE)._runs()
     judge = [sys.executable, "-m", "hive_ds.compare.judge", "{run}", str(tmp_path / "my runs" / "data")]
     assert shlex.split(asked["after"]) == judge
+    assert asked["jobs"] == 2
+
+
+def test_runs_are_those_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "make_plan", lambda *given: given)
+    recipe, overrides, *which = Comparison(tmp_path, replace(SMOKE, seeds=(4, 5)))._plan()
+    made = load_recipe(recipe, overrides)
+    assert which == [("hive", "base"), (4, 5), tmp_path / "runs"]
+    assert (made.data.train, made.data.text_validation) == (str(tmp_path / "data" / "train"), None)
+    assert made.model.vision_encoder == str(tmp_path / "base" / "vision_encoder")
+    assert made.vlm is not None
+    assert made.vlm.language_model == made.model.language_model == str(tmp_path / "base" / "language_model")
+    assert {stage.steps for stage in made.stages.values()} == {2}
+
+
+def test_arms_are_compared_by_the_seeds_that_both_have() -> None:
+    scores = {arm: {0: {"answers all": 0.5, "probe count": 0.25}, 1: {"answers all": 0.75}} for arm in ARMS}
+    scores["hive"][1] = {"answers all": 1.0, "probe count": 1.0}
+    scores["hive"][2] = {"answers all": 0.0}
+    found = contrasts(Gathered(scores, ()))
+    assert [(one.arm, one.reference) for one in found] == [
+        *(("hive", "base"), ("hive", "sa"), ("hive", "last"), ("sa", "base"), ("last", "base"))
+    ]
+    assert {one.name for one in found} == {"answers all"}  # one seed has both probes, which tells no spread
+    assert found[0].differences == (0.0, 0.25)
+
+
+def test_scores_of_a_plot_stand_in_the_order_of_the_table() -> None:
+    found = [one.as_dict() for one in contrasts(gathered(0.01))]
+    assert list(_intervals(found[::-1])) == list(JUDGED)
 
 
 @pytest.mark.parametrize("name", PRESETS)
