@@ -201,6 +201,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    "eval run --tasks mme --data bench": (
+        "hive_ds.evaluation.benchmarks.run.evaluate",
+        (Request(["mme"], Path("bench"), Path("run"), self_test=True),),
+        {},
+    ),
     f"ablate run {ARMS} --launcher 'deepspeed --num_gpus 8' --after 'judge {{run}}' --jobs 2": (
         "hive_ds.ablation.execute.run_all",
         (PLAN, ["deepspeed", "--num_gpus", "8"]),
