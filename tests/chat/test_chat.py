@@ -90,7 +90,7 @@ def test_answers_are_those_of_evaluation_streamed(run: Path, stage: int) -> None
     assert all(beams)
 
 
-def test_history_is_kept_and_a_failed_question_is_not(run: Path) -> None:
+def test_history_is_kept_and_a_failed_question_is_not(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = load_chat_model(run / "stage3")
     conversation = shown(chat, SAMPLES[0].images[0])
     first = conversation.ask("what is it?")
@@ -107,8 +107,12 @@ def test_history_is_kept_and_a_failed_question_is_not(run: Path) -> None:
     assert second.token_ids[0, : second.prompt_length].equal(expected["input_ids"][0])
     assert second.inputs["image_offsets"] == expected["image_offsets"]
     torch.testing.assert_close(second.inputs["pixel_values"], expected["pixel_values"])
+    conversation.show(images[0])
     conversation.reset()
     assert conversation.ask("no picture").inputs["image_offsets"] == [[]]
+    monkeypatch.setattr(Conversation, "_longest_text", lambda self, inputs: inputs["input_ids"].shape[1])
+    with pytest.raises(HiveError, match="tokens: expected at most"):
+        conversation.ask("no room for a word of an answer?")
 
 
 def test_a_cascaded_models_pictures_take_as_many_tokens_as_their_patches(run: Path) -> None:
@@ -243,7 +247,7 @@ def test_drawn_answers_know_no_penalty_either(run: Path) -> None:
 def test_a_seed_draws_the_same_answers_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["chat", f"{run}/stage3", "--image", f"{run}/0.png", "what is it?", "--max-new-tokens", "8"]
     said = []
-    for seed in ("1", "1", "2"):
+    for seed in ("0", "0", "1"):
         assert main([*command, "--temperature", "2", "--seed", seed]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
@@ -258,6 +262,9 @@ def test_wrong_input(tmp_path: Path) -> None:
         read_image(tmp_path / "text.png")
     with pytest.raises(HiveError, match="holds neither a model"):
         load_chat_model(tmp_path)
+    two = Conversation(ChatModel(tmp_path, None, None, "chat"), shown=[Image.new("RGB", (8, 8))] * 2)  # type: ignore[arg-type]
+    with pytest.raises(HiveError, match="question with 1 <image>: expected 2, one for each picture shown"):
+        two.ask("is <image> red?")
     for wrong in ({"max_new_tokens": 0}, {"temperature": -0.5}, {"temperature": float("nan")}, {"beams": 0}):
         with pytest.raises(HiveError, match="expected at least"):
             AnswerSettings(**wrong)

@@ -153,6 +153,11 @@ def test_every_rank_needs_a_core_and_its_part_of_shared_memory(monkeypatch: pyte
     assert [machine.shared_memory(400_000_000, ranks).status for ranks in (1, 2)] == ["ok", "problem"]
 
 
+def test_the_clock_of_this_disk_is_this_machines(tmp_path: Path) -> None:
+    found = {one.name: one.status for one in machine.check_disk(tmp_path)}
+    assert found["clock of its server"] == "ok"
+
+
 def test_requirements_are_those_of_this_python_and_of_one_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["a>=1", 'b; extra == "more"', 'c; python_version > "3"', 'a; extra == "more"', 'd; python_version < "3"']
     monkeypatch.setattr(software, "requires", lambda package: lines)
