@@ -21,9 +21,13 @@ def maps_of(tokens: int) -> AnswerMaps:
     for layer, share in ((1, 0.1), (3, 0.6)):
         patches = torch.full((tokens, 1, 2, 3), share / 10)
         patches[:, :, 1, 2] = share / 2
-        layers.append(LayerMaps(layer, (), torch.zeros(tokens, tokens), [patches]))
+        layers.append(LayerMaps(layer, (), torch.zeros(tokens, tokens), [patches, patches]))
     rows = [Row("whole answer", list(range(tokens))), *(Row(f"token {place}", [place]) for place in range(tokens))]
-    return AnswerMaps(AttentionMaps(list(range(tokens)), layers), rows, [Image.new("RGB", (60, 40), "grey")])
+    return AnswerMaps(
+        AttentionMaps(list(range(tokens)), layers),
+        rows,
+        [Image.new("RGB", size, "grey") for size in ((60, 40), (40, 60))],
+    )
 
 
 def test_the_best_layer_and_its_share() -> None:
@@ -40,6 +44,7 @@ def test_a_panel_is_pale_on_the_scale_of_all() -> None:
     assert strength[1] > 2 * strength[0]
     own = [np.asarray(maps.panel(0, layer, 0, per_panel=True)).astype(int) for layer in (0, 1)]
     assert np.abs(own[0] - own[1]).max() <= 2
+    assert [maps.panel(0, 0, image).size for image in (0, 1)] == [(640, 427), (427, 640)]
 
 
 def test_a_long_answer_says_how_much_of_it_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

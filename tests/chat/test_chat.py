@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,9 @@ def test_history_is_kept_and_a_failed_question_is_not(run: Path, monkeypatch: py
 
 
 def test_a_cascaded_models_pictures_take_as_many_tokens_as_their_patches(run: Path) -> None:
-    """Its processor crops to 4 x 4 patches, as DINOv2's crops to less than its config's size."""
+    """Its processor crops to 4 patches, as DINOv2's crops to less than its config's size; maps show what it sees."""
     processor = HiveProcessor.from_pretrained(run / "stage3" / "model")
-    crop = BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    crop = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 16, "width": 16})
     words = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 48}
     model = tiny_cascaded(vision="dinov2", text_changes=words)
     assert model.config.image_seq_length == 16
@@ -126,6 +127,7 @@ def test_a_cascaded_models_pictures_take_as_many_tokens_as_their_patches(run: Pa
     pictures = [sample.images[0] for sample in SAMPLES[:2]]
     answer = shown(chat, *pictures).ask("red?")
     assert answer.prompt_length + 2 * 4 < 48
+    assert [picture.size for picture in answer_maps(chat, answer).pictures] == [(32, 32)] * 2  # of 64 x 64
     with pytest.raises(HiveError, match=f"prompt of .* tokens: expected at most {48 - 2 * 4 - 1}"):
         shown(chat, *pictures).ask("why? " * 40)
 
@@ -204,6 +206,28 @@ def test_the_map_of_a_token_is_of_the_one_that_predicts_it(run: Path, stage: int
     layers = [layer.layer for layer in maps.maps.layers]
     assert layers == ([1, 3] if stage == 3 else list(range(5)))
     assert maps.panel(0, 0, 1).size == (640, 640)
+
+
+def test_special_tokens_of_an_answer_have_no_map(run: Path) -> None:
+    chat = load_chat_model(run / "stage3")
+    answer = shown(chat, SAMPLES[0].images[0]).ask("what is it?")
+    tokenizer, start = chat.processor.tokenizer, answer.prompt_length
+    end = torch.tensor([end_token_ids(tokenizer, "chat")])
+    red, blue = (torch.tensor([tokenizer.encode(word, add_special_tokens=False)[:1]]) for word in ("red", "blue"))
+
+    def rows(*said: torch.Tensor) -> list[tuple[str, list[int]]]:
+        ids = torch.cat([answer.token_ids[:, :start], *said], dim=1)
+        return [(row.label, list(row.tokens)) for row in answer_maps(chat, replace(answer, token_ids=ids)).rows]
+
+    one, other = (token_name(chat.processor.decode(ids[0])) for ids in (red, blue))
+    assert rows(end, red, blue, end) == [
+        ("whole answer", [start, start + 1]),
+        (one, [start]),
+        (other, [start + 1]),
+    ]
+    assert rows(red, end) == [(one, [start - 1])]
+    with pytest.raises(HiveError, match="attention map of an empty answer: the model said nothing"):
+        rows(end)
 
 
 def test_token_names() -> None:
