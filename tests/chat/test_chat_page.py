@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 from scene_models import save_scene_model
 
+from hive_ds.chat import page as page_module
+from hive_ds.chat.answer_maps import answer_maps
 from hive_ds.chat.conversation import AnswerSettings, Conversation, read_image
 from hive_ds.chat.loading import ChatModel, load_chat_model
-from hive_ds.chat.page import serve
+from hive_ds.chat.page import describe, serve
 from hive_ds.cli import main
 from hive_ds.data.scenes_samples import question_samples
 from hive_ds.errors import HiveError
@@ -62,6 +64,31 @@ def test_an_answer_streams_and_its_map_follows(page: Any, chat: ChatModel) -> No
     assert [name for name, _ in layers["choices"]] == ["1", "3"]
     assert "of the attention is on the picture" in note
     assert np.asarray(Image.open(view)).shape == (640, 640, 3)
+
+
+def test_a_map_is_of_the_part_and_the_layer_that_are_chosen(
+    page: Any, chat: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first of the whole answer at its best layer; then with a scale of its own, if asked for."""
+    monkeypatch.setattr(page_module, "best_layer", lambda maps: 1)
+    client = gradio_client.Client(page.local_url, verbose=False)
+    picture = chat.folder / "picture.png"
+    *_, last = client.submit(gradio_client.handle_file(picture), "what is it?", api_name="/ask")
+    conversation = Conversation(chat, SETTINGS)
+    conversation.show(read_image(picture))
+    maps = answer_maps(chat, conversation.ask("what is it?"))
+    *_, tokens, layers, _, view, note = last
+    assert (tokens["value"], layers["value"], note) == (0, 1, describe(maps, 0, 1))
+    assert np.array_equal(Image.open(view), maps.panel(0, 1, 0))
+    chosen = [one for one in page.fns.values() if one.name == "show"]
+    names = ["For which part of the answer", "At which layer", "A scale of its own for each map"]
+    assert [[block.label for block in one.inputs[1:]] for one in chosen] == [names] * 3
+    assert chosen[0].fn(None, 0, 0, False) == (None, "")
+    for own in (False, True):
+        shown, said = chosen[0].fn(maps, 2, 0, own)
+        assert np.array_equal(shown, maps.panel(2, 0, 0, per_panel=own))
+        assert said == describe(maps, 2, 0)
+    assert not np.array_equal(maps.panel(2, 0, 0), maps.panel(2, 0, 0, per_panel=True))
 
 
 def test_wrong_questions_are_told(page: Any, chat: ChatModel) -> None:

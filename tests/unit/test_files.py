@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all, where their name is that of a link or of what nothing can replace."""
+"""Folders that are there whole or not at all, by whatever name; and which names are those of folders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from hive_ds.errors import HiveError
 from hive_ds.files import whole_folder
+from hive_ds.names import does_not_exist, names_folder
 
 
 def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
@@ -54,3 +55,16 @@ def test_a_folder_whose_work_fails_is_what_it_was(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="planted"):
             work(tmp_path / name)
     assert [(path.name, list(path.iterdir())) for path in tmp_path.iterdir()] == [("empty", [])]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder"),
+    [
+        *((name, False) for name in ("gpt2", "google/siglip-large-patch16-384", "a.b/c")),
+        *((name, True) for name in ("runs/a/encoder", "./encoder", "../encoder", "/encoder", "~/encoder")),
+    ],
+)
+def test_what_a_model_is_called_is_a_folder_or_a_name_on_the_hub(name: str, is_folder: bool) -> None:
+    assert names_folder(name) == is_folder
+    assert does_not_exist(name) == "does not exist"
+    assert does_not_exist("runs/quickstart/data") == "does not exist; `make quickstart` makes it"

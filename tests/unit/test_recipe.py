@@ -213,6 +213,7 @@ BAD_VALUES = {
     " projectors, qk_norms, ",
     "stages.connector_pretraining.group_lr={vision_encoder: 1}": "tiny (--set): stages.connector_pretraining.group_lr"
     " has vision_encoder = 1.0, but that stage trains projectors, qk_norms alone",
+    "stages.vision_finetuning.vision_layer_decay=0": "vision_layer_decay = 0 (--set): expected a number, above 0",
     "stages.modality_adaptation.vision_layer_decay=0.8": "stages.modality_adaptation.vision_layer_decay is 0.8,"
     " but that stage trains projectors, qk_norms, routed_attention, image_kv, not vision_encoder; expected 1",
     "training.seed=-1": "training.seed = -1 (--set): expected a whole number, from 0 to 2**63 - 1",
