@@ -70,7 +70,10 @@ def test_a_run_a_stage_and_a_model_folder(run: Path) -> None:
     assert load_chat_model(run / "stage3" / "model").folder == third.folder
     assert [load_chat_model(run / f"stage{n}").template for n in (1, 3, 5)] == ["plain", "chat", "chat"]
     shutil.copytree(third.folder, run / "alone")
-    assert load_chat_model(run / "alone").template == "chat"  # its tokenizer has one
+    alone = load_chat_model(run / "alone")
+    assert alone.template == "chat"  # its tokenizer has one
+    alone.processor.tokenizer.chat_template = None
+    assert template_of(Source(alone.folder, ()), alone.processor) == "plain"
     assert "cpu, float32" in str(third) or "cuda" in str(third)
 
 
