@@ -51,7 +51,11 @@ def talk(conversation: Conversation, map_path: Path | None, *, per_panel: bool) 
 
 
 def _lines() -> Iterator[str]:
-    """Lines typed or piped in, empty ones left out."""
+    """Lines typed or piped in, empty ones left out.
+
+    Raises:
+        HiveError: what is piped in is no text.
+    """
     import readline  # noqa: F401 (gives `input` a history and editing)
 
     while True:
@@ -59,6 +63,8 @@ def _lines() -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError as error:
+            raise HiveError("standard input: is not UTF-8 text; expected questions, a line each") from error
         if line:
             yield line
 

@@ -11,6 +11,7 @@ import pytest
 
 from hive_ds.chat import terminal
 from hive_ds.chat.terminal import CAPTION_NOTE, HELP, answer_once, talk
+from hive_ds.errors import HiveError
 
 
 class Conversation:
@@ -48,6 +49,14 @@ def test_an_answer_that_is_broken_off_is_forgotten_and_the_next_one_given(
     typed = ("one", "stop", "", "  two ", "/image my cat.png", "/reset", "/quit", "three")
     assert hear(monkeypatch, Conversation(), *typed) == ["one", "stop", "two", "shown my cat.png", "reset"]
     assert capsys.readouterr().err == f"{HELP}\n\n(stopped; the question is forgotten)\n"
+
+
+def test_questions_that_are_no_text_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a file in Latin-1."""
+    conversation = Conversation()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ncaf\xe9?\n"), encoding="utf-8"))
+    with pytest.raises(HiveError, match="standard input: is not UTF-8 text; expected questions, a line each"):
+        talk(conversation, None, per_panel=False)  # type: ignore[arg-type]
 
 
 def test_a_model_of_captions_gives_one_for_each_picture(

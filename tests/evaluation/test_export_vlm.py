@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from export_models import PROCESSORS, randomize, save_hive
+from huggingface_hub import save_torch_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_data import make_tokenizer
@@ -20,6 +22,7 @@ from hive_ds.data.schema import Turn
 from hive_ds.data.text import prepare_tokenizer, render_chat
 from hive_ds.errors import HiveError
 from hive_ds.export import export_vlm, vlm
+from hive_ds.model import cascaded
 from hive_ds.model.cascaded import CascadedForCausalLM, cascaded_config, processor_values
 from hive_ds.model.identity import folder_sha256, model_sha256, weights_sha256
 from hive_ds.model.loading import load_any
@@ -78,6 +81,14 @@ def test_stock_transformers_answers_as_training_does(vision: str, tokenizer: str
     assert stock.generation_config.eos_token_id == end_token_ids(own.tokenizer, template)
     assert report.vision_sha256 == folder_sha256(tmp_path / "out") == weights_sha256(model.state_dict().items())
     assert report.vision_sha256 in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_weights_in_several_files_are_copied_with_their_index(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cascaded, "save_torch_state_dict", partial(save_torch_state_dict, max_shard_size="50kB"))
+    save_vlm(tmp_path / "model")
+    report = export_vlm(tmp_path / "model", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert report.vision_sha256 == folder_sha256(tmp_path / "model")
 
 
 def test_a_run_without_such_a_model_is_told_which_stages_hold_one(tmp_path) -> None:
