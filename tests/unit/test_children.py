@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_ds.children import processes_with
+from hive_ds.children import Programs, processes_with
 
 COMMAND = """
 import os, sys, time
@@ -74,6 +74,27 @@ def test_nothing_is_left(kind: str, name: str, tmp_path: Path) -> None:
     assert not told or errors == "\nstopped\n"
     assert not (tmp_path / "2").exists()
     wait_until(lambda: processes_with("OF_THIS_TEST", str(tmp_path)) == [])
+
+
+def test_nothing_starts_once_the_command_ends(tmp_path: Path) -> None:
+    """What other threads would run next; they are told that it was ended."""
+    programs = Programs()
+    with pytest.raises(KeyboardInterrupt), programs:
+        raise KeyboardInterrupt
+    assert programs.run(["touch", str(tmp_path / "file")], os.environ) == -signal.SIGTERM
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Programs():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before[signal.SIGHUP])
 
 
 def _unignore(number: int) -> None:
