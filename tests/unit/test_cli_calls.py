@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; make venv i
 
 from hive_ds.chat.conversation import AnswerSettings, Conversation
 from hive_ds.cli import main
+from hive_ds.cli_parts import port_number, split_name
 from hive_ds.compare.settings import PRESETS
 from hive_ds.cost.claims import with_routes
 from hive_ds.data.convert_images import ImageOptions
@@ -261,3 +263,22 @@ def test_routes_reach_the_recipe_that_is_costed(monkeypatch: pytest.MonkeyPatch)
         [*command, "--set", "training.precision=fp32"], "hive_ds.cost.ledger.cost_of_stage", monkeypatch
     )
     assert (given, named) == ((recipe, 2), {"text_length": 9, "batch": 3, "ranks": 4})
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "source"),
+    [
+        ("base=tower", "base", "tower"),
+        ("base=runs/lr=1e-4", "base", "runs/lr=1e-4"),
+        *((path, None, path) for path in ("tower", "runs/lr=1e-4", "./lr=1e-4")),
+    ],
+)
+def test_a_path_with_an_equals_sign_is_no_name(given: str, name: str | None, source: str) -> None:
+    assert split_name(given) == (name, source)
+
+
+def test_ports() -> None:
+    assert [port_number(text) for text in ("1", "65535")] == [1, 65535]
+    for text in ("0", "65536", "-1", "1.5", "http", ""):
+        with pytest.raises(ArgumentTypeError, match="is no port; expected 1 to 65535"):
+            port_number(text)
