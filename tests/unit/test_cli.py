@@ -160,6 +160,10 @@ WRONG = {
     "folder for a map": (["chat", "{tmp}", "--map", "{tmp}"], "{tmp}: is a folder; expected the name of a file"),
     "folder for figures": (["cost", "{tmp}/none.yaml", "--json", "{tmp}"], "{tmp}: is a folder; expected the name"),
     "no text to analyze": (["analyze", "flow", "{tmp}", "--image", "{tmp}/a.png"], "either --data, or --image and"),
+    "question of data": (
+        ["analyze", "flow", "{tmp}", "--data", "{tmp}", "--question", "hm?"],
+        "either --data, or --image",
+    ),
     "too few samples": (
         ["analyze", "flow", "{tmp}", "--data", "{tmp}", "--samples", "0"],
         "--samples 0: expected a number of at least 1",
