@@ -30,6 +30,8 @@ from hive_ds.evaluation.benchmarks.run import Request
 from hive_ds.evaluation.probes.features import ExtractSettings
 from hive_ds.evaluation.probes.settings import AttentiveSettings, KnnSettings, LinearSettings, ProbeSettings
 from hive_ds.evaluation.probes.sources import DataOptions
+from hive_ds.launch.hostfile import Host
+from hive_ds.launch.hosts import HostFault
 from hive_ds.quickstart.settings import SMOKE
 from hive_ds.recipe import load_recipe
 
@@ -282,3 +284,14 @@ def test_ports() -> None:
     for text in ("0", "65536", "-1", "1.5", "http", ""):
         with pytest.raises(ArgumentTypeError, match="is no port; expected 1 to 65535"):
             port_number(text)
+
+
+def test_faults_of_hosts_are_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    faults = [HostFault("two", "no answer", "start it")]
+    monkeypatch.setattr("hive_ds.launch.hostfile.read_hostfile", lambda path: [Host("one", 2), Host("two", 3)])
+    monkeypatch.setattr("hive_ds.launch.hosts.check_hosts", lambda hosts, **more: faults)
+    assert main(["hosts", "check", "hosts"]) == 1
+    assert capsys.readouterr().out == "two: no answer; start it\n"
+    faults.clear()
+    assert main(["hosts", "check", "hosts"]) == 0
+    assert capsys.readouterr().out == "2 hosts, 5 slots: no fault found\n"
