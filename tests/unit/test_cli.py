@@ -164,6 +164,7 @@ WRONG = {
         ["analyze", "flow", "{tmp}", "--data", "{tmp}", "--question", "hm?"],
         "either --data, or --image",
     ),
+    "page that is none": (["data", "stats", "{tmp}", "--out", "{tmp}/out"], "expected a name that ends in .html"),
     "too few samples": (
         ["analyze", "flow", "{tmp}", "--data", "{tmp}", "--samples", "0"],
         "--samples 0: expected a number of at least 1",
