@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from hive_ds.cost.counted import watch_step
+from hive_ds.cost.ledger import cost_of_stage
 from hive_ds.cost.memory import model_state_bytes
 from hive_ds.cost.memory_watch import MemoryWatch
 from hive_ds.cost.model import meta_model, random_model
@@ -66,6 +68,26 @@ def test_states_are_those_of_tensors(stage: int, tmp_path: Path) -> None:
     moments = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
     assert states.optimizer == sum(value.nbytes for value in moments)
     assert states.host == 0
+
+
+@pytest.mark.parametrize(("policy", "reductions"), [("zero1", 2), ("zero2", 4 * 2), ("zero3", 4)])
+def test_what_a_rank_sends_in_a_step(policy: str, reductions: int, tmp_path: Path) -> None:
+    """Of two ranks, each sends its half of the new weights to the other. An all-reduce sends twice what a
+    reduce-scatter does; from ZeRO 2 on it runs in each micro-batch, of which 32 samples are four of at most 5."""
+    recipe = tiny_recipe(tmp_path, "tiny", f"training.ds_config={policy}")
+    _, plan = meta_model(recipe, 3)
+    half = sum(4 * math.prod(plan.shapes[name]) for group in plan.groups for name in group.parameters) / 2
+    sent = cost_of_stage(recipe, 3, text_length=9, batch=5, ranks=2).sent
+    assert sent == {"weights": half, "gradients": reductions * half}
+
+
+def test_the_second_copy_of_the_weights_is_shared_by_the_ranks_of_a_node(tmp_path: Path) -> None:
+    held = {}
+    for policy in ("zero3", "zero3_hpz"):
+        recipe = tiny_recipe(tmp_path, "tiny", f"training.ds_config={policy}")
+        held[policy] = cost_of_stage(recipe, 3, text_length=9, batch=2, ranks=16).memory["parameters"]
+    _, plan = meta_model(recipe, 3)
+    assert held["zero3_hpz"] - held["zero3"] == sum(4 * -(-math.prod(shape) // 8) for shape in plan.shapes.values())
 
 
 def test_activations_grow_with_the_batch_and_shrink_under_checkpointing(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from hive_ds import kernels
 from hive_ds.data.mds import write_mds
 from hive_ds.data.schema import caption_sample
 from hive_ds.doctor import examine as examining
-from hive_ds.doctor import folders, machine, software
+from hive_ds.doctor import folders, machine, software, trials
 from hive_ds.doctor.examine import Patient, examine
 from hive_ds.doctor.findings import Diagnosis, Finding
 from hive_ds.doctor.folders import STAGES_4_AND_5, check_data, check_models, check_routes, data_folders
@@ -151,6 +152,17 @@ def test_every_rank_needs_a_core_and_its_part_of_shared_memory(monkeypatch: pyte
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5})
     assert [machine._processor(ranks).status for ranks in (2, 3)] == ["ok", "warning"]
     assert [machine.shared_memory(400_000_000, ranks).status for ranks in (1, 2)] == ["ok", "problem"]
+
+
+def test_a_kernel_that_computes_something_else_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(*given: Any, backend: str) -> Any:
+        return attend(*given, backend="reference") + 0.02 * (backend == "triton")
+
+    attend = kernels.hierarchical_attention
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "hierarchical_attention", spoilt)
+    with pytest.raises(RuntimeError, match=r"the kernel is off the reference by 0\.02"):
+        trials._attend("cpu")
 
 
 def test_the_clock_of_this_disk_is_this_machines(tmp_path: Path) -> None:
