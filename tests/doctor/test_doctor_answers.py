@@ -81,13 +81,13 @@ def test_data_of_a_stage_is_looked_at_beside_the_data_that_is_named(asked: dict[
 
 def test_folders_are_called_by_the_key_that_names_them() -> None:
     own = ["data.train={a: 1, b: 2}", "data.validation=c", "data.text_validation=null"]
-    recipe = load_recipe("tiny", [*own, *WITHOUT_4_AND_5, "stages.vision_finetuning.data={train: d}"])
+    recipe = load_recipe("tiny", [*own, *WITHOUT_4_AND_5, "stages.connector_pretraining.data={train: d}"])
     found = {folder: (one.key, len(one.stages)) for folder, one in data_folders(recipe).items()}
     assert found == {
         "a": ("data.train", 2),
         "b": ("data.train", 2),
         "c": ("data.validation", 3),
-        "d": ("stages.vision_finetuning.data.train", 1),
+        "d": ("stages.connector_pretraining.data.train", 1),
     }
 
 
