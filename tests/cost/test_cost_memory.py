@@ -13,7 +13,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from hive_ds.cost.counted import watch_step
 from hive_ds.cost.ledger import cost_of_stage
-from hive_ds.cost.memory import model_state_bytes
+from hive_ds.cost.memory import ModelStates, model_state_bytes, zero_buffer_bytes
 from hive_ds.cost.memory_watch import MemoryWatch
 from hive_ds.cost.model import meta_model, random_model
 from hive_ds.cost.workload import Workload
@@ -68,6 +68,38 @@ def test_states_are_those_of_tensors(stage: int, tmp_path: Path) -> None:
     moments = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
     assert states.optimizer == sum(value.nbytes for value in moments)
     assert states.host == 0
+
+
+def test_what_zero_works_in_is_its_buckets_and_gathered_weights(tmp_path: Path) -> None:
+    """Of bf16: two bytes an element. ZeRO 2 fills a second bucket while the first is on its way."""
+    _, plan = meta_model(tiny_recipe(tmp_path), 3)
+    total = sum(math.prod(shape) for shape in plan.shapes.values())
+
+    def buffers(stage: int, precision: str = "bf16", **more: object) -> int:
+        section = {"stage": stage, "reduce_bucket_size": 1000, **more}
+        return zero_buffer_bytes(plan, {"zero_optimization": section}, precision=precision)
+
+    assert (buffers(0), buffers(1)) == (0, 2000)
+    assert [buffers(2, overlap_comm=overlap) for overlap in (False, True)] == [2000, 4000]
+    live = [buffers(3, stage3_max_live_parameters=number) for number in (500, 10**9)]
+    assert live == [2000 + 2 * 500, 2000 + 2 * total]
+    assert buffers(1, "fp32") == 4000
+
+
+def test_what_is_offloaded_lies_on_the_host(tmp_path: Path) -> None:
+    """With an fp32 gradient of each rank's part on top, which is pinned; one rank holds no weight twice."""
+    _, plan = meta_model(tiny_recipe(tmp_path), 3)
+    here, optimizer, everything = (
+        model_state_bytes(plan, read_policy(name), ranks=2, precision="bf16")
+        for name in ("zero3", "zero3_offload_optimizer", "zero3_offload_param")
+    )
+    part = sum(-(-math.prod(plan.shapes[name]) // 2) for group in plan.groups for name in group.parameters)
+    host = here.gradients + here.optimizer + 4 * part
+    assert here.optimizer == 12 * part
+    assert optimizer == ModelStates(here.parameters, 0, 0, host)
+    assert everything == ModelStates(0, 0, 0, host + here.parameters)
+    alone = model_state_bytes(plan, read_policy("zero3"), ranks=1, precision="bf16")
+    assert alone.parameters == 2 * sum(math.prod(shape) for shape in plan.shapes.values())
 
 
 @pytest.mark.parametrize(("policy", "reductions"), [("zero1", 2), ("zero2", 4 * 2), ("zero3", 4)])
