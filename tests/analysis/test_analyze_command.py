@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from hive_ds.analysis.samples import Subject, picture_sample, stored_samples
 from hive_ds.analysis.token_pictures import MOST_TOKENS, TITLE, _side_by_side, token_maps
 from hive_ds.chat.loading import load_chat_model
 from hive_ds.cli import main
-from hive_ds.constants import IGNORE_INDEX
+from hive_ds.constants import IGNORE_INDEX, IMAGE_TOKEN
 from hive_ds.data.mds import write_mds
 from hive_ds.data.scenes_samples import question_samples, text_samples
+from hive_ds.data.schema import Sample, Turn
 from hive_ds.errors import HiveError
 
 QUESTION, ANSWER = "what colour is the ring?", "blue"
@@ -126,6 +128,14 @@ def test_attention(
     assert min(Image.open(tmp_path / "map.png").size) > len(layers) * PANEL
 
 
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_picture_is_that_of_one_image(folder: Path, images: int) -> None:
+    picture = (folder / "scene.png").read_bytes()
+    turns = (Turn("user", f"{IMAGE_TOKEN * images}{QUESTION}"), Turn("assistant", ANSWER))
+    with pytest.raises(HiveError, match=f"sample 'a' has {images} images; its picture expects one"):
+        subject_of(folder / "hive").pictured(Sample("a", turns, (picture,) * images))
+
+
 def test_long_texts_go_on_beside_the_first_rows(folder: Path) -> None:
     subject = subject_of(folder / "hive")
     maps = token_maps(subject, picture_sample(folder / "scene.png", "a red circle and a blue ring " * 12))
@@ -133,7 +143,11 @@ def test_long_texts_go_on_beside_the_first_rows(folder: Path) -> None:
     figure = maps.figure()
     assert max(figure.size) < 1.5 * min(figure.size)
     assert max(figure.size) < MOST_TOKENS * PANEL / 2
-    assert f"first {MOST_TOKENS} of {len(maps.rows())} tokens" in maps._title(MOST_TOKENS)
+    title = "hive: attention of each token (→ the one that it predicts) on the picture, mean over heads"
+    assert maps._title(len(maps.rows())) == title
+    assert maps._title(MOST_TOKENS) == f"{title} (first {MOST_TOKENS} of {len(maps.rows())} tokens)"
+    deep = replace(maps, maps=replace(maps.maps, layers=maps.maps.layers * 6), head=2)
+    assert deep._title(MOST_TOKENS).endswith(f"head 2 (first 64 of {len(maps.rows())} tokens, 8 of 12 layers)")
 
 
 def test_parts_of_a_long_figure_stand_side_by_side() -> None:

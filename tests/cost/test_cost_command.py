@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +133,25 @@ def test_a_step_is_measured(tmp_path: Path) -> None:
     step = measure_step(tiny_recipe(tmp_path), 2, Workload(2, 7), torch.device("cpu"), steps=2)
     assert (step.device, step.peak_bytes) == ("cpu", None)
     assert step.seconds > 0
+
+
+def test_steps_that_warm_up_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = accumulate([9.0, 9.0, 9.0, 1.0, 3.0, 2.0])  # seconds of each step, with none between two
+    clock = iter([0.0, *(moment for end in ends for moment in (end, end))])
+    monkeypatch.setattr(measured, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert measure_step(tiny_recipe(tmp_path), 2, Workload(2, 7), torch.device("cpu"), steps=3).seconds == 2.0
+
+
+def test_routes_are_given_to_recipes_that_have_some(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--routes", "2", "--stage", "1", "--batch", "1", "--text-length", "9"]
+    assert main(["cost", files[0], "--against", files[1], *options]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_all_stages_are_costed_where_none_is_named(files: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    assert main(["cost", files[0], "--batch", "1", "--text-length", "9", "--json", str(out)]) == 0
+    assert [cost["stage"] for cost in json.loads(out.read_text())["stages"]] == [1, 2, 3, 4, 5]
 
 
 def test_recipes_of_one_name_are_measured_each(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cost_recipes import tiny_recipe
+from tiny_models import vision_config
 from torch import device
 from transformers import AutoConfig
 
@@ -94,6 +95,14 @@ def test_known_models_have_the_published_number_of_parameters(name: str) -> None
         else:
             model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(known.parameters, abs=0.6)
+
+
+def test_stages_4_and_5_have_the_encoder_that_vlm_names(tmp_path: Path) -> None:
+    vision_config("dinov2").save_pretrained(tmp_path / "other")
+    for given, kind in (("null", "siglip_vision_model"), (f"{tmp_path}/other", "dinov2")):
+        recipe = tiny_recipe(tmp_path, "tiny", f"vlm.vision_encoder={given}")
+        kinds = [meta_model(recipe, stage)[0].config.vision_config.model_type for stage in (3, 4)]
+        assert kinds == ["siglip_vision_model", kind]
 
 
 def test_a_local_folder_is_read_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

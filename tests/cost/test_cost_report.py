@@ -12,6 +12,7 @@ import pytest
 from hive_ds.cost import pictures
 from hive_ds.cost.ledger import StageCost
 from hive_ds.cost.report import print_costs
+from hive_ds.cost.tables import _longest_saving
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "cost_paper.json"
 FLOPS = {"vision_encoder": 2e12, "projectors": 1e12, "language_model": 4e12, "head": 1e12}
@@ -51,6 +52,14 @@ def test_the_table_is_by_sample_and_says_what_the_first_is_of_the_others(capsys:
     assert rows["peak"] == ["6", "24", "0.250"]
     assert rows["GB a rank sends in a step: weights"] == ["3", "0", ""]
     assert rows["GB a rank sends in a step: gradients"] == ["1", "4", "0.250"]
+
+
+def test_a_claim_on_memory_holds_where_it_does_rounded() -> None:
+    """The paper says 59.3 %."""
+    saved = {8: 0.61, 16: 0.5926, 32: 0.5924, 64: 0.1}
+    points = [{"text_length": length, "saved": {"one GPU": share}} for length, share in saved.items()]
+    assert _longest_saving(points, "one GPU") == 16
+    assert _longest_saving(points[2:], "one GPU") == 0
 
 
 def test_panels_show_what_their_titles_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,32 @@ def test_the_chat_template_of_the_folder_writes_texts_as_before(kind: str, tmp_p
         assert found == expected
 
 
+def test_a_prompt_or_a_picture_that_is_read_otherwise_is_refused() -> None:
+    pixels = torch.zeros(1, 3, 2, 2)
+    theirs = {"input_ids": torch.tensor([[1, 7, 7, 2]]), "pixel_values": pixels}
+    ours = {"input_ids": torch.tensor([[1, 2]]), "image_offsets": [[1]], "pixel_values": pixels + 0.9e-3}
+    vlm._check_prompt(theirs, ours, 7)
+    for wrong, message in (
+        (
+            {"image_offsets": [[0]]},
+            "of a prompt, with the picture at 1; training's are .* at 0: a stock",
+        ),
+        ({"input_ids": torch.tensor([[1, 3]])}, r"training's are \[1, 3\]"),
+        ({"pixel_values": pixels + 1.1e-3}, "makes other pixels of a picture"),
+    ):
+        with pytest.raises(HiveError, match=message):
+            vlm._check_prompt(theirs, ours | wrong, 7)
+
+
+def test_other_values_of_generation_are_kept(tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "generation_config.json").write_text('{"max_length": 77, "eos_token_id": 1}')
+    tokenizer = prepare_tokenizer(make_tokenizer("chatml"))
+    vlm._end_answers(tmp_path / "model", tmp_path, tokenizer)
+    found = json.loads((tmp_path / "generation_config.json").read_text())
+    assert found == {"max_length": 77, "eos_token_id": end_token_ids(tokenizer, "chat")}
+
+
 def test_another_answer_is_refused_and_nothing_is_left(tmp_path, monkeypatch) -> None:
     save_vlm(tmp_path / "model")
     copy = vlm._copy_model
