@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from scene_models import save_cascaded_scene_model, save_scene_model
 
+from hive_ds.analysis import gradient_pictures
 from hive_ds.analysis.attention_pictures import GAP, PANEL
 from hive_ds.analysis.block_gradients import block_gradients
 from hive_ds.analysis.gradient_pictures import CAPTION, gradient_maps
 from hive_ds.analysis.samples import Subject, picture_sample, stored_samples
-from hive_ds.analysis.token_pictures import MOST_TOKENS, TITLE, _side_by_side, token_maps
+from hive_ds.analysis.token_pictures import MOST_TOKENS, TITLE, _side_by_side, _spread, token_maps
 from hive_ds.chat.loading import load_chat_model
 from hive_ds.cli import main
 from hive_ds.constants import IGNORE_INDEX, IMAGE_TOKEN
@@ -148,6 +149,19 @@ def test_long_texts_go_on_beside_the_first_rows(folder: Path) -> None:
     assert maps._title(MOST_TOKENS) == f"{title} (first {MOST_TOKENS} of {len(maps.rows())} tokens)"
     deep = replace(maps, maps=replace(maps.maps, layers=maps.maps.layers * 6), head=2)
     assert deep._title(MOST_TOKENS).endswith(f"head 2 (first 64 of {len(maps.rows())} tokens, 8 of 12 layers)")
+
+
+def test_layers_of_a_deep_model_are_spread_from_the_first_to_the_last() -> None:
+    assert _spread(range(20)) == [0, 3, 5, 8, 11, 14, 16, 19]
+    assert _spread(range(8)) == list(range(8))
+
+
+def test_panels_say_which_layer_reads_their_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[tuple[str, Image.Image]]] = []
+    monkeypatch.setattr(gradient_pictures, "_panel_figure", lambda panels, *_: drawn.append(panels))
+    gradient_maps(subject_of(folder / "hive"), picture_sample(folder / "scene.png", ANSWER, QUESTION)).figure()
+    heads = [caption.rpartition("\n")[0] for caption, _ in drawn[0]]
+    assert heads == ["", "block 1\n→ layer 1", "block 2", "block 3\n→ layer 3", "block 4"]
 
 
 def test_parts_of_a_long_figure_stand_side_by_side() -> None:
