@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Generator, Iterator
@@ -46,11 +47,15 @@ def convert(source: Source, out: str | Path, options: ConvertOptions | None = No
         HiveError: ``source`` holds no sample, ``out`` is not empty or a URL of shards, another conversion writes it, it
             was begun with other options, too many samples are rejected, or none is left.
     """
-    from hive_ds.data.mds.parts import check_compression, holds_index
+    from hive_ds.data.mds.parts import check_compression, check_remote, holds_index
 
     options = options or ConvertOptions()
     check_compression(options.compression)
     remote = str(out).rstrip("/") if "://" in str(out) else None
+    if remote is not None:
+        check_remote(remote)
+    elif Path(out).is_symlink():  # stays one
+        out = os.path.realpath(out)
     work = _work_folder(out, remote)
     finished = _finished(Path(out), work) if remote is None else None
     if finished is not None:

@@ -44,6 +44,8 @@ class ConvertOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise HiveError(f"{name} is {value}; expected at least 1")
+        if self.shuffle_seed is not None and self.shuffle_seed < 0:
+            raise HiveError(f"shuffle_seed is {self.shuffle_seed}; expected at least 0")
         if not 0 <= self.max_reject_share <= 1:
             raise HiveError(f"max_reject_share is {self.max_reject_share}; expected 0 to 1")
 

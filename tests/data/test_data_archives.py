@@ -62,6 +62,24 @@ def test_a_damaged_zip_loses_one_image_and_no_run(tmp_path: Path) -> None:
         source.images(1)
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_what_macos_adds_hides_no_image(kind: str, tmp_path: Path) -> None:
+    """Files beside the one folder that the images lie in, which were taken for files of the data set."""
+    added = ("__MACOSX/images/._0.jpg", ".DS_Store") if kind == "zip" else ("./._images", "./images/._0.jpg")
+    path = tmp_path / f"images.{kind}"
+    members = {**dict.fromkeys(added, b"x"), "images/0.jpg": FILES["0.jpg"]}
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name, data in members.items():
+                file.writestr(name, data)
+    else:
+        with tarfile.open(path, "w") as tar:
+            for name, data in members.items():
+                add(tar, name, data)
+    store = open_store(path)
+    assert store.read("0.jpg") == store.read("images/0.jpg") == FILES["0.jpg"]
+
+
 def linked(tar: tarfile.TarFile, name: str, to: str, kind: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, to
@@ -131,3 +149,26 @@ def test_a_top_folder_hides_no_member(kind: str, tmp_path: Path) -> None:
                 add(tar, name, data)
     store = open_store(path)
     assert {name: store.read(name) for name in (*images, "0.jpg")} == {**images, "0.jpg": FILES["1.jpg"]}
+
+
+def test_conversations_that_are_asked_for_win_over_captions(tmp_path: Path) -> None:
+    """As ``conversations`` does; under another name they were passed over."""
+    talks = {name: [{"role": "user", "content": "Q"}, {"role": "assistant", "content": name}] for name in ("a", "b")}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "x.jpg", FILES["0.jpg"])
+        add(tar, "x.txt", b"caption")
+        add(tar, "x.json", json.dumps({"chat": talks["a"], "text": "other"}).encode())
+        add(tar, "y.jpg", FILES["1.jpg"])
+        add(tar, "y.txt", b"caption")
+        add(tar, "y.json", json.dumps({"chat": "[]", "conversations": talks["b"]}).encode())
+    for columns, said in (
+        (Columns(conversations="chat"), ["a"]),
+        (Columns(), ["caption", "b"]),
+        (Columns(text="txt"), ["caption"] * 2),
+    ):
+        source = open_source(SourceOptions(str(tmp_path), columns=columns))
+        assert [source.read(at).turns[1].content for at in range(len(said))] == said
+    with pytest.raises(HiveError, match=r"^image column 'jpg': a source of format webdataset takes every image of a s"):
+        open_source(SourceOptions(str(tmp_path), columns=Columns(image="jpg")))
+    with pytest.raises(HiveError, match=r"^text column 'text' and conversations column 'chat': expected one of them$"):
+        Columns(text="text", conversations="chat")

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from corpus import encoded, good_files, make_source, photo, tree, write_corpus
@@ -68,6 +69,35 @@ def test_unknown_compression_is_named(tmp_path: Path) -> None:
     with pytest.raises(HiveError, match=r"compression 'foo': expected one of br, bz2, .*zstd"):
         convert(make_source(tmp_path), tmp_path / "out", ConvertOptions(compression="foo"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shuffle_seed": -1}, "shuffle_seed is -1; expected at least 0"),
+        ({"workers": 0}, "workers is 0; expected at least 1"),
+        ({"part_size": 0}, "part_size is 0; expected at least 1"),
+        ({"limit": 0}, "limit is 0; expected at least 1"),
+        ({"max_reject_share": 1.1}, "max_reject_share is 1.1; expected 0 to 1"),
+    ],
+)
+def test_options_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(HiveError, match=rf"^{message}$"):
+        ConvertOptions(**options)
+
+
+def test_a_link_is_kept_and_written_through(tmp_path: Path) -> None:
+    """To an empty folder or to none; it was found out when all was converted, and again at every start."""
+    source = make_source(tmp_path)
+    (tmp_path / "disk").mkdir()
+    for name, to in (("link", "disk"), ("dangling", "none")):
+        (tmp_path / name).symlink_to(to)
+        assert convert(source, tmp_path / name, ConvertOptions(workers=1)).samples == 59
+        assert (tmp_path / name).readlink() == Path(to)
+        assert len(read_mds(tmp_path / to)) == 59
+        assert not list(tmp_path.glob(".*"))
+        with pytest.raises(HiveError, match=rf"output {tmp_path / to}: exists and is not an empty folder"):
+            convert(source, tmp_path / name, ConvertOptions(workers=1))
 
 
 def test_other_options_do_not_go_on_with_what_was_begun(tmp_path: Path) -> None:

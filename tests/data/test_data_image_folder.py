@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from corpus import encoded, photo
 
-from hive_ds.data.sources import SourceOptions, open_source
+from hive_ds.data.sources import Columns, SourceOptions, open_source
 from hive_ds.errors import HiveError
 
 IMAGES = {name: encoded(photo(seed=at), "png") for at, name in enumerate(("a.png", "train/b.png", "train/c.png"))}
@@ -66,6 +67,17 @@ def test_a_missing_text_is_not_the_folders_name(tmp_path: Path) -> None:
     assert [source.read(at).turns[1].content for at in (0, 1, 2)] == ["A.", "dogs", "B."]
     with pytest.raises(HiveError, match=r"^has no c\.txt beside it, as other images of its folder have$"):
         source.read(3)
+
+
+@pytest.mark.parametrize("name", ["text", "image", "conversations"])
+def test_a_column_of_no_metadata_file_is_missed(name: str, tmp_path: Path) -> None:
+    """The names of class folders were taken for the captions asked for."""
+    write(tmp_path, {"captions.csv": "file_name,florence\na.png,A.\n"})
+    options = SourceOptions(str(tmp_path), columns=Columns(**{name: "florence"}))
+    message = r"image folder .*: has no column 'florence'; expected a metadata\.jsonl or metadata\.csv with it$"
+    with pytest.raises(HiveError, match=message):
+        open_source(options)
+    assert len(open_source(replace(options, columns=Columns(**{name: "florence"}, texts=False)))) == len(IMAGES)
 
 
 def test_hidden_files_are_no_samples(tmp_path: Path) -> None:

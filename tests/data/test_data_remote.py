@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from corpus import encoded, photo, talk
+from corpus import encoded, make_source, photo, talk
 from tiny_data import make_image_processor, make_tokenizer
 
 from hive_ds.config import DataConfig
@@ -17,7 +17,7 @@ from hive_ds.data.convert import convert
 from hive_ds.data.convert_options import ConvertOptions
 from hive_ds.data.loader import build_loader
 from hive_ds.data.sources.llava import LlavaSource
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, OutsideError
 
 pytest.importorskip("streaming", reason="needs mosaicml-streaming: pip install 'hive-ds[streaming]'")
 
@@ -111,4 +111,28 @@ def test_converted_to_and_trained_from_object_storage(
     with pytest.raises(HiveError, match=r"^output s3://store/data/: is a folder of shards already; name a new one or"):
         convert(source, "s3://store/data/", ConvertOptions(limit=3))
     assert bucket == local
+    assert not list(tmp_path.glob(".hive*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cloud_that_takes_nothing_is_one_line(
+    workers: int, bucket: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the conversion goes on when it does."""
+    monkeypatch.chdir(tmp_path)
+    source, options = make_source(tmp_path), ConvertOptions(workers=workers, part_size=30)
+    with monkeypatch.context() as patch:
+        patch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        message = (
+            r"^output s3://store/data/part-0000\d: cannot be uploaded to \(EndpointConnectionError: .*\); what is done"
+        )
+        with pytest.raises(OutsideError, match=message):
+            convert(source, "s3://store/data", options)
+    assert convert(source, "s3://store/data", options).samples == 59
+    assert list(bucket)[-1] == "/store/data/index.json"
+    with pytest.raises(
+        HiveError, match=r"^output file:///x: expected a folder, or a URL that starts with s3://, gs://"
+    ):
+        convert(source, "file:///x", options)
     assert not list(tmp_path.glob(".hive*"))

@@ -16,7 +16,9 @@ from tiny_data import TOKENIZERS, make_samples, make_tokenizer, png
 
 from hive_ds.cli import main
 from hive_ds.constants import IGNORE_INDEX
+from hive_ds.data.images import decode_image
 from hive_ds.data.inspection.show import readable, write_page
+from hive_ds.data.inspection.stats import image_size
 from hive_ds.data.schema import Sample, Turn, caption_sample
 from hive_ds.data.text import encode_sample, prepare_tokenizer
 
@@ -64,6 +66,16 @@ def turned_photo(width: int, height: int) -> bytes:
     exif[0x0112] = 6
     Image.new("RGB", (width, height)).save(out, "JPEG", exif=exif)
     return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_sizes_are_those_of_the_image_upright(kind: str) -> None:
+    """Which are not decoded for it."""
+    for orientation in range(1, 9):
+        out, exif = io.BytesIO(), Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (30, 10)).save(out, kind, exif=exif)
+        assert image_size(out.getvalue()) == decode_image(out.getvalue()).size, orientation
 
 
 class Chips(HTMLParser):

@@ -89,7 +89,8 @@ def image_size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION) in _TAKES_A_QUARTER_TURN
+            # Pillow gives the size of a TIFF as it is upright, and of no other kind.
+            turned = image.format != "TIFF" and image.getexif().get(_EXIF_ORIENTATION) in _TAKES_A_QUARTER_TURN
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on bad files
         raise HiveError(f"image of {len(data)} bytes cannot be read: {error}") from error
     return (height, width) if turned else (width, height)

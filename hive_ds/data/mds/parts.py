@@ -11,15 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from streaming import MDSWriter
 from streaming.base.compression import get_compressions, is_compression
 from streaming.base.storage import CloudDownloader, CloudUploader
+from streaming.base.storage.upload import UPLOADERS
 
 from hive_ds.data.mds.folder import SHARD_BYTES
 from hive_ds.data.mds.index import INDEX
 from hive_ds.data.schema import MDS_COLUMNS, Sample, to_columns
-from hive_ds.errors import HiveError
+from hive_ds.errors import HiveError, OutsideError, one_line
 from hive_ds.files import flush
 
 
@@ -28,6 +30,14 @@ def check_compression(name: str | None) -> None:
     if name is not None and not is_compression(name):
         known = ", ".join(sorted({known.partition(":")[0] for known in get_compressions()}))
         raise HiveError(f"compression {name!r}: expected one of {known}, with a level or without, as zstd:9")
+
+
+def check_remote(remote: str) -> None:
+    """HiveError where streaming uploads to no URL as ``remote``."""
+    scheme = urlsplit(remote).scheme
+    if scheme not in UPLOADERS:
+        known = ", ".join(f"{one}://" for one in UPLOADERS if one and ":" not in one)
+        raise HiveError(f"output {remote}: expected a folder, or a URL that starts with {known}")
 
 
 class PartWriter:
@@ -83,10 +93,19 @@ def write_index(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
 
 
 def upload(folder: Path, names: Sequence[str], remote: str) -> None:
-    """Copy files of ``folder`` to ``remote`` (s3://, gs://, ...), over what is there; the local ones are removed."""
-    uploader = CloudUploader.get((str(folder), remote), keep_local=False, exist_ok=True)
-    for name in names:
-        uploader.upload_file(name)
+    """Copy files of ``folder`` to ``remote`` (s3://, gs://, ...), over what is there; the local ones are removed.
+
+    OutsideError where the cloud does not take them.
+    """
+    try:
+        uploader = CloudUploader.get((str(folder), remote), keep_local=False, exist_ok=True)
+        for name in names:
+            uploader.upload_file(name)
+    except Exception as error:  # of whatever cloud
+        raise OutsideError(
+            f"output {remote}: cannot be uploaded to ({one_line(error)}); what is done stays: run the same command to "
+            "go on"
+        ) from error
 
 
 def holds_index(remote: str) -> bool:

@@ -69,6 +69,12 @@ class Columns:
     USUAL_TEXT = ("caption", "text", "txt", "captions", "title", "label")
     USUAL_CONVERSATIONS = ("conversations", "messages")
 
+    def __post_init__(self) -> None:
+        if self.text and self.conversations:
+            raise HiveError(
+                f"text column {self.text!r} and conversations column {self.conversations!r}: expected one of them"
+            )
+
     def resolve(self, names: Sequence[str], where: str) -> Columns:
         """These columns with the usual names filled in from ``names``, in capitals or not.
 

@@ -47,6 +47,11 @@ class ImageFolderSource:
         self._samples: list[tuple[str, Row | None]] = [(name, None) for name in names]
         self._columns = Columns(None, "file_name", "caption")
         self._has_metadata = bool(rows)
+        asked = columns.text or columns.conversations or columns.image
+        if asked and columns.texts and not rows:
+            raise HiveError(
+                f"image folder {self._folder}: has no column {asked!r}; expected a {' or '.join(METADATA)} with it"
+            )
         if rows:
             without = set(names) - {name for name, _ in rows}
             self._samples = sorted([*rows, *((name, None) for name in without)], key=lambda sample: sample[0])

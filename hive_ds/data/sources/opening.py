@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hive_ds.data.sources.base import USUAL, Columns, Source
+from hive_ds.data.sources.base import NONE, USUAL, Columns, Source
 from hive_ds.data.sources.hugging_face import HuggingFaceSource, holds_dataset
 from hive_ds.data.sources.image_folder import ImageFolderSource
 from hive_ds.data.sources.llava import LlavaSource
@@ -91,6 +91,11 @@ def open_source(options: SourceOptions, preset: str | None = None) -> Source:
         raise HiveError(f"split {options.split!r}: a source of format {kind} has none; expected the part's own files")
     if options.columns.id is not None and kind in ("webdataset", "image_folder"):
         raise HiveError(f"id column {options.columns.id!r}: a source of format {kind} names its samples by their files")
+    if options.columns.image not in (None, NONE) and kind == "webdataset":
+        raise HiveError(
+            f"image column {options.columns.image!r}: a source of format webdataset takes every image of a sample, or "
+            f"with {NONE} its text alone"
+        )
     if kind == "llava":
         return LlavaSource(options.path, options.images, options.columns)
     if kind == "table":

@@ -100,11 +100,15 @@ class ZipStore:
 
 
 def _without_top(names: list[str]) -> dict[str, str]:
-    """Names by which members are found: their own, and what is no other's own, without a top folder that all share."""
+    """Names by which members are found: their own, and what is no other's own, without a top folder that all share.
+
+    All but hidden files and a folder ``__MACOSX``, which macOS puts beside it.
+    """
     found = {name: name for name in names if not name.endswith("/")}
-    tops = {name.split("/", 1)[0] for name in found}
-    if len(tops) == 1 and all("/" in name for name in found):
-        found = {name.split("/", 1)[1]: name for name in found} | found
+    shown = [name for name in found if not name.startswith("__MACOSX/") and not name.split("/")[-1].startswith(".")]
+    tops = {name.split("/", 1)[0] for name in shown}
+    if len(tops) == 1 and all("/" in name for name in shown):
+        found = {name.split("/", 1)[1]: name for name in shown} | found
     return found
 
 

@@ -57,7 +57,7 @@ class WebDatasetSource:
         fields["image"] = _images(files)
         image = NONE if self._columns.image == NONE else "image"
         given = Columns(None, image, self._columns.text, self._columns.conversations)
-        if not given.text and "txt" in fields and "conversations" not in fields:
+        if not (given.text or given.conversations) and "txt" in fields and "conversations" not in fields:
             given = replace(given, text="txt")
         columns = given.resolve(list(fields), "its files")
         return build_sample(self.sample_id(index), fields, columns, lambda member: read_span(tar, member))
