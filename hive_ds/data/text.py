@@ -112,7 +112,7 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, image_position
 def _opens_with_special(text: str, first_id: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     # Read off the text, too: an unknown word becomes <unk>, which is special but was not written.
     token = tokenizer.added_tokens_decoder.get(first_id)
-    return token is not None and token.special and token.content != IMAGE_TOKEN and text.startswith(token.content)
+    return token is not None and token.special and text.startswith(token.content)
 
 
 def encode_sample(
@@ -160,10 +160,8 @@ def _encode_caption(
         raise HiveError(f"has {len(answers)} answers; template 'plain' is for captions (one), use 'chat'")
     prompt = render_prompt(sample.turns, tokenizer, template="plain")
     text = encode_text(prompt + answers[0], tokenizer, image_position=image_position)
-    prefix = 1 if text.extents[0][0] == text.extents[0][1] else 0
-    answer = [*text.input_ids[prefix:], end_token_id(tokenizer)]
-    start = text.input_ids[:prefix]
-    return start + answer, [IGNORE_INDEX] * prefix + answer, text.image_offsets
+    input_ids = [*text.input_ids, end_token_id(tokenizer)]
+    return input_ids, input_ids, text.image_offsets
 
 
 def _encode_chat(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tiny_data import make_image_processor, photo
 
@@ -38,8 +39,17 @@ def test_padding_is_what_it_says(kind: str) -> None:
     torch.testing.assert_close(direct(images)["pixel_values"], expected, rtol=0, atol=1e-3)
     back = process_images(images, with_aspect(padding, "square"))["pixel_values"]
     torch.testing.assert_close(back, process_images(images, plain)["pixel_values"], rtol=0, atol=1e-5)
+    again = process_images(images, with_aspect(with_aspect(padding, "square"), "pad"))["pixel_values"]
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
     assert with_aspect(padding, "pad") is padding
     assert with_aspect(plain, "square") is plain
+
+
+def test_padding_keeps_the_kind_of_resize() -> None:
+    """Pillow's and torchvision's differ by up to two levels."""
+    for kind in ("CLIPImageProcessor", "CLIPImageProcessorFast"):
+        padding = with_aspect(getattr(transformers, kind)(), "pad")
+        assert type(padding).__name__ == kind.replace("CLIP", "Llava")
 
 
 def test_a_processor_that_keeps_the_aspect_is_refused() -> None:

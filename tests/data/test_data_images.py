@@ -82,6 +82,8 @@ def test_transparent_pixels_become_white() -> None:
     assert decoded.getpixel((0, 0)) == (0, 0, 255)
     palette = decode_image(encode(image.quantize(4), "PNG"))
     assert palette.getpixel((0, 7)) == (255, 255, 255)
+    turned = decode_image(encode(image.quantize(4), "PNG", exif=tiff_tags((0x0112, 3, 3))))
+    assert [turned.getpixel(place) for place in ((7, 0), (7, 7))] == [(255, 255, 255), (0, 0, 255)]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
@@ -107,8 +109,21 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         (announced(60_000, 1_000), "60000 x 1000 pixels: expected at most 16384 a side"),
         (encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "floats"),
         (encode(Image.fromarray(np.full((8, 8), 70_000, np.int32)), "TIFF"), "levels 70000 to 70000: expected 0 to"),
+        (encode(Image.fromarray(np.full((8, 8), -1, np.int32)), "TIFF"), "levels -1 to -1: expected 0 to 65535"),
     ],
-    ids=["empty", "text", "truncated", "1x1", "bomb", "strip", "long strip", "long side", "floats", "32 bits"],
+    ids=[
+        "empty",
+        "text",
+        "truncated",
+        "1x1",
+        "bomb",
+        "strip",
+        "long strip",
+        "long side",
+        "floats",
+        "32 bits",
+        "signed",
+    ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_file_is_one_clear_error(data: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +131,7 @@ def test_bad_file_is_one_clear_error(data: bytes, message: str, monkeypatch: pyt
     with pytest.raises(HiveError, match=message) as caught:
         decode_image(data)
     assert "\n" not in str(caught.value)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True, "not ours to change for others"
 
 
 def test_error_without_a_word_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_data import CHATML, TOKENIZERS, make_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hive_ds.constants import IGNORE_INDEX
+from hive_ds.data.chat import end_token_ids
 from hive_ds.data.schema import Sample, Turn, caption_sample
 from hive_ds.data.text import encode_sample, encode_text, prepare_tokenizer, render_prompt, start_token_id
 from hive_ds.errors import HiveError
@@ -157,6 +158,53 @@ def test_no_length_cuts_an_image_away_unnoticed(kind: str, template: str, data: 
             encode_sample(sample, tok, template=template, image_position="first", max_length=length)
 
 
+def test_an_image_after_the_last_token_kept_is_lost() -> None:
+    """No token would see it."""
+    tok, sample = tokenizer("chatml"), conversation()
+    *_, offset = encode_sample(sample, tok, template="chat", **KEEP_ALL).image_offsets
+    with pytest.raises(HiveError, match=rf"'talk': image at token {offset}, but only {offset} tokens are kept"):
+        encode_sample(sample, tok, template="chat", image_position="first", max_length=offset)
+    assert encode_sample(sample, tok, template="chat", image_position="first", max_length=offset + 1).cut
+
+
+def test_answers_are_found_behind_an_image_that_opens_the_text() -> None:
+    tok = prepare_tokenizer(make_tokenizer("chatml"))
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    encoded = encode_sample(conversation(), tok, template="chat", **KEEP_ALL)
+    answers = [turn.content + "<|im_end|>" for turn in conversation().turns if turn.role == "assistant"]
+    assert [tok.decode(run) for run in runs(encoded.labels)] == answers
+    assert encoded.image_offsets[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3"])
+def test_token_that_opens_a_text_is_never_a_label(kind: str) -> None:
+    """Of a caption that writes it itself, neither: in a packed batch the sample before would be asked for it."""
+    tok = tokenizer(kind)
+    encoded = encode_sample(caption_sample("c", b"1", f"{tok.bos_token}red"), tok, template="plain", **KEEP_ALL)
+    assert encoded.input_ids[0] == tok.bos_token_id
+    assert encoded.input_ids.count(tok.bos_token_id) == 1
+    assert encoded.labels == [IGNORE_INDEX, *encoded.input_ids[1:]]
+
+
+def test_ends_of_answers_are_special_tokens_alone() -> None:
+    tok = make_tokenizer("chatml")
+    tok.chat_template = CHATML.replace("<|im_end|>", "<end>")
+    tok.add_tokens(["<end>"])
+    assert end_token_ids(tok, "chat") == [tok.eos_token_id]
+    tok.add_tokens(["<end>"], special_tokens=True)
+    assert end_token_ids(tok, "chat") == [tok.eos_token_id, tok.convert_tokens_to_ids("<end>")]
+    assert end_token_ids(tok, "plain") == [tok.eos_token_id]
+
+
+def test_tokenizer_that_lacks_what_is_needed_is_named() -> None:
+    with pytest.raises(HiveError, match=r"^tokenizer 'ByT5Tokenizer': has no character offsets; expected a fast one"):
+        prepare_tokenizer(ByT5Tokenizer())
+    tok = prepare_tokenizer(make_tokenizer("chatml"))
+    tok.eos_token = None
+    with pytest.raises(HiveError, match=r"^sample 'c': tokenizer .*: has no eos_token, which ends every caption$"):
+        encode_sample(caption_sample("c", b"1", "red"), tok, template="plain", **KEEP_ALL)
+
+
 def test_unknown_first_word_does_not_pass_for_a_start_token() -> None:
     tok = tokenizer("wordpiece")
     assert encode_text("日 red", tok).input_ids[:2] == [tok.bos_token_id, tok.unk_token_id]
@@ -167,6 +215,7 @@ def test_unknown_first_word_does_not_pass_for_a_start_token() -> None:
     [
         ("none", "chat", conversation().turns, "no chat template"),
         ("forgetful", "chat", conversation().turns, "written otherwise"),
+        ("closing", "chat", conversation().turns, "turn 1 is written otherwise"),
         ("chatml", "chat", (Turn("assistant", "Hello."),), "starts with an answer"),
         ("chatml", "plain", conversation().turns, "2 answers"),
     ],
@@ -200,9 +249,13 @@ def test_template_that_loses_or_repeats_images_is_refused(content: str, placehol
         ((Turn("user", "q"), Turn("assistant", "<image>")), (b"",), "assistant's"),
         ((Turn("user", "q"), Turn("assistant", " ")), (), "nothing to learn"),
         ((Turn("user", "q\ud83d"), Turn("assistant", "x")), (), "surrogate"),
+        ((Turn("user", 3), Turn("assistant", "x")), (), "content of type int, expected str"),  # type: ignore[arg-type]
         ((Turn("system", "q"), Turn("assistant", "x")), (), "role 'system'"),  # type: ignore[arg-type]
     ],
 )
 def test_sample_that_makes_no_sense_is_named(turns: tuple[Turn, ...], images: tuple[bytes, ...], message: str) -> None:
     with pytest.raises(HiveError, match=f"'odd'.*{message}"):
         Sample("odd", turns, images)
+    for id in ("", "half \ud83d", 3):
+        with pytest.raises(HiveError, match=r"^sample id .*: expected a non-empty string that UTF-8 can hold$"):
+            Sample(id, (Turn("user", "q"), Turn("assistant", "x")))  # type: ignore[arg-type]

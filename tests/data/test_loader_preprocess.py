@@ -85,6 +85,8 @@ def test_processor_that_does_not_do_what_it_says_is_left_alone() -> None:
     assert make_preprocessor(odd(size={"height": 30, "width": 30})).plan is None
     same = type("SiglipImageProcessor", (type(processor),), {"__module__": "transformers.same"})
     assert make_preprocessor(same(size={"height": 30, "width": 30})).plan is not None
+    other = type("SiglipImageProcessor", (type(processor),), {"__module__": "my_transformers.same"})
+    assert make_preprocessor(other(size={"height": 30, "width": 30})).plan is None, "it may do anything elsewhere"
 
 
 def test_processors_of_the_supported_encoders() -> None:

@@ -102,6 +102,7 @@ def test_a_tokenizer_used_before_neither_cuts_nor_pads(kind: str) -> None:
     alone = encode_text(text, tok)
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
-    tok(["red", text], truncation=True, max_length=3, padding="max_length")
-    assert encode_text(text, tok) == alone
+    for length in (3, 30):
+        tok(["red", text], truncation=True, max_length=length, padding="max_length")
+        assert encode_text(text, tok) == alone
     assert encode_text(text, tok).input_ids[-3:] == tok(text, add_special_tokens=False).input_ids[-3:]

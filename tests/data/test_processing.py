@@ -124,6 +124,16 @@ def test_damaged_parts_are_named(part: str, file: str, content: str, tmp_path: P
         assert "\n" not in str(caught.value)
 
 
+def test_rows_are_filled_up_with_the_padding_of_the_tokenizer() -> None:
+    for kind, name in (("chatml", "pad_token_id"), ("llama3", "eos_token_id")):  # the latter has no padding of its own
+        processor = make_processor(kind)
+        short = processor(["red", "red square, red square"])["input_ids"][0].tolist()
+        alone = processor("red")["input_ids"][0].tolist()
+        padding = getattr(processor.tokenizer, name)
+        assert short == [padding] * (len(short) - len(alone)) + alone
+        assert len(short) > len(alone)
+
+
 def test_base_model_without_chat_template_still_takes_plain_prompts() -> None:
     processor = make_processor("none")
     with pytest.raises(HiveError, match="no chat template"):

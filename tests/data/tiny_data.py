@@ -55,6 +55,12 @@ FORGETFUL = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# And here, that an answer is closed when it is the last alone.
+CLOSING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% if loop.last %}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 TOKENIZERS = ("chatml", "qwen3", "llama2", "llama3", "wordpiece")
 
 
@@ -83,7 +89,7 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
             tokenizer_object=core, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", chat_template=LLAMA3
         )
     core.add_special_tokens([AddedToken("<|im_start|>", special=True)])
-    template = {"chatml": CHATML, "qwen3": QWEN3, "forgetful": FORGETFUL, "none": None}[kind]
+    template = {"chatml": CHATML, "qwen3": QWEN3, "forgetful": FORGETFUL, "closing": CLOSING, "none": None}[kind]
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
     )
