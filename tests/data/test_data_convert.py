@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from corpus import encoded, good_files, make_source, photo, tree, write_corpus
 from PIL import Image
@@ -63,6 +64,13 @@ def test_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, shuff
     ids = [sample.id for sample in read_mds(tmp_path / "out1")]
     straight = [str(n) for n in range(60) if n != 7]
     assert (ids == straight) if shuffle is None else (ids != straight and sorted(ids) == sorted(straight))
+
+
+def test_limit_takes_the_first_after_shuffling(tmp_path: Path) -> None:
+    options = ConvertOptions(workers=1, part_size=4, shuffle_seed=3, limit=9, max_reject_share=1.0)
+    convert(make_source(tmp_path), tmp_path / "out", options)
+    expected = [str(number) for number in np.random.default_rng(3).permutation(60)[:9] if number != 7]
+    assert [sample.id for sample in read_mds(tmp_path / "out")] == expected
 
 
 def test_unknown_compression_is_named(tmp_path: Path) -> None:

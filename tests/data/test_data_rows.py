@@ -204,6 +204,15 @@ def test_test_images_are_not_trained_on(
         assert (len(held_out), held_out.images(0)) == (1, (IMAGES[len(found)],))
 
 
+def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a[1]*").mkdir()
+    for folder in ("a[1]*", "."):
+        file = tmp_path / folder / "b[2].parquet"
+        dataset().to_parquet(file)
+        for path in (file, file.parent):
+            assert len(open_source(SourceOptions(str(path), format="huggingface"))) == (6 if path == tmp_path else 3)
+
+
 def test_an_image_of_neither_bytes_nor_path_is_called_so(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="needs datasets: pip install 'hive-ds[datasets]'")
     import pyarrow

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,10 @@ def load_splits(name: str) -> dict[str, Any]:
         if is_saved_dataset(path):
             loaded = datasets.load_from_disk(name)
         elif path.exists():
-            loaded = datasets.load_dataset("parquet", data_files=_by_split(path) if path.is_dir() else [name])
+            files = _by_split(path) if path.is_dir() else {"train": [name]}
+            # They are taken for patterns, and a name may hold brackets.
+            literal = {split: [escape(file) for file in found] for split, found in files.items()}
+            loaded = datasets.load_dataset("parquet", data_files=literal)
         else:
             with _quiet_hub():
                 loaded = datasets.load_dataset(name)
