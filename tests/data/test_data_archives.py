@@ -80,6 +80,20 @@ def test_what_macos_adds_hides_no_image(kind: str, tmp_path: Path) -> None:
     assert store.read("0.jpg") == store.read("images/0.jpg") == FILES["0.jpg"]
 
 
+def test_members_of_folders_in_a_tar_keep_apart(tmp_path: Path) -> None:
+    """``./`` before a name, as tar writes it for a whole folder, changes nothing; images stand in order of suffix."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, file in {"./x.png": 0, "./x.jpg": 1, "./b/x.jpg": 2, "./c/x.jpg": 3}.items():
+            add(tar, name, FILES[f"{file}.jpg"])
+    source = open_source(SourceOptions(str(tmp_path / "a.tar")))
+    assert [source.sample_id(at) for at in range(len(source))] == ["a/x", "a/b/x", "a/c/x"]
+    assert [source.images(at) for at in range(3)] == [
+        (FILES["1.jpg"], FILES["0.jpg"]),
+        (FILES["2.jpg"],),
+        (FILES["3.jpg"],),
+    ]
+
+
 def linked(tar: tarfile.TarFile, name: str, to: str, kind: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, to
@@ -112,7 +126,10 @@ def test_a_folder_of_tars_leaves_no_archive_out_unsaid(tmp_path: Path) -> None:
             add(tar, "x.txt", image.encode())
     with pytest.raises(HiveError, match=r"c\.tar\.gz is compressed; unpack it, or name the others by a pattern$"):
         open_source(SourceOptions(str(tmp_path)))
-    (tmp_path / "c.tar.gz").unlink()
+    (tmp_path / "c.tar.gz").rename(tmp_path / "c.tgz")
+    with pytest.raises(HiveError, match=r"c\.tgz is compressed; unpack it, or name the others by a pattern$"):
+        open_source(SourceOptions(str(tmp_path)))
+    (tmp_path / "c.tgz").unlink()
     (tmp_path / "a.tar").rename(tmp_path / "a[0].tar")
     source = open_source(SourceOptions(str(tmp_path)))
     assert [source.read(index).turns[1].content for index in range(len(source))] == ["0.jpg", "1.jpg"]

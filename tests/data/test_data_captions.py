@@ -37,6 +37,19 @@ def test_captions_from_a_file_replace_the_texts(tmp_path: Path) -> None:
         convert(source, tmp_path / "out2", replace(ANY_REJECTS, captions=captions))
 
 
+def test_other_captions_do_not_go_on_with_what_was_begun(tmp_path: Path) -> None:
+    """Of the same file, written anew."""
+    source, captions = make_source(tmp_path), tmp_path / "captions.jsonl"
+    options = replace(ANY_REJECTS, captions=captions, max_reject_share=0.0, part_size=4)
+    rows = [{"id": str(n), "caption": "Old."} for n in range(60)]
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(HiveError, match=r"1 of 60 samples were rejected"):
+        convert(source, tmp_path / "out", options)
+    captions.write_text("".join(json.dumps({**row, "caption": "New."}) + "\n" for row in rows))
+    with pytest.raises(HiveError, match=r"begun there with captions '\w{64}', not '\w{64}'; give the same options"):
+        convert(source, tmp_path / "out", options)
+
+
 @pytest.mark.parametrize("kind", ["folder", "table", "llava", "webdataset", "parquet"])
 def test_captions_from_a_file_need_no_other_text(kind: str, tmp_path: Path) -> None:
     root = tmp_path / "source"

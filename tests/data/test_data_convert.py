@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,11 @@ def test_other_options_do_not_go_on_with_what_was_begun(tmp_path: Path) -> None:
     with pytest.raises(HiveError, match=r"1 of 60 samples were rejected, more than the share of 0\.0.*; the first, 7"):
         convert(source, out, strict)
     assert not out.exists()
-    with pytest.raises(HiveError, match=r"begun there with shuffle_seed None, not 1; give the same options"):
-        convert(source, out, replace(strict, shuffle_seed=1))
+    others: dict[str, Any] = {"shuffle_seed": 1, "part_size": 20, "limit": 30, "compression": "zstd"}
+    for name, value in {**others, "images": ImageOptions(resize=32)}.items():
+        was = re.escape(f"{asdict(strict)[name]!r}, not ")
+        with pytest.raises(HiveError, match=rf"begun there with {name} {was}.*; give the same options"):
+            convert(source, out, replace(strict, **{name: value}))
     assert convert(source, out, replace(strict, max_reject_share=0.5)).samples == 59
 
 
@@ -188,6 +191,17 @@ def test_rejects_that_stopped_a_conversion_are_read_again(missing: Iterable[int]
     assert convert(source, tmp_path / "out", options).samples == 59
     convert(source, tmp_path / "straight", options)
     assert tree(tmp_path / "out") == tree(tmp_path / "straight")
+
+
+def test_parts_without_rejects_are_not_read_again(tmp_path: Path) -> None:
+    """Hours may be in them."""
+    source, images = make_source(tmp_path), tmp_path / "images"
+    options = ConvertOptions(workers=1, part_size=6, max_reject_share=0.0)  # number 7 is in the second part
+    with pytest.raises(HiveError, match=r"1 of 60 samples were rejected"):
+        convert(source, tmp_path / "out", options)
+    (images / "0.jpg").unlink()
+    (images / "7.jpg").write_bytes((images / "8.jpg").read_bytes())
+    assert convert(source, tmp_path / "out", options).samples == 60
 
 
 @pytest.mark.parametrize("damage", ["", "[1]", "{}"])

@@ -142,6 +142,17 @@ def test_killed_while_it_tidies_up_is_done(tmp_path: Path, monkeypatch: pytest.M
         convert(source, out, ConvertOptions(workers=1))
 
 
+def test_rejects_of_killed_starts_count(tmp_path: Path) -> None:
+    """Each start stops at its first part, and the last one, which has none to convert, at the end."""
+    source, options = make_source(tmp_path), ConvertOptions(workers=1, part_size=6, max_reject_share=0.0)
+    work = tmp_path / ".out.partial"
+    for parts in [*range(2, 11), 10]:  # number 7 is in the second
+        with pytest.raises(HiveError, match=r"^1 of 60 samples were rejected, more than the share of 0\.0"):
+            convert(source, tmp_path / "out", options)
+        assert len(list((work / "records").iterdir())) == parts
+        (work / "rejects.jsonl").unlink()  # as a kill leaves it
+
+
 def test_two_conversions_to_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hive_ds.data.convert.LOCK_SECONDS", 0.2)
     source = make_source(tmp_path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from corpus import encoded, make_source, photo, talk
@@ -111,6 +113,28 @@ def test_converted_to_and_trained_from_object_storage(
     with pytest.raises(HiveError, match=r"^output s3://store/data/: is a folder of shards already; name a new one or"):
         convert(source, "s3://store/data/", ConvertOptions(limit=3))
     assert bucket == local
+    assert not list(tmp_path.glob(".hive*"))
+
+
+def test_killed_when_all_was_uploaded_is_done(
+    bucket: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own index is no other data set's."""
+    monkeypatch.chdir(tmp_path)
+    source, options, removed = make_source(tmp_path), ConvertOptions(workers=1), shutil.rmtree
+
+    def killed(folder: Path, **options: Any) -> None:
+        if "/store/data/index.json" in bucket:
+            raise KeyboardInterrupt
+        removed(folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hive_ds.data.convert.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, "s3://store/data", options)
+    before = dict(bucket)
+    assert convert(source, "s3://store/data", options).samples == 59
+    assert bucket == before
     assert not list(tmp_path.glob(".hive*"))
 
 

@@ -40,6 +40,24 @@ def test_rows_that_call_their_images_otherwise_keep_them(tmp_path: Path) -> None
         assert [list(source.images(at)) for at in range(4)] == expected
 
 
+def test_lines_end_and_begin_as_they_like(tmp_path: Path) -> None:
+    """As programs of Windows write them; a row without an id is called by its number."""
+    ids = ["a", "", None, 7]
+    rows = [json.dumps({"id": id, "image": "x.png", "caption": f"Of {id}."}) for id in ids]
+    (tmp_path / "a.jsonl").write_bytes(f"{rows[0]}\r\n\r\n  {rows[1]}  \r\n{rows[2]}\n \n{rows[3]}".encode())
+    (tmp_path / "x.png").write_bytes(IMAGES[0])
+    source = open_source(SourceOptions(str(tmp_path / "a.jsonl"), images=str(tmp_path)))
+    assert [source.sample_id(at) for at in range(len(source))] == ["a", "entry-1", "entry-2", "7"]
+    assert [source.read(at).turns[1].content for at in range(4)] == [f"Of {id}." for id in ids]
+
+
+def test_images_of_a_field_of_any_name_are_taken_where_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(IMAGES[0])
+    (tmp_path / "a.json").write_text(json.dumps([{"foto": "x.png", "caption": "A cat."}]))
+    named = SourceOptions(str(tmp_path / "a.json"), images=str(tmp_path), columns=Columns(image="foto"))
+    assert open_source(named).read(0).images == (IMAGES[0],)
+
+
 def test_a_system_prompt_beside_a_conversation_is_part_of_it(tmp_path: Path) -> None:
     """As ShareGPT's files have it; it reads as a system message does."""
     system = {"from": "system", "value": "Be brief."}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from corpus import encoded, photo
 
-from hive_ds.data.sources import SourceOptions, open_source
+from hive_ds.data.sources import Columns, SourceOptions, open_source
 from hive_ds.errors import HiveError
 
 IMAGE = encoded(photo(seed=0), "png")
@@ -25,6 +26,12 @@ def test_commas_or_tabs_are_told_by_the_first_line(tmp_path: Path, name: str, se
     assert len(source) == 1
     sample = source.read(0)
     assert (sample.images, sample.turns[1].content) == ((IMAGE,), caption)
+
+
+def test_a_tab_in_a_caption_separates_nothing(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(IMAGE)
+    (tmp_path / "a.csv").write_text("0.png,A cat\tseen\n")
+    assert open_source(SourceOptions(str(tmp_path / "a.csv"))).read(0).turns[1].content == "A cat\tseen"
 
 
 def test_a_table_of_neither_commas_nor_tabs_is_refused(tmp_path: Path) -> None:
@@ -61,3 +68,41 @@ def test_a_loose_quotation_mark_swallows_no_rows(tmp_path: Path, name: str, afte
     (tmp_path / name).write_text("\n".join(lines).format(separator) + "\n")
     with pytest.raises(HiveError, match=rf"{name}: the row that begins in line 2 cannot be read"):
         open_source(SourceOptions(str(tmp_path if name == "metadata.csv" else tmp_path / name)))
+
+
+def test_columns_of_any_name_are_taken_where_they_are_named(tmp_path: Path) -> None:
+    """The first line is a header then; ids are a column's, or else the paths of the images."""
+    (tmp_path / "0.png").write_bytes(IMAGE)
+    (tmp_path / "a.csv").write_text("nr,foto,worte\n7,0.png,A cat.\n,0.png,A dog.\n")
+    named = Columns(image="foto", text="worte")
+    for columns, ids in ((replace(named, id="nr"), ["7", "0.png"]), (named, ["0.png", "0.png"])):
+        source = open_source(SourceOptions(str(tmp_path / "a.csv"), columns=columns))
+        samples = [source.read(at) for at in range(len(source))]
+        assert [sample.id for sample in samples] == [source.sample_id(at) for at in range(2)] == ids
+        assert [sample.turns[1].content for sample in samples] == ["A cat.", "A dog."]
+
+
+def test_a_row_of_more_or_fewer_fields_is_named(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(IMAGE)
+    (tmp_path / "a.csv").write_text("image,caption\n0.png,A cat, a dog\n\n0.png\n0.png,A cat\n")
+    source = open_source(SourceOptions(str(tmp_path / "a.csv")))
+    for at, fields in enumerate((3, 1)):
+        with pytest.raises(HiveError, match=rf"^has {fields} fields; expected 2: image, caption$"):
+            source.read(at)
+    assert source.read(2).turns[1].content == "A cat"
+
+
+def test_the_line_of_a_row_that_cannot_be_read_counts_lines_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('image,caption\n0.png,"A\ncat"\n1.png,"A\n\ndog" x\n')
+    with pytest.raises(HiveError, match=r"the row that begins in line 4 cannot be read"):
+        open_source(SourceOptions(str(tmp_path / "a.csv")))
+
+
+def test_images_of_a_table_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.png").write_bytes(IMAGE)
+    (tmp_path / "a.csv").write_text("image,caption\n0.png,A cat\n")
+    given = SourceOptions(str(tmp_path / "a.csv"))
+    assert open_source(replace(given, images=str(tmp_path / "photos"))).images(0) == (IMAGE,)
+    with pytest.raises(HiveError, match=r"image 0\.png: No such file"):
+        open_source(given).images(0)
