@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from corpus import encoded, good_files, make_source, photo, tree, write_corpus
 from PIL import Image
@@ -66,32 +65,10 @@ def test_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, shuff
     assert (ids == straight) if shuffle is None else (ids != straight and sorted(ids) == sorted(straight))
 
 
-def test_limit_takes_the_first_after_shuffling(tmp_path: Path) -> None:
-    options = ConvertOptions(workers=1, part_size=4, shuffle_seed=3, limit=9, max_reject_share=1.0)
-    convert(make_source(tmp_path), tmp_path / "out", options)
-    expected = [str(number) for number in np.random.default_rng(3).permutation(60)[:9] if number != 7]
-    assert [sample.id for sample in read_mds(tmp_path / "out")] == expected
-
-
 def test_unknown_compression_is_named(tmp_path: Path) -> None:
     with pytest.raises(HiveError, match=r"compression 'foo': expected one of br, bz2, .*zstd"):
         convert(make_source(tmp_path), tmp_path / "out", ConvertOptions(compression="foo"))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shuffle_seed": -1}, "shuffle_seed is -1; expected at least 0"),
-        ({"workers": 0}, "workers is 0; expected at least 1"),
-        ({"part_size": 0}, "part_size is 0; expected at least 1"),
-        ({"limit": 0}, "limit is 0; expected at least 1"),
-        ({"max_reject_share": 1.1}, "max_reject_share is 1.1; expected 0 to 1"),
-    ],
-)
-def test_options_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(HiveError, match=rf"^{message}$"):
-        ConvertOptions(**options)
 
 
 def test_a_link_is_kept_and_written_through(tmp_path: Path) -> None:
@@ -241,9 +218,9 @@ def test_images_are_shrunk_and_encoded_anew(tmp_path: Path) -> None:
     assert (images["1"].size, images["1"].getexif().get(0x0112)) == ((45, 60), None)
     assert images["2"].size == (40, 30)
     assert summary.image_bytes < summary.source_image_bytes
-    assert re.search(
-        r"% less than the source's\); 1 rejected, listed in rejects.jsonl; decode took .* encode took", str(summary)
-    )
+    less = 1 - summary.image_bytes / summary.source_image_bytes
+    said = rf", {less:.0%} less than the source's\); 1 rejected, listed in rejects.jsonl; decode took .* encode took"
+    assert re.search(said, str(summary))
 
 
 def exif_turned() -> Image.Exif:

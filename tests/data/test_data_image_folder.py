@@ -42,13 +42,24 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 def test_every_row_is_a_sample(tmp_path: Path) -> None:
     """Of a metadata file in any folder, whose names start there; ``./`` before a name changes nothing."""
     rows = '{"file_name": "./a.png", "text": "A."}\n{"file_name": "a.png", "text": "Again."}\n'
-    below = "file_name,image,text\nb.png,,B.\nnone.png,,Gone.\n"
+    below = "file_name,image,text\nb.png,,B.\nnone.png,,Gone.\n../a.png,,From below.\n"
     assert found(write(tmp_path, {"metadata.jsonl": rows, "train/metadata.csv": below})) == {
-        "a.png": ["A.", "Again."],
+        "a.png": ["A.", "Again.", "From below."],
         "train/b.png": ["B."],
         "train/c.png": ["is not in the folder's metadata file"],
         "train/none.png": ["image train/none.png: No such file or directory"],
     }
+
+
+def test_samples_stand_by_path_and_name_their_folder(tmp_path: Path) -> None:
+    """Of two metadata files of one folder the first is read; another image makes another source."""
+    rows = [f'{{"file_name": "{name}", "text": "{name}"}}\n' for name in reversed(IMAGES)]
+    write(tmp_path, {"metadata.jsonl": "".join(rows), "metadata.csv": "file_name,text\na.png,Other.\n"})
+    before = open_source(SourceOptions(str(tmp_path)))
+    assert [before.read(at).turns[1].content for at in range(len(before))] == sorted(IMAGES)
+    (tmp_path / "train" / "d.png").write_bytes(IMAGES["a.png"])
+    after = open_source(SourceOptions(str(tmp_path)))
+    assert {name for name in after.origin if after.origin[name] != before.origin[name]} == {"image names"}
 
 
 @pytest.mark.parametrize("first", ["", "train/c.png,C\n"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,19 @@ def test_a_saved_format_changes_nothing(format: str, tmp_path: Path) -> None:
     assert [sample.images for sample in samples] == [(data,) for data in IMAGES]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_dataset_written_anew_is_another_source(kind: str, tmp_path: Path) -> None:
+    """Also in place, which its folder does not tell: a conversion begun with the old one does not go on."""
+    (tmp_path / "a").mkdir()
+    dataset().to_parquet(tmp_path / "a" / "0.parquet") if kind == "parquet" else dataset().save_to_disk(tmp_path / "a")
+    origins = [open_source(SourceOptions(str(tmp_path / "a"))).origin for _ in range(2)]
+    assert origins[0] == origins[1]
+    for file in [file for file in (tmp_path / "a").iterdir() if file.suffix in (".parquet", ".arrow")]:
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    changed = open_source(SourceOptions(str(tmp_path / "a"))).origin
+    assert {name for name in changed if changed[name] != origins[0][name]} == {"source files"}
+
+
 def test_conversations_and_images_by_field_are_the_same(tmp_path: Path) -> None:
     """`datasets` turns a Sequence of structs into a struct of lists."""
     rows = dataset()
@@ -200,6 +214,7 @@ def test_conversations_and_images_by_field_are_the_same(tmp_path: Path) -> None:
             [0, 1],
         ),
         (("train/0.parquet", "train/1.parquet", "val/0.parquet"), [0, 1]),
+        (("eval_suite/train-0.parquet", "eval_suite/train-1.parquet", "eval_suite/test-0.parquet"), [0, 1]),
         (("0.parquet", "1.parquet", "speed-test.parquet"), [0, 1, 2]),
         (("data/train-00000-of-00001.parquet", "data/contrast-00000-of-00001.parquet"), [0]),
         (("pretrain-00000-of-00002.parquet", "pretrain-00001-of-00002.parquet"), [0, 1]),
@@ -220,6 +235,7 @@ def test_test_images_are_not_trained_on(
         split = next(split for split in ("test", "validation", "contrast") if split[:3] in names[-1])
         held_out = open_source(SourceOptions(str(tmp_path), split=split))
         assert (len(held_out), held_out.images(0)) == (1, (IMAGES[len(found)],))
+        assert caplog.text.count("takes split") == 1, "said where one is asked for"
 
 
 def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
