@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from corpus import make_source
+from corpus import encoded, make_source, photo
+from PIL import Image
 
 from hive_ds.data.convert import convert
-from hive_ds.data.convert_images import ImageOptions
+from hive_ds.data.convert_images import ImageOptions, ImageStorer
 from hive_ds.data.convert_options import ConversionSummary, ConvertOptions
 from hive_ds.errors import HiveError
 
@@ -46,6 +48,27 @@ def test_image_options_that_cannot_be_are_named(options: dict[str, Any], message
     with pytest.raises(HiveError, match=rf"^{message}$"):
         ImageOptions(**options)
     ImageOptions(16, quality=1)
+
+
+def stored(image: bytes, **options: Any) -> Image.Image | None:
+    """What becomes of ``image``; None where its own bytes stay."""
+    data = ImageStorer(ImageOptions(**options)).store(image)
+    return None if data == image else Image.open(io.BytesIO(data))
+
+
+def test_images_are_stored_as_options_say() -> None:
+    """Shrunk by the shorter side, though the file may grow; otherwise written anew only where that makes it smaller."""
+    jpeg, flat = encoded(photo(120, 40), "jpeg"), encoded(Image.new("RGB", (120, 90)), "png")
+    assert stored(jpeg, resize=40) is None
+    shrunk = stored(flat, resize=45)
+    assert shrunk is not None
+    assert (shrunk.format, shrunk.size) == ("JPEG", (60, 45))
+    assert stored(jpeg, format="png") is None
+    assert stored(flat, format="jpeg") is None
+    smaller = stored(jpeg, format="jpeg", quality=20)
+    assert smaller is not None
+    assert (smaller.format, smaller.size) == ("JPEG", (120, 40))
+    assert stored(encoded(photo(120, 40), "bmp"), format="png") is not None
 
 
 def test_limit_takes_the_first_after_shuffling(tmp_path: Path) -> None:

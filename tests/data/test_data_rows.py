@@ -129,6 +129,25 @@ def test_links_in_a_folder_of_images_are_followed(tmp_path: Path) -> None:
     assert [found.read(at).turns[1].content for at in range(len(found))] == ["coco"]
 
 
+def test_a_path_that_goes_another_way_to_the_folder_is_inside(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(IMAGES[0])
+    (tmp_path / "link").symlink_to("images")
+    for name, folder in (("link", "images"), ("images", "link")):
+        (tmp_path / "a.json").write_text(json.dumps([{"image": str(tmp_path / name / "0.png"), "caption": "A cat."}]))
+        source = open_source(SourceOptions(str(tmp_path / "a.json"), images=str(tmp_path / folder)))
+        assert source.images(0) == (IMAGES[0],)
+
+
+def test_a_preset_needs_no_texts_where_they_are_given_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "blip_laion_cc_sbu_558k.json").write_text(json.dumps([{"id": "1", "image": "0.png"}]))
+    (tmp_path / "0.png").write_bytes(IMAGES[0])
+    source = open_source(SourceOptions(str(tmp_path), columns=Columns(texts=False)), "llava-pretrain")
+    assert source.images(0) == (IMAGES[0],)
+    with pytest.raises(HiveError, match="has no column of text"):
+        open_source(SourceOptions(str(tmp_path)), "llava-pretrain")
+
+
 @pytest.mark.parametrize("kind", ["llava", "table", "webdataset", "image_folder"])
 def test_an_option_that_a_source_has_no_use_for_is_refused(kind: str, tmp_path: Path) -> None:
     """``--split train`` for a folder of train/ and test/ took both."""
