@@ -59,6 +59,34 @@ def test_images_of_a_field_of_any_name_are_taken_where_it_is_named(tmp_path: Pat
     assert open_source(named).read(0).images == (IMAGES[0],)
 
 
+def test_what_a_row_holds_besides_changes_nothing(tmp_path: Path) -> None:
+    """A caption beside a conversation is none of it, nor a system prompt that is no text."""
+    for at, data in enumerate(IMAGES):
+        (tmp_path / f"{at}.png").write_bytes(data)
+    both = {"caption": "Not this.", "conversations": talk("Q", "A")}
+    parts = [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "Q"}]
+    answer = {"role": "assistant", "content": "A"}
+    rows = [
+        {"uid": "u", "id": "first", "Image": "1.png", "image": "0.png", **both},
+        {"id": "text", "image": "", "system": {"no": "text"}, **both},
+        {"id": "parts", "image": "0.png", "conversations": [{"role": "user", "content": parts}, answer]},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    source = open_source(SourceOptions(str(tmp_path / "a.json"), images=str(tmp_path)))
+    assert [(sample.id, sample.images, sample.turns[0].content) for sample in map(source.read, range(3))] == [
+        ("first", (IMAGES[1],), "<image>\nQ"),
+        ("text", (), "Q"),
+        ("parts", (IMAGES[0],), "<image>\nQ"),
+    ]
+
+
+def test_a_caption_shows_no_image(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(IMAGES[0])
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "0.png", "caption": ["<image> A <image> cat", "Other"]}]))
+    source = open_source(SourceOptions(str(tmp_path / "a.json"), images=str(tmp_path)))
+    assert [turn.content for turn in source.read(0).turns] == ["<image>", "A   cat"]
+
+
 def test_a_system_prompt_beside_a_conversation_is_part_of_it(tmp_path: Path) -> None:
     """As ShareGPT's files have it; it reads as a system message does."""
     system = {"from": "system", "value": "Be brief."}
