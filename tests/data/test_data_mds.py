@@ -144,6 +144,8 @@ def test_training_goes_on_where_it_was_left(folder: str) -> None:
                 break
         assert stopped.state_dict()["samples"] == {2: 8, 4: 0, 9: 12}[stop]
     assert seen == expected
+    other = iter(loader(folder, train=True, seed=2))
+    assert [next(other).sample_ids for _ in range(6)] != expected[:6]
 
 
 def test_earlier_position_can_be_restored_in_the_same_process(folder: str) -> None:

@@ -223,13 +223,20 @@ def test_a_saved_format_changes_nothing(format: str, tmp_path: Path) -> None:
 def test_a_dataset_written_anew_is_another_source(kind: str, tmp_path: Path) -> None:
     """Also in place, which its folder does not tell: a conversion begun with the old one does not go on."""
     (tmp_path / "a").mkdir()
-    dataset().to_parquet(tmp_path / "a" / "0.parquet") if kind == "parquet" else dataset().save_to_disk(tmp_path / "a")
+    if kind == "saved":
+        dataset().save_to_disk(tmp_path / "a", num_shards=2)
+    else:
+        for name in ("0.parquet", "1.parquet"):
+            dataset().to_parquet(tmp_path / "a" / name)
     origins = [open_source(SourceOptions(str(tmp_path / "a"))).origin for _ in range(2)]
     assert origins[0] == origins[1]
-    for file in [file for file in (tmp_path / "a").iterdir() if file.suffix in (".parquet", ".arrow")]:
+    files = [file for file in (tmp_path / "a").iterdir() if file.suffix in (".parquet", ".arrow")]
+    assert len(files) == 2
+    for file in files:
         os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
-    changed = open_source(SourceOptions(str(tmp_path / "a"))).origin
-    assert {name for name in changed if changed[name] != origins[0][name]} == {"source files"}
+        origins.append(open_source(SourceOptions(str(tmp_path / "a"))).origin)
+        differ = {name for name, value in origins[-1].items() if value != origins[-2][name]}
+        assert differ == {"source files"}
 
 
 def test_conversations_and_images_by_field_are_the_same(tmp_path: Path) -> None:
