@@ -114,6 +114,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "outside": ({"image": "../data.json", "conversations": _SHOWN}, "lies outside"),
     "folder": ({"image": "sub", "conversations": _SHOWN}, "Is a directory"),
     "null": ({"image": "a\0b", "conversations": _SHOWN}, "null"),
+    "long": ({"image": "x" * 999, "conversations": _SHOWN}, "image x{200}"),
     "number": ({"image": 5, "conversations": _SHOWN}, "image 5: expected a path"),
     "second": (
         {"image": ["plain.jpg", "cut.jpg"], "conversations": talk("<image><image>", "x")},

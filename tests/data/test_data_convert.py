@@ -45,6 +45,7 @@ def test_bad_samples_are_named_and_good_ones_kept(tmp_path: Path) -> None:
     assert {reject["id"] for reject in rejects} == reasons.keys()
     for reject in rejects:
         assert re.search(reasons[reject["id"]], reject["reason"]), reject
+        assert len(reject["reason"]) <= 300
         assert rows[reject["index"]] == "not a sample" or rows[reject["index"]]["id"] == reject["id"]
     assert (summary.samples, summary.rejected) == (len(kept), len(reasons))
     assert summary.image_bytes == summary.source_image_bytes == sum(map(len, good_files().values()))

@@ -69,6 +69,9 @@ def test_images_are_stored_as_options_say() -> None:
     assert smaller is not None
     assert (smaller.format, smaller.size) == ("JPEG", (120, 40))
     assert stored(encoded(photo(120, 40), "bmp"), format="png") is not None
+    bitmap = encoded(photo(120, 40), "bmp")
+    lengths = [len(ImageStorer(ImageOptions(format="jpeg", quality=quality)).store(bitmap)) for quality in (20, 95)]
+    assert lengths[0] < lengths[1]
 
 
 def test_limit_takes_the_first_after_shuffling(tmp_path: Path) -> None:

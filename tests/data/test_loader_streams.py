@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from streaming import StreamingDataset
 from tiny_data import make_image_processor, make_samples, make_tokenizer
 
 from hive_ds.config import DataConfig
@@ -89,6 +90,19 @@ def test_closed_loader_leaves_the_cache_to_another(tmp_path: Path) -> None:
         make(weights, cache=cache)
     first.close()
     assert next(iter(make(weights, cache=cache))).sample_ids == ids
+
+
+def test_a_cache_with_a_limit_is_asked_for_every_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shards may be gone by then; without a limit once is enough."""
+    asked = []
+    monkeypatch.setattr(StreamingDataset, "prepare_shard", lambda _, shard, blocking: asked.append((shard, blocking)))
+    write_mds(make_samples(9), tmp_path / "data")
+    for limit, times in ((None, 1), ("1gb", 3)):
+        asked.clear()
+        batches = make({f"file://{tmp_path / 'data'}": 1.0}, cache=str(tmp_path / f"{limit}"), cache_limit=limit)
+        for _ in range(3):
+            batches.dataset.prepare_shard(0, blocking=False)
+        assert asked == [(0, False)] * times
 
 
 SCRIPT = """
