@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from tiny_data import make_samples, png
 from hive_ds.cli import main
 from hive_ds.data.inspection.findings import NAMED
 from hive_ds.data.inspection.text import TextSettings
-from hive_ds.data.inspection.verify import verify
+from hive_ds.data.inspection.verify import VerifyReport, verify
 from hive_ds.data.mds import write_mds
 from hive_ds.data.mds.reading import open_folder
 from hive_ds.data.mds.sizes import write_sizes
@@ -103,6 +104,11 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "other sizes": (change_sizes, "sizes", "sample 's007', shard part-0/shard.00"),
     "broken sizes": (flip("sizes.npy", b"(23,", b"((23,"), "sizes", "sizes.npy: cannot be read"),
+    "pickled sizes": (
+        lambda folder: (folder / "sizes.npy").write_bytes(pickle.dumps([(1, 1)])),
+        "sizes",
+        "sizes.npy: cannot be read",
+    ),
     "fewer sizes": (lambda folder: write_sizes(folder, [(1, 1)]), "sizes", "expected (23, 2)"),
 }
 
@@ -230,12 +236,22 @@ def test_text_is_measured_as_training_reads_it(tokenizer: str, tmp_path: Path) -
     assert max(report.tokens.lengths) == 10
     # A caption's tokens all carry loss but the first, which starts the text.
     assert report.tokens.supervised == sum(report.tokens.lengths) - len(report.tokens.lengths)
+    share = 100 * report.tokens.supervised / sum(report.tokens.lengths)
+    assert f"tokens a sample; {share:.1f} % of them carry loss" in str(report)
     assert "1 x has N answers; template 'plain' is for captions (one), use 'chat'; first: sample 'two" in str(report)
     chat = verify(tmp_path / "data", TextSettings(tokenizer, template="chat", max_length=10))
     assert not chat.findings.counts
     assert not chat.sound  # the header of a turn alone is longer: no answer is left in most
     assert chat.tokens.lossless > 100
     assert f"warning: {chat.tokens.lossless} samples carry no loss at all" in str(chat)
+
+
+def test_a_folder_is_sound_up_to_the_share_that_training_lets_pass() -> None:
+    for refused, sound in ((0, True), (3, True), (4, False)):
+        report = VerifyReport(Path("data"), None, samples=300, shards=1, bytes=1)
+        for _ in range(refused):
+            report.tokens.refuse("reason", 1, "sample")
+        assert (report.refused, report.sound) == (refused, sound)
 
 
 @pytest.mark.parametrize(
