@@ -84,7 +84,7 @@ def test_a_missing_text_is_not_the_folders_name(tmp_path: Path) -> None:
 def test_a_column_of_no_metadata_file_is_missed(name: str, tmp_path: Path) -> None:
     """The names of class folders were taken for the captions asked for."""
     write(tmp_path, {"captions.csv": "file_name,florence\na.png,A.\n"})
-    options = SourceOptions(str(tmp_path), columns=Columns(**{name: "florence"}))
+    options = SourceOptions(str(tmp_path), "image_folder", columns=Columns(**{name: "florence"}))
     message = r"image folder .*: has no column 'florence'; expected a metadata\.jsonl or metadata\.csv with it$"
     with pytest.raises(HiveError, match=message):
         open_source(options)
@@ -116,3 +116,19 @@ def test_class_labels_are_captions_as_class_folders_are(tmp_path: Path) -> None:
     rows.cast_column("label", datasets.Value("int64")).save_to_disk(tmp_path / "numbers")
     with pytest.raises(HiveError, match=r"column 'label' holds int64, expected text; name one of image, label with --"):
         open_source(SourceOptions(str(tmp_path / "numbers")))
+
+
+def test_a_file_of_texts_beside_folders_of_images_is_not_passed_over(tmp_path: Path) -> None:
+    """As LLaVA's own data sets lie: names of folders would be the captions."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "b.png").write_bytes(IMAGES["train/b.png"])
+    (tmp_path / "train" / "more.json").write_text("{}")
+    assert found(tmp_path) == {"train/b.png": ["train"]}
+    (tmp_path / "blip_laion.json").write_text("[]")
+    with pytest.raises(HiveError, match=r"holds blip_laion\.json; expected that file, .* or --format"):
+        found(tmp_path)
+    source = SourceOptions(str(tmp_path))
+    assert len(open_source(replace(source, format="image_folder"))) == 1
+    assert len(open_source(replace(source, columns=Columns(texts=False)))) == 1
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/b.png,A red square\n")
+    assert found(tmp_path) == {"train/b.png": ["A red square"]}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hive_ds.data.sources.base import NONE, USUAL, Columns, Source
 from hive_ds.data.sources.hugging_face import HuggingFaceSource, holds_dataset
-from hive_ds.data.sources.image_folder import ImageFolderSource
+from hive_ds.data.sources.image_folder import METADATA, ImageFolderSource
 from hive_ds.data.sources.llava import LlavaSource
 from hive_ds.data.sources.stores import files_below, is_image
 from hive_ds.data.sources.table import TableSource
@@ -85,7 +85,7 @@ def open_source(options: SourceOptions, preset: str | None = None) -> Source:
     """
     if preset is not None:
         options = _with_preset(options, preset)
-    kind = options.format or _guess(options.path)
+    kind = options.format or _guess(options.path, options.columns.texts)
     require_one_of("source format", kind, FORMATS)
     if options.split is not None and kind != "huggingface":
         raise HiveError(f"split {options.split!r}: a source of format {kind} has none; expected the part's own files")
@@ -131,7 +131,8 @@ def _first_of(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
-def _guess(path: str) -> str:
+def _guess(path: str, texts: bool) -> str:
+    """The format of what ``path`` is; ``texts``: whether its own are read."""
     file = Path(path)
     kinds = {".json": "llava", ".jsonl": "llava", ".csv": "table", ".tsv": "table", ".tar": "webdataset"}
     kinds[".parquet"] = "huggingface"
@@ -152,4 +153,13 @@ def _guess(path: str) -> str:
         return "huggingface"
     if tars and any(is_image(name) for name in files_below(file)):
         raise HiveError(f"source {path}: holds images and {tars[0]}; expected --format image_folder or webdataset")
-    return "webdataset" if tars else "image_folder"
+    if tars:
+        return "webdataset"
+    rows = [name for name in files_below(file) if kinds.get(Path(name).suffix.lower()) in ("llava", "table")]
+    beside = sorted(name for name in rows if "/" not in name)
+    if texts and beside and not any(Path(name).name in METADATA for name in rows):
+        raise HiveError(
+            f"source {path}: holds {beside[0]}; expected that file, with --images and the folder of its pictures, or "
+            "--format image_folder, which takes captions from texts beside images or the names of their folders"
+        )
+    return "image_folder"
