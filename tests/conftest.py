@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of `FIRST` in that order, then all others as they were."""
     places = {HERE / f"{name}.py": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(FIRST)))
+
+
+@pytest.fixture
+def forkserver_by_default() -> Iterator[None]:
+    """Processes start as Python 3.14 starts them where nothing else is asked for."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(usual, force=True)

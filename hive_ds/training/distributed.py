@@ -8,6 +8,7 @@ launcher does not set.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import re
@@ -122,6 +123,7 @@ def start(world: World, timeout: timedelta = TIMEOUT) -> torch.device:
     ):
         os.environ[name] = str(value)
     gc.freeze()
+    atexit.register(gc.unfreeze)  # Triton 3.9 reports what is still frozen when Python ends as leaked, line by line
     # DeepSpeed calls functions that torch 2.14 deprecates, and whose replacements torch 2.9 does not have.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     _check_meeting_point(world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -26,9 +27,9 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-def make(weights: dict[str, float], **changes: object) -> SampleLoader:
+def make(weights: dict[str, float], num_workers: int = 0, **changes: object) -> SampleLoader:
     return build_loader(
-        DataConfig(train=weights, num_workers=0, **changes),  # type: ignore[arg-type]
+        DataConfig(train=weights, num_workers=num_workers, **changes),  # type: ignore[arg-type]
         make_tokenizer("llama3"),
         make_image_processor(),
         micro_batch_size=4,
@@ -36,6 +37,17 @@ def make(weights: dict[str, float], **changes: object) -> SampleLoader:
         seed=1,
         train=True,
     )
+
+
+@pytest.mark.usefixtures("forkserver_by_default")
+def test_workers_are_forked_whatever_python_itself_would_do(tmp_path: Path) -> None:
+    """They would import everything anew, and be children of the server, whose word they would wait for."""
+    write_mds(make_samples(9), tmp_path / "data")
+    before = multiprocessing.active_children()
+    batches = iter(make({str(tmp_path / "data"): 1.0}, num_workers=1))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - set(before)
+    assert Path(f"/proc/{worker.pid}/stat").read_text().split()[3] == str(os.getpid())
 
 
 def test_position_in_another_mixture_or_order_is_refused_by_name(tmp_path: Path) -> None:

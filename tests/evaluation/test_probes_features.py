@@ -182,6 +182,7 @@ def test_damaged_entries_are_computed_again(damage: str, tmp_path: Path) -> None
     assert cache.find(features_module._key(probed, IMAGES, 2, "tokens", QUIET)) is not None
 
 
+@pytest.mark.usefixtures("forkserver_by_default")  # which could not be sent the functions below
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_named_and_nothing_is_cached(workers: int, tmp_path: Path) -> None:
     def broken(index: int) -> bytes:

@@ -48,6 +48,7 @@ class SampleLoader(StreamingDataLoader):
             prefetch_factor=-(-queue // num_workers) if num_workers else None,
             collate_fn=collate_fn,
             worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if num_workers else None,  # Python 3.14's own way has another parent
             pin_memory=torch.cuda.is_available(),
         )
         self._samples = dataset
@@ -137,7 +138,7 @@ class SampleLoader(StreamingDataLoader):
 
 
 def _start_worker(worker: int) -> None:
-    """Let a worker end when its parent says so, and not at a signal meant for the parent.
+    """Let a worker, forked from its loader's process, end when that says so, and not at a signal meant for that.
 
     The launcher sends SIGTERM, and a terminal SIGINT, to workers too. Ignoring SIGTERM altogether would hang: torch
     and multiprocessing end a worker by it when nothing else reaches it. So a thread reads who sent it.

@@ -178,6 +178,7 @@ def _batches(
         _Processed(images, preprocess),
         batch_size=settings.batch_size,
         num_workers=settings.workers,
+        multiprocessing_context="fork" if settings.workers else None,  # as Python 3.14 does not of itself: seconds each
         collate_fn=list,
     )
     for items in loader:
