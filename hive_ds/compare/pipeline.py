@@ -60,7 +60,7 @@ class Comparison:
         ]
 
     def _check_settings(self) -> None:
-        check_made_with(self.out / "settings.json", asdict(self.settings))
+        check_made_with(self.out / "settings.json", asdict(self.settings), self.steps())
 
     def _scenes(self) -> None:
         draw_scenes(self.folders, self.settings.made, SEED)

@@ -6,11 +6,13 @@ times slower than one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -66,12 +68,22 @@ def make_base_models(
 def folder_overrides(scenes: SceneFolders, language_model: Path, vision_encoder: Path) -> list[str]:
     """``--set`` options by which a recipe trains on these scenes and base models."""
     return [
-        f"model.vision_encoder={vision_encoder}",
-        f"model.language_model={language_model}",
-        f"vlm.language_model={language_model}",
-        f"data.train={scenes.train}",
-        f"data.validation={scenes.validation}",
+        override("model.vision_encoder", vision_encoder),
+        override("model.language_model", language_model),
+        override("vlm.language_model", language_model),
+        override("data.train", scenes.train),
+        override("data.validation", scenes.validation),
     ]
+
+
+def override(key: str, path: Path) -> str:
+    """The ``--set`` option of a path, in quotes where YAML would read it as anything else (``run #1``)."""
+    text = str(path)
+    try:
+        is_plain = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        is_plain = False
+    return f"{key}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
 
 
 def read_samples(folder: Path) -> list[Sample]:

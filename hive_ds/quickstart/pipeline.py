@@ -21,7 +21,7 @@ from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.errors import HiveError
 from hive_ds.events import read_events
 from hive_ds.export import export_encoder
-from hive_ds.quickstart.base_folders import draw_scenes, folder_overrides, make_base_models, read_samples
+from hive_ds.quickstart.base_folders import draw_scenes, folder_overrides, make_base_models, override, read_samples
 from hive_ds.quickstart.page import PageContent, render_page
 from hive_ds.quickstart.questions import QuestionResults, ask, table
 from hive_ds.quickstart.settings import DEFAULT, RECIPE, Settings
@@ -86,7 +86,7 @@ class Quickstart:
 
     def check_settings(self) -> None:
         """Write the settings to a new folder; compare them with those of an old one."""
-        check_made_with(self.out / "quickstart.json", {"seed": self.seed, **asdict(self.settings)})
+        check_made_with(self.out / "quickstart.json", {"seed": self.seed, **asdict(self.settings)}, self.steps())
 
     def what_next(self) -> list[str]:
         """Lines for the end: the page, a question about a picture, and a run of one's own."""
@@ -112,7 +112,7 @@ class Quickstart:
 
     def _train(self, stage: Stage) -> None:
         command = self._command(stage)
-        print(" ".join(["deepspeed", *command]), flush=True)
+        print(shlex.join(["deepspeed", *command]), flush=True)
         command.append("--no-next")  # the next step does it
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
         with Programs() as programs:
@@ -127,7 +127,7 @@ class Quickstart:
         """Arguments of the ``deepspeed`` launcher."""
         overrides = [
             *folder_overrides(self.folders, self.language_model, self.vision_encoder),
-            f"data.text_validation={self.folders.text_validation}",
+            override("data.text_validation", self.folders.text_validation),
             f"training.seed={self.seed}",
             f"data.num_workers={int(_threads() > 1)}",  # a loader process where a rank has a core to spare
             *self.settings.overrides,
@@ -201,7 +201,7 @@ class Quickstart:
                 "Bring your own pictures: LLaVA-format JSON and an image folder.",
                 "hive-ds data convert DATA.json OUT --images IMAGES",
             ),
-            ("Run one stage by hand, as on a cluster.", " ".join(["deepspeed", *self._command(stage)])),
+            ("Run one stage by hand, as on a cluster.", shlex.join(["deepspeed", *self._command(stage)])),
         ]
 
 

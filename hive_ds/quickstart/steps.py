@@ -26,14 +26,20 @@ class Step:
     """What an attempt that was stopped may have left, removed before the next one."""
 
 
-def check_made_with(path: Path, wanted: Mapping[str, Any]) -> None:
+def check_made_with(path: Path, wanted: Mapping[str, Any], steps: Sequence[Step]) -> None:
     """Write what a folder is made with to ``path``; where it is there already, compare.
 
     Raises:
-        HiveError: names the first value that differs.
+        HiveError: names the first value that differs, or what no attempt has left and ``steps`` would clear.
     """
     wanted = json.loads(json.dumps(wanted))
     if not path.is_file():
+        for cleared in (path for step in steps for path in step.clears):
+            if cleared.exists():
+                raise HiveError(
+                    f"{cleared}: is there already, and {path} is not: this command did not make it; choose another "
+                    "--out, or move it away"
+                )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(wanted, indent=2) + "\n")
         return

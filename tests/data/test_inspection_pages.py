@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -17,10 +18,15 @@ from tiny_data import TOKENIZERS, make_samples, make_tokenizer, png
 from hive_ds.cli import main
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.data.images import decode_image
+from hive_ds.data.inspection.histogram import Histogram
 from hive_ds.data.inspection.show import readable, write_page
 from hive_ds.data.inspection.stats import image_size
+from hive_ds.data.inspection.text import TextSettings
+from hive_ds.data.mds.reading import ShardFolder
 from hive_ds.data.schema import Sample, Turn, caption_sample
 from hive_ds.data.text import encode_sample, prepare_tokenizer
+from hive_ds.errors import HiveError
+from hive_ds.plots import LEFT
 
 NUMBER = 23
 
@@ -115,12 +121,17 @@ def test_page_shows_what_training_sees(template: str, tokenizer: str, tmp_path: 
     reader.feed(page)
     loaded = prepare_tokenizer(make_tokenizer("llama3"))
     assert len(reader.articles) == 12
+    refused = 0
     for sample, chips in zip(samples, reader.articles, strict=True):
         if template == "chat" and len(sample.turns) == 1:
             assert chips == []  # starts with an answer, which the template refuses
+            refused += 1
             continue
         whole = encode_sample(sample, loaded, template=template, image_position="first", max_length=1 << 30)
         tokens = [chip for chip in chips if "image" not in chip[0]]
+        carry = sum(label != IGNORE_INDEX for label in whole.labels[:limit])
+        cut = f", {len(whole.labels) - limit} cut away" if len(whole.labels) > limit else ""
+        assert f">{min(limit, len(whole.labels))} tokens, {carry} carry loss{cut}<" in page
         expected = ["chip loss" if label != IGNORE_INDEX else "chip" for label in whole.labels]
         assert [kind for kind, _ in tokens] == expected[:limit] + ["chip cut"] * max(0, len(expected) - limit)
         before = [sum("image" not in kind for kind, _ in chips[:at]) for at, c in enumerate(chips) if "image" in c[0]]
@@ -132,8 +143,83 @@ def test_page_shows_what_training_sees(template: str, tokenizer: str, tmp_path: 
     assert all(source.startswith("data:image/") for source in reader.sources)
     assert len(reader.sources) == sum(len(sample.images) for sample in samples) - 1
     assert page.count("cannot be read") == 1
+    assert page.count("training cannot use it: ") == refused == (0 if template == "plain" else 2)
     assert "<b>&" not in page
     assert not re.search(r"https?://|<script|@import|url\(", page)
+
+
+def test_pictures_and_what_else_a_sample_holds(tmp_path: Path) -> None:
+    """Pictures up to 128 pixels a side are stored as they are; metadata of half a surrogate pair is shown as JSON."""
+    small, large, meta = png(0, (128, 20)), png(1, (1280, 128)), {"from": "<b>", "cut": "\ud83d"}
+    turns = (Turn("user", "<image><image>?"), Turn("assistant", "a"))
+    write_samples(tmp_path / "data", [Sample("two", turns, (small, large), meta)])
+    write_page(tmp_path / "data", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    sharp, smooth = re.findall(r"<figure.*?</figure>", page)
+    assert f">image 1: 128 x 20, {len(small) / 1e3:.1f} kB<" in sharp
+    assert f">image 2: 1280 x 128, {len(large) / 1e3:.1f} kB<" in smooth
+    assert (sharp.count('class="small"'), smooth.count('class="small"')) == (1, 0)
+    shown = [Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", one)[1]))) for one in (sharp, smooth)]
+    assert [(image.format, image.size) for image in shown] == [("PNG", (128, 20)), ("JPEG", (640, 64))]
+    assert np.array_equal(np.asarray(shown[0]), np.asarray(decode_image(small)))
+    assert "{&quot;from&quot;: &quot;&lt;b&gt;&quot;, &quot;cut&quot;: &quot;\\ud83d&quot;}" in page
+
+
+def test_a_sample_that_cannot_be_read_says_why_and_the_others_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_samples(tmp_path / "data", make_samples(3))
+    get = ShardFolder.get
+
+    def damaged(folder: ShardFolder, index: int) -> Sample:
+        if index == 1:
+            raise HiveError("sample number 1 in shard <x>: cannot be read")
+        return get(folder, index)
+
+    monkeypatch.setattr(ShardFolder, "get", damaged)
+    assert write_page(tmp_path / "data", tmp_path / "page.html") == [0, 1, 2]
+    page = (tmp_path / "page.html").read_text()
+    assert '<h2>number 1</h2><p class="bad">sample number 1 in shard &lt;x&gt;: cannot be read</p>' in page
+    assert page.count("<article>") == 3
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_picture_behind_the_cut_is_cut_away(beyond: int, tokenizer: str, tmp_path: Path) -> None:
+    """Its tokens come after the mark: where the cut is, none are left."""
+    turns = (Turn("user", "one"), Turn("assistant", "red"), Turn("user", "<image>two"), Turn("assistant", "red"))
+    sample = Sample("late", turns, (png(0),))
+    loaded = prepare_tokenizer(make_tokenizer("llama3"))
+    whole = encode_sample(sample, loaded, template="chat", image_position="first", max_length=1 << 30)
+    write_samples(tmp_path / "data", [sample])
+    limit = whole.image_offsets[0] + beyond
+    write_page(
+        tmp_path / "data",
+        tmp_path / "page.html",
+        settings=TextSettings(tokenizer, template="chat", max_length=limit),
+    )
+    reader = Chips()
+    reader.feed((tmp_path / "page.html").read_text())
+    assert [kind for kind, _ in reader.articles[0] if "image" in kind] == ["chip image" if beyond else "chip image cut"]
+
+
+@pytest.mark.parametrize(
+    ("values", "bars", "first", "last", "whole"),
+    [
+        (np.arange(24), [1] * 24, 0, 24, True),
+        (np.array([5, 5, 7]), [2, 0, 1], 5, 8, True),
+        (np.array([0.5] * 3), [3], 0.5, 0.5, False),
+        (np.array([1.0] * 999 + [25.0]), [999, *[0] * 22, 1], 1, 25, False),  # all but a share below `TAIL` are equal
+        (np.arange(25), [2, *[1] * 10, 0, *[1] * 11, 2], 0.12, 23.88, False),
+    ],
+)
+def test_bars_of_a_histogram(values: np.ndarray, bars: list[int], first: float, last: float, whole: bool) -> None:
+    found = Histogram.of("values", values)
+    assert (found.counts, found.whole) == (bars, whole)
+    assert [found.edges[0], found.edges[-1]] == pytest.approx([first, last])
+    (place, label), *_ = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)<', found.as_html())
+    assert label == f"{first:.4g}"
+    assert (float(place) > LEFT) == whole  # below the middle of its bar, or at its left edge
+    assert len(found.edges) == len(bars) + 1
 
 
 def test_choice_of_samples_follows_the_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

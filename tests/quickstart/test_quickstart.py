@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
@@ -19,14 +20,19 @@ from forked import CONTEXT, run_forked
 
 from hive_ds.children import Programs, Submit
 from hive_ds.cli import main
+from hive_ds.data.scenes_samples import question_samples
 from hive_ds.errors import Signalled
 from hive_ds.quickstart import base_folders, pipeline
 from hive_ds.quickstart.pipeline import RANKS, Quickstart
 from hive_ds.quickstart.questions import QuestionResults
-from hive_ds.quickstart.settings import SMOKE
+from hive_ds.quickstart.settings import RECIPE, SMOKE
 from hive_ds.quickstart.steps import Step, run_steps, seconds_of
+from hive_ds.recipe import load_recipe
+from hive_ds.stages import HIVE_STAGES
 
 pytest.importorskip("streaming", reason="needs mosaicml-streaming: pip install 'hive-ds[streaming]'")
+
+from hive_ds.data.mds import write_mds
 
 
 @pytest.fixture
@@ -112,7 +118,51 @@ def test_a_step_that_failed_is_done_again_from_a_clean_start(tmp_path: Path) -> 
     run_steps(steps, tmp_path / "steps")
     assert ran == ["first", "second", "second"]
     assert left.is_dir()
-    assert seconds_of(tmp_path / "steps", "the second") >= 0
+    assert 0 <= seconds_of(tmp_path / "steps", "the second") < 60
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("quickstart --smoke", "data"),
+        ("quickstart --smoke", "base/vision_encoder"),
+        ("quickstart --smoke", "encoder"),
+        ("compare --preset smoke", "data"),
+    ],
+)
+def test_what_it_did_not_make_is_not_cleared_away(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / name / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert main([*command.split(), "--out", str(tmp_path)]) == 2
+    settings = tmp_path / ("settings.json" if command.startswith("compare") else "quickstart.json")
+    said = f"error: {mine.parent}: is there already, and {settings} is not: this command did not make it; "
+    assert capsys.readouterr().err == f"{said}choose another --out, or move it away\n"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+
+
+@pytest.mark.parametrize("name", ["run", "run #1", "a: b", "[x]", "its ü"])
+def test_a_stage_by_hand_is_that_of_the_quickstart(name: str, tmp_path: Path) -> None:
+    """The shell and YAML read each path as it is."""
+    out = tmp_path / name
+    write_mds(question_samples(0, "questions", 1, 64), out / "data" / "questions")
+    quickstart = Quickstart(out, 3, SMOKE)
+    command = shlex.split(quickstart._next_steps()[-1][1])
+    assert command == ["deepspeed", *quickstart._command(HIVE_STAGES[-1])]
+    assert command[-2] == "--set"
+    assert command[command.index("--stage") + 1] == "3"
+    assert command[command.index("--run") + 1] == str(out)
+    recipe = load_recipe(RECIPE, [value for word, value in pairwise(command) if word == "--set"])
+    assert recipe.model.vision_encoder == str(out / "base" / "vision_encoder")
+    assert recipe.model.language_model == recipe.vlm.language_model == str(out / "base" / "language_model")
+    data = recipe.data
+    assert [data.train, data.validation, data.text_validation] == [
+        str(out / "data" / folder) for folder in ("train", "validation", "text_validation")
+    ]
+    assert recipe.training.seed == 3
+    assert [recipe.stages[stage.name].steps for stage in HIVE_STAGES] == [3, 3, 3]
 
 
 def test_sigterm_ends_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

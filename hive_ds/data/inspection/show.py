@@ -104,7 +104,8 @@ def _article(
         parts.append(f'<div class="pictures">{pictures}</div>')
     parts += [_turn(turn.role, turn.content) for turn in sample.turns]
     if sample.meta:
-        parts.append(f'<p class="faint">{escape(json.dumps(sample.meta, ensure_ascii=False))}</p>')
+        told = json.dumps(sample.meta, ensure_ascii=False).encode(errors="backslashreplace").decode()  # half surrogates
+        parts.append(f'<p class="faint">{escape(told)}</p>')
     if tokenizer and settings:
         parts.append(_tokens(sample, tokenizer, settings))
     return f"<article>{''.join(parts)}</article>"
