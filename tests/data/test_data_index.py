@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "column_encodings/4": ("str", "has columns .*, expected 'turns' of type json and size null"),
     "column_sizes/0": ("x", r"column_sizes is \['x', "),
     "column_sizes/3": (8, "has columns .*, expected 'meta' of type json and size null"),
-    "size_limit": (-1, "size_limit is -1, expected a whole number above 0, or null"),
+    "size_limit": (0, "size_limit is 0, expected a whole number above 0, or null"),
     "raw_data": ([], r"raw_data is \[\], expected a file's name, bytes and hashes"),
     "raw_data/basename": ("../x", "raw_data: basename is '../x', expected the name of a file in the folder"),
-    "raw_data/bytes": ("7", "raw_data: bytes is '7', expected a whole number"),
+    "raw_data/bytes": (-7, "raw_data: bytes is -7, expected a whole number"),
     "raw_data/size": (7, "raw_data: has size, expected basename, bytes, hashes"),
     "zip_data/hashes": ({}, "zip_data: has no basename, expected basename, bytes, hashes"),
 }
@@ -63,6 +64,28 @@ def test_a_wrong_value_is_named(place: str, prefix: str, folder: str, tmp_path: 
     Path(tmp_path, "data", "index.json").write_text(put(index, place, value))
     with pytest.raises(HiveError, match=f"^data folder {prefix}{tmp_path}/data: .*index.json: shard 0:? {message}"):
         loader(f"{prefix}{tmp_path}/data", cache=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", ["/x", "a/../../x", ".", "", "a\0b", 7])
+def test_a_shard_outside_the_folder_or_without_a_name(name: object, folder: str, tmp_path: Path) -> None:  # noqa: F811
+    index = json.loads(Path(folder, "index.json").read_text())
+    (tmp_path / "index.json").write_text(put(index, "raw_data/basename", name))
+    with pytest.raises(HiveError, match=r"shard 0: raw_data: basename is .*, expected the name of a file in the fold"):
+        open_folder(tmp_path)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("{}")
+    with pytest.raises(HiveError, match=f"^data folder {tmp_path}/data: is a file; expected a folder of MDS shards"):
+        open_folder(tmp_path / "data")
+
+
+def test_shards_are_written_with_their_digests(folder: str) -> None:  # noqa: F811
+    """By which a copy is checked."""
+    [shard] = json.loads(Path(folder, "index.json").read_text())["shards"]
+    data = Path(folder, "shard.00000.mds").read_bytes()
+    digests = {"sha256": hashlib.sha256(data).hexdigest()}
+    assert shard["raw_data"] == {"basename": "shard.00000.mds", "bytes": len(data), "hashes": digests}
 
 
 def test_more_samples_than_bytes_for_them(folder: str, tmp_path: Path) -> None:  # noqa: F811

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,10 +79,28 @@ def test_cache_limit_that_cannot_work_is_named(tmp_path: Path) -> None:
     with pytest.raises(HiveError, match=rf"data\.cache_limit 1gb: .*would delete shards of {folder}, which is local"):
         make({folder: 1.0}, cache_limit="1gb")
     remote = {f"file://{folder}": 1.0}
+    with pytest.raises(HiveError, match=rf"data\.cache_limit 1gb: .*would delete shards of {folder}, which is local"):
+        make({**remote, folder: 1.0}, cache=str(tmp_path / "cache"), cache_limit="1gb")
     with pytest.raises(HiveError, match=r"data\.cache_limit 5kb: Cache limit .* is too low"):
         make(remote, cache=str(tmp_path / "cache"), cache_limit="5kb")
     with pytest.raises(HiveError, match=r"data folder gopher://x: Unsupported remote path"):
         make({"gopher://x": 1.0}, cache=str(tmp_path / "cache"))
+
+
+def test_remote_folders_of_one_name_are_kept_apart_in_the_cache(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        write_mds([replace(sample, id=f"{place}-{sample.id}") for sample in make_samples(8)], tmp_path / place / "data")
+    weights = {f"file://{tmp_path / place / 'data'}": 1.0 for place in ("a", "b")}
+    batches = make(weights, cache=str(tmp_path / "cache"))
+    seen = {name for _, batch in zip(range(4), batches, strict=False) for name in batch.sample_ids}
+    assert seen == {f"{place}-{sample.id}" for place in ("a", "b") for sample in make_samples(8)}
+
+
+def test_one_folder_may_be_moved_between_two_runs(tmp_path: Path) -> None:
+    write_mds(make_samples(9), tmp_path / "data")
+    state = make({str(tmp_path / "data"): 1.0}).state_dict()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    make({str(tmp_path / "moved"): 3.0}).load_state_dict(json.loads(json.dumps(state)))
 
 
 def test_remote_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

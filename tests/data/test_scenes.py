@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import io
+import math
+import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hive_ds.data.scenes import ANSWERS, COLOURS, MOST_ITEMS, SIZES, Item, all_questions, caption, make_scene
+from hive_ds.data.scenes import ANSWERS, COLOURS, MOST_ITEMS, SIZES, Item, Scene, all_questions, caption, make_scene
 from hive_ds.data.scenes_drawing import draw_scene
-from hive_ds.data.scenes_samples import question_samples, scene_samples, text_samples, write_scenes
+from hive_ds.data.scenes_samples import (
+    caption_samples,
+    describe,
+    question_samples,
+    scene_samples,
+    text_samples,
+    write_scenes,
+)
 from hive_ds.errors import HiveError
 
 STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -142,14 +152,87 @@ def test_blind_guesses_score_low() -> None:
         assert right / half < 1 / len(answers) + 0.12, kind
 
 
+def item(shape: str, colour: str, row: int, column: int, size: str = "large") -> Item:
+    return Item(shape, colour, size, row, column, (column + 0.5) / 4, (row + 0.5) / 4)
+
+
+def test_words_of_a_scene() -> None:
+    ring, cross, other = item("ring", "red", 0, 1), item("cross", "cyan", 0, 3, "small"), item("ring", "red", 2, 3)
+    scene = Scene((ring, cross, other), "up", (3, 0), 0)
+    named = "a large red ring, a small cyan cross, a large red ring"
+    assert caption(scene) == f"{named}, the word up."
+    assert caption(replace(scene, word=None)) == f"{named}."
+    told = {
+        "the red ring is left of the cyan cross",
+        "the cyan cross is right of the red ring",
+        "the cyan cross is above of the red ring",
+        "the red ring is below of the cyan cross",
+    }
+    seen = set()
+    for seed in range(20):
+        first, second, *rest = describe(scene, random.Random(seed)).removeprefix(f"{caption(scene)} ").split(". ")
+        assert rest == []
+        seen |= {first, second.removesuffix(".")}
+    assert seen == told
+    twins = Scene((ring, item("ring", "red", 0, 2)), None, (3, 0), 0)
+    assert describe(twins, random.Random(0)) == "a large red ring, a large red ring."
+
+
+WORD = """
+####..#####
+#...#.#....
+#...#.#....
+####..####.
+#...#.#....
+#...#.#....
+####..#####
+"""
+
+
+def test_a_word_is_drawn_letter_by_letter_in_its_cell() -> None:
+    bright = np.asarray(draw_scene(Scene((), "be", (1, 2), 5), 64)).min(axis=2) > 180  # clutter is darker
+    rows, columns = np.nonzero(bright)
+    box = bright[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert "\n".join("".join(".#"[int(pixel)] for pixel in row) for row in box) == WORD.strip()
+    assert (rows.mean(), columns.mean()) == pytest.approx((1.5 * 16, 2.5 * 16), abs=2)
+
+
+SHARES = {
+    "circle": math.pi,
+    "ring": 0.75 * math.pi,
+    "square": 1.8**2,
+    "cross": 8 * 0.33 - 4 * 0.33**2,
+    "triangle": 1.284,
+}
+"""Area over the square of the radius."""
+
+
+@pytest.mark.parametrize("shape", SHARES)
+def test_a_shape_has_its_area_and_a_triangle_stands_on_its_base(shape: str) -> None:
+    pixels = np.asarray(draw_scene(Scene((item(shape, "red", 1, 1),), None, (3, 3), 0), 512)).astype(int)
+    drawn = np.abs(pixels - np.array(COLOURS["red"])).sum(axis=2) < 40
+    assert drawn.sum() / (SIZES["large"] * 512) ** 2 == pytest.approx(SHARES[shape], rel=0.03)
+    upper, lower = drawn[:192].sum(), drawn[192:].sum()
+    assert upper / lower == pytest.approx(0.66 if shape == "triangle" else 1, rel=0.05)
+
+
 def test_folders_read_back(tmp_path) -> None:
     mds = pytest.importorskip("hive_ds.data.mds", reason="needs mosaicml-streaming: pip install 'hive-ds[streaming]'")
-    folders = write_scenes(tmp_path / "data", 6, seed=5, held_out=3, num_text=4, num_captions=5)
+    told: list[tuple[int, int]] = []
+    folders = write_scenes(
+        tmp_path / "data", 6, seed=5, held_out=3, num_text=4, num_captions=5, progress=lambda *done: told.append(done)
+    )
+    assert told == [(number, 24) for number in range(1, 25)]
     assert mds.read_mds(folders.train) == list(scene_samples(5, "train", 6, 64))
     assert mds.read_mds(folders.questions) == list(question_samples(5, "questions", 3, 64))
-    assert len(mds.read_mds(folders.text)) == 4
+    assert mds.read_mds(folders.validation) == list(scene_samples(5, "validation", 3, 64))
+    assert mds.read_mds(folders.text) == list(text_samples(5, "text", 4))
+    assert mds.read_mds(folders.text_validation) == list(text_samples(5, "text_validation", 3))
+    assert mds.read_mds(folders.captions) == list(caption_samples(5, "captions", 5, 64))
     assert [len(sample.meta["scene"]["items"]) for sample in mds.read_mds(folders.captions)] == [1] * 5
-    assert len(mds.read_mds(folders.text_validation)) == len(mds.read_mds(folders.validation)) == 3
+    few = write_scenes(tmp_path / "few", 2)
+    assert [len(mds.read_mds(folder)) for folder in (few.train, few.captions, few.text)] == [2] * 3
+    assert [len(mds.read_mds(folder)) for folder in (few.validation, few.questions, few.text_validation)] == [1] * 3
     inside = "captions, questions, text, text_validation, train, validation$"
     with pytest.raises(HiveError, match=f"holds no index.json; expected one of its folders {inside}"):
         mds.read_mds(tmp_path / "data")

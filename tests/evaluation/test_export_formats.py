@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +141,46 @@ def test_timm_names_its_own_model_of_these_sizes_and_the_activation_it_needs(tmp
         torch.testing.assert_close(encoder(images), model.vision_encoder(images).pooler_output, atol=1e-5, rtol=0)
 
 
+def test_of_timms_models_of_these_sizes_the_one_with_our_activation_is_named() -> None:
+    """Another's weights load, too; those of one with other heads would, and mean something else."""
+    made = {"vit_exact": {"act_layer": "gelu"}, "vit_tanh": {"act_layer": "gelu_tanh"}}
+
+    def create_model(name: str, **arguments):
+        own = {**TINY, **made[name]} if name in made else {}
+        return timm.models.vision_transformer.vit_base_patch16_siglip_224(**own, **arguments)
+
+    library = SimpleNamespace(create_model=create_model, list_models=lambda pattern: list(made))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "image_size": IMAGE_SIZE}
+    found = [
+        timm_format.find_named(library, config, timm_format.timm_arguments(config))
+        for heads, act in ((4, "gelu_pytorch_tanh"), (4, "quick_gelu"), (2, "gelu_pytorch_tanh"))
+        for config in [
+            SiglipVisionConfig(**sizes, patch_size=8, num_attention_heads=heads, hidden_act=act, layer_norm_eps=1e-6)
+        ]
+    ]
+    assert found == ["vit_tanh", "vit_exact", None]
+
+
+def test_a_dinov2_of_larger_pictures_is_written_for_those_of_training(tmp_path) -> None:
+    """Stock DINOv2 has position embeddings of 518 pixels and is trained at 224."""
+    model = save_hive(tmp_path / "model", "dinov2", image_size=2 * IMAGE_SIZE)
+    export_encoder(tmp_path / "model", tmp_path / "out", format="timm")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"In training pictures came at {IMAGE_SIZE} x {IMAGE_SIZE} pixels" in card
+    assert f"resampled from {2 * IMAGE_SIZE} by transformers' rule" in card
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["pos_embed"].shape == (1, 1 + (IMAGE_SIZE // 8) ** 2, 32)
+    encoder = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images, blocks = random_images(2), (1, 2, 3, 4)
+    with torch.no_grad():
+        found = encoder.forward_intermediates(
+            images, indices=[0, 1, 2, 3], output_fmt="NLC", intermediates_only=True
+        )  # fmt: skip
+        expected = encode_images(model.vision_encoder, blocks, images).by_block
+    for block, features in zip(blocks, found, strict=True):
+        torch.testing.assert_close(features.flatten(0, 1), expected[block], atol=1e-5, rtol=0)
+
+
 def test_every_timm_name_has_one_source(tmp_path) -> None:
     """No two patterns of a table match one name: the order of the table says nothing."""
     model = save_hive(tmp_path / "model")
@@ -168,6 +210,19 @@ def test_open_clip_loads_a_clip_tower(hidden_act: str, tail: str, tmp_path) -> N
             images, indices=[block - 1 for block in blocks], output_fmt="NLC", intermediates_only=True
         )["image_intermediates"]
     assert_equal_features(model, found, None, images, blocks)
+
+
+def test_open_clip_is_told_of_another_eps_and_names_by_activation(tmp_path) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed; pip install 'hive-ds[open_clip]'")
+    for eps, told in ((1e-3, {"eps": 1e-3}), (1e-5, None)):
+        save_hive(tmp_path / f"{eps}", "clip", layer_norm_eps=eps)
+        export_encoder(tmp_path / f"{eps}", tmp_path / f"out{eps}", format="open_clip")
+        config = json.loads((tmp_path / f"out{eps}" / "open_clip_vision.json").read_text())
+        assert config["vision_cfg"].get("norm_kwargs") == told
+    vision = open_clip.CLIPVisionCfg(layers=12, width=768, head_width=64, mlp_ratio=4.0, patch_size=32, image_size=224)
+    names = [open_clip_format._names(open_clip, vision, quick) for quick in (False, True)]
+    assert [found[0] for found in names] == ["ViT-B-32", "ViT-B-32-quickgelu"]
+    assert not set(names[0]) & set(names[1])
 
 
 def test_open_clip_loads_a_siglip_tower(tmp_path) -> None:
@@ -211,6 +266,9 @@ def test_settings_that_the_other_library_has_not_are_refused(tmp_path) -> None:
     save_hive(tmp_path / "act", hidden_act="relu")
     with pytest.raises(HiveError, match="hidden_act 'relu'"):
         export_encoder(tmp_path / "act", tmp_path / "out", format="timm")
+    save_hive(tmp_path / "clip", "clip", hidden_act="relu")
+    with pytest.raises(HiveError, match="hidden_act 'relu': expected one of gelu, quick_gelu for open_clip"):
+        export_encoder(tmp_path / "clip", tmp_path / "out", format="open_clip")
     save_hive(tmp_path / "width", intermediate_size=40)
     with pytest.raises(HiveError, match="timm has no such model of 4 blocks, width 32, 32 pixels"):
         export_encoder(tmp_path / "width", tmp_path / "out", format="open_clip")
