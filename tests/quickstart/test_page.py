@@ -14,9 +14,10 @@ from page_reader import Reader
 from hive_ds.data.scenes_samples import question_samples
 from hive_ds.evaluation.generation import truth
 from hive_ds.plots import Line, line_plot, smoothed, ticks
+from hive_ds.quickstart import questions
 from hive_ds.quickstart.page import PICTURES_PER_KIND, PageContent, render_page
 from hive_ds.quickstart.pipeline import chance
-from hive_ds.quickstart.questions import QuestionResults, table
+from hive_ds.quickstart.questions import QuestionResults, ask, table
 
 SAMPLES = list(question_samples(0, "questions", 60, 64))
 KINDS = [sample.meta["kind"] for sample in SAMPLES]
@@ -35,6 +36,7 @@ def results(right: int, shuffled_right: int) -> QuestionResults:
 def content(results: QuestionResults) -> PageContent:
     lines = [{"event": "train", "step": step, "loss": 5 / step} for step in range(1, 30)]
     lines += [{"event": "train", "step": 30, "loss": None}]
+    lines += [{"event": "validation", "step": 15, "loss": 0.6, "text_loss": 9.876}]
     lines += [{"event": "validation", "step": 30, "loss": 0.4, "text_loss": 1.234}]
     return PageContent(
         results=results,
@@ -59,7 +61,11 @@ def test_page_is_whole_and_fetches_nothing() -> None:
     assert 'name="viewport"' in page
     assert "<b>nonsense</b>" not in page
     assert "&lt;b&gt;nonsense" in page
-    assert "1.234" in page
+    assert "Loss on text alone at its end: 1.234." in page
+    assert page.count("<circle") == 1 + 2  # the legend's, and a dot a validation
+    assert page.count('class="good"') == 5
+    assert page.count(f'class="bad">&lt;b&gt;nonsense&lt;/b&gt;</span>, truth: {TRUTHS[5]}<') >= 1
+    assert page.count('class="bad"') == reader.counts["img"] - 5
     assert "No values were logged." in page
 
 
@@ -83,6 +89,22 @@ def test_table_and_file(tmp_path: Path) -> None:
     mixed.save(tmp_path / "answers.json")
     assert QuestionResults.load(tmp_path / "answers.json") == mixed
     assert replace(mixed, shuffled_answers=mixed.answers).margin == 0
+
+
+def test_answers_are_those_over_the_right_pictures_and_shuffled_ones_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model that says what the picture's own truth is, whatever it is asked."""
+    seen = {sample.images: truth(sample) for sample in SAMPLES}
+    monkeypatch.setattr(questions, "load_any", lambda folder: None)
+    monkeypatch.setattr(questions.HiveProcessor, "from_pretrained", lambda folder: None)
+    monkeypatch.setattr(questions, "answer_samples", lambda *of, **options: [seen[sample.images] for sample in of[2]])
+    found = ask(Path("model"), SAMPLES, template="chat", seed=0, progress=lambda done, total: None)
+    assert found.answers == found.truths == TRUTHS
+    assert found.kinds == KINDS
+    assert found.ids == [sample.id for sample in SAMPLES]
+    assert sorted(found.shuffled_answers) == sorted(TRUTHS)
+    assert found.margin > 50
 
 
 def test_smoothing_is_a_mean_of_the_last_values() -> None:
