@@ -29,6 +29,8 @@ CONFIG = "open_clip_vision.json"
 SUPPORTED = "CLIP and SigLIP (and SigLIP2 of fixed resolution)"
 ACTIVATIONS = {"gelu": False, "quick_gelu": True}
 """transformers' name -> open_clip's ``quick_gelu``, for CLIP."""
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
+"""PIL's number -> open_clip's name; it resizes in no other way."""
 
 
 def write(job: Job) -> Written:
@@ -153,10 +155,19 @@ def _write_config(job: Job, vision: Any, quick_gelu: bool, names: list[str]) -> 
 
 
 def _preprocessing(processor: BaseImageProcessor, image_size: int) -> dict[str, Any]:
-    """Arguments of open_clip's ``image_transform``: the image processor's doing, at the encoder's own size."""
+    """Arguments of open_clip's ``image_transform``: the image processor's doing, at the encoder's own size.
+
+    Raises:
+        HiveError: open_clip cannot resize in its way.
+    """
+    if (resample := int(processor.resample)) not in INTERPOLATIONS:
+        raise HiveError(
+            f"resample {resample} of the image processor: expected 2 (bilinear) or 3 (bicubic) for open_clip; export "
+            "it with --format timm"
+        )
     settings = {
         "image_size": image_size,
-        "interpolation": "bilinear" if int(processor.resample) == 2 else "bicubic",
+        "interpolation": INTERPOLATIONS[resample],
         "resize_mode": "shortest" if getattr(processor, "do_center_crop", False) else "squash",
         **mean_and_std(processor),
     }

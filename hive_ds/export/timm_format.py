@@ -35,7 +35,7 @@ TABLES: dict[str, Table] = {
 SUPPORTED = "SigLIP (and SigLIP2 of fixed resolution), CLIP, DINOv2 with and without registers"
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 """transformers' name -> timm's."""
-INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """PIL's number -> timm's name."""
 
 

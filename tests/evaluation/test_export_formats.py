@@ -51,11 +51,19 @@ def test_no_ratio_misses_the_width_of_an_mlp(width: int, inner: int) -> None:
     assert int(width * mlp_ratio(config)) == inner
 
 
-@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("resample", ["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"])
 def test_both_libraries_resize_as_the_image_processor(resample: str) -> None:
-    processor = CLIPImageProcessor(resample=Image.Resampling[resample.upper()])
-    found = [one._preprocessing(processor, 224)["interpolation"] for one in (timm_format, open_clip_format)]
-    assert found == [resample] * 2
+    """Or open_clip, which resizes in two ways alone, is no format of it."""
+    number = Image.Resampling[resample.upper()]
+    processor = CLIPImageProcessor(resample=number)
+    found = timm_format._preprocessing(processor, 224)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=found))
+    assert transform.transforms[0].interpolation.value == resample
+    if resample in ("bilinear", "bicubic"):
+        assert open_clip_format._preprocessing(processor, 224)["interpolation"] == resample
+        return
+    with pytest.raises(HiveError, match=f"resample {int(number)} of the image processor: expected 2 .bilinear. or 3 "):
+        open_clip_format._preprocessing(processor, 224)
 
 
 def test_a_card_counts_blocks_from_zero_and_says_so() -> None:

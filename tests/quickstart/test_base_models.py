@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +26,13 @@ from hive_ds.quickstart.base_models import (
 
 TEXTS = list(text_samples(0, "text", 12))
 TOKENIZER = train_tokenizer([turn.content for sample in TEXTS for turn in sample.turns], 400)
+LossOf = Callable[[np.ndarray], torch.Tensor]
 LANGUAGE = LanguageModelSize(layers=1, width=32, heads=2, kv_heads=1, mlp=32, steps=30, batch=4)
 VISION = VisionEncoderSize(image=32, patch=16, blocks=1, width=32, heads=2, mlp=32, text_blocks=1, steps=2, batch=4)
+
+
+def no_progress(step: int, steps: int, loss: float) -> None:
+    pass
 
 
 def test_any_text_encodes_and_turns_are_marked() -> None:
@@ -50,7 +58,7 @@ def test_an_epoch_holds_every_index_once_in_whole_batches() -> None:
 
 
 def test_the_language_model_learns_answers_and_padding_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses: list[Callable[[np.ndarray], torch.Tensor]] = []
+    losses: list[LossOf] = []
     train = base_models._train
     monkeypatch.setattr(
         base_models, "_train", lambda model, loss_of, *of: (losses.append(loss_of), train(model, loss_of, *of))
@@ -73,19 +81,45 @@ def test_the_language_model_learns_answers_and_padding_counts_nothing(monkeypatc
         assert losses[0](np.arange(4)).item() == pytest.approx(np.average(alone, weights=carry[:4]), rel=1e-4)
 
 
-def test_the_encoder_is_the_one_that_was_trained(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    trained: list[torch.nn.Module] = []
+def test_the_encoder_is_the_one_that_was_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On pictures beside their own captions."""
+    trained: list[Any] = []
     train = base_models._train
-    monkeypatch.setattr(base_models, "_train", lambda model, *of: (trained.append(model), train(model, *of)))
+
+    def spied(model: torch.nn.Module, loss_of: LossOf, *of: Any) -> None:
+        trained.extend((model, loss_of))
+        train(model, loss_of, *of)
+
+    monkeypatch.setattr(base_models, "_train", spied)
     samples = list(caption_samples(0, "captions", 8, 32))
     images, captions = [sample.images[0] for sample in samples], [sample.turns[-1].content for sample in samples]
-    encoder, processor = pretrain_vision_encoder(
-        images, captions, TOKENIZER, VISION, seed=0, progress=lambda step, steps, loss: None
-    )
+    encoder, processor = pretrain_vision_encoder(images, captions, TOKENIZER, VISION, seed=0, progress=no_progress)
+    model, loss_of = trained
     save_folder(encoder, processor, tmp_path / "encoder")
     pixels = torch.stack([base_models._pixels(image, processor) for image in images])
     assert pixels.shape == (8, 3, 32, 32)
+    ids = TOKENIZER(captions, padding="max_length", truncation=True, max_length=16, return_tensors="pt").input_ids
+    some = [3, 0, 5]
     with torch.no_grad():
-        expected = trained[0].vision_model(pixels).pooler_output
+        expected = model(input_ids=ids[some], pixel_values=pixels[some], return_loss=True).loss
+        torch.testing.assert_close(loss_of(np.array(some)), expected)
         found = SiglipVisionModel.from_pretrained(tmp_path / "encoder").eval()(pixels).pooler_output
-    torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, model.vision_model(pixels).pooler_output)
+
+
+def test_base_models_are_a_function_of_the_seed() -> None:
+    images = [sample.images[0] for sample in caption_samples(0, "captions", 4, 32)]
+
+    def weights(seed: int) -> torch.Tensor:
+        short = replace(LANGUAGE, steps=2)
+        torch.seed()
+        language = pretrain_language_model(TEXTS[:4], TOKENIZER, short, seed=seed, progress=no_progress)
+        torch.seed()
+        vision, _ = pretrain_vision_encoder(
+            images, ["a", "b", "c", "d"], TOKENIZER, VISION, seed=seed, progress=no_progress
+        )
+        return torch.stack([next(iter(model.parameters())).flatten()[:32].detach() for model in (language, vision)])
+
+    first, again, other = weights(0), weights(0), weights(1)
+    assert torch.equal(first, again)
+    assert not torch.isclose(first, other).all(dim=1).any()
