@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hive_ds.errors import run_command, told_as
+from hive_ds.errors import HiveError, run_command, told_as
 
 OURS = ("ours compiled", "ours")
 """What the others are compared with: the first of these that was timed."""
@@ -114,13 +114,18 @@ def picture(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in result["rows"] if "seconds" in row]
+    if not rows:
+        raise HiveError("nothing was timed; expected a row with a time to draw")
     names = list(dict.fromkeys(row["workload"] for row in rows))
+    # Of a row that is not traced, or that ended before its trace was read, the whole.
+    shares = {id(row): row["shares"] or {"not told apart": 1.0} for row in rows}
+    parts = list(dict.fromkeys(part for row in rows for part in shares[id(row)]))
     figure, panels = pyplot.subplots(len(names), 1, figsize=(10, 1.2 + 2.2 * len(names)), squeeze=False)
     for panel, name in zip(panels[:, 0], names, strict=True):
         own = [row for row in rows if row["workload"] == name][::-1]
         lefts = [0.0] * len(own)
-        for number, part in enumerate(own[0]["shares"]):
-            widths = [1e3 * row["seconds"] * row["shares"].get(part, 0) for row in own]
+        for number, part in enumerate(parts):
+            widths = [1e3 * row["seconds"] * shares[id(row)].get(part, 0) for row in own]
             panel.barh([row["arm"] for row in own], widths, left=lefts, label=part, color=f"C{number}")
             lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
         panel.set(title=name, xlabel="ms a step")

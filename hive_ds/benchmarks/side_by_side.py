@@ -55,7 +55,7 @@ def _time_in(folder: Path, run: Run, names: Sequence[str], arguments: Sequence[s
     threads = str(max(1, (os.cpu_count() or 1) // len(names)))
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": "4", **os.environ}
     command = [sys.executable, "-m", "hive_ds.benchmarks.step", *arguments]
-    command += ["--seconds", str(max(1.0, run.left() - GRACE))]
+    command += ["--seconds", str(max(1.0, run.left() - GRACE)), "--until", str(run.deadline - GRACE)]
     children = {
         name: subprocess.Popen([*command, "--arms", name, "--out", str(folder / f"{name}.json")], env=environment)
         for name in names

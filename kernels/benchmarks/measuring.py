@@ -14,7 +14,7 @@ from .peer import Peer
 from .peers import PEERS
 from .records import Record
 from .shapes import Shape
-from .timing import Clock, clock, interleaved, peak_bytes, spread
+from .timing import Clock, clock, interleaved, peak_bytes, spread, told
 
 SECONDS = 1.5
 """Time for the readings of one direction of one shape on a GPU; on a CPU one reading is enough to see it work."""
@@ -46,8 +46,7 @@ class Measurement:
                 self._check.assert_agrees(self.peer(name))
                 self._verdicts[name] = "passed"
             except Exception as error:  # one peer that a library refuses must not hide the others
-                text = str(error).splitlines() or [""]
-                self._verdicts[name] = f"{type(error).__name__}: {text[0]}"
+                self._verdicts[name] = told(error)
         return self._verdicts[name]
 
     def row(self, name: str, direction: str) -> Record:
@@ -73,7 +72,7 @@ class Measurement:
                 row["peak_bytes"] = peak_bytes(self.peer(name), direction)
             except RuntimeError as error:  # out of memory, most likely
                 clocks.pop(name, None)
-                row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                row["note"] = told(error)
         for name, readings in self._readings(clocks).items():
             rows[name] |= {
                 "seconds": statistics.median(readings),

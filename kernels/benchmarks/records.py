@@ -65,12 +65,19 @@ def commit() -> Record:
 
 
 def write(record: Record) -> Path:
-    """Write to $OUT, or else to results/: ``<date>-<device>-<commit>.json``, all but benchmarks with ``-<kind>``."""
+    """Write to $OUT, or else to results/: ``<date>-<device>-<commit>.json``, all but benchmarks with ``-<kind>``.
+
+    What another run wrote stays: the next file's name ends in ``-2``.
+    """
     folder = Path(os.environ.get("OUT") or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
     suffix = "" if record["kind"] == "benchmark" else f"-{record['kind']}"
-    path = folder / f"{record['date'][:10]}-{name}-{record['commit'][:10]}{suffix}.json"
+    stem = f"{record['date'][:10]}-{name}-{record['commit'][:10]}{suffix}"
+    path, number = folder / f"{stem}.json", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 

@@ -46,7 +46,7 @@ class Step:
     limit: float
     environment: dict[str, str] = field(default_factory=dict)
     verdict: str = "not run"
-    """"passed", "failed", "timed out" or "not run"."""
+    """"passed", "failed", "timed out", "interrupted" or "not run"."""
     detail: str = ""
     seconds: float = 0.0
     tests: dict[str, int] = field(default_factory=dict)
@@ -70,12 +70,21 @@ class Step:
         except subprocess.TimeoutExpired:
             _end(process)
             self.verdict, self.detail = "timed out", f"after {min(self.limit, left):.0f} s"
+        except KeyboardInterrupt:
+            _end(process)
+            self.verdict, self.detail = "interrupted", ""
         self.seconds = round(time.perf_counter() - start, 1)
 
 
 def _hear_interrupts() -> None:
     """What nohup and background jobs of a shell ignore, programs that they start ignore too."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _stop(*_: object) -> None:
+    """SIGTERM, of `timeout` or a scheduler: as Ctrl-C, once; make sends it on, and `timeout` sends it to both."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -109,7 +118,9 @@ def child_environment(tree: Path, part: str) -> dict[str, str]:
     environment["PYTHONSAFEPATH"] = "1"  # the clone's hive_ds/ has no kernels/: the current folder must not be searched
     if environment.get("OUT"):
         environment["OUT"] = str(Path(environment["OUT"]).absolute())
-    chosen = "".join(f" {name}={shlex.quote(os.environ[name])}" for name in ("SHAPES", "STEP") if os.environ.get(name))
+    given = {name: os.environ.get(name) for name in ("SHAPES", "STEP")}
+    given["SECONDS"] = os.environ.get("HIVE_SUITE_SECONDS")
+    chosen = "".join(f" {name}={shlex.quote(value)}" for name, value in given.items() if value)
     environment["HIVE_SUITE_COMMAND"] = f"make gpu-suite PART={part}{chosen}"
     if os.environ.get("SHAPES"):
         environment["HIVE_BENCH_SHAPES"] = os.environ["SHAPES"]
@@ -166,7 +177,8 @@ def training(part: str, out: Path) -> list[Step]:
     """The training step of a stage, which looks at the clock itself."""
     command = [sys.executable, "-m", "hive_ds.benchmarks.step", part.removeprefix("stage"), "--out", str(out)]
     chosen = shlex.split(os.environ.get("STEP", ""))
-    return [Step("training step", [*command, "--seconds", str(SECONDS - GRACE), *chosen], SECONDS)]
+    command += ["--seconds", str(SECONDS - GRACE), "--until", str(time.perf_counter() + SECONDS - GRACE)]
+    return [Step("training step", [*command, *chosen], SECONDS)]
 
 
 def write_training(part: str, step: Step, out: Path, command: str) -> None:
@@ -181,7 +193,7 @@ def write_training(part: str, step: Step, out: Path, command: str) -> None:
 
 
 def run(steps: list[Step], environment: dict[str, str], tree: Path) -> None:
-    """Every step in turn, until the time for all is used up."""
+    """Every step in turn, until the time for all is used up or one is interrupted."""
     deadline = time.perf_counter() + SECONDS
     for step in steps:
         left = deadline - time.perf_counter()
@@ -195,6 +207,8 @@ def run(steps: list[Step], environment: dict[str, str], tree: Path) -> None:
         else:
             step.run(environment, tree, left)
             _count_tests(step)
+            if step.verdict == "interrupted":
+                break
 
 
 def _count_tests(step: Step) -> None:
@@ -224,6 +238,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=("checks", "bench", *STAGES))
     part = parser.parse_args().part
+    signal.signal(signal.SIGTERM, _stop)
     with tempfile.TemporaryDirectory() as name:
         xml = Path(name) / "xml"
         tree = Path(name) / "tree"

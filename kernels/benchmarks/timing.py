@@ -135,6 +135,11 @@ class GraphClock(EventClock):
             self.graph.replay()
 
 
+def told(error: Exception) -> str:
+    """Kind and first line of an error, which may say nothing."""
+    return f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
+
+
 def clock(peer: Peer, direction: str) -> tuple[Clock, str]:
     """The best clock for this peer here, and why it is not a graph's ("" if it is, or on a CPU)."""
     if peer.case.device.type != "cuda":
@@ -145,7 +150,7 @@ def clock(peer: Peer, direction: str) -> tuple[Clock, str]:
         return GraphClock(peer, direction), ""
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return EventClock(Steps(peer, direction)), f"no graph: {str(error).splitlines()[0]}"
+        return EventClock(Steps(peer, direction)), f"no graph: {told(error)}"
 
 
 def interleaved(clocks: dict[str, Clock], *, seconds: float, least: int = 3) -> dict[str, list[float]]:

@@ -17,11 +17,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
 
-from benchmarks import measuring, peers, render, suite, tuning  # noqa: E402
+from benchmarks import measuring, peers, records, render, suite, tuning  # noqa: E402
 from benchmarks.case import Arguments, Case  # noqa: E402
 from benchmarks.checking import Check  # noqa: E402
 from benchmarks.joining import Gather, first_queries, pieces  # noqa: E402
 from benchmarks.shapes import SHAPES, tiny  # noqa: E402
+from benchmarks.timing import clock  # noqa: E402
 
 from hive_ds.kernels import AttentionLayout, tiles  # noqa: E402
 
@@ -135,6 +136,33 @@ def test_a_step_that_hangs_or_fails_is_red(tmp_path: Path) -> None:
     assert (hangs.verdict, fails.verdict, fails.detail) == ("timed out", "failed", "exit status 3")
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_stage_keeps_its_rows(how: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C, and a time limit, whose SIGTERM comes twice: what was started ends, and what it wrote stays."""
+    code = """if True:
+        import sys
+        from benchmarks import suite
+        wait = "import sys, time; open(sys.argv[1], 'w').write('{\\"rows\\": [7]}'); print('on', flush=True);"
+        wait += "time.sleep(60)"
+        suite.training = lambda part, out: [suite.Step("it", [sys.executable, "-c", wait, str(out)], 50)]
+        sys.argv = ["suite", "stage3"]
+        sys.exit(suite.main())
+    """
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": str(ROOT / "kernels")}
+    command = [sys.executable, "-c", code]
+    hear = suite._hear_interrupts
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=hear) as process:
+        assert process.stdout is not None
+        assert "on\n" in iter(process.stdout.readline, "")
+        for _ in range(1 if how == signal.SIGINT else 2):
+            process.send_signal(how)
+        said = process.stdout.read()  # ends when nobody holds the pipe any more
+    assert process.returncode == 1
+    assert "it: interrupted" in said
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["rows"] == [7]
+
+
 @pytest.mark.parametrize(("rows", "verdict"), [([{"seconds": 0.1}, {"check": "red"}], "passed"), ([{}], "failed")])
 def test_a_stage_that_times_nothing_is_red(
     rows: list[dict[str, float]], verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +175,34 @@ def test_a_stage_that_times_nothing_is_red(
     assert step.verdict == verdict
     (path,) = (tmp_path / "out").iterdir()
     assert json.loads(path.read_text())["rows"] == rows
+
+
+def test_a_second_run_keeps_the_first_ones_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of other shapes, or another STEP."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    record = records.describe("stage3") | {"date": "2000-01-02T03:04:05", "device": {"name": "A B"}, "commit": "c" * 40}
+    written = [records.write(record | {"rows": [number]}) for number in range(3)]
+    assert [path.name for path in written] == [
+        f"2000-01-02-a-b-cccccccccc-stage3{end}.json" for end in ("", "-2", "-3")
+    ]
+    assert [json.loads(path.read_text())["rows"] for path in written] == [[0], [1], [2]]
+
+
+def test_a_peer_that_fails_without_a_word_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "PEERS", {name: peers.PEERS[name] for name in ("hive", "reference")})
+    monkeypatch.setattr(
+        measuring, "clock", lambda peer, _: Refuses() if peer.name == "hive" else clock(peer, "forward")
+    )
+    measurement = measuring.Measurement(tiny(SHAPES["a"]), CPU, torch.float32)
+    assert measurement.row("hive", "forward")["note"] == "NotImplementedError: "
+    assert measurement.row("reference", "forward")["seconds"] > 0
+
+
+class Refuses:
+    """No clock: as operators that there are not for a device."""
+
+    def __iter__(self) -> None:
+        raise NotImplementedError
 
 
 def test_large_checks_fit_a_gpu_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,14 +238,23 @@ def test_the_suite_runs_without_a_gpu(part: str, tmp_path: Path) -> None:
     """The very commands of a machine with a GPU, on tiny shapes and under Triton's interpreter."""
     pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark: run `make venv`")
     environment = {**os.environ, "OUT": str(tmp_path), "SHAPES": "a-decode", "CUDA_VISIBLE_DEVICES": ""}
-    command = ["make", "-s", "-C", str(ROOT), "gpu-suite", f"PART={part}", f"SUITE_PYTHON={sys.executable}"]
+    command = [
+        "make",
+        "-s",
+        "-C",
+        str(ROOT),
+        "gpu-suite",
+        f"PART={part}",
+        f"SUITE_PYTHON={sys.executable}",
+        "SECONDS=499",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*-cpu-*.json")
     record = json.loads(path.read_text())
     assert record["tiny"]
     assert record["interpreted"] or part == "checks"
-    assert record["command"] == f"make gpu-suite PART={part} SHAPES=a-decode"
+    assert record["command"] == f"make gpu-suite PART={part} SHAPES=a-decode SECONDS=499"
     assert f"result file: {path}" in done.stdout
     if part == "checks":
         assert str(ROOT) not in path.read_text()

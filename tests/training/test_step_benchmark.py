@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from forked import run_forked
+from matplotlib.axes import Axes
 
 from hive_ds.benchmarks import padded_ways, report
 from hive_ds.benchmarks.agreement import Outcome, compared
 from hive_ds.benchmarks.arms import LABELS, Setting, build_arm
-from hive_ds.benchmarks.side_by_side import time_side_by_side
+from hive_ds.benchmarks.side_by_side import GRACE, time_side_by_side
 from hive_ds.benchmarks.sizes import TINY, caption_lengths, make_batch
 from hive_ds.benchmarks.step import PROBES, Run, main
 from hive_ds.benchmarks.trainer import engine_refusal
@@ -71,7 +72,7 @@ def test_a_step_that_runs_out_of_memory_leaves_nothing_behind(way: str) -> None:
 def test_side_by_side(tmp_path: Path) -> None:
     """What the ways say in processes of their own is put together."""
     setting = Setting(TINY, 2, torch.device("cpu"), compiled=False)
-    run = Run(setting, 0.0, time.perf_counter() + 120, tmp_path / "all.json")
+    run = Run(setting, 0.0, time.perf_counter() + 240, tmp_path / "all.json")
     run.result = {"rows": [], "skipped": []}
     time_side_by_side(run, ["ours", "paper"], ["2", "--loads", "captions x 2", "--parts", "1"])
     found = json.loads((tmp_path / "all.json").read_text())
@@ -97,6 +98,22 @@ def test_a_way_that_ends_without_a_row_is_red(tmp_path: Path, monkeypatch: pytes
     ]
 
 
+def test_processes_know_when_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long their imports take: a killed one would not say where its rows' time goes."""
+    commands: list[list[str]] = []
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command) or start(["true"]))
+    run = Run(Setting(TINY, 2, torch.device("cpu"), compiled=False), 0.0, time.perf_counter() + 60, None)
+    run.result = {"rows": [], "skipped": []}
+    time_side_by_side(run, ["ours"], ["2"])
+    told = dict(zip(commands[0][4::2], commands[0][5::2], strict=True))
+    assert float(told["--until"]) == run.deadline - GRACE
+    assert float(told["--seconds"]) == pytest.approx(60 - GRACE, abs=5)
+    assert main(["1", "--until", str(time.perf_counter() - 1), "--out", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["rows"], {one["why"] for one in found["skipped"]}) == ([], {"no time left for it"})
+
+
 def test_unknown_names_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     for option, known in (("--arms", "ours, ours compiled"), ("--loads", "captions x 2, 32 tokens x 2")):
         with pytest.raises(SystemExit):
@@ -112,6 +129,22 @@ def test_what_is_no_result_is_named(content: str | None, tmp_path: Path, monkeyp
     monkeypatch.setattr(sys, "argv", ["report", str(path)])
     with pytest.raises(HiveError, match=rf"^{re.escape(str(path))}: .*expected a result file of "):
         report.main()
+
+
+def test_every_row_is_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In milliseconds by part; as a whole where the parts are not known, as of a way that time was up for."""
+    bars: dict[tuple[str, str], float] = {}
+
+    def barh(panel: Axes, names: list[str], widths: list[float], **named: Any) -> None:
+        bars.update({(name, named["label"]): width for name, width in zip(names, widths, strict=True) if width})
+
+    monkeypatch.setattr(Axes, "barh", barh)
+    record = {"stage": 1, "models": "", "tiny": True}
+    rows = [{**MINIMAL_ROW, "shares": {"LLM": 0.7, "data": 0.3}}, {**MINIMAL_ROW, "arm": "sa", "seconds": 2.0}]
+    report.picture(record | {"rows": rows}, tmp_path / "bars.png")
+    assert bars == {("ours", "LLM"): 700, ("ours", "data"): 300, ("sa", "not told apart"): 2000}
+    with pytest.raises(HiveError, match="nothing was timed"):
+        report.picture(record | {"rows": [{"arm": "sa", "check": "loss is 3"}]}, tmp_path / "bars.png")
 
 
 def test_slowest_kernels() -> None:
