@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from hive_ds.benchmarks import gpu, step
+from hive_ds.benchmarks import arms, gpu, padded_ways, step
 from hive_ds.benchmarks.arms import LABELS, Arm, Setting, build_arm
 from hive_ds.benchmarks.side_by_side import time_side_by_side
-from hive_ds.benchmarks.sizes import TINY, caption_lengths, make_batch, real_captions
+from hive_ds.benchmarks.sizes import TINY, build_cascaded, build_hive, caption_lengths, make_batch, real_captions
 from hive_ds.benchmarks.step import ROUNDS, Run, Workload, measure, time_here, workloads
 from hive_ds.data.batch import PackedBatch
+from hive_ds.model.flash import TORCH_FLASH
+from hive_ds.model.language import decoder
 from hive_ds.training.flops import BatchSize
 
 CPU = torch.device("cpu")
@@ -191,3 +194,38 @@ def test_batches_of_captions() -> None:
     assert {length - 1 for length in caption_lengths(real, 2000, 0)} == set(real_captions())
     batch = make_batch(TINY, [3, 2], 0)
     assert (batch.labels == torch.tensor([-100, *batch.input_ids[1:3], -100, batch.input_ids[4]])).all()
+
+
+def test_ways_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # given back
+    monkeypatch.setattr(arms, "compile_blocks", lambda model, *_: compiled.append(model))
+    monkeypatch.setattr(arms.PaperWay, "compile", lambda way: compiled.append(way.hive))
+    monkeypatch.setattr(arms.PaddedCascade, "compile", lambda way: compiled.append(way.model))
+    setting = Setting(TINY, 3, CPU, compiled=True)
+    for name in LABELS.keys() - {"ours zero3"}:
+        sa = name.startswith("sa")
+        hive = partial(build_hive, TINY, setting.described("hive"))
+        model: Any = (partial(build_cascaded, TINY) if sa else hive)(CPU, torch.float32)
+        compiled.clear()
+        arms._loss_of(name, model, setting)
+        assert compiled == ([model] if "torch.compile" in LABELS[name] else []), name
+        if not sa:
+            backends = [layer.self_attn.backend for layer in decoder(model.language_model).layers]
+            assert backends == (["auto", TORCH_FLASH, "auto"] if name == "ours flash" else ["auto"] * 3)
+
+
+def test_the_peers_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders: list[Any] = []
+    monkeypatch.setattr(padded_ways, "compile_encoder", lambda encoder, backend: encoders.append(encoder))
+    hive = build_hive(TINY, Setting(TINY, 3, CPU, compiled=True).described("hive"), CPU, torch.float32)
+    cascaded = build_cascaded(TINY, CPU, torch.float32)
+    paper = padded_ways.PaperWay(hive)
+    paper.compile("eager")
+    padded_ways.PaddedCascade(cascaded).compile("eager")
+    assert encoders == [hive.vision_encoder, cascaded.vision_encoder]
+    assert paper.layer is not padded_ways._layer
+    own = [*hive.projectors.values(), cascaded.projector, *decoder(cascaded.language_model).layers]
+    assert all("forward" in vars(module) for module in own)
+    mask = padded_ways._additive(torch.ones(2, 3, 21, dtype=torch.bool), torch.float32)
+    assert (mask.shape, [stride % 16 for stride in mask.stride()[:3]]) == ((2, 1, 3, 21), [0, 0, 0])
