@@ -106,13 +106,13 @@ def test_larger_batches_of_texts_that_did_not_fit_are_left_out(tmp_path: Path, m
     monkeypatch.setattr(step, "traced", traced)
     monkeypatch.setattr(step, "shares_of", lambda events, cuda: {"LLM": 1.0})
     run = run_of(tmp_path / "out.json")
-    names = ["captions x 2", "captions x 4", "captions x 8", "32 tokens x 2"]
+    names = ["captions x 2", "32 tokens x 2", "captions x 4", "captions x 8"]
     step.time_arm(run, "ours", workloads(TINY, names), parts=1)
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [(row["workload"], row["shares"]) for row in found["rows"]] == [(names[0], {"LLM": 1.0}), (names[3], {})]
+    assert [(row["workload"], row["shares"]) for row in found["rows"]] == [(names[0], {"LLM": 1.0}), (names[1], {})]
     assert [(one["what"], one["why"]) for one in found["skipped"]] == [
-        (f"ours, packed, {names[1]}", "out of memory; others held 0.0 GiB"),
-        (f"ours, packed, {names[2]}", "out of memory at fewer samples"),
+        (f"ours, packed, {names[2]}", "out of memory; others held 0.0 GiB"),
+        (f"ours, packed, {names[3]}", "out of memory at fewer samples"),
     ]
 
 
