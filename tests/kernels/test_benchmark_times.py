@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,3 +155,14 @@ def test_the_commit_of_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert records.commit() == {"commit": "c0ffee", "dirty": True}
     monkeypatch.setenv("HIVE_COMMIT", "d00d")
     assert records.commit() == {"commit": "d00d", "dirty": None}
+
+
+def test_a_second_sigterm_does_not_stop_the_writing() -> None:
+    """As `timeout make gpu-suite` sends it, to make, which sends it on, and to all of its group."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            suite._stop()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
