@@ -117,7 +117,6 @@ def test_the_card_sums_up_all_stages_and_names_all_data(tmp_path: Path) -> None:
         "| data, train | one (1.0), two (0.5) |",
         "| data, validation | three |",
         "| data, text validation | four |",
-        "| language model, stages 4 and 5 | Qwen/Qwen2-0.5B-Instruct |",
         "| seed | 7 |",
         "| evaluation/first/results.json | gqa | gqa-2 |",
     ):

@@ -137,7 +137,6 @@ def test_killed_in_mid_write_leaves_nothing_that_is_read(moment: str, tmp_path: 
     left = list(tmp_path.iterdir())
     assert [path.name.startswith(ASIDE) for path in left] == [True, True]
     sizes = [(path / "features.npy").stat().st_size for path in left]
-    assert min(sizes) > 0
     assert (max(sizes) > fresh[1].values.nbytes) == (moment == "before the rename")
     cache = FeatureCache(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -81,13 +81,22 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         (Path("out"), 7, 3),
         {"size": 32},
     ),
-    f"data convert in.csv out {SOURCE} --text-column alt --conversations-column said --workers 3 --limit 50 --shuffle 4"
+    f"data convert in.csv out {SOURCE} --text-column alt --workers 3 --limit 50 --shuffle 4"
     " --resize 64 --image-format webp --quality 80 --compression zstd --part-size 20 --max-reject-share 0.25": (
         "hive_ds.data.convert.convert",
         (
-            (SourceOptions("in.csv", "table", "pictures", "val", Columns("key", "picture", "alt", "said")), "cc3m"),
+            (SourceOptions("in.csv", "table", "pictures", "val", Columns("key", "picture", "alt")), "cc3m"),
             "out",
             ConvertOptions(3, 20, ImageOptions(64, "webp", 80), 0.25, 50, 4, "zstd"),
+        ),
+        {},
+    ),
+    "data convert in.csv out --conversations-column said": (
+        "hive_ds.data.convert.convert",
+        (
+            (SourceOptions("in.csv", columns=Columns(conversations="said")), None),
+            "out",
+            ConvertOptions(images=ImageOptions(quality=90)),
         ),
         {},
     ),
