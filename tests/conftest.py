@@ -48,6 +48,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Triton 3.9 takes what is still frozen when Python ends for leaked, and prints so."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of `FIRST` in that order, then all others as they were."""
     places = {HERE / f"{name}.py": place for place, name in enumerate(FIRST)}

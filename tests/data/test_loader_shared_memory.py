@@ -56,7 +56,8 @@ def names(samples: list[PreparedSample]) -> list[str]:
 
 def loader(folder: str, cache: str, workers: int) -> DataLoader:
     data = make_dataset(folder, cache)
-    return DataLoader(data, batch_size=2, num_workers=workers, collate_fn=names)
+    forked = "fork" if workers else None
+    return DataLoader(data, batch_size=2, num_workers=workers, collate_fn=names, multiprocessing_context=forked)
 
 
 def dataset(batches: DataLoader) -> SampleDataset:
