@@ -24,6 +24,7 @@ from hive_ds.kernels.testing import (
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
+MANY = 1_000
 DEVICE = "cpu" if tiles.INTERPRETED else "cuda"
 
 
@@ -35,13 +36,16 @@ class PooledErrors:
     comes from the stored output's rounding and by a relative error of eps * abs(lse) in fp32: as in every flash
     attention, the backward pass computes weights as exp(score - lse), and the relative error of an exponential is the
     absolute one of its argument. Plain code subtracts the largest score instead, so a weight near one is nearly exact.
-    Over all layouts the root mean square of the error may be twice that of plain code, without any of these.
+    Over many layouts the root mean square of the error may be twice that of plain code, without any of these. Among few
+    one that plain code hits almost exactly can decide, so there the relative error is allowed for.
     """
 
     def __init__(self) -> None:
+        self.layouts = 0
         self.squares: dict[tuple[torch.dtype, str], list[float]] = {}
 
     def add(self, found: Results, plain: Results, exact: Results, rounded: Results, dtype: torch.dtype) -> None:
+        self.layouts += 1
         weight_error = torch.finfo(torch.float32).eps * max(exact["lse"].abs().flatten().tolist(), default=0.0)
         for name, expected in exact.items():
             if not expected.numel():
@@ -49,19 +53,22 @@ class PooledErrors:
             error, plain_error = found[name].double() - expected, plain[name].double() - expected
             allowance = ATOL[dtype] + torch.finfo(dtype).eps * expected.abs().max()
             factor = 2
+            of_weights = torch.zeros_like(expected)
             if name.startswith("grad"):
                 factor = 3
+                of_weights = weight_error * expected.abs()
                 allowance += rounded[name].abs().max() if name in rounded else 0
-                allowance += weight_error * expected.abs().max()
+                allowance += of_weights.max()
             assert error.abs().max() <= factor * plain_error.abs().max() + allowance, name
-            sums = self.squares.setdefault((dtype, name), [0.0, 0.0])
-            sums[0] += error.square().sum().item()
-            sums[1] += plain_error.square().sum().item()
+            sums = self.squares.setdefault((dtype, name), [0.0, 0.0, 0.0])
+            for place, part in enumerate((error, plain_error, of_weights)):
+                sums[place] += part.square().sum().item()
 
     def check(self) -> None:
         assert self.squares
-        for kind, (found, plain) in self.squares.items():
-            assert found <= 4 * plain, f"{kind}: squared error {found:.3g} in all, of plain code {plain:.3g}"
+        for kind, (found, plain, of_weights) in self.squares.items():
+            allowed = 4 * plain + (of_weights if self.layouts < MANY else 0)
+            assert found <= allowed, f"{kind}: squared error {found:.3g} in all, of plain code {plain:.3g}"
 
 
 def gradients_of_rounding(inputs: Inputs, error: torch.Tensor) -> Results:
