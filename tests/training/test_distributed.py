@@ -19,4 +19,5 @@ assert gc.get_freeze_count() > 10**5
 def test_nothing_is_left_out_of_garbage_collection_when_python_ends() -> None:
     """Triton 3.9 would print some thirty lines of what it takes for leaked."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "0"  # gloo of torch 2.9 prints before it
