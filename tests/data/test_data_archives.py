@@ -62,13 +62,8 @@ def test_a_damaged_zip_loses_one_image_and_no_run(tmp_path: Path) -> None:
         source.images(1)
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_what_macos_adds_hides_no_image(kind: str, tmp_path: Path) -> None:
-    """Files beside the one folder that the images lie in, which were taken for files of the data set."""
-    added = ("__MACOSX/images/._0.jpg", ".DS_Store") if kind == "zip" else ("./._images", "./images/._0.jpg")
-    path = tmp_path / f"images.{kind}"
-    members = {**dict.fromkeys(added, b"x"), "images/0.jpg": FILES["0.jpg"]}
-    if kind == "zip":
+def write_archive(path: Path, members: dict[str, bytes]) -> None:
+    if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as file:
             for name, data in members.items():
                 file.writestr(name, data)
@@ -76,6 +71,15 @@ def test_what_macos_adds_hides_no_image(kind: str, tmp_path: Path) -> None:
         with tarfile.open(path, "w") as tar:
             for name, data in members.items():
                 add(tar, name, data)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_what_macos_adds_hides_no_image(kind: str, tmp_path: Path) -> None:
+    """Files beside the one folder that the images lie in, which were taken for files of the data set."""
+    added = ("__MACOSX/images/._0.jpg", ".DS_Store") if kind == "zip" else ("./._images", "./images/._0.jpg")
+    path = tmp_path / f"images.{kind}"
+    members = {**dict.fromkeys(added, b"x"), "images/0.jpg": FILES["0.jpg"]}
+    write_archive(path, members)
     store = open_store(path)
     assert store.read("0.jpg") == store.read("images/0.jpg") == FILES["0.jpg"]
 
@@ -156,14 +160,7 @@ def test_a_top_folder_hides_no_member(kind: str, tmp_path: Path) -> None:
     """Of `t/t/0.jpg` and `t/0.jpg` the latter is what its own name says, and what both could be called."""
     images = {"t/t/0.jpg": FILES["0.jpg"], "t/0.jpg": FILES["1.jpg"]}
     path = tmp_path / f"images.{kind}"
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as file:
-            for name, data in images.items():
-                file.writestr(name, data)
-    else:
-        with tarfile.open(path, "w") as tar:
-            for name, data in images.items():
-                add(tar, name, data)
+    write_archive(path, images)
     store = open_store(path)
     assert {name: store.read(name) for name in (*images, "0.jpg")} == {**images, "0.jpg": FILES["1.jpg"]}
 
