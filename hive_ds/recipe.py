@@ -127,6 +127,11 @@ def dump_recipe(recipe: Recipe, origins: Origins | None = None) -> str:
     return "".join(f"{text:<{column}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
 
 
+def override(key: str, value: Any) -> str:
+    """The ``--set`` option that gives ``key`` this value, in quotes where YAML would read it otherwise (``run #1``)."""
+    return f"{key}={_yaml_value(str(value) if isinstance(value, Path) else value)}"
+
+
 def _yaml_lines(value: Any, prefix: str = "", indent: str = "") -> Iterator[tuple[str, str]]:
     """Dotted key and YAML line of every value below a dataclass or mapping."""
     pairs = [(spec.name, getattr(value, spec.name)) for spec in fields(value)] if is_dataclass(value) else value.items()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hive_ds.config import Recipe
 from hive_ds.errors import HiveError
 from hive_ds.model.routes import spread_routes
+from hive_ds.recipe import override
 from hive_ds.stages import HIVE_STAGES
 
 ARMS = ("hive", "sa", "base", "last", "routes-N")
@@ -55,7 +56,7 @@ def make_arm(name: str, recipe: Recipe, depths: Depths) -> Arm:
         return Arm(name, ("model.kind=cascaded", "model.routes=null", *clips))
     if name == "base":
         untrained = [f"stages.{stage}=null" for stage in trained]
-        return Arm(name, (*untrained, f"vlm.vision_encoder={recipe.model.vision_encoder}"))
+        return Arm(name, (*untrained, override("vlm.vision_encoder", recipe.model.vision_encoder)))
     if match := re.fullmatch(r"routes-(\d+)", name):
         blocks, layers = spread_routes(int(match[1]), depths.blocks, depths.layers)
         return Arm(name, (_routes_override(blocks, layers),))

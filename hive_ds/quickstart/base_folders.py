@@ -6,13 +6,11 @@ times slower than one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -28,6 +26,7 @@ from hive_ds.quickstart.base_models import (
     train_tokenizer,
 )
 from hive_ds.quickstart.settings import Settings
+from hive_ds.recipe import override
 
 
 def draw_scenes(
@@ -74,16 +73,6 @@ def folder_overrides(scenes: SceneFolders, language_model: Path, vision_encoder:
         override("data.train", scenes.train),
         override("data.validation", scenes.validation),
     ]
-
-
-def override(key: str, path: Path) -> str:
-    """The ``--set`` option of a path, in quotes where YAML would read it as anything else (``run #1``)."""
-    text = str(path)
-    try:
-        is_plain = yaml.safe_load(text) == text
-    except yaml.YAMLError:
-        is_plain = False
-    return f"{key}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
 
 
 def read_samples(folder: Path) -> list[Sample]:

@@ -21,12 +21,12 @@ from hive_ds.data.scenes_samples import SceneFolders
 from hive_ds.errors import HiveError
 from hive_ds.events import read_events
 from hive_ds.export import export_encoder
-from hive_ds.quickstart.base_folders import draw_scenes, folder_overrides, make_base_models, override, read_samples
+from hive_ds.quickstart.base_folders import draw_scenes, folder_overrides, make_base_models, read_samples
 from hive_ds.quickstart.page import PageContent, render_page
 from hive_ds.quickstart.questions import QuestionResults, ask, table
 from hive_ds.quickstart.settings import DEFAULT, RECIPE, Settings
 from hive_ds.quickstart.steps import Step, check_made_with, run_steps, seconds_of
-from hive_ds.recipe import load_recipe
+from hive_ds.recipe import load_recipe, override
 from hive_ds.stages import HIVE_STAGES, Stage
 from hive_ds.training.distributed import uses_gpu
 

@@ -257,3 +257,11 @@ def test_submission_is_one_command_a_run(recipe: str, tmp_path: Path) -> None:
     assert said == [f"--nodes 4 --recipe {run.recipe} --run {run.folder}" for run in runs]
     with pytest.raises(HiveError, match="run hive-seed0 was not submitted: false ended with exit code 1"):
         submit_all(runs, ["false"])
+
+
+def test_base_judges_an_encoder_whose_path_yaml_would_cut() -> None:
+    recipe = load_recipe("tiny", ['model.vision_encoder="run #1/encoder"'])
+    (arm,) = make_arms(["base"], recipe, Depths(4, 6))
+    judged = load_recipe("tiny", arm.overrides).vlm
+    assert judged is not None
+    assert judged.vision_encoder == "run #1/encoder"
