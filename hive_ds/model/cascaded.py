@@ -298,11 +298,6 @@ class CascadedForCausalLM(nn.Module):
         start = next((start for start in STOCK_NAMES if name.startswith(start)), None)
         return name if start is None else STOCK_NAMES[start] + name.removeprefix(start)
 
-    def load_generation_config(self, folder: str | Path) -> None:
-        """Take over how the folder's model generates by default, if it says so."""
-        if (Path(folder) / "generation_config.json").is_file():
-            self.language_model.generation_config = GenerationConfig.from_pretrained(folder)
-
 
 def block_number(feature_block: int, num_blocks: int) -> int:
     """Number, from 1, of the block that ``feature_block`` names, which counts from the end where it is negative.

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlavaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hive_ds.config import ModelConfig, RoutesConfig
@@ -104,6 +112,7 @@ def load_model(
     saved.text_attention_backend = config.text_attention_backend
     model = without_random_weights(HiveForCausalLM, saved).float()
     set_vision_attention(model, config.vision_attention)
+    _take_generation_config(model, folder)
     return model, load_weights(model, folder)
 
 
@@ -175,6 +184,35 @@ def without_random_weights(make: Callable[..., Model], *arguments: Any, **more: 
     return model
 
 
+def unread_model(
+    config: HiveConfig | LlavaConfig, generation_config: GenerationConfig | None, wanted: ModelConfig
+) -> HiveForCausalLM | CascadedForCausalLM:
+    """The model of another rank, by its config; its weights are memory that was never written, which takes up none.
+
+    Args:
+        config: of the other rank's model.
+        generation_config: likewise, of `generating_part`.
+        wanted: the recipe's ``model`` section.
+    """
+    config = type(config).from_dict(config.to_dict())  # as from a folder: which attention was chosen is not in there
+    model: HiveForCausalLM | CascadedForCausalLM
+    if isinstance(config, HiveConfig):
+        model = without_random_weights(HiveForCausalLM, config)
+    else:
+        backend = wanted.text_attention_backend
+        model = without_random_weights(CascadedForCausalLM, config, attention_backend=backend)
+    for parameter in model.parameters():
+        parameter.data = torch.empty(parameter.shape)
+    generating_part(model).generation_config = generation_config
+    set_vision_attention(model, wanted.vision_attention)
+    return model
+
+
+def generating_part(model: HiveForCausalLM | CascadedForCausalLM) -> PreTrainedModel:
+    """The module whose ``generation_config`` says how ``model`` answers."""
+    return model if isinstance(model, HiveForCausalLM) else model.language_model
+
+
 def _load_hive(folder: str | Path, dtype: torch.dtype) -> HiveForCausalLM:
     config = HiveConfig.from_pretrained(folder)
     config.attention_backend = config.text_attention_backend = "auto"  # not those of the machine that trained it
@@ -197,8 +235,14 @@ def _load_cascaded(
         )
     model = without_random_weights(CascadedForCausalLM, saved, attention_backend=backend).to(dtype)
     set_vision_attention(model, vision_attention)
-    model.load_generation_config(folder)
+    _take_generation_config(model, folder)
     return model, load_weights(model, folder)
+
+
+def _take_generation_config(model: HiveForCausalLM | CascadedForCausalLM, folder: Path) -> None:
+    """Let ``model`` answer by default as the one in ``folder``, if that says how."""
+    if (folder / "generation_config.json").is_file():
+        generating_part(model).generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def load_vision_encoder(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

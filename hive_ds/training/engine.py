@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,11 +22,19 @@ from hive_ds.config import StageConfig
 from hive_ds.errors import HiveError
 from hive_ds.training.distributed import World, min_over_ranks, sum_over_ranks, uses_gpu
 from hive_ds.training.ds_config import zero_section
-from hive_ds.training.gather_units import WholeModel, gather_by_unit, gathers_by_layer, layer_units, restore_linear
+from hive_ds.training.gather_units import (
+    WholeModel,
+    external_parameters,
+    gather_by_unit,
+    gathers_by_layer,
+    layer_units,
+    restore_linear,
+)
 from hive_ds.training.grad_norms import gradient_squares, module_group_names
 from hive_ds.training.groups import OptimizerGroup, adamw
 from hive_ds.training.piece_files import PieceReader
 from hive_ds.training.pieces import Piece, own_part, own_pieces, own_tensors, publish_weights, start_state
+from hive_ds.training.share_out import share_out
 
 if not uses_gpu():
     os.environ["DS_ACCELERATOR"] = "cpu"  # before the import: DeepSpeed decides then
@@ -56,7 +64,7 @@ class Engine:
     """A model partitioned over all ranks, with its optimizer.
 
     Args:
-        model: planned by `plan_stage`; equal on every rank.
+        model: planned by `plan_stage`; all ranks take the weights of rank 0.
         groups: optimizer groups of ``model``.
         ds_config: of `build_ds_config`.
         stage: betas and eps of AdamW.
@@ -77,6 +85,7 @@ class Engine:
         self.world, self.device = world, device
         self.groups = list(groups)
         self.zero_stage: int = zero_section(ds_config)["stage"]
+        self.dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32  # of the weights
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         self.skipped_steps = 0
         if not deepspeed_logger.isEnabledFor(logging.DEBUG):
@@ -89,6 +98,9 @@ class Engine:
             for name, parameter in group.parameters.items()
         ]
         by_layer = gathers_by_layer(model, ds_config)
+        deepspeed.init_distributed()
+        divide = partial(deepspeed.zero.Init, config_dict_or_path=ds_config, dtype=self.dtype)
+        share_out(model, self.dtype, world, device, divide if self.zero_stage == 3 else None)
         optimizer = adamw(groups, stage, fused=True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # ZeRO 0 with bf16 runs a step on zero gradients in its constructor; forget its count.
@@ -106,12 +118,8 @@ class Engine:
             self._optimizer._get_norm_groups = lambda: [self._norm]
         elif self.zero_stage > 0:
             self._optimizer.scaled_global_norm = lambda: self._norm
-        _register_external_parameters(self.model)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+        for module, parameter in external_parameters(self.model):
+            deepspeed.zero.register_external_parameter(module, parameter)
 
     def forward(self, **inputs: Any) -> Any:
         """The model's output for one micro-batch; gradients are recorded unless the model is in evaluation mode."""
@@ -309,11 +317,3 @@ class Engine:
             raise HiveError(
                 f"step 1 gave no gradient to {len(without)} parameters that should train: {', '.join(without)}"
             )
-
-
-def _register_external_parameters(model: nn.Module) -> None:
-    """Tell ZeRO-3 about weights that a module reads without calling the module that owns them."""
-    for module in model.modules():
-        declared: Callable[[], list[nn.Parameter]] = getattr(module, "external_parameters", list)
-        for parameter in declared():
-            deepspeed.zero.register_external_parameter(module, parameter)

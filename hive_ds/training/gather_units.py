@@ -5,7 +5,7 @@ DeepSpeed would gather the weights of every `nn.Linear` and norm by themselves, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,14 @@ def layer_units(model: Any) -> list[nn.Module]:
     """
     projectors = model.projectors.values() if hasattr(model, "projectors") else [model.projector]
     return [*vision_blocks(model.vision_encoder), *decoder(model.language_model).layers, *projectors]
+
+
+def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Weights that a module reads without calling the module that owns them, each with the one that reads it."""
+    for module in model.modules():
+        declared: Callable[[], list[nn.Parameter]] = getattr(module, "external_parameters", list)
+        for parameter in declared():
+            yield module, parameter
 
 
 def gather_by_unit(optimizer: Any, units: Sequence[nn.Module], mark: Callable[[nn.Module, bool], None]) -> None:

@@ -19,11 +19,13 @@ from hive_ds.model.identity import folder_sha256, weights_sha256
 from hive_ds.model.loading import (
     build_cascaded,
     build_model,
+    generating_part,
     load_cascaded,
     load_model,
     load_vision_encoder,
     read_language_config,
     read_vision_config,
+    unread_model,
 )
 from hive_ds.model.routes import early_end
 from hive_ds.processing import HiveProcessor
@@ -38,6 +40,7 @@ def start_model(
 ) -> tuple[TrainedModel, HiveProcessor]:
     """The model that the stage of ``folder`` starts with, and its processor; every rank calls it.
 
+    Rank 0 reads the weights; the others make the same model without, and get them from `hive_ds.training.engine`.
     Stages 4 and 5 also check that the encoder in their model is the one that the recipe says.
 
     Raises:
@@ -47,16 +50,11 @@ def start_model(
     section = recipe.vlm_model(_encoder_source(recipe, folder, world, say)) if judges else recipe.model
     weights = folder.start_weights()
     processor = _processor(recipe, folder, section, weights)
-    torch.manual_seed(recipe.training.seed)
-    if weights is None:
-        model = _build(recipe, folder, section, processor)
-        if isinstance(model, HiveForCausalLM) and (note := _early_end(model)):
-            say(f"note: {note}")
-    else:
-        model, report = _load(recipe, folder, section, weights)
-        say(f"{weights}: {report}")
-        for line in changed_bases(weights.parent / "recipe.yaml", recipe, folder.stage):
-            say(f"warning: {weights} goes on, made with {line}")
+    model = _read(recipe, folder, section, weights, processor, say) if world.is_main else None
+    said = from_main((model.config, generating_part(model).generation_config) if model is not None else None)
+    if model is None:
+        config, generation_config = said
+        model = unread_model(config, generation_config, section)
     if isinstance(model, CascadedForCausalLM):
         processor.stock = processor_values(model.config)
         if judges and weights is not None:
@@ -65,6 +63,28 @@ def start_model(
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train(), processor
+
+
+def _read(
+    recipe: Recipe,
+    folder: StageFolder,
+    section: ModelConfig,
+    weights: Path | None,
+    processor: HiveProcessor,
+    say: Callable[[str], None],
+) -> TrainedModel:
+    """The model with its weights, of an earlier stage if there is one."""
+    torch.manual_seed(recipe.training.seed)
+    if weights is None:
+        model = _build(recipe, folder, section, processor)
+        if isinstance(model, HiveForCausalLM) and (note := _early_end(model)):
+            say(f"note: {note}")
+        return model
+    model, report = _load(recipe, folder, section, weights)
+    say(f"{weights}: {report}")
+    for line in changed_bases(weights.parent / "recipe.yaml", recipe, folder.stage):
+        say(f"warning: {weights} goes on, made with {line}")
+    return model
 
 
 def _build(recipe: Recipe, folder: StageFolder, section: ModelConfig, processor: HiveProcessor) -> TrainedModel:

@@ -65,23 +65,33 @@ def scrambled(model: Any, stage: Stage) -> Any:
     return model
 
 
-def make_trainee(
-    ranks: Any,
-    *,
-    stage: int | Stage = 2,
-    zero: int | str = 3,
-    precision: str = "fp32",
-    config: StageConfig = CONFIG,
-    model: Any = None,
-    folder: Path | None = None,
-    tensorboard: bool = False,
-) -> Trainee:
-    """Plan a stage of a tiny model and put it under an engine; ``zero`` is a ZeRO stage or the name of a policy.
+def make_trainee(ranks: Any, *, stage: int | Stage = 2, model: Any = None, **options: Any) -> Trainee:
+    """Put a tiny model under an engine; ``options`` are those of `put_under_engine`.
 
-    By number, ZeRO-3 gathers the model layer by layer, as it does a large one; by name, all that follows at once.
+    On ranks other than 0 its weights are NaN: those of rank 0 must come in their place.
     """
     stage = stage_by_number(stage) if isinstance(stage, int) else stage
     model = make_model(stage) if model is None else model
+    for parameter in [] if ranks.world.is_main else model.parameters():
+        parameter.data.fill_(torch.nan)
+    return put_under_engine(ranks, model, stage, **options)
+
+
+def put_under_engine(
+    ranks: Any,
+    model: Any,
+    stage: Stage,
+    *,
+    zero: int | str = 3,
+    precision: str = "fp32",
+    config: StageConfig = CONFIG,
+    folder: Path | None = None,
+    tensorboard: bool = False,
+) -> Trainee:
+    """Plan a stage of a model and put it under an engine; ``zero`` is a ZeRO stage or the name of a policy.
+
+    By number, ZeRO-3 gathers the model layer by layer, as it does a large one; by name, all that follows at once.
+    """
     plan = plan_stage(model, stage, groups_of(model), config)
     policy = read_policy(zero if isinstance(zero, str) else f"zero{zero}")
     if zero == 3:

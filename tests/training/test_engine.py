@@ -13,7 +13,7 @@ from stage_helpers import in_plain_pytorch, make_cascaded, make_model
 
 from hive_ds.stages import stage_by_number
 
-CHECKS = check_names("engine_checks", "zero_checks", "cascaded_checks", "loss_checks")
+CHECKS = check_names("engine_checks", "zero_checks", "cascaded_checks", "loss_checks", "start_checks")
 LOSSES, BF16, GENERATION = (f"engine_checks.check_{name}" for name in ("losses", "bf16", "generation"))
 CASCADED, CASCADED_GENERATION = (f"cascaded_checks.check_cascaded_{name}" for name in ("losses", "generation"))
 PROFILES, PROFILES_BF16 = (f"zero_checks.check_profile_{name}" for name in ("losses", "bf16"))

@@ -29,7 +29,7 @@ LAUNCHES = [
         ("engine_checks",),
         ("zero_checks", "cascaded_checks"),
         ("checkpoint_checks", "loop_checks"),
-        ("save_checks", "maps_checks", "micro_batch_checks"),
+        ("save_checks", "maps_checks", "micro_batch_checks", "start_checks"),
     )
 ]
 
