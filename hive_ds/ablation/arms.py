@@ -55,6 +55,11 @@ def make_arm(name: str, recipe: Recipe, depths: Depths) -> Arm:
         clips = [f"stages.{stage}.clip={SA_CLIP}" for stage in trained]
         return Arm(name, ("model.kind=cascaded", "model.routes=null", *clips))
     if name == "base":
+        if recipe.vlm is None:
+            raise HiveError(
+                f"recipe {recipe.name} has no section vlm; expected one for arm base, whose untouched encoder only the "
+                "stages after it judge"
+            )
         untrained = [f"stages.{stage}=null" for stage in trained]
         return Arm(name, (*untrained, override("vlm.vision_encoder", recipe.model.vision_encoder)))
     if match := re.fullmatch(r"routes-(\d+)", name):

@@ -149,6 +149,12 @@ def test_wrong_plans(recipe: str, tmp_path: Path, arms: tuple[str, ...], seeds: 
     assert not (tmp_path / "out" / "ablation.json").exists()
 
 
+def test_base_needs_stages_that_judge(recipe: str, tmp_path: Path) -> None:
+    none = ["vlm=null", "stages.vlm_alignment=null", "stages.vlm_instruction_tuning=null"]
+    with pytest.raises(HiveError, match="small has no section vlm; expected one for arm base"):
+        make_plan(recipe, none, ("base",), (0,), tmp_path / "out")
+
+
 def test_runs_scores_and_differences(
     recipe: str, tmp_path: Path, launcher: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from reckoned import LIMITS, caption_figures, encoder_share
 Path = tuple[Any, ...]
 """Keys and places that lead to a value; a mapping stands for the item of a list that has its values."""
 QUICKSTART = "docs/results/quickstart.json"
+START_MEMORY = "docs/results/start_memory.json"
 COST = "docs/results/cost_paper.json"
 PAPER = "the paper, arXiv 2604.00086"
 GOAL = "a goal, not a measurement"
@@ -143,6 +144,21 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     Chosen("docs/cluster.md", r"ended after 45 s", "hive_ds/doctor/trials.py", "PATIENCE = 45.0"),
     Chosen("docs/report.md", r"some 400 points", "hive_ds/plots.py", "most: int = 400"),
     Cited("docs/planning.md", r"\d+ x \d+, \d+ GB", "predicted; tests/planning/test_zero_defaults.py compares it"),
+    Measured(
+        "docs/planning.md",
+        r"Under `zero3` rank 0 needed ([\d.]+) GiB and the others ([\d.]+) to ([\d.]+) GiB",
+        START_MEMORY,
+        tuple(("mib", "stage 2, zero3, 4 ranks", rank) for rank in (0, 2, 1)),
+        1 / 1024,
+    ),
+    Measured(
+        "docs/planning.md",
+        r"under `zero2` ([\d.]+) GiB and ([\d.]+) to ([\d.]+) GiB",
+        START_MEMORY,
+        tuple(("mib", "stage 2, zero2, 4 ranks", rank) for rank in (0, 2, 1)),
+        1 / 1024,
+    ),
+    Logged("docs/planning.md", r"all needed (1.84) to (1.86) GiB", "rank 0 alone reads"),
     Chosen("docs/planning.md", r"at most 90 % of the GPU", "hive_ds/planning/timing.py", "usable_memory: float = 0.9"),
     Chosen("docs/performance.md", r"and for 1.5 s; the median", "hive_ds/benchmarks/step.py", "SECONDS = 1.5"),
     Chosen("docs/performance.md", r"pieces of about 256 MiB", "hive_ds/model/language_loss.py", "LOGITS_BYTES = 2**28"),
@@ -249,7 +265,7 @@ FIGURES: tuple[Measured | Logged | Reckoned | Chosen | Cited | FromFile, ...] = 
     _memory(r"CPU (2\.\d) GB \| CPU (22) GB", 22 * N / R, 22 * M / R),
     _memory(r"5e8 elements: (\d) GB in bf16", 5e8 * 2 / 1e9),
     _memory(r"such a model whole \(below\): (\d) GB more", 2 * N),
-    _memory(r"8 ranks: (\d+) GB a node", 4 * 15.5 * R),
+    _memory(r"15.5e9 parameters: (\d+) GB", 4 * 15.5),
     Cited(
         "ds_configs/README.md",
         r"1\.4 ns a parameter and thread, against 6\.2",

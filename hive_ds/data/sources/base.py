@@ -197,7 +197,7 @@ def conversation(messages: Any, system_prompt: Any = None) -> list[Turn]:
     if isinstance(messages, (str, bytes)):
         try:
             messages = json.loads(messages)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HiveError(f"conversations are not JSON ({error})") from error
     messages = _listed(messages)
     if not isinstance(messages, (list, tuple)) or not messages:

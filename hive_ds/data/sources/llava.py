@@ -81,7 +81,7 @@ def _is_row(row: Any) -> bool:
 def _json_list(path: Path) -> list[Any]:
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HiveError(f"LLaVA JSON {path}: is not JSON ({error}); one object a line is a .jsonl") from error
     if not isinstance(rows, list):
         raise HiveError(f"LLaVA JSON {path}: holds a {type(rows).__name__}, expected a list of samples")
@@ -114,5 +114,5 @@ class _JsonLines:
             line = file.readline()
         try:
             return json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter where it is nested without end
             return line.decode(errors="replace").strip()

@@ -48,6 +48,8 @@ class TableSource:
             )
         else:
             self._names, self._rows = ["image", "caption", *map(str, range(2, len(rows[0])))], rows
+        if twice := sorted({name for name in self._names if self._names.count(name) > 1}):
+            raise HiveError(f"table {self._path}: names column {twice[0]!r} more than once; expected each once")
         self._columns = columns.resolve(self._names, f"table {self._path}")
         self.origin = describe_origin("table", str(path), self._columns, files=[path], images=images)
         self._store = open_store(images if images is not None else self._path.parent)

@@ -120,7 +120,7 @@ def _suffix(name: str) -> str:
 def _json_fields(data: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HiveError(f"its .json is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise HiveError(f"its .json holds a {type(fields).__name__}, expected an object with fields")
