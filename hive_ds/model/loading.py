@@ -184,30 +184,6 @@ def without_random_weights(make: Callable[..., Model], *arguments: Any, **more: 
     return model
 
 
-def unread_model(
-    config: HiveConfig | LlavaConfig, generation_config: GenerationConfig | None, wanted: ModelConfig
-) -> HiveForCausalLM | CascadedForCausalLM:
-    """The model of another rank, by its config; its weights are memory that was never written, which takes up none.
-
-    Args:
-        config: of the other rank's model.
-        generation_config: likewise, of `generating_part`.
-        wanted: the recipe's ``model`` section.
-    """
-    config = type(config).from_dict(config.to_dict())  # as from a folder: which attention was chosen is not in there
-    model: HiveForCausalLM | CascadedForCausalLM
-    if isinstance(config, HiveConfig):
-        model = without_random_weights(HiveForCausalLM, config)
-    else:
-        backend = wanted.text_attention_backend
-        model = without_random_weights(CascadedForCausalLM, config, attention_backend=backend)
-    for parameter in model.parameters():
-        parameter.data = torch.empty(parameter.shape)
-    generating_part(model).generation_config = generation_config
-    set_vision_attention(model, wanted.vision_attention)
-    return model
-
-
 def generating_part(model: HiveForCausalLM | CascadedForCausalLM) -> PreTrainedModel:
     """The module whose ``generation_config`` says how ``model`` answers."""
     return model if isinstance(model, HiveForCausalLM) else model.language_model

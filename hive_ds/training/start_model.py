@@ -25,9 +25,9 @@ from hive_ds.model.loading import (
     load_vision_encoder,
     read_language_config,
     read_vision_config,
-    unread_model,
 )
 from hive_ds.model.routes import early_end
+from hive_ds.model.unread import unread_model
 from hive_ds.processing import HiveProcessor
 from hive_ds.stages import HIVE_STAGES, VLM_STAGES
 from hive_ds.training.distributed import World, from_main

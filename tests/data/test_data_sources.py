@@ -251,10 +251,6 @@ WRONG: dict[str, tuple[Callable[[Path], SourceOptions], str]] = {
     "empty list": (lambda root: written(root, "a.json", "[]"), "the list is empty"),
     "empty lines": (lambda root: written(root, "a.jsonl", "\n"), "holds no line"),
     "empty table": (lambda root: written(root, "a.csv", ""), "table .*a.csv: holds no row"),
-    "a column twice": (
-        lambda root: written(root, "a.csv", "image,caption,caption\nx.png,one,two\n"),
-        r"a.csv: names column 'caption' more than once; expected each once",
-    ),
     "no text": (
         lambda root: written(root, "a.jsonl", '{"image": "x", "b": 1}'),
         "has no column of text; name one of",

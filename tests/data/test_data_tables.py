@@ -40,6 +40,12 @@ def test_a_table_of_neither_commas_nor_tabs_is_refused(tmp_path: Path) -> None:
         open_source(SourceOptions(str(tmp_path / "a.csv")))
 
 
+def test_a_table_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,caption,caption\n0.png,A cat,A dog\n")
+    with pytest.raises(HiveError, match=r"a\.csv: names column 'caption' more than once; expected each once"):
+        open_source(SourceOptions(str(tmp_path / "a.csv")))
+
+
 @pytest.mark.parametrize("name", ["0.txt", "metadata.csv", "metadata.jsonl", "a.csv", "a.jsonl"])
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
     """Nor is a long caption refused in one kind of table alone."""

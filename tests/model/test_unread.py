@@ -10,7 +10,8 @@ import torch
 from tiny_models import tiny_encoder, tiny_language_model
 
 from hive_ds.config import ModelConfig, RoutesConfig
-from hive_ds.model.loading import build_cascaded, build_model, generating_part, load_cascaded, unread_model
+from hive_ds.model.loading import build_cascaded, build_model, generating_part, load_cascaded
+from hive_ds.model.unread import unread_model
 from hive_ds.model.vision import FAMILIES
 
 ENCODERS = ["siglip", "siglip2", "clip", "dinov2", "dinov2_with_registers", "dinov3", "aimv2"]
