@@ -12,7 +12,7 @@ import pytest
 from corpus import encoded, photo, talk
 
 from hive_ds.data.sources import SourceOptions, open_source
-from hive_ds.data.sources.base import Columns, conversation
+from hive_ds.data.sources.base import Columns
 from hive_ds.errors import HiveError
 
 IMAGES = [encoded(photo(seed=at), "png") for at in range(3)]
@@ -50,21 +50,6 @@ def test_lines_end_and_begin_as_they_like(tmp_path: Path) -> None:
     source = open_source(SourceOptions(str(tmp_path / "a.jsonl"), images=str(tmp_path)))
     assert [source.sample_id(at) for at in range(len(source))] == ["a", "entry-1", "entry-2", "7"]
     assert [source.read(at).turns[1].content for at in range(4)] == [f"Of {id}." for id in ids]
-
-
-@pytest.mark.parametrize("row", ["{", "[" * 10**6])
-def test_a_line_that_is_no_json_is_a_bad_sample(tmp_path: Path, row: str) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"caption": "A cat."}) + f"\n{row}\n")
-    source = open_source(SourceOptions(str(tmp_path / "a.jsonl"), columns=Columns(image="none")))
-    assert source.read(0).turns[1].content == "A cat."
-    with pytest.raises(HiveError):
-        source.read(1)
-
-
-@pytest.mark.parametrize("text", ["{", "[" * 10**6])
-def test_conversations_that_are_no_json_are_named(text: str) -> None:
-    with pytest.raises(HiveError, match="conversations are not JSON"):
-        conversation(text)
 
 
 def test_images_of_a_field_of_any_name_are_taken_where_it_is_named(tmp_path: Path) -> None:
