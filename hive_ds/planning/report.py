@@ -93,8 +93,9 @@ class PlanReport:
             f"a GPU and a network ({self.network_name}) of {network.bandwidth / GB:.3g} GB/s a node; "
             f"{assumed.overlap:.0%} overlap; {assumed.usable_memory:.0%} of {gpu.memory / GB:.0f} GB usable",
             "predicted, not measured: everything below" + self._batch_note(),
-            "per GPU: micro-batch x accumulation, peak memory, CPU memory; per optimizer step: what a GPU sends, in "
-            "how many messages, the time, and the share of it spent computing",
+            "per GPU: micro-batch x accumulation, peak memory, CPU memory "
+            f"(of rank 0 also {4 * model.parameters / GB:.3g} GB while it reads the model); per optimizer step: what a "
+            "GPU sends, in how many messages, the time, and the share of it spent computing",
         ]
 
     def _batch_note(self) -> str:

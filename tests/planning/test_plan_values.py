@@ -84,6 +84,7 @@ def test_the_report_says_what_was_planned(model: StageModel) -> None:
     memory, time = {"parameters": 2e9, "activations": 5e8}, StepTime(0.05, 0.0, 0.0, 0.0, 0.2)
     plan = ProfilePlan("zero1", 2, 4, 3, memory, 3e9, 1.5e9, messages, time)
     report = PlanReport("tiny", model, 16, CLUSTER, "round", "numbers", ASSUMED, [plan], 36_000)
+    assert f"(of rank 0 also {4e-9 * model.parameters:.3g} GB while it reads the model)" in "\n".join(report.lines())
     row = next(line for line in report.lines() if line.startswith("* zero1"))
     assert row.split() == ["*", "zero1", "4x3", "2.5", "yes", "1.5", "2.00", "1", "200", "25%", "120"]
     assert report.lines()[-2:] == [
