@@ -1,4 +1,4 @@
-"""Sources whose JSON is broken."""
+"""Rows of JSON that are broken, or begin in the middle of a conversation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from corpus import encoded, photo, talk
 
 from hive_ds.data.sources import SourceOptions, open_source
 from hive_ds.data.sources.base import Columns, conversation
@@ -27,3 +28,15 @@ def test_a_line_that_is_no_json_is_a_bad_sample(tmp_path: Path, row: str) -> Non
 def test_conversations_that_are_no_json_are_named(text: str) -> None:
     with pytest.raises(HiveError, match="conversations are not JSON"):
         conversation(text)
+
+
+def test_images_stand_before_the_first_question(tmp_path: Path) -> None:
+    """Also where the assistant speaks first, as in ShareGPT's conversations that were cut."""
+    image, (question, answer) = encoded(photo(seed=0), "png"), talk("Q", "A")
+    (tmp_path / "0.png").write_bytes(image)
+    rows = [{"image": "0.png", "conversations": turns} for turns in ([answer, question, answer], [answer])]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    source = open_source(SourceOptions(str(tmp_path / "a.json"), images=str(tmp_path)))
+    assert [turn.content for turn in source.read(0).turns] == ["A", "<image>\nQ", "A"]
+    with pytest.raises(HiveError, match=r"^has images and no user's turn that could show them$"):
+        source.read(1)

@@ -156,8 +156,11 @@ def build_sample(id: str, fields: Fields, columns: Columns, read_image: ReadImag
     if fields.get("video") and not images:
         raise HiveError(f"shows the video {str(fields['video'])[:80]}; expected images")
     if images and not any(IMAGE_TOKEN in turn.content for turn in turns):
-        first, marks = turns[0], IMAGE_TOKEN * len(images)
-        turns[0] = Turn(first.role, f"{marks}\n{first.content}" if first.content else marks)
+        asked = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+        if asked is None:
+            raise HiveError("has images and no user's turn that could show them")
+        question, marks = turns[asked].content, IMAGE_TOKEN * len(images)
+        turns[asked] = Turn("user", f"{marks}\n{question}" if question else marks)
     return Sample(id, tuple(turns), images)
 
 
