@@ -18,6 +18,10 @@ ENCODERS = ["siglip", "siglip2", "clip", "dinov2", "dinov2_with_registers", "din
 LLMS = ["llama", "qwen2", "qwen3", "mistral"]
 
 
+def attention_of(model: Any) -> list[str]:
+    return [part.config._attn_implementation for part in (model.vision_encoder, model.language_model)]
+
+
 def expect_same(model: Any, section: ModelConfig) -> None:
     """Another rank's model is ``model`` but for the values of its weights, which fill its state."""
     other = unread_model(model.config, generating_part(model).generation_config, section)
@@ -32,6 +36,7 @@ def expect_same(model: Any, section: ModelConfig) -> None:
         assert buffer.dtype == buffers[name].dtype, name
         assert torch.equal(buffer, buffers[name]), name
     assert str(other) == str(model)
+    assert [attention_of(part) for part in (other, model)] == [["eager", attention_of(model)[1]]] * 2
     assert other.config.to_dict() == model.config.to_dict()
 
 
@@ -40,7 +45,8 @@ def section(tmp_path: Path, request: pytest.FixtureRequest) -> ModelConfig:
     encoder, language_model = request.param
     tiny_encoder(encoder).save_pretrained(tmp_path / "vision")
     tiny_language_model(language_model).bfloat16().save_pretrained(tmp_path / "llm")
-    return ModelConfig(str(tmp_path / "vision"), str(tmp_path / "llm"), RoutesConfig((1, 3), (1, 3)))
+    routes = RoutesConfig((1, 3), (1, 3))
+    return ModelConfig(str(tmp_path / "vision"), str(tmp_path / "llm"), routes, vision_attention="eager")
 
 
 PAIRS = [*((encoder, "llama") for encoder in ENCODERS), *(("siglip", language_model) for language_model in LLMS[1:])]
