@@ -7,6 +7,7 @@ mapped are shared by the ranks of a host and do not count.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -49,39 +50,26 @@ def write_models(root: Path) -> int:
     return sum(parameter.numel() for model in (encoder, language_model) for parameter in model.parameters())
 
 
-def on_a_rank(recipe_file: str, policy_name: str, number: str, root: str) -> None:
+def on_a_rank(recipe_file: str, policy: str, number: str, root: str) -> None:
     """Start the stage as `hive_ds.train` does, up to the engine, and print what each rank needed."""
-    import os
-
     from own_memory import most_memory
+    from ranks import Ranks
+    from stage_helpers import put_under_engine
+    from start_checks import begin
 
     from hive_ds.recipe import load_recipe
     from hive_ds.stages import stage_by_number
-    from hive_ds.training.attempt import Attempt
     from hive_ds.training.checkpoint import save_model
     from hive_ds.training.distributed import all_values, read_world, start, stop
-    from hive_ds.training.ds_config import build_ds_config, read_policy
-    from hive_ds.training.engine import Engine
     from hive_ds.training.global_batch import fit_micro_batch
-    from hive_ds.training.groups import groups_of, plan_stage
-    from hive_ds.training.run_folder import StageFolder
-    from hive_ds.training.start_model import start_model
 
     world = read_world(os.environ)
-    device, recipe, stage = start(world), load_recipe(recipe_file), stage_by_number(int(number))
+    ranks = Ranks(world, start(world), Path(root), frozen=0)
+    recipe, stage = load_recipe(recipe_file), stage_by_number(int(number))
     config = fit_micro_batch(recipe.stages[stage.name], world.size)
-    folder = StageFolder(Path(root) / "run", stage)
-    attempt = Attempt(folder.path, world)
-    attempt.make_folder()
-    attempt.sign()
     with most_memory() as most:
-        model, processor = start_model(recipe, folder, world, lambda _: None)
-        plan = plan_stage(model, stage, groups_of(model), config)
-        policy = read_policy(policy_name)
-        ds_config = build_ds_config(
-            policy, config, recipe.training, num_ranks=world.size, log_folder=folder.path, job="start"
-        )
-        engine = Engine(model, plan.groups, ds_config, config, world=world, device=device)
+        model, processor, folder, attempt = begin(ranks, recipe, Path(root) / "run", stage.number)
+        engine = put_under_engine(ranks, model, stage, zero=policy, precision="bf16", config=config).engine
     found = all_values(round(most[0]))
     if number == "1":  # what stage 2 starts with
         save_model(folder.model, engine, processor, world, attempt)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from corpus import encoded, photo, talk
+from test_data_sources import add
 
 from hive_ds.data.sources import SourceOptions, open_source
 from hive_ds.data.sources.base import Columns, conversation
@@ -39,4 +41,15 @@ def test_images_stand_before_the_first_question(tmp_path: Path) -> None:
     source = open_source(SourceOptions(str(tmp_path / "a.json"), images=str(tmp_path)))
     assert [turn.content for turn in source.read(0).turns] == ["A", "<image>\nQ", "A"]
     with pytest.raises(HiveError, match=r"^has images and no user's turn that could show them$"):
+        source.read(1)
+
+
+@pytest.mark.parametrize("fields", BROKEN)
+def test_fields_of_a_tar_that_are_no_json_are_named(tmp_path: Path, fields: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("0.json", b'{"caption": "A cat."}'), ("1.json", fields.encode())):
+            add(tar, name, data)
+    source = open_source(SourceOptions(str(tmp_path / "a.tar"), columns=Columns(image="none", text="caption")))
+    assert source.read(0).turns[1].content == "A cat."
+    with pytest.raises(HiveError, match=r"its \.json is not JSON"):
         source.read(1)
