@@ -19,8 +19,18 @@ pytestmark = pytest.mark.cluster
 LAUNCHERS = ("deepspeed", "hosts run")
 
 
-def test_check_finds_what_is_wrong(hosts: Hosts, tmp_path: Path) -> None:
-    good = hosts.hive_ds("hosts", "check", hosts.hostfile("node1 slots=1", "node2 slots=1"))
+@pytest.fixture(scope="module")
+def room(hosts: Hosts) -> str:
+    """A folder of both hosts with room for checkpoints, however full this machine's disk is."""
+    folder = hosts.folder / "room"
+    folder.mkdir()
+    for node in ("node1", "node2"):  # takes no memory until something is written
+        hosts.cluster.run("mount", "-t", "tmpfs", "-o", "size=32g", "room", str(folder), node=node)
+    return str(folder)
+
+
+def test_check_finds_what_is_wrong(hosts: Hosts, room: str, tmp_path: Path) -> None:
+    good = hosts.hive_ds("hosts", "check", hosts.hostfile("node1 slots=1", "node2 slots=1"), "--folder", room)
     assert (good.returncode, good.stdout) == (0, "2 hosts, 2 slots: no fault found\n"), good.stderr
     hosts.cluster.run("mount", "-o", "remount,size=64m", "/dev/shm", node="node2")
     file = hosts.hostfile("node1 slots=1", "node2 slots=99", "node9 slots=1")
@@ -42,12 +52,12 @@ def test_check_finds_what_is_wrong(hosts: Hosts, tmp_path: Path) -> None:
     assert all(any(line.startswith(start) for line in lines) for start in expected), bad.stdout
 
 
-def test_doctor_says_what_to_do_about_hosts(hosts: Hosts) -> None:
+def test_doctor_says_what_to_do_about_hosts(hosts: Hosts, room: str) -> None:
     """One look at two real hosts: a clock a minute ahead, little shared memory, one that is not there."""
     hosts.cluster.run("mount", "-o", "remount,size=64m", "/dev/shm", node="node2")
     file = hosts.hostfile("node1 slots=1", "node2 slots=1", "node9 slots=1")
     with hosts.clock_ahead("node2", 60):
-        done = hosts.hive_ds("doctor", "--json", "--hostfile", file, "--run", str(hosts.folder))
+        done = hosts.hive_ds("doctor", "--json", "--hostfile", file, "--run", room)
     hosts.cluster.run("mount", "-o", "remount,size=2g", "/dev/shm", node="node2")
     assert done.returncode == 1, done.stdout + done.stderr
     said = json.loads(done.stdout)
