@@ -127,7 +127,7 @@ run_trainer() { # STAGE: returns when all ranks of all nodes have ended
     [ -z "$time_is_up" ] || requeue "time is up"
     export HIVE_MASTER=${nodes[0]}
     srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 --nodelist "$(joined "${nodes[@]}")" \
-        --kill-on-bad-exit=1 --output "$logs/%N.log" \
+        --kill-on-bad-exit=1 --output "${logs//%/%%}/%N.log" \
         ${ask_gpus[@]+"${ask_gpus[@]}"} ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
         bash "$slurm_folder/node.sh" \
         --recipe "$recipe" --stage "$1" --run-folder "$run" ${options[@]+"${options[@]}"} &

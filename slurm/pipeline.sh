@@ -35,7 +35,7 @@ submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...; leaves_out is a variab
         echo "$name: job $job is queued or running"
     else
         job=$(env -u "${leaves_out:-_}" sbatch --parsable --kill-on-invalid-dep=yes --comment "$run" --job-name "hive-$name" \
-            --output "$run/logs/%x-%j.log" ${previous:+--dependency "afterok:$previous"} "$@") || exit 1
+            --output "${run//%/%%}/logs/%x-%j.log" ${previous:+--dependency "afterok:$previous"} "$@") || exit 1
         job=${job%%;*} # a federation adds ;CLUSTER
         echo "$name: job $job${previous:+, after $previous}"
     fi

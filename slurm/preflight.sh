@@ -36,7 +36,7 @@ on_nodes() { # NODE... -- ARGUMENTS: a part of the preflight, one process a node
     # shellcheck disable=SC2016 # the node's own shell fills them in
     timeout --kill-after 10 "$HIVE_PREFLIGHT_PATIENCE" \
         srun --nodes ${#on[@]} --ntasks ${#on[@]} --ntasks-per-node 1 --nodelist "$(joined "${on[@]}")" --overlap \
-        --open-mode append --output "$checks/%N.log" ${ask_gpus[@]+"${ask_gpus[@]}"} ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
+        --open-mode append --output "${checks//%/%%}/%N.log" ${ask_gpus[@]+"${ask_gpus[@]}"} ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
         bash -c '"$HIVE_PYTHON" -m hive_ds.launch.preflight "$@"; echo $? >"$0/$SLURMD_NODENAME.code"' "$checks" "$@" \
         >>"$checks/srun.log" 2>&1
 }

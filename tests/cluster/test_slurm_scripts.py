@@ -25,11 +25,13 @@ def gpu_site(site_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def test_gpus_nodes_and_ranks_come_from_slurm(gpu_site: SlurmSite, site_folder: Path) -> None:
     gpu_site.edit("export HIVE_STAND_IN=0")
-    run = site_folder / "gpus"
+    run = site_folder / "gpus, 50%N"  # Slurm fills in %N in names of files
     override = ("--set", "data.train=a b")
     job = gpu_site.submit(1, run, *override, recipe="tiny", options=("--nodes=2",))
     assert gpu_site.wait(job) == "COMPLETED", gpu_site.log(job)
-    places = [json.loads(path.read_text()) for path in (run / "stage1" / "attempts" / f"{job}.0").glob("rank-*.json")]
+    logs = run / "stage1" / "attempts" / f"{job}.0"
+    assert sorted(one.name for one in logs.glob("**/node?.log")) == ["node1.log", "node1.log", "node2.log", "node2.log"]
+    places = [json.loads(path.read_text()) for path in logs.glob("rank-*.json")]
     assert sorted((int(place["RANK"]), place["host"]) for place in places) == [
         (rank, f"node{1 + rank // 8}") for rank in range(16)
     ]
@@ -98,11 +100,11 @@ def test_wrong_arguments_end_the_job_and_its_chain(gpu_site: SlurmSite, site_fol
     assert gpu_site.wait(job) == "FAILED"
     assert "error: unknown argument --recepi; expected --recipe R" in gpu_site.log(job)
     gpu_site.edit("export HIVE_STAND_IN='exit 2'")
-    submitted = gpu_site.login(
-        "slurm/pipeline.sh", "--recipe", "tiny", "--run", str(site_folder / "chain")
-    ).splitlines()
+    run = site_folder / "chain, 50%j"
+    submitted = gpu_site.login("slurm/pipeline.sh", "--recipe", "tiny", "--run", str(run)).splitlines()
     jobs = [int(line.split(": job ")[1].split(",")[0]) for line in submitted]
     assert [gpu_site.wait(one) for one in jobs] == ["FAILED", *["CANCELLED"] * 5]
+    assert [one.name for one in (run / "logs").iterdir()] == [f"hive-stage1-{jobs[0]}.log"]
 
 
 def test_chain_without_python_on_the_login_node(gpu_site: SlurmSite, site_folder: Path) -> None:
