@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,20 +15,26 @@ from hive_ds.training import pace
 from hive_ds.training.distributed import barrier
 from hive_ds.training.pace import Pace
 
-BUSY = "import os, time\nos.sched_setaffinity(0, {%d})\nend = time.time() + 120\nwhile time.time() < end: pass"
+HOLD_UP = """
+import os, select, signal, time
+rank = os.getppid()
+while not select.select([0], [], [], 0.001)[0]:
+    os.kill(rank, signal.SIGSTOP)
+    time.sleep(0.03)
+    os.kill(rank, signal.SIGCONT)
+"""
 
 
 @contextmanager
-def shared_core(core: int, processes: int) -> Iterator[None]:
-    """Other work on ``core``."""
-    others = [subprocess.Popen([sys.executable, "-S", "-c", BUSY % core]) for _ in range(processes)]
-    time.sleep(1)
+def held_up() -> Iterator[None]:
+    """Let this process run for a thirtieth of the time, whatever else runs on its core."""
+    other = subprocess.Popen([sys.executable, "-S", "-c", HOLD_UP], stdin=subprocess.PIPE)
+    assert other.stdin is not None
     try:
         yield
     finally:
-        for other in others:
-            other.kill()
-            other.wait()
+        other.stdin.close()  # its end comes after a SIGCONT
+        other.wait()
 
 
 def stays_slow(found: list[dict[str, Any]], rank: int) -> bool:
@@ -43,18 +47,15 @@ def stays_slow(found: list[dict[str, Any]], rank: int) -> bool:
 
 
 def check_slow_rank(ranks: Any) -> None:
-    """A rank whose core other processes use, and then one that waits for data, is named; rank 0 warns in the end."""
-    usual, before = os.sched_getaffinity(0), (pace.PROBE_SECONDS, pace.SLOW_SECONDS)
+    """A rank that gets little of its core, and then one that waits for data, is named; rank 0 warns in the end."""
+    before = pace.PROBE_SECONDS, pace.SLOW_SECONDS
     last = ranks.world.size - 1
-    cores = sorted(usual)
-    assert len(cores) >= ranks.world.size, "needs a core a rank"
-    os.sched_setaffinity(0, {cores[ranks.world.rank]})
     pace.PROBE_SECONDS, pace.SLOW_SECONDS = 0.0, 0.0
     warnings: list[str] = []
     compared = Pace(ranks.world, ranks.device, torch.float32)
-    with shared_core(cores[ranks.world.rank], 32 if ranks.world.rank == last else 0):
+    with held_up() if ranks.world.rank == last else nullcontext():
         barrier()
-        # Now and then the scheduler lets a probe pass the others; a warning takes so many lines without that.
+        # On a busy machine the other may be as slow for a moment; a warning takes so many lines without that.
         found: list[dict[str, Any]] = []
         while not stays_slow(found, last) and len(found) < 8 * pace.SLOW_LINES:
             found.append(compared.compare(1.0, warnings.append))
@@ -70,4 +71,3 @@ def check_slow_rank(ranks: Any) -> None:
     one = compared.compare(1.0, warnings.append)
     assert one == {"slowest_rank": last, "slowest_ratio": 1.0 / (1.0 - 0.9), "slowest_by": "data"}, one
     pace.PROBE_SECONDS, pace.SLOW_SECONDS = before
-    os.sched_setaffinity(0, usual)
