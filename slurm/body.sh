@@ -107,7 +107,7 @@ snapshot() { # what this attempt ran: arguments, recipe, code and environment, b
     git -C "$HIVE_CLONE" rev-parse HEAD >"$logs/commit" 2>/dev/null
     git -C "$HIVE_CLONE" diff HEAD >"$logs/changes.diff" 2>/dev/null
     # By name, and nothing that smells of a secret: run folders are shared.
-    env | grep -E '^(SLURM|HIVE|NCCL|GLOO|CUDA|TORCH|TRITON|OMP|HF|PYTHON|DS)_?[A-Z_]*=' |
+    env | grep -E '^(SLURM|HIVE|NCCL|GLOO|CUDA|TORCH|TRITON|OMP|HF|PYTHON|DS)_?[A-Z0-9_]*=' |
         grep -viE '^[^=]*(token|secret|passw|credential|_key)' | sort >"$logs/environment"
 }
 
@@ -118,9 +118,19 @@ set_up_steps() { # what all sruns of this attempt share
     export HIVE_RANKS=$gpus HIVE_LOGS=$logs
     if [ "$gpus" -gt 0 ]; then ask_gpus=(--gpus-per-node "$gpus"); else HIVE_RANKS=$HIVE_CPU_RANKS; fi
     # srun does not take over the job's CPUs by itself: ranks would share one core.
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
+    SRUN_CPUS_PER_TASK=$(cpus_of_a_task)
+    export SRUN_CPUS_PER_TASK
     # Below the ports that the kernel hands out (32768), and another one for each attempt.
     export HIVE_PORT=$((12000 + (SLURM_JOB_ID * 13 + restarts) % 20000))
+}
+
+cpus_of_a_task() { # prints what was asked for, or else all that the smallest of the job's nodes has: srun asks each for it
+    # A job that is submitted from within another has a 1 here that nobody asked for.
+    if [ "${SLURM_CPUS_PER_TASK:-1}" -gt 1 ]; then
+        echo "$SLURM_CPUS_PER_TASK"
+    else
+        tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sort -n | sed 's/(.*//; q' # as 128(x3),64
+    fi
 }
 
 run_trainer() { # STAGE: returns when all ranks of all nodes have ended
@@ -200,7 +210,7 @@ avoid() { # NODES: besides those that this job avoids already; Slurm takes that 
 }
 
 run_once() { # SUBCOMMAND...: a command of hive-ds on one node
-    srun --nodes 1 --ntasks 1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+    srun --nodes 1 --ntasks 1 --cpus-per-task "$(cpus_of_a_task)" \
         ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
         "$HIVE_PYTHON" -m hive_ds "$@"
 }

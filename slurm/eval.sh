@@ -20,7 +20,7 @@ if [ -e "$out/results.json" ]; then
 fi
 gpus=${SLURM_GPUS_ON_NODE:-0} ask_gpus=()
 if [ "$gpus" -gt 0 ]; then ask_gpus=(--gpus-per-node "$gpus"); else gpus=$HIVE_CPU_RANKS; fi
-srun --nodes 1 --ntasks 1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+srun --nodes 1 --ntasks 1 --cpus-per-task "$(cpus_of_a_task)" \
     ${ask_gpus[@]+"${ask_gpus[@]}"} ${HIVE_SRUN[@]+"${HIVE_SRUN[@]}"} \
     "$HIVE_PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m hive_ds \
     eval "$run" --tasks "${HIVE_EVAL[0]}" --data "${HIVE_EVAL[1]}" --out "$out" "${HIVE_EVAL[@]:2}" "${@:3}"

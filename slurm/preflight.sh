@@ -102,7 +102,7 @@ too_few() { # ends the script
 note_fault() { echo "$2" >>"$checks/$1.fault"; }
 
 last_words() { # NODE: the last line it printed, or what srun said of it, or what srun said first
-    { grep -h . "$checks/$1.log" 2>/dev/null || grep "$1" "$checks/srun.log" || head -n 1 "$checks/srun.log" | grep . ||
+    { grep -h . "$checks/$1.log" 2>/dev/null || grep -wF "$1" "$checks/srun.log" || head -n 1 "$checks/srun.log" | grep . ||
         echo nothing; } | tail -n 1
 }
 

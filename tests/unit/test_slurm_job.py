@@ -1,0 +1,123 @@
+"""How a stage's job starts its trainer, and goes on after it; on real Slurm in tests/cluster."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from slurm_stand_in import edit, lines, make_site, train, trained_on
+
+
+@pytest.fixture(autouse=True)
+def in_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_site(tmp_path / "a site")
+    monkeypatch.chdir(tmp_path / "a site")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_JOB_CPUS_PER_NODE": "128(x2)"}, "128"),
+        ({"SLURM_JOB_CPUS_PER_NODE": "128(x2),64,96(x2)"}, "64"),  # each node is asked for as many
+        ({"SLURM_CPUS_PER_TASK": "16"}, "16"),
+        ({"SLURM_CPUS_PER_TASK": "1"}, "8"),  # what a job has that was submitted from within another
+    ],
+)
+def test_ranks_get_the_cpus_that_every_node_has(variables: dict[str, str], expected: str) -> None:
+    edit("HIVE_PREFLIGHT=0")
+    done = train(**{"TRAIN": 'echo "$SRUN_CPUS_PER_TASK" >cpus; touch run/stage1/DONE', **variables})
+    assert done.returncode == 0, done.stderr
+    assert Path("cpus").read_text() == f"{expected}\n"
+
+
+def test_what_the_trainer_is_started_with() -> None:
+    edit("HIVE_PREFLIGHT=0 HIVE_SRUN=(--container-image='a b')")
+    gpus = {"SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS": "16"}
+    keep = (
+        'echo "${SLURM_GPUS-none} $HIVE_RANKS $HIVE_MASTER $HIVE_ATTEMPT $HIVE_PORT" >variables; touch run/stage1/DONE'
+    )
+    done = train("--recipe", "tiny", "--set", "data.train=a b", "--debug", TRAIN=keep, SLURM_RESTART_COUNT="3", **gpus)
+    assert (done.returncode, done.stderr) == (0, "")
+    nodes = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "--nodelist", "n1,n2"]
+    step = [*nodes, "--kill-on-bad-exit=1", "--gpus-per-node", "8", "--container-image=a b"]
+    trainer = ["bash", f"{os.getcwd()}/slurm/node.sh", "--recipe", "tiny", "--stage", "1"]
+    own = ["--run-folder", f"{os.getcwd()}/run", "--set", "data.train=a b", "--debug"]
+    assert trained_on() == [*step, *trainer, *own]
+    assert lines("variables") == ["none 8 n1 7.3 12094"]
+
+
+@pytest.mark.parametrize(
+    ("restarts", "latest", "ends", "expected"),
+    [
+        (0, "", "touch run/stage1/DONE; exit 1", (0, [])),  # srun may fail after the ranks have ended well
+        (0, "", "exit 0", (1, ["requeue 7"])),
+        (0, "", "code 0 2", (2, [])),
+        (1, "", "code 2", (2, [])),
+        (0, "step-5", "code 2", (2, [])),
+        (1, "step-5", "code 0 2", (1, ["requeue 7"])),  # the input was right before
+        (1, "step-5", "code 0 126", (2, [])),
+        (1, "step-5", "code 127", (2, [])),
+        (0, "", "code 85 143", (85, [])),
+        (0, "", "code 85; touch run/stage1/DONE", (0, [])),
+        (4, "", "code 137", (1, ["requeue 7"])),
+        (5, "", "code 137", (1, [])),  # no restart is left
+    ],
+)
+def test_how_a_job_goes_on(restarts: int, latest: str, ends: str, expected: tuple[int, list[str]]) -> None:
+    """``code`` is what each node's launcher ended with."""
+    edit("HIVE_PREFLIGHT=0 HIVE_MAX_RESTARTS=5")
+    Path("run/stage1").mkdir(parents=True)
+    Path("run/stage1/STOP").touch()  # of an attempt before
+    if latest:
+        Path("run/stage1/latest").write_text(latest)
+    code = 'code() { rm run/stage1/STOP 2>/dev/null; for one; do echo "$one" >"$HIVE_LOGS/n$((++n)).code"; done; }'
+    done = train(TRAIN=f"[ ! -e run/stage1/STOP ] || exit; {code}; {ends}", SLURM_RESTART_COUNT=str(restarts))
+    assert (done.returncode, lines("told")) == expected, done.stdout
+
+
+def test_failures_are_counted_by_checkpoint() -> None:
+    edit("HIVE_PREFLIGHT=0 HIVE_MAX_FAILURES=3")
+    told = []
+    for attempt, latest in enumerate(["step-1", "step-1", "step-2", "step-2", "step-2"]):
+        save = f"printf {latest} >run/stage1/latest; echo 1 >$HIVE_LOGS/n1.code"
+        done = train(TRAIN=save.replace("$HIVE_LOGS", '"$HIVE_LOGS"'), SLURM_RESTART_COUNT=str(attempt))
+        assert done.returncode == 1
+        told.append("giving up" if "failed 3 times without a new checkpoint: giving up" in done.stdout else "again")
+    assert told == ["again"] * 4 + ["giving up"]
+    assert lines("told") == ["requeue 7"] * 4
+    assert train(TRAIN="exit 1").returncode == 1  # whoever submits it again has mended something
+    assert lines("told") == ["requeue 7"] * 5
+
+
+def test_time_is_up() -> None:
+    """By a signal, and by the time where the signal does not come."""
+    edit("HIVE_PREFLIGHT=0 HIVE_STOP_PATIENCE=1")
+    stop = "while [ ! -e run/stage1/STOP ]; do :; done"
+    done = train(TRAIN=f'kill -USR1 $PPID; {stop}; echo 85 >"$HIVE_LOGS/n1.code"')
+    assert (done.returncode, lines("told")) == (1, ["requeue 7"]), done.stdout
+    assert "time is up: requeueing the job" in done.stdout
+    deaf = train(TRAIN="kill -USR1 $PPID; exec /bin/sleep 50")
+    assert (deaf.returncode, lines("told")) == (1, ["requeue 7"] * 2), deaf.stdout
+    assert "no answer: ending the trainer" in deaf.stdout
+    now = int(time.time())
+    ends = {seconds: time.strftime("%FT%T", time.localtime(now + seconds)) for seconds in (1700, 7200)}
+    keep = 'echo ${HIVE_STOP_AT-none} >at; echo 85 >"$HIVE_LOGS/n1.code"'
+    assert train(TRAIN=keep, END=ends[1700]).returncode == 85
+    assert lines("at") == ["none"]
+    assert train(TRAIN=keep, END=ends[7200]).returncode == 85
+    assert lines("at") == [str(now + 7200 - 540)]
+    assert "time is up" in train(TRAIN=keep, HIVE_STOP_AT="1").stdout
+
+
+def test_environment_is_kept_without_secrets() -> None:
+    edit("HIVE_PREFLIGHT=0")
+    kept = {"NCCL_P2P_DISABLE": "1", "HF_HOME": "/a b", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    left = {"HF_TOKEN": "x", "HIVE_api_key": "x", "WANDB_API_KEY": "x", "HIVE_PASSWORD": "x", "HOME": "/root"}
+    assert train(**kept, **left).returncode == 0
+    found = dict(line.split("=", 1) for line in lines("run/stage1/attempts/7.0/environment"))
+    assert {name: found.get(name) for name in (*kept, *left)} == {
+        **{name: value for name, value in kept.items() if name != "TOKENIZERS_PARALLELISM"},
+        **dict.fromkeys((*left, "TOKENIZERS_PARALLELISM")),
+    }
