@@ -139,7 +139,9 @@ def _ask(host: Host, folder: Path, port: int, master: str, patience: float) -> R
     asked = [*SSH, host.name, command]
     try:
         with _ssh_is_installed():
-            done = subprocess.run(asked, input=probe, capture_output=True, text=True, timeout=patience)
+            done = subprocess.run(
+                asked, input=probe, capture_output=True, text=True, errors="replace", timeout=patience
+            )
     except subprocess.TimeoutExpired:
         return Report(host, {}, (f"no answer within {patience:.0f} s", f"see what it does: ssh {host.name} uptime"))
     after = time.time()
@@ -150,7 +152,11 @@ def _ask(host: Host, folder: Path, port: int, master: str, patience: float) -> R
     if done.returncode:
         advice = "install the same environment there, at the same path"
         return Report(host, {}, (f"{sys.executable} does not run there: {said}", advice))
-    values = json.loads(done.stdout.splitlines()[-1])
+    try:
+        values = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):  # of a forced command, say
+        advice = f"ssh {host.name} COMMAND must run COMMAND there, and print nothing behind it"
+        return Report(host, {}, (f"{sys.executable} was not run there: {said}", advice))
     early, late = before - values["time"], values["time"] - after
     return Report(host, values, skew=max(late, 0.0) - max(early, 0.0))
 
@@ -162,7 +168,7 @@ def _faults(report: Report, first: Report, folder: Path) -> Iterator[tuple[str, 
         expected = first.values["versions"][name]
         if version is None:
             yield f"{name} is not installed", "install it there, or hive-ds's environment at the same path"
-        elif version != expected:
+        elif expected is not None and version != expected:
             yield f"{name} is {version}, but {expected} on {first.host.name}", "install the same version"
     if values["gpus"] and slots > values["gpus"]:
         yield f"{slots} slots, but {values['gpus']} GPUs", f"write slots={values['gpus']} in the hostfile"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,15 @@ from hive_ds.launch.network import interface_addresses, interface_towards
 
 def test_hostfile_is_read(tmp_path: Path) -> None:
     path = tmp_path / "hostfile"
-    path.write_text("# ours\n\nnode1  slots=8\nnode2 slots=4 # half\n")
-    assert read_hostfile(path) == [Host("node1", 8), Host("node2", 4)]
+    path.write_text("# ours\n\nnode1  slots=8\nnode2 slots=4 # half\n\tnode3\tslots=128\r\n")
+    assert read_hostfile(path) == [Host("node1", 8), Host("node2", 4), Host("node3", 128)]
+
+
+def test_a_file_that_is_no_hostfile_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\n")
+    for name, reason in (("nothing", "No such file or directory"), ("binary", "not UTF-8 text")):
+        with pytest.raises(HiveError, match=rf"^hostfile .*/{name}: cannot be read \({reason}\); expected lines NAME"):
+            read_hostfile(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -39,24 +48,35 @@ def test_wrong_hostfile_is_refused(tmp_path: Path, text: str, message: str) -> N
 
 def test_what_is_carried(tmp_path: Path) -> None:
     kept = {"HF_HOME": "/a", "NCCL_DEBUG": "INFO", "PATH": "/bin", "PYTHONPATH": "/b"}
+    more = {"HIVE_X": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false", "LD_LIBRARY_PATH": "/c"}
+    assert carried_variables(more) == more
+    assert carried_variables(dict.fromkeys(("HF_SECRET", "DS_PASSWORD", "HIVE_STOP_AT", "CUDA", "SHELL"), "1")) == {}
     left = {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "x", "WANDB_API_KEY": "x", "HIVE_ATTEMPT": "1"}
     left["LD_LIBRARY_PATH"] = ""
     assert carried_variables(left | kept) == kept
     write_deepspeed_env(tmp_path / "env", kept)
     assert (tmp_path / "env").read_text() == "HF_HOME=/a\nNCCL_DEBUG=INFO\nPATH=/bin\nPYTHONPATH=/b\n"
-    for value in ('a"b', "a$b", "a\nb", "100%"):
+    for value in ('a"b', "a$b", "a`b", "a\\b", "a\nb", "100%"):
         with pytest.raises(HiveError, match="variable HF_HOME is"):
             write_deepspeed_env(tmp_path / "env", {"HF_HOME": value})
 
 
 def test_clock_skew_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ssh HOST COMMAND` is this machine itself, seen from one whose clock is a minute ahead."""
-    monkeypatch.setattr(hosts, "SSH", ("sh", "-c", 'eval "$1"'))
+    monkeypatch.setattr(hosts, "SSH", ("sh", "-c", 'cd / && eval "$1"'))
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
     monkeypatch.setattr(hosts, "DISK", 0)
     monkeypatch.setattr(hosts, "SHM_PER_RANK", 0)
-    (unknown,) = hosts.check_hosts([Host("here", 1)], folder=tmp_path, port=0)
+    (unknown,) = hosts.check_hosts([Host("here", 1)], folder=Path("runs"), port=0)
     assert str(unknown).startswith("here: does not know the address of here; write it into /etc/hosts")
+    slow = iter([0.0])  # then 9 s until the answer is there, all of which may have passed before the host looked
     now = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts.time, "time", lambda: now() + next(slow, 9.0))
+        assert hosts.check_hosts([Host("localhost", 1)], folder=Path("runs"), port=0) == []
+    both = [Host("localhost", 1), Host("here", 1)]  # of the first alone the others must know the address
+    assert hosts.check_hosts(both, folder=Path("runs"), port=0) == []
     monkeypatch.setattr(hosts.time, "time", lambda: now() + 60)
     found = hosts.check_hosts([Host("localhost", 1)], folder=tmp_path, port=0)
     assert len(found) == 1
@@ -108,6 +128,42 @@ def test_what_a_host_lacks_is_named(
     assert [str(fault) for fault in found] == [f"second: {fault.format(folder=tmp_path)}" for fault in faults]
 
 
+def test_what_the_first_host_lacks_is_no_fault_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hosts, "SSH", ("sh", "-c", 'cat > /dev/null; cat "$0.json"'))
+    said_by("first", versions={**VERSIONS, "torch": None})
+    said_by("second")
+    (fault,) = hosts.check_hosts([Host("first", 8), Host("second", 8)], folder=tmp_path)
+    assert (fault.host, fault.what) == ("first", "torch is not installed")
+
+
+@pytest.mark.parametrize(
+    ("ssh", "what"),
+    [
+        ("echo warning >&2; echo 'no route' >&2; exit 255", "not reachable by ssh: no route"),
+        (r"printf 'zur\374ck\n' >&2; exit 255", "not reachable by ssh: zur\ufffdck"),  # in Latin-1
+        ("echo 'no such file' >&2; exit 127", "{python} does not run there: no such file"),
+        ("cat >/dev/null; echo 'Use sbatch!'", "{python} was not run there: Use sbatch!"),
+        ("cat >/dev/null", "{python} was not run there: nothing"),
+        ("exec sleep 60", "no answer within 4 s"),
+    ],
+)
+def test_a_host_that_does_not_answer_as_asked(
+    ssh: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else is said of it, and the others are asked all the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        hosts, "SSH", ("sh", "-c", f'[ $0 = first ] || {{ {ssh}; exit; }}; cat >/dev/null; cat "$0.json"')
+    )
+    said_by("first", gpus=4)
+    faults = hosts.check_hosts([Host("second", 8), Host("first", 8)], folder=tmp_path, patience=4)
+    assert [(one.host, one.what) for one in faults] == [
+        ("second", what.format(python=sys.executable)),
+        ("first", "8 slots, but 4 GPUs"),
+    ]
+
+
 def test_a_port_that_is_taken_on_the_first_host_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hosts, "SSH", ("sh", "-c", 'cat > /dev/null; cat "$0.json"'))
@@ -118,12 +174,31 @@ def test_a_port_that_is_taken_on_the_first_host_is_named(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("ends", "code"), [(("0", "0"), 0), (("never", "85"), 85), (("never", "137", "never"), 137)])
 def test_the_first_host_that_fails_ends_all(ends: tuple[str, ...], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host is called by how it ends."""
-    monkeypatch.setattr(hosts, "SSH", ("sh", "-c", "case $0 in never*) exec sleep 60;; *) exit ${0%.*};; esac"))
+    """A host is called by how it ends; ``never`` is one that waits for its stdin to close."""
+    monkeypatch.setattr(hosts, "SSH", ("sh", "-c", "case $0 in never*) cat; exit 9;; *) exit ${0%.*};; esac"))
     named = [Host(f"{end}.{number}", 1) for number, end in enumerate(ends)]
     begun = time.monotonic()
     assert hosts.run_on_hosts(named, []) == code
     assert time.monotonic() - begun < 30
+
+
+def test_what_each_host_is_told_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    monkeypatch.setattr(hosts, "SSH", ("sh", "-c", 'echo "$1" >"$0"'))
+    for name in ("HIVE_ATTEMPT", "HIVE_STOP_AT", "HF_HOME", "HF_TOKEN"):
+        monkeypatch.setenv(name, "x y")
+    assert hosts.run_on_hosts([Host("one", 2), Host("two", 4)], ["--set", "data.train=a b"], port=1234) == 0
+    for number, (name, slots) in enumerate([("one", "2"), ("two", "4")]):
+        words = shlex.split(Path(name).read_text())
+        start = words.index(sys.executable)
+        assert words[:5] == ["cd", str(tmp_path / "a b"), "&&", "exec", "env"]
+        variables = dict(word.split("=", 1) for word in words[5:start])
+        assert variables["HIVE_ATTEMPT"] == variables["HIVE_STOP_AT"] == variables["HF_HOME"] == "x y"
+        assert "HF_TOKEN" not in variables
+        place = ["--nodes", "2", "--node-rank", str(number), "--ranks", slots, "--master", "one", "--port", "1234"]
+        launch = ["-m", "hive_ds.launch.node", *place, "--tied", "--", "--set", "data.train=a b"]
+        assert words[start + 1 :] == launch
 
 
 def test_without_an_ssh_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
