@@ -14,7 +14,7 @@ import pytest
 
 from hive_ds.children import processes_with
 from hive_ds.errors import HiveError
-from hive_ds.launch.supervise import Supervisor, stage_folder
+from hive_ds.launch.supervise import Supervisor, stage_folder, stop_patience
 
 TRAINER = """
 echo $HIVE_ATTEMPT >> tries
@@ -57,6 +57,8 @@ def supervise(tries: str) -> tuple[int, int]:
         ("saves1 2 2 2 2 done0", (1, 3)),
         ("saves2 done0", (2, 1)),
         ("1 127 done0", (2, 2)),
+        ("saves1 127 done0", (2, 2)),  # no such program, whatever there was before
+        ("126 done0", (2, 1)),
         ("1 85 done0", (85, 2)),
         ("stop done0", (85, 1)),  # torchrun hides the exit code
         ("1 1 1 done0", (1, 3)),
@@ -134,6 +136,16 @@ def test_a_patience_that_is_none_is_refused_before_the_first_try(given: str, mon
     assert not Path("tries").exists()
 
 
+def test_a_trainer_has_eight_minutes_to_stop() -> None:
+    assert stop_patience({}) == stop_patience({"HIVE_STOP_PATIENCE": ""}) == 480
+
+
+def test_no_pause_behind_the_last_try() -> None:
+    begun = time.monotonic()
+    assert Supervisor(["false"], Path(), restarts=0, failures=3, pause=60).run() == 1
+    assert time.monotonic() - begun < 30
+
+
 def test_nohup_keeps_it_going() -> None:
     main = "import sys; from hive_ds.cli import main; sys.exit(main())"
     command = ["nohup", sys.executable, "-c", main, "supervise", "--folder", "."]
@@ -192,12 +204,15 @@ def wait_for(name: str) -> None:
         "deepspeed --module hive_ds.train --recipe r --stage 2 --run runs/a --set x=1",
         "torchrun -m hive_ds.train --run-folder=runs/a --stage=modality_adaptation",
         "hive-ds hosts run hosts -- --stage 2 --run-folder runs/a",
+        "deepspeed --module hive_ds.train --run runs/b --stage 1 --run runs/a --stage 2",  # the last counts there too
     ],
 )
 def test_the_folder_is_the_commands(command: str) -> None:
     assert stage_folder(command.split()) == Path("runs/a/stage2")
 
 
-def test_a_command_without_a_stage_is_refused() -> None:
-    with pytest.raises(HiveError, match=r"train\.sh: expected a training command with --run \(or --run-folder\)"):
-        stage_folder(["train.sh"])
+@pytest.mark.parametrize("command", ["train.sh", "train.sh --run a", "train.sh --stage 1"])
+def test_a_command_without_a_stage_is_refused(command: str) -> None:
+    message = rf"{command}: expected a training command with --run \(or --run-folder\)"
+    with pytest.raises(HiveError, match=message):
+        stage_folder(command.split())
