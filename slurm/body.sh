@@ -180,7 +180,7 @@ count_failure() { # ends the script where this was one too many without a new ch
     fi
 }
 
-node_ended_with() { cat "$logs"/*.code 2>/dev/null | grep -qx "$1"; }
+node_ended_with() { grep -qx "$1" "$logs"/*.code 2>/dev/null; }
 
 show_errors() { # what a reader of the job's log needs most; the whole is in the nodes' logs
     say "the stage is not done; exit codes by node:"

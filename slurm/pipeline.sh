@@ -46,6 +46,8 @@ described=$HIVE_STAGES
 if command -v "$HIVE_PYTHON" >/dev/null; then
     described=$("$HIVE_PYTHON" -m hive_ds.launch.stages "$recipe" ${options[@]+"${options[@]}"}) || exit 2
 fi
+[ ${#HIVE_CONVERT[@]} -ne 1 ] || fail "HIVE_CONVERT in env.sh is (${HIVE_CONVERT[*]}); expected (SOURCE OUT OPTION...)"
+[ ${#HIVE_EVAL[@]} -ne 1 ] || fail "HIVE_EVAL in env.sh is (${HIVE_EVAL[*]}); expected (BENCHMARKS DATA OPTION...)"
 mkdir -p "$run/logs" || fail "cannot write $run; change --run"
 if [ ${#HIVE_CONVERT[@]} -gt 0 ]; then
     leaves_out=SBATCH_GPUS_PER_NODE submit convert "${HIVE_CONVERT[1]}/index.json" ${HIVE_CPU_JOB[@]+"${HIVE_CPU_JOB[@]}"} "$slurm_folder/convert.sh"

@@ -27,7 +27,7 @@ PROGRAMS = {
         *) echo "$END" ;;
         esac
     """,
-    "sleep": "[ $1 = 300 ] || exec /bin/sleep $1",
+    "sleep": "echo $1 >>slept; [ $1 -ge 300 ] || exec /bin/sleep $1",
 }
 """NODES, EXCLUDED and END are what Slurm knows. TRAIN, CHECK and NETWORK are what its steps do, the last two for the
 nodes ``on``, whose findings go to the folder ``checks``."""

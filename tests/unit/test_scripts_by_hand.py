@@ -95,3 +95,20 @@ def test_options_of_sbatch_reach_the_jobs_that_they_are_for(site: Path) -> None:
     asked = (site / "asked").read_text().splitlines()
     found = [[option for option in ("--oversubscribe", "--mem=8 G") if option in one] for one in asked]
     assert found == [["--oversubscribe"], ["--mem=8 G"], ["--oversubscribe"], ["--oversubscribe"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("HIVE_CONVERT='a.json mds'", "HIVE_CONVERT in env.sh is (a.json mds); expected (SOURCE OUT OPTION...)"),
+        ("HIVE_EVAL='mme /data'", "HIVE_EVAL in env.sh is (mme /data); expected (BENCHMARKS DATA OPTION...)"),
+    ],
+)
+def test_a_list_that_is_written_as_text_submits_nothing(line: str, error: str, site: Path) -> None:
+    """It would be noticed when all stages are trained."""
+    with (site / "slurm" / "env.sh").open("a") as env:
+        env.write(f"\n{line} HIVE_PYTHON=/not/on/the/login/node\n")
+    environment = {**os.environ, "PATH": f"{site}/bin:{os.environ['PATH']}"}
+    said = subprocess.run(["slurm/pipeline.sh"], env=environment, cwd=site, capture_output=True, text=True)
+    assert (said.returncode, said.stdout, said.stderr) == (2, "", f"error: {error}\n")
+    assert not (site / "asked").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -34,9 +35,10 @@ def test_ranks_get_the_cpus_that_every_node_has(variables: dict[str, str], expec
 
 def test_what_the_trainer_is_started_with() -> None:
     edit("HIVE_PREFLIGHT=0 HIVE_SRUN=(--container-image='a b')")
-    gpus = {"SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS": "16"}
+    gpus = {"SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS": "16", "SLURM_EXPORT_ENV": "NONE"}
     keep = (
-        'echo "${SLURM_GPUS-none} $HIVE_RANKS $HIVE_MASTER $HIVE_ATTEMPT $HIVE_PORT" >variables; touch run/stage1/DONE'
+        'echo "${SLURM_GPUS-none} $HIVE_RANKS $HIVE_MASTER $HIVE_ATTEMPT $HIVE_PORT $SLURM_EXPORT_ENV" >variables;'
+        "touch run/stage1/DONE"
     )
     done = train("--recipe", "tiny", "--set", "data.train=a b", "--debug", TRAIN=keep, SLURM_RESTART_COUNT="3", **gpus)
     assert (done.returncode, done.stderr) == (0, "")
@@ -45,7 +47,23 @@ def test_what_the_trainer_is_started_with() -> None:
     trainer = ["bash", f"{os.getcwd()}/slurm/node.sh", "--recipe", "tiny", "--stage", "1"]
     own = ["--run-folder", f"{os.getcwd()}/run", "--set", "data.train=a b", "--debug"]
     assert trained_on() == [*step, *trainer, *own]
-    assert lines("variables") == ["none 8 n1 7.3 12094"]
+    assert lines("variables") == ["none 8 n1 7.3 12094 ALL"]
+
+
+def test_what_a_job_was_started_with_is_kept() -> None:
+    Path("my recipe.yaml").write_text("base: tiny")
+    edit("HIVE_PREFLIGHT=0 HIVE_CPU_RANKS=3")
+    done = train("--recipe", "my recipe.yaml", TRAIN='echo "$HIVE_RANKS" >ranks; touch run/stage1/DONE')
+    assert done.returncode == 0
+    assert trained_on()[-5:] == [f"{os.getcwd()}/my recipe.yaml", "--stage", "1", "--run-folder", f"{os.getcwd()}/run"]
+    assert lines("ranks") == ["3"]
+    logs = Path("run/stage1/attempts/7.0")
+    assert (logs / "recipe.yaml").read_text() == "base: tiny"
+    recipe = f"{os.getcwd()}/my recipe.yaml"
+    assert shlex.split((logs / "arguments").read_text()) == [recipe, "--run", "run", "--recipe", "my recipe.yaml"]
+    again = train()
+    assert (again.returncode, len(lines("asked"))) == (0, 1)
+    assert f"stage 1 of {os.getcwd()}/run is done already" in again.stdout
 
 
 @pytest.mark.parametrize(
@@ -60,6 +78,8 @@ def test_what_the_trainer_is_started_with() -> None:
         (1, "step-5", "code 0 126", (2, [])),
         (1, "step-5", "code 127", (2, [])),
         (0, "", "code 85 143", (85, [])),
+        (0, "", "code 85 $(yes 143 | head -n 300)", (85, [])),
+        (0, "", "code 2 $(yes 143 | head -n 300)", (2, [])),
         (0, "", "code 85; touch run/stage1/DONE", (0, [])),
         (4, "", "code 137", (1, ["requeue 7"])),
         (5, "", "code 137", (1, [])),  # no restart is left
@@ -93,14 +113,17 @@ def test_failures_are_counted_by_checkpoint() -> None:
 
 def test_time_is_up() -> None:
     """By a signal, and by the time where the signal does not come."""
-    edit("HIVE_PREFLIGHT=0 HIVE_STOP_PATIENCE=1")
+    edit("HIVE_PREFLIGHT=0")
     stop = "while [ ! -e run/stage1/STOP ]; do :; done"
-    done = train(TRAIN=f'kill -USR1 $PPID; {stop}; echo 85 >"$HIVE_LOGS/n1.code"')
+    done = train(TRAIN=f'kill -USR1 $PPID; {stop}; echo 85 >"$HIVE_LOGS/n1.code"', HIVE_STOP_PATIENCE="1")
     assert (done.returncode, lines("told")) == (1, ["requeue 7"]), done.stdout
     assert "time is up: requeueing the job" in done.stdout
+    begun = time.monotonic()
     deaf = train(TRAIN="kill -USR1 $PPID; exec /bin/sleep 50")
     assert (deaf.returncode, lines("told")) == (1, ["requeue 7"] * 2), deaf.stdout
     assert "no answer: ending the trainer" in deaf.stdout
+    assert time.monotonic() - begun < 40
+    assert sorted(lines("slept")) == ["1", "300", "300", "480"]  # 300 s for Slurm to end the script
     now = int(time.time())
     ends = {seconds: time.strftime("%FT%T", time.localtime(now + seconds)) for seconds in (1700, 7200)}
     keep = 'echo ${HIVE_STOP_AT-none} >at; echo 85 >"$HIVE_LOGS/n1.code"'
