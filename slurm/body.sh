@@ -54,7 +54,7 @@ parse() { # sets recipe, run, spares, and the options that the trainer gets as t
             ;;
         esac
     done
-    [[ $spares =~ ^[0-9]+$ ]] || fail "--spares is $spares; expected how many of the job's nodes are spare"
+    [[ $spares =~ ^(0|[1-9][0-9]*)$ ]] || fail "--spares is $spares; expected how many of the job's nodes are spare"
     run=$(absolute "$run")
     if [ -f "$recipe" ]; then recipe=$(absolute "$recipe"); fi
 }

@@ -35,19 +35,19 @@ def test_ranks_get_the_cpus_that_every_node_has(variables: dict[str, str], expec
 
 def test_what_the_trainer_is_started_with() -> None:
     edit("HIVE_PREFLIGHT=0 HIVE_SRUN=(--container-image='a b')")
-    gpus = {"SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS": "16", "SLURM_EXPORT_ENV": "NONE"}
+    given = {"SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS": "16", "SLURM_EXPORT_ENV": "NONE", "SLURM_JOB_ID": "12345678"}
     keep = (
         'echo "${SLURM_GPUS-none} $HIVE_RANKS $HIVE_MASTER $HIVE_ATTEMPT $HIVE_PORT $SLURM_EXPORT_ENV" >variables;'
         "touch run/stage1/DONE"
     )
-    done = train("--recipe", "tiny", "--set", "data.train=a b", "--debug", TRAIN=keep, SLURM_RESTART_COUNT="3", **gpus)
+    done = train("--recipe", "tiny", "--set", "data.train=a b", "--debug", TRAIN=keep, SLURM_RESTART_COUNT="3", **given)
     assert (done.returncode, done.stderr) == (0, "")
     nodes = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "--nodelist", "n1,n2"]
     step = [*nodes, "--kill-on-bad-exit=1", "--gpus-per-node", "8", "--container-image=a b"]
     trainer = ["bash", f"{os.getcwd()}/slurm/node.sh", "--recipe", "tiny", "--stage", "1"]
     own = ["--run-folder", f"{os.getcwd()}/run", "--set", "data.train=a b", "--debug"]
     assert trained_on() == [*step, *trainer, *own]
-    assert lines("variables") == ["none 8 n1 7.3 12094 ALL"]
+    assert lines("variables") == ["none 8 n1 12345678.3 25817 ALL"]
 
 
 def test_what_a_job_was_started_with_is_kept() -> None:

@@ -31,9 +31,11 @@ def nodes_that_train() -> list[str]:
 
 def test_the_first_good_nodes_train_and_the_bad_one_is_named() -> None:
     bad = of("n1", 'echo "its disk is full" >"$checks/n1.fault"')
-    done = train("--spares", "2", NODES="n1 n2 n3 n4", CHECK=f"{ANSWER}; {bad}")
+    train_and_say = f'echo "$HIVE_MASTER" >master; {KNOWN["TRAIN"]}'
+    done = train("--spares", "2", NODES="n1 n2 n3 n4", CHECK=f"{ANSWER}; {bad}", TRAIN=train_and_say)
     assert done.returncode == 0, done.stdout + done.stderr
     assert nodes_that_train() == ["n2", "n3"]
+    assert lines("master") == ["n2"]
     assert "preflight: 3 of 4 nodes are good, 2 needed" in done.stdout
     assert "all-reduce of 2 nodes: 1.00 GB/s" in done.stdout
     assert "n1: its disk is full\n" in done.stdout
@@ -124,6 +126,7 @@ def test_time_is_up_during_the_check() -> None:
     [
         (("--spares", "2"), "--spares 2 of 2 nodes leaves none to train on"),
         (("--spares", "-1"), "--spares is -1; expected how many of the job's nodes are spare"),
+        (("--spares", "08"), "--spares is 08; expected how many of the job's nodes are spare"),
         (("--spares",), "--spares needs a value"),
         (("--set", ""), "--set needs a value"),
     ],
