@@ -216,6 +216,19 @@ def test_interface_is_one_of_this_host() -> None:
     assert interface_towards("127.0.0.1") in {*names, None}
 
 
+def test_the_interface_is_that_with_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    routes = {"node1": "10.1.0.5", "me": "127.0.1.1", "192.0.2.1": "10.2.0.5"}
+    monkeypatch.setattr(network, "_source_address", routes.get)
+    found = {"usb0": "10.9.0.5", "ib0": "10.1.0.5", "eth0": "10.2.0.5"}
+    monkeypatch.setattr(network, "interface_addresses", lambda: found)
+    assert interface_towards("node1") == "ib0"
+    assert interface_towards("me") == interface_towards("unknown") == "eth0"  # the default route's
+    del routes["192.0.2.1"]
+    assert interface_towards("me") == "usb0"
+    found.clear()
+    assert interface_towards("node1") is None
+
+
 def test_the_interface_is_set_where_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "interface_towards", lambda host: {"node1": "bond0"}.get(host))
     env = {"GLOO_SOCKET_IFNAME": "eth1"}

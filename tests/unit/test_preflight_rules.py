@@ -103,3 +103,22 @@ def test_node_without_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "0 GPUs work of 8",
     ]
     assert json.loads((tmp_path / "node1.json").read_text())["run_free"] > 0
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # where nobody trains on them
+    assert preflight.main(["node", "--ranks", "0", "--gpus", "8", *folders]) == 0
+    assert len((tmp_path / "node1.fault").read_text().splitlines()) == 1
+
+
+def test_each_gpu_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that work are timed; fewer than there should be are a fault, whatever they do."""
+
+    def product(device: torch.device) -> float:
+        if device.index == 1:
+            raise RuntimeError("CUDA error: uncorrectable ECC error\nCompile with ...")
+        return 1e12 + device.index
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(preflight, "_matmul", product)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    values, faults = preflight.check_node(argparse.Namespace(ranks=0, gpus=4, scratch=tmp_path, run=tmp_path))
+    assert values["matmul_flops_per_second"] == [1e12, 1e12 + 2]
+    assert faults == ["3 GPUs work of 4", "GPU 1: CUDA error: uncorrectable ECC error"]

@@ -81,6 +81,7 @@ def test_what_a_job_was_started_with_is_kept() -> None:
         (0, "", "code 85 $(yes 143 | head -n 300)", (85, [])),
         (0, "", "code 2 $(yes 143 | head -n 300)", (2, [])),
         (0, "", "code 85; touch run/stage1/DONE", (0, [])),
+        (0, "", "code 132 1", (1, ["requeue 7"])),  # which is no 2
         (4, "", "code 137", (1, ["requeue 7"])),
         (5, "", "code 137", (1, [])),  # no restart is left
     ],
@@ -114,13 +115,13 @@ def test_failures_are_counted_by_checkpoint() -> None:
 def test_time_is_up() -> None:
     """By a signal, and by the time where the signal does not come."""
     edit("HIVE_PREFLIGHT=0")
-    stop = "while [ ! -e run/stage1/STOP ]; do :; done"
+    stop = "while [ ! -e run/stage1/STOP ]; do :; done; /bin/sleep 0.5; echo saved >>told"
     done = train(TRAIN=f'kill -USR1 $PPID; {stop}; echo 85 >"$HIVE_LOGS/n1.code"', HIVE_STOP_PATIENCE="1")
-    assert (done.returncode, lines("told")) == (1, ["requeue 7"]), done.stdout
+    assert (done.returncode, lines("told")) == (1, ["saved", "requeue 7"]), done.stdout
     assert "time is up: requeueing the job" in done.stdout
     begun = time.monotonic()
     deaf = train(TRAIN="kill -USR1 $PPID; exec /bin/sleep 50")
-    assert (deaf.returncode, lines("told")) == (1, ["requeue 7"] * 2), deaf.stdout
+    assert (deaf.returncode, lines("told")[2:]) == (1, ["requeue 7"]), deaf.stdout
     assert "no answer: ending the trainer" in deaf.stdout
     assert time.monotonic() - begun < 40
     assert sorted(lines("slept")) == ["1", "300", "300", "480"]  # 300 s for Slurm to end the script
@@ -132,6 +133,7 @@ def test_time_is_up() -> None:
     assert train(TRAIN=keep, END=ends[7200]).returncode == 85
     assert lines("at") == [str(now + 7200 - 540)]
     assert "time is up" in train(TRAIN=keep, HIVE_STOP_AT="1").stdout
+    assert "failed: requeueing" in train(TRAIN=keep.replace("85", "137"), HIVE_STOP_AT="1").stdout
 
 
 def test_environment_is_kept_without_secrets() -> None:
