@@ -20,6 +20,7 @@ PROGRAMS = {
     """,
     "scontrol": r"""
         if [ "$1" = show ]; then printf '%s\n' $NODES; else echo "$*" >>told; fi
+        if [ "$1" = requeue ]; then eval "$REQUEUE"; fi
     """,
     "squeue": r"""
         case "$*" in
@@ -29,12 +30,13 @@ PROGRAMS = {
     """,
     "sleep": "echo $1 >>slept; [ $1 -ge 300 ] || exec /bin/sleep $1",
 }
-"""NODES, EXCLUDED and END are what Slurm knows. TRAIN, CHECK and NETWORK are what its steps do, the last two for the
-nodes ``on``, whose findings go to the folder ``checks``."""
+"""NODES, EXCLUDED and END are what Slurm knows, REQUEUE what it does to a job that goes back to the queue. TRAIN, CHECK
+and NETWORK are what its steps do, the last two for the nodes ``on``, whose findings go to the folder ``checks``."""
 
 KNOWN = {
     "NODES": "n1 n2",
     "EXCLUDED": "",
+    "REQUEUE": "",
     "END": "N/A",
     "CHECK": 'for node in $on; do touch "$checks/$node.json"; done',
     "NETWORK": 'echo "all-reduce of 2 nodes: 1.00 GB/s" >"$checks/network"',

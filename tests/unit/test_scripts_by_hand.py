@@ -97,6 +97,54 @@ def test_options_of_sbatch_reach_the_jobs_that_they_are_for(site: Path) -> None:
     assert found == [["--oversubscribe"], ["--mem=8 G"], ["--oversubscribe"], ["--oversubscribe"]]
 
 
+def test_what_a_chain_asks_for(site: Path) -> None:
+    """Each job after the one before, but what is done or queued; no GPUs for jobs that need none."""
+    run = site / "runs" / "a"
+    (run / "stage2").mkdir(parents=True)
+    (run / "stage2" / "DONE").touch()
+    with (site / "slurm" / "env.sh").open("a") as env:
+        env.write("\nHIVE_STAGES='1 2 3 4 5' HIVE_CONVERT=(a.json mds) HIVE_EVAL=(mme /data)\n")
+        env.write("export SBATCH_GPUS_PER_NODE=8\n")
+    queued = f'case "$*" in *hive-stage3*) echo "70 {run}-other"; echo "77 {run}" ;; esac'
+    told = f'echo "$@" "${{SBATCH_GPUS_PER_NODE-none}}" >>{site}/asked; echo "$(wc -l <{site}/asked);federated"'
+    for name, script in {"squeue": queued, "sbatch": told}.items():
+        (site / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+    said = submit("slurm/pipeline.sh --run runs/a --nodes 4 --spares 1", "/not/on/the/login/node", site)
+    assert said == [
+        *("convert: job 1", "stage1: job 2, after 1", "stage2: done already"),
+        *("stage3: job 77 is queued or running", "export: job 3, after 77"),
+        *("stage4: job 4, after 3", "stage5: job 5, after 4", "eval: job 6, after 5"),
+    ]
+    asked = [re.sub(r" --output \S+", "", line) for line in (site / "asked").read_text().splitlines()]
+    given = "--run runs/a --spares 1"
+    expected = [
+        ("convert", "", "convert.sh", "none"),
+        ("stage1", " --dependency afterok:1 --nodes 4", f"stage1.sh {given}", "8"),
+        ("export", " --dependency afterok:77", f"export.sh {run}", "none"),
+        ("stage4", " --dependency afterok:3 --nodes 4", f"vlm.sh {given}", "8"),
+        ("stage5", " --dependency afterok:4 --nodes 4", f"vlm.sh {given}", "8"),
+        ("eval", " --dependency afterok:5", f"eval.sh {run}", "8"),
+    ]
+    always = f"--parsable --kill-on-invalid-dep=yes --comment {run}"
+    assert asked == [
+        f"{always} --job-name hive-{name}{options} {site}/slurm/{script} {gpus}"
+        for name, options, script, gpus in expected
+    ]
+
+
+def test_a_chain_of_vlm_stages_alone_exports_nothing_and_ends_where_slurm_refuses(site: Path) -> None:
+    with (site / "slurm" / "env.sh").open("a") as env:
+        env.write("\nHIVE_STAGES='4 5' HIVE_PYTHON=/not/on/the/login/node\n")
+    refusing = f'echo "$@" >>{site}/asked; echo "no such account" >&2; exit 1'
+    (site / "bin" / "sbatch").write_text(f"#!/bin/sh\n{refusing}\n")
+    environment = {**os.environ, "PATH": f"{site}/bin:{os.environ['PATH']}"}
+    said = subprocess.run(["slurm/pipeline.sh"], env=environment, cwd=site, capture_output=True, text=True)
+    assert (said.returncode, said.stdout, said.stderr) == (1, "", "no such account\n")
+    (asked,) = (site / "asked").read_text().splitlines()
+    assert "--job-name hive-stage4" in asked
+    assert "--nodes 1 " in asked
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [
