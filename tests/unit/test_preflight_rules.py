@@ -70,7 +70,9 @@ def test_where_nothing_goes_through_all_are_out() -> None:
 
 
 def test_matrix_product_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert preflight._matmul(torch.device("cpu"), size=256) > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight.time, "perf_counter", iter([0.0, 5.0, 10.0, 12.0, 20.0, 20.5, 30.0, 31.0]).__next__)
+        assert preflight._matmul(torch.device("cpu"), size=256) == 2 * 256**3 / 0.5  # the best of four
     monkeypatch.setattr(torch, "ones", lambda *size, **options: torch.full(size, 1.01, **options))
     with pytest.raises(RuntimeError, match="a matrix product is wrong"):
         preflight._matmul(torch.device("cpu"), size=256)

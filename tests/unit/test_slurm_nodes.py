@@ -113,9 +113,10 @@ def test_nodes_that_do_not_work_together_are_not_avoided() -> None:
     assert len(lines("told")) == 2
 
 
-def test_time_is_up_during_the_check() -> None:
+@pytest.mark.parametrize("answer", [ANSWER, "exit 1"])
+def test_time_is_up_during_the_check(answer: str) -> None:
     """What was found by then may be half of it."""
-    done = train(CHECK="kill -USR1 $(ps -o ppid= $PPID); exit 1")
+    done = train(CHECK=f"kill -USR1 $(ps -o ppid= $PPID); {answer}")
     assert (done.returncode, lines("told")) == (1, ["requeue 7"])
     assert "time is up: requeueing the job" in done.stdout
     assert not any("network\t--nodes" in line for line in lines("asked"))
