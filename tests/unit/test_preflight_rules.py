@@ -57,6 +57,7 @@ def test_every_node_has_its_neighbours_one_at_a_time(count: int) -> None:
         ([None, None, 1e9, 1e9, 1e9], {B: "network: nodeA not reached and nodeC not reached; the median is 1.00 GB/s"}),
         ([1e8, 1e8, 1e9, 1e9, 1e9], {B: "network: nodeA at 0.10 GB/s and nodeC at 0.10 GB/s; the median is 1.00 GB/s"}),
         ([1e9, 1e8, 1e9, 1e9, 1e9], {}),
+        ([2.1e8, 2.1e8, 1e9, 1e9, 1e9], {}),  # slow, but not broken
         ([1e9, 1e9, None, 1e9, 1e9], {D: "network: nodeC not reached, or does not reach it"}),
     ],
 )

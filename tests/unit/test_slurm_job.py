@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
+import subprocess
 import time
 from pathlib import Path
 
@@ -146,3 +148,34 @@ def test_environment_is_kept_without_secrets() -> None:
         **{name: value for name, value in kept.items() if name != "TOKENIZERS_PARALLELISM"},
         **dict.fromkeys((*left, "TOKENIZERS_PARALLELISM")),
     }
+
+
+NODE = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURMD_NODENAME": "n2"}
+STEP = {"HIVE_ATTEMPT": "7.1", "HIVE_RANKS": "8", "HIVE_MASTER": "n1", "HIVE_PORT": "12092", "HIVE_LOGS": "the logs"}
+PYTHON = """#!/bin/bash
+printf '%s\\n' "$@" >arguments
+touch "$TMPDIR/in-use"
+ls "$HIVE_SCRATCH" >meanwhile
+printf '%s\\n' "$TMPDIR" "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" >folders
+exit 85
+"""
+
+
+def test_what_runs_on_a_node() -> None:
+    """Its launcher, in a folder of this attempt; other jobs' folders stay, and compiled kernels."""
+    for folder in ("the logs", "a scratch/hive-7.0/left", "a scratch/hive-77.0"):
+        Path(folder).mkdir(parents=True)
+    Path("python").write_text(PYTHON)
+    Path("python").chmod(0o755)
+    paths = {"HIVE_PYTHON": "./python", "HIVE_SCRATCH": "a scratch", "TRITON_CACHE_DIR": "mine"}
+    environment = {"PATH": os.environ["PATH"], **NODE, **STEP, **paths}
+    done = subprocess.run(["bash", "slurm/node.sh", "--set", "x=a b"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (85, "")
+    assert lines("the logs/n2.code") == ["85"]
+    launch = ["-m", "hive_ds.launch.node", "--nodes", "2", "--node-rank", "1", "--ranks", "8"]
+    meeting = ["--master", "n1", "--port", "12092", "--packages", "the logs/packages"]
+    assert lines("arguments") == [*launch, *meeting, "--", "--set", "x=a b"]
+    assert lines("meanwhile") == ["hive-7.1", "hive-77.0"]
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    assert lines("folders") == ["a scratch/hive-7.1", "mine", f"a scratch/hive-{user}/inductor"]
+    assert os.listdir("a scratch") == ["hive-77.0"]
