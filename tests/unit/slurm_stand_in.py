@@ -55,12 +55,17 @@ def make_site(site: Path) -> None:
 
 def train(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the job of stage 1 in this folder, a site."""
+    return run_job("stage1.sh", "--run", "run", *arguments, **variables)
+
+
+def run_job(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a job in this folder, a site."""
     outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "HIVE"))}
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
     job |= {"SLURM_JOB_CPUS_PER_NODE": "8(x2)", "SLURM_CPUS_ON_NODE": "8"}
     own = {"PATH": f"{os.getcwd()}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": os.getcwd()}
     return subprocess.run(
-        ["bash", "slurm/stage1.sh", "--run", "run", *arguments],
+        ["bash", f"slurm/{script}", *arguments],
         env={**outer, **job, **own, **KNOWN, **variables},
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_stand_in import edit, lines, make_site, train, trained_on
+from slurm_stand_in import edit, lines, make_site, run_job, train, trained_on
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +148,57 @@ def test_environment_is_kept_without_secrets() -> None:
         **{name: value for name, value in kept.items() if name != "TOKENIZERS_PARALLELISM"},
         **dict.fromkeys((*left, "TOKENIZERS_PARALLELISM")),
     }
+
+
+HIVE = ["/a python", "-m", "hive_ds"]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected", "done"),
+    [
+        (["convert.sh", "a.json", "my mds", "--workers", "2"], ["data", "convert"], "my mds/index.json"),
+        (["convert.sh"], ["data", "convert", "a b.json", "mds"], "mds/index.json"),
+        (["export.sh"], ["export", "encoder", "{here}/runs/tiny", "{here}/runs/tiny/encoder"], None),
+        (["export.sh", "a run"], ["export", "encoder", "{here}/a run", "{here}/a run/encoder"], None),
+        (["export.sh", "r", "an out", "--tail", "cut"], ["export", "encoder", "{here}/r"], "an out/config.json"),
+    ],
+)
+def test_jobs_of_one_command(command: list[str], expected: list[str], done: str | None) -> None:
+    edit("HIVE_PYTHON='/a python' HIVE_SRUN=(--container-image='a b') HIVE_CONVERT=('a b.json' mds)")
+    ended = run_job(*command, SLURM_JOB_CPUS_PER_NODE="6", TRAIN="exit 7")
+    assert (ended.returncode, ended.stderr) == (7, "")
+    (asked,) = lines("asked")
+    step = ["--nodes", "1", "--ntasks", "1", "--cpus-per-task", "6", "--container-image=a b", *HIVE]
+    words = [word.format(here=os.getcwd()) for word in expected]
+    given = command[1:] if command[0] == "convert.sh" else ([f"{os.getcwd()}/an out", *command[3:]] if done else [])
+    assert asked.split("\t") == [*step, *words, *given]
+    if done:
+        Path(done).parent.mkdir()
+        Path(done).touch()
+        assert run_job(*command).returncode == 0
+        assert len(lines("asked")) == 1
+
+
+@pytest.mark.parametrize(("gpus", "ask"), [({"SLURM_GPUS_ON_NODE": "8"}, ["--gpus-per-node", "8"]), ({}, [])])
+def test_the_job_that_scores(gpus: dict[str, str], ask: list[str]) -> None:
+    assert run_job("eval.sh", "a run").stderr == (
+        "error: eval.sh needs HIVE_EVAL in env.sh: benchmarks and the folder of their data\n"
+    )
+    edit("HIVE_PYTHON='/a python' HIVE_EVAL=(mme,gqa '/the data' --dtype bfloat16) HIVE_CPU_RANKS=3")
+    run, out = f"{os.getcwd()}/a run", f"{os.getcwd()}/a run/eval"
+    assert run_job("eval.sh", "a run", TRAIN="exit 7", **gpus).returncode == 7
+    assert run_job("eval.sh", "a run", "an out", "--limit", "4", TRAIN="exit 7", **gpus).returncode == 7
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8" if gpus else "3", "-m", "hive_ds"]
+    step = ["--nodes", "1", "--ntasks", "1", "--cpus-per-task", "8", *ask, "/a python", *launch, "eval", run]
+    what = ["--tasks", "mme,gqa", "--data", "/the data", "--out"]
+    assert [line.split("\t") for line in lines("asked")] == [
+        [*step, *what, out, "--dtype", "bfloat16"],
+        [*step, *what, f"{os.getcwd()}/an out", "--dtype", "bfloat16", "--limit", "4"],
+    ]
+    Path(out).mkdir(parents=True)
+    Path(out, "results.json").touch()
+    assert run_job("eval.sh", "a run", **gpus).returncode == 0
+    assert len(lines("asked")) == 2
 
 
 NODE = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURMD_NODENAME": "n2"}
