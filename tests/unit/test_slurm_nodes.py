@@ -41,6 +41,22 @@ def test_the_first_good_nodes_train_and_the_bad_one_is_named() -> None:
     assert "n1: its disk is full\n" in done.stdout
 
 
+def test_what_the_checks_are_started_with() -> None:
+    """A process a node with all its GPUs, in the container, beside whatever is left of an earlier step."""
+    edit("HIVE_SCRATCH='/a scratch' HIVE_SRUN=(--container-image='a b')")
+    assert train(SLURM_GPUS_ON_NODE="8").returncode == 0
+    by_itself, together, _ = [line.split("\t") for line in lines("asked")]
+    checks = f"{Path.cwd()}/run/stage1/attempts/7.0/preflight"
+    nodes = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "--nodelist", "n1,n2", "--overlap"]
+    for words in (by_itself, together):
+        log, command = words.index("--output"), words.index("-c")
+        assert words[: log - 2] == nodes
+        assert words[log + 2 : command] == ["--gpus-per-node", "8", "--container-image=a b", "bash"]
+    own = ["--ranks", "8", "--gpus", "8", "--scratch", "/a scratch", "--run", f"{Path.cwd()}/run/stage1"]
+    assert by_itself[-12:] == [checks, "node", *own, "--out", checks]
+    assert together[-8:] == [checks, "network", "--nodes", "n1,n2", "--port", "12091", "--out", checks]
+
+
 @pytest.mark.parametrize(("before", "excluded"), [("", "n2"), ("n[8-9]", "n[8-9],n2")])
 def test_without_a_spare_the_job_goes_elsewhere(before: str, excluded: str) -> None:
     bad = of("n2", 'echo "its disk is full" >"$checks/n2.fault"')
