@@ -118,7 +118,7 @@ def test_time_is_up() -> None:
     """By a signal, and by the time where the signal does not come."""
     edit("HIVE_PREFLIGHT=0")
     stop = "while [ ! -e run/stage1/STOP ]; do :; done; /bin/sleep 0.5; echo saved >>told"
-    done = train(TRAIN=f'kill -USR1 $PPID; {stop}; echo 85 >"$HIVE_LOGS/n1.code"', HIVE_STOP_PATIENCE="1")
+    done = train(TRAIN=f'kill -USR1 $PPID; {stop}; echo 85 >"$HIVE_LOGS/n1.code"', HIVE_STOP_PATIENCE="4")
     assert (done.returncode, lines("told")) == (1, ["saved", "requeue 7"]), done.stdout
     assert "time is up: requeueing the job" in done.stdout
     begun = time.monotonic()
@@ -126,7 +126,7 @@ def test_time_is_up() -> None:
     assert (deaf.returncode, lines("told")[2:]) == (1, ["requeue 7"]), deaf.stdout
     assert "no answer: ending the trainer" in deaf.stdout
     assert time.monotonic() - begun < 40
-    assert sorted(lines("slept")) == ["1", "300", "300", "480"]  # 300 s for Slurm to end the script
+    assert sorted(lines("slept")) == ["300", "300", "4", "480"]  # 300 s for Slurm to end the script
     now = int(time.time())
     ends = {seconds: time.strftime("%FT%T", time.localtime(now + seconds)) for seconds in (1700, 7200)}
     keep = 'echo ${HIVE_STOP_AT-none} >at; echo 85 >"$HIVE_LOGS/n1.code"'
