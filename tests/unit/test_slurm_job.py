@@ -165,6 +165,8 @@ HIVE = ["/a python", "-m", "hive_ds"]
 )
 def test_jobs_of_one_command(command: list[str], expected: list[str], done: str | None) -> None:
     edit("HIVE_PYTHON='/a python' HIVE_SRUN=(--container-image='a b') HIVE_CONVERT=('a b.json' mds)")
+    if done:
+        Path(done).parent.mkdir()  # what a job left that was killed
     ended = run_job(*command, SLURM_JOB_CPUS_PER_NODE="6", TRAIN="exit 7")
     assert (ended.returncode, ended.stderr) == (7, "")
     (asked,) = lines("asked")
@@ -173,7 +175,6 @@ def test_jobs_of_one_command(command: list[str], expected: list[str], done: str 
     given = command[1:] if command[0] == "convert.sh" else ([f"{os.getcwd()}/an out", *command[3:]] if done else [])
     assert asked.split("\t") == [*step, *words, *given]
     if done:
-        Path(done).parent.mkdir()
         Path(done).touch()
         assert run_job(*command).returncode == 0
         assert len(lines("asked")) == 1
