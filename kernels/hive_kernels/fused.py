@@ -117,11 +117,11 @@ def prepare_layout(
         For `prepared_attention`.
 
     Raises:
-        ValueError: samples share images.
+        ValueError: image keys belong to several samples, or to none.
     """
     layout.max_seen, layout.num_queries, layout.num_text, layout.max_text  # noqa: B018 (the layout caches them)
     if layout.shares_images and not layout.decoding:
-        raise ValueError("samples of the layout share images; expected each to have its own")
+        raise ValueError("samples of the layout share images, or leave some out; expected each to have its own")
     q, k = (torch.empty(0, count, head_dim, dtype=dtype, device=layout.device) for count in (heads, groups))
     made = _arguments((q, k, k, k, k, *[None] * 6), layout, 1.0, 0.0, "none")
     if not layout.decoding:  # those of long texts as well: what is there now and then would be compiled for both

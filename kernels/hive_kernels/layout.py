@@ -100,11 +100,11 @@ class AttentionLayout:
         caller's to pick.
 
         Raises:
-            ValueError: an index outside this layout.
+            ValueError: an index outside this layout, or no integer.
         """
         picked: list[int] = samples.tolist() if isinstance(samples, Tensor) else list(samples)
         for r, b in enumerate(picked):
-            if not 0 <= operator.index(b) < self.num_samples:
+            if _count(f"samples[{r}]", b, low=0) >= self.num_samples:
                 raise ValueError(f"samples[{r}] is {b}; expected a sample of this layout, 0 to {self.num_samples - 1}")
         return replace(
             self,
@@ -192,7 +192,8 @@ class AttentionLayout:
     @cached_property
     def shares_images(self) -> bool:
         """Whether image keys belong to several samples, or to none, as `select` may have it."""
-        return self.image_starts != packed_starts([sum(lengths) for lengths in self.image_lengths])
+        patches = [sum(lengths) for lengths in self.image_lengths]
+        return self.image_starts != packed_starts(patches) or self.num_image != sum(patches)
 
     @cached_property
     def unshared(self) -> tuple[Tensor, AttentionLayout]:

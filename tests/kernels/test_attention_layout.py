@@ -45,6 +45,8 @@ def test_refused_steps() -> None:
         layout.select([0, 2])
     with pytest.raises(ValueError, match=re.escape("samples[0] is -1; expected")):
         layout.select(torch.tensor([-1]))
+    with pytest.raises(ValueError, match=re.escape("samples[0] is True; expected an integer of at least 0")):
+        layout.select(torch.tensor([True, False]))  # would be samples 1 and 0
 
 
 def test_counts() -> None:

@@ -223,8 +223,10 @@ def test_inputs_need_not_be_contiguous(passes: str) -> None:
         assert torch.equal(x, y)
 
 
-def test_shared_images_add_up() -> None:
-    layout = AttentionLayout.build([3, 2, 4], [[2], [3], [1]], [[0], [1], [0]], device=DEVICE).select([1, 0, 1])
+@pytest.mark.parametrize("picked", [[1, 0, 1], [0, 1], [2]])
+def test_shared_images_add_up(picked: list[int], passes: str) -> None:
+    """And those of a sample that was left out get zeros."""
+    layout = AttentionLayout.build([3, 2, 4], [[2], [3], [1]], [[0], [1], [0]], device=DEVICE).select(picked)
     inputs = random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
     leaves = {name: x.float() for name, x in inputs.tensors.items()}
     results = []
