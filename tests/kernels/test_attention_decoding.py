@@ -168,6 +168,23 @@ def test_select_shares_images(cache: bool, backend: str, picked: list[int]) -> N
     assert_close(found, expected)
 
 
+def test_caches_need_not_be_contiguous(backend: str) -> None:
+    """Heads before slots, as transformers keeps them, and a part of larger memory."""
+    layout = AttentionLayout.build([4, 2], [[3], []], [[1], []], query_lengths=[2, 1])
+    dtype, generator = torch.float32 if backend == "triton" else torch.float64, torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    k, v = normal(2, 2, 9, 16).transpose(1, 2), normal(2, 12, 3, 20)[:, 1:10, 1:, 2:18]
+    image_k, image_v = normal(2, 3, 16).transpose(0, 1), normal(3, 16, 2).transpose(1, 2)
+    given, q = (k, v, image_k, image_v), normal(3, 6, 16)
+    found = hierarchical_attention(q, *given, layout, backend=backend)
+    plain = [x.contiguous() for x in given]
+    assert not any(x.is_contiguous() for x in given)
+    assert_close(found, hierarchical_attention(q, *plain, layout, backend="reference"))
+
+
 def test_beams_copy_no_image_key() -> None:
     layout = AttentionLayout.build([4, 4], [[3], [3]], [[0], [1]], query_lengths=[1, 1]).select([0, 0, 0, 1, 1, 1])
     image_k = torch.randn(6, 1, 4)

@@ -142,3 +142,11 @@ def test_work_lists_take_samples_in_turn(kind: str) -> None:
         assert turns == [1, 3, 0, 2]
         text = {1: [[tile, 0] for tile in range(5)], 3: [[0, 0], [0, 1], [1, 1], [1, 0], [2, 0]]}
         assert tiles == {**text, 0: [[0, 0], [0, 1]], 2: [[0, 1]]}
+
+
+def test_pairs_are_those_of_the_mask() -> None:
+    """Of whole texts and while decoding, where cached tokens see and count for nothing."""
+    for queries in (None, [2, 2]):
+        layout = AttentionLayout.build([5, 3] if queries else [4, 4], [[3], [2, 4]], [[4], [0, 2]], queries)
+        assert layout.mask is not None
+        assert layout.schedule.pairs == layout.mask.sum()

@@ -117,6 +117,17 @@ def test_text_longer_than_any_short_tile() -> None:
     check(random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True), torch.float16)
 
 
+def test_tiles_of_unlike_sizes(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs have them: the interpreter's are all alike, and one taken for another's would not show."""
+    sizes = {"forward short": (16, 32), "forward": (64, 16), "keys": (32, 64), "queries": (16, 32)}
+    if passes == "one pass":
+        sizes["backward short"] = (128, 32)
+    for kind, (rows, keys) in sizes.items():
+        monkeypatch.setitem(tiles.TABLE["interpreter"][kind], 32, tiles.Tile(rows, keys, 1, 1))
+    layout = AttentionLayout.build([40, 23], [[33], [20, 20]], [[17], [0, 11]], device=DEVICE)
+    check(random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True), torch.float16)
+
+
 def test_without_lse_and_bit_for_bit(passes: str) -> None:
     layout = AttentionLayout.build(*MIXED, device=DEVICE)
     inputs = random_inputs(layout, heads=3, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
@@ -284,12 +295,13 @@ def test_tables_of_a_rotated_call_have_one_dtype(monkeypatch: pytest.MonkeyPatch
     assert set.union(*seen.values()) == {torch.float32}
 
 
+@pytest.mark.parametrize("norm_eps", [0.3, 0.0])
 @pytest.mark.parametrize("qk_norm", ["pre_rope", "post_rope"])
-def test_scale_and_epsilon_are_those_of_the_call(qk_norm: str, passes: str) -> None:
+def test_scale_and_epsilon_are_those_of_the_call(qk_norm: str, norm_eps: float, passes: str) -> None:
     layout = AttentionLayout.build([4, 2], [[3], []], [[1], []], device=DEVICE)
     inputs = random_inputs(layout, heads=2, groups=1, head_dim=16, qk_norm=qk_norm, rotate=True)
     ours, plain = (
-        partial(attention, softmax_scale=0.4, norm_eps=0.3) for attention in (triton_attention, plain_attention)
+        partial(attention, softmax_scale=0.4, norm_eps=norm_eps) for attention in (triton_attention, plain_attention)
     )
     found = evaluate(inputs, ours, dtype=torch.float32, return_lse=True)
     # How exact they are is tested elsewhere; another scale or epsilon is off by a tenth and more.

@@ -160,13 +160,18 @@ def test_refused() -> None:
             call(head_dim=head_dim)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "q_norm_weight"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "image_k", "image_v", "q_norm_weight"])
 def test_gradients_while_decoding_are_refused(name: str) -> None:
     """By name; `auto` takes another backend on a GPU. The norm weight alone got zeros."""
-    layout = AttentionLayout.build([3], [[]], [[]], [1], device=DEVICE)
-    shapes = {"q": (1, 2, 32), "k": (3, 1, 32), "v": (3, 1, 32), "q_norm_weight": (32,)}
+    layout = AttentionLayout.build([3], [[2]], [[0]], [1], device=DEVICE)
+    shapes = {
+        "q": (1, 2, 32),
+        **dict.fromkeys(("k", "v"), (3, 1, 32)),
+        **dict.fromkeys(("image_k", "image_v"), (2, 1, 32)),
+    }
+    shapes["q_norm_weight"] = (32,)
     given = {key: torch.ones(shape, device=DEVICE, requires_grad=key == name) for key, shape in shapes.items()}
     with pytest.raises(ValueError, match=f"^backend is 'triton', but .*{name}.* needs a gradient; expected none while"):
-        triton_attention(**given, image_k=None, image_v=None, layout=layout, qk_norm="post_rope")
+        triton_attention(**given, layout=layout, qk_norm="post_rope")
     with torch.no_grad():
-        triton_attention(**given, image_k=None, image_v=None, layout=layout, qk_norm="post_rope")
+        triton_attention(**given, layout=layout, qk_norm="post_rope")

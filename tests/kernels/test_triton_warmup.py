@@ -40,6 +40,15 @@ def test_cache_of_someone_else_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         kernel_cache.use_local_cache()
 
 
+def test_cache_that_another_user_made_first_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(kernel_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(PermissionError, match=f"hive-triton-{other} belongs to another user"):
+        kernel_cache.use_local_cache()
+
+
 def test_importing_kernels_sets_the_cache(tmp_path: Path) -> None:
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_CACHE_DIR"} | {"TMPDIR": str(tmp_path)}
     code = "import triton, hive_ds.kernels.triton_launch; print(triton.knobs.cache.dir)"
