@@ -5,8 +5,8 @@
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="hive")
 
-Rows are told apart by a 2-D ``attention_mask`` (padding left or right), samples packed in one row by ``cu_seq_lens_q``
-or by ``position_ids`` that start again at 0. A jump of positions is no start: transformers 4 takes it for one.
+Rows are told apart by a 2-D ``attention_mask`` (padding left or right), samples packed in one row by ``cu_seq_lens_q``,
+in any row by ``position_ids`` that start again at 0. A jump of positions is no start: transformers 4 takes it for one.
 """
 
 from __future__ import annotations
@@ -120,15 +120,12 @@ def attend(
             attention to later tokens).
     """
     _refuse_others(module, dropout, key.shape[2], options, attention_mask)
-    lengths = _packed_lengths(options.get("cu_seq_lens_q"), options.get("position_ids"), attention_mask, query, key)
-    if lengths is not None:
-        layout = _without_images(lengths, lengths, query.device)
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return _call(q, k, v, layout, scaling, backend)[None], None
     count, _, new, _ = query.shape
     rows = query.transpose(1, 2).flatten(0, 1)
     if attention_mask is None:
-        layout = _without_images((key.shape[2],) * count, (new,) * count, query.device)
+        lengths = _packed_lengths(options.get("cu_seq_lens_q"), options.get("position_ids"), query, key)
+        keys, queries = (lengths, lengths) if lengths else ((key.shape[2],) * count, (new,) * count)
+        layout = _without_images(keys, queries, query.device)
         out = _call(rows, *_text_keys(key, value, layout), layout, scaling, backend)
         return out.view(count, new, *out.shape[1:]), None
     layout, key_rows, query_rows = _padded_layout(attention_mask, new)
@@ -170,24 +167,29 @@ def _refuse_others(module: nn.Module, dropout: float, keys: int, options: dict[s
 
 
 def _packed_lengths(
-    bounds: Tensor | None, positions: Tensor | None, mask: Tensor | None, query: Tensor, key: Tensor
+    bounds: Tensor | None, positions: Tensor | None, query: Tensor, key: Tensor
 ) -> tuple[int, ...] | None:
-    """Tokens of each sample of a single packed row; None where rows are samples."""
-    if mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+    """Tokens of each sample of packed rows, row by row; None where rows are samples."""
+    count, _, tokens, _ = query.shape
+    if tokens != key.shape[2]:
         return None
-    if bounds is not None:
+    if bounds is not None and count == 1:
         return _once(bounds, lambda: tuple(bounds.diff().tolist()))
-    if positions is None or positions.shape[-1] != query.shape[2]:
+    if positions is None or positions.shape[-1] != tokens:
         return None
-    return _once(positions, lambda: _lengths_from_starts(positions))
+    lengths = _once(positions, lambda: _lengths_from_starts(positions))
+    return lengths * (count * tokens // sum(lengths)) if lengths else None
 
 
 def _lengths_from_starts(positions: Tensor) -> tuple[int, ...] | None:
-    row = positions.reshape(-1, positions.shape[-1])[0]
-    starts = (row == 0).nonzero()[:, 0].tolist()
-    if len(starts) < 2 or starts[0] != 0:
+    """Of one row for all, or of a line for each; a row may begin in mid-sample."""
+    rows = positions if positions.ndim < 3 else positions[0]  # of several kinds of positions the first
+    is_start = (rows == 0).view(-1, rows.shape[-1])
+    is_start[:, 0] = True
+    starts = is_start.flatten().nonzero()[:, 0].tolist()
+    if len(starts) == len(is_start):
         return None
-    return tuple(end - start for start, end in pairwise([*starts, len(row)]))
+    return tuple(end - start for start, end in pairwise([*starts, is_start.numel()]))
 
 
 @lru_cache(maxsize=8)

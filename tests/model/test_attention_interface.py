@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_language_model
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import causal_mask_function, or_masks
 
 from hive_ds.errors import HiveError
 from hive_ds.model import attention_interface
-from hive_ds.model.attention_interface import key_mask, register_attention
+from hive_ds.model.attention_interface import attend, key_mask, register_attention
 
 register_attention()
 LENGTHS = [5, 2, 7]
@@ -22,9 +24,10 @@ LENGTHS = [5, 2, 7]
 def pair(family: str, **changes: object) -> tuple[Any, Any]:
     """One model under SDPA and under ours."""
     plain = tiny_language_model(family, **changes).eval()
-    ours = AutoModelForCausalLM.from_config(plain.config, attn_implementation="hive").eval()
+    # Of a copy: `from_config` writes the name into the configuration that it is given.
+    ours = AutoModelForCausalLM.from_config(copy.deepcopy(plain.config), attn_implementation="hive").eval()
     ours.load_state_dict(plain.state_dict())
-    assert ours.config._attn_implementation == "hive"
+    assert [model.config._attn_implementation for model in (plain, ours)] == ["sdpa", "hive"]
     return plain, ours
 
 
@@ -74,6 +77,29 @@ def test_packed_row_equals_samples_alone(told_by: str) -> None:
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [[[3, 4, 5, 0, 1, 2]], [[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3]], [[2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]],
+    ids=["begins in mid-sample", "two rows", "one row of two"],
+)
+def test_positions_that_start_again_begin_a_sample(positions: list[list[int]]) -> None:
+    plain, ours = pair("llama")
+    batch = {"input_ids": torch.arange(3, 9).repeat(len(positions), 1), "position_ids": torch.tensor(positions)}
+    with torch.no_grad():
+        expected = plain(**batch, use_cache=False).logits
+        torch.testing.assert_close(ours(**batch, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_of_one_row_are_those_of_all() -> None:
+    plain, ours = pair("llama")
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    for rows in (1, 3):
+        ids = torch.arange(3, 3 + 6 * rows).view(rows, 6)
+        with torch.no_grad():
+            expected, found = (model(ids, position_ids=positions, use_cache=False).logits for model in (plain, ours))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_positions_changed_in_place_are_read_again() -> None:
     _, ours = pair("llama")
     positions = torch.arange(8)[None].clone()
@@ -102,9 +128,41 @@ def test_a_mask_of_ones_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_static_cache_has_left_is_hidden() -> None:
-    mask = key_mask(2, torch.arange(3), kv_length=9)
-    assert mask is not None
-    assert torch.equal(mask, torch.ones(2, 3, dtype=torch.bool))
+    """Where the queries are is told in the words of transformers 4, and of 5."""
+    for told in ({"cache_position": torch.arange(1, 3)}, {"q_length": 2, "q_offset": 1}):
+        for given in (None, torch.ones(2, 9)):
+            mask = key_mask(2, kv_length=9, attention_mask=given, **told)
+            assert mask is not None
+            assert torch.equal(mask, torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_inference_mode_changes_nothing() -> None:
+    """Tensors made in it count no versions."""
+    _, ours = pair("llama")
+    with torch.no_grad():
+        expected = ours(**padded("left")).logits
+    with torch.inference_mode():
+        assert torch.equal(ours(**padded("left")).logits, expected)
+
+
+def test_whole_texts_alone_go_to_torchs_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    scales: list[float] = []
+
+    def flash(name: str, q: Tensor, k: Tensor, v: Tensor, texts: Any, scale: float) -> Tensor:
+        scales.append(scale)
+        return torch.full_like(q, 7.0)
+
+    monkeypatch.setattr(attention_interface, "flash_attention", flash)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 16, generator=generator) for heads in (4, 2, 2))
+    for scale in (None, 0.3):
+        whole, _ = attend(torch.nn.Module(), q, k, v, None, scale, backend="torch_flash")
+        assert torch.equal(whole, torch.full((2, 5, 4, 16), 7.0))
+        step, _ = attend(torch.nn.Module(), q[:, :, -1:], k, v, None, scale, backend="torch_flash")
+        keys, values = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        expected = scaled_dot_product_attention(q[:, :, -1:], keys, values, scale=scale).transpose(1, 2)
+        torch.testing.assert_close(step, expected)
+    assert scales == [0.25, 0.3]
 
 
 def test_prefill_in_pieces() -> None:
@@ -118,9 +176,10 @@ def test_prefill_in_pieces() -> None:
 
 
 def test_what_it_does_not_do_is_named() -> None:
-    _, windowed = pair("mistral", sliding_window=4)
-    with pytest.raises(HiveError, match=r"MistralAttention asks for: a sliding window of 4 tokens over 7 keys; load"):
+    _, windowed = pair("mistral", sliding_window=6)
+    with pytest.raises(HiveError, match=r"MistralAttention asks for: a sliding window of 6 tokens over 7 keys; load"):
         windowed(texts()[2][None])
+    windowed(texts()[2][None, :6])
     with pytest.raises(HiveError, match="a cache that dropped its first 2 keys; expected all of them"):
         key_mask(1, torch.arange(4), kv_length=4, kv_offset=2)
     prefix = or_masks(causal_mask_function, lambda *_: True)
@@ -132,3 +191,27 @@ def test_what_it_does_not_do_is_named() -> None:
     _, dropping = pair("llama", attention_dropout=0.1)
     with pytest.raises(HiveError, match=r"attention dropout of 0\.1"):
         dropping.train()(texts()[2][None])
+
+
+@pytest.mark.parametrize(
+    ("options", "feature"),
+    [
+        ({"softcap": 30.0}, r"logit soft-capping \(30\.0\)"),
+        ({"s_aux": torch.zeros(4)}, "attention sinks"),
+        ({"is_causal": False}, "attention to later tokens"),
+    ],
+)
+def test_what_a_layer_asks_for_in_its_call_is_named(options: dict[str, Any], feature: str) -> None:
+    q = torch.zeros(1, 4, 3, 16)
+    with pytest.raises(
+        HiveError, match=f"^attention 'hive' does not do what Module asks for: {feature}; load the model"
+    ):
+        attend(torch.nn.Module(), q, q, q, None, **options)
+
+
+def test_layers_that_are_not_causal_are_refused() -> None:
+    layer, q = torch.nn.Module(), torch.zeros(1, 4, 3, 16)
+    layer.is_causal = False
+    with pytest.raises(HiveError, match="attention to later tokens"):
+        attend(layer, q, q, q, None)
+    attend(layer, q, q, q, None, is_causal=True)
