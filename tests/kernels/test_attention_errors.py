@@ -78,6 +78,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "norm_eps": ({"norm_eps": -1e-6}, "norm_eps is -1e-06; expected a number of at least 0"),
     "softmax_scale zero": ({"softmax_scale": 0.0}, "softmax_scale is 0.0; expected a positive number"),
+    "softmax_scale inf": ({"softmax_scale": float("inf")}, "softmax_scale is inf; expected a positive number"),
     "softmax_scale nan": ({"softmax_scale": float("nan")}, "softmax_scale is nan; expected a positive number"),
 }
 

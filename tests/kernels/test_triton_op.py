@@ -18,6 +18,7 @@ from hive_ds.kernels import (
     fused,
     hierarchical_attention,
     prepare_layout,
+    prepared_attention,
     registered,
     tiles,
 )
@@ -65,6 +66,36 @@ def test_fresh_layouts_stop_compiling_anew() -> None:
         assert_equal_results(evaluate(inputs, compiled, dtype=torch.float32), expected, tolerance=0)
         counts.append(counter.frame_count)
     assert counts[2:] == [counts[2]] * 3
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [([3, 2], [[2], [1]], [[1], [0]]), ([40, 23], [[33], [20, 20]], [[17], [0, 11]]), ([9, 2], [[], []], [[], []])],
+    ids=["short", "long", "no image"],
+)
+def test_prepared_tables_serve_as_the_layout_does(lists: tuple[Any, ...]) -> None:
+    """To the bit, and with as many operations."""
+    layout = AttentionLayout.build(*lists, device=DEVICE)
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True)
+    tables = prepare_layout(layout, heads=2, groups=1, head_dim=32, dtype=torch.float32)
+
+    def prepared(layout: AttentionLayout, return_lse: bool, **given: Any) -> Tensor:
+        halves = {name: x[:, :16].contiguous() for name, x in given.items() if name.endswith(("cos", "sin"))}
+        given |= dict(softmax_scale=0.2, norm_eps=0.1, tables=tables, **halves)
+        if not layout.num_image:
+            given |= dict.fromkeys(("image_k", "image_v", "image_cos", "image_sin"))
+        return prepared_attention(**given)
+
+    if not layout.num_image:
+        for name in ("image_k", "image_v"):
+            del inputs.tensors[name]
+    found, counts = [], []
+    for attend in (prepared, partial(triton_attention, image_k=None, image_v=None, softmax_scale=0.2, norm_eps=0.1)):
+        with FlopCounterMode(display=False) as counter:
+            found.append(evaluate(inputs, attend, dtype=torch.float32))
+        counts.append(counter.get_total_flops())
+    assert_equal_results(*found, tolerance=0)
+    assert counts[0] == counts[1]
 
 
 def test_tables_of_shared_images_are_refused() -> None:

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny_models import tiny_hive
+from tiny_models import tiny_cascaded, tiny_hive
 from torch import Tensor
 from varlen_on_cpu import serve_on_cpu
 
@@ -163,9 +163,12 @@ def test_backends_are_said_with_their_reasons() -> None:
         "attention of 3 un-routed LLM layers: sdpa (asked for)",
         "attention of the vision encoder: eager, by transformers",
     ]
-    set_backends(model, "triton", "auto")
-    with pytest.raises(HiveError, match=r"^model\.attention_backend: backend is 'triton', but q is torch.float64; exp"):
-        describe_attention(model, gpu, torch.float64)
+    for backends, key in ((("triton", "auto"), "attention_backend"), (("auto", "triton"), "text_attention_backend")):
+        set_backends(model, *backends)
+        with pytest.raises(HiveError, match=rf"^model\.{key}: backend is 'triton', but q is torch.float64; expected"):
+            describe_attention(model, gpu, torch.float64)
+    with pytest.raises(HiveError, match=r"^model\.vision_attention is 'flash', which does not work here: "):
+        set_vision_attention(model, "flash")
 
 
 def test_only_triton_is_warmed_up() -> None:
@@ -173,14 +176,37 @@ def test_only_triton_is_warmed_up() -> None:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_decoding_is_warmed_up_where_questions_are_asked(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
-    asked: list[bool] = []
+def test_the_models_own_kernels_are_warmed_up(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    """Decoding where questions are asked; what a cascaded model's attention gets comes rotated."""
+    asked: list[dict[str, Any]] = []
 
-    def record(*, decoding: bool, **_: Any) -> float:
-        asked.append(decoding)
-        return 1.0
+    def record(**shape: Any) -> float:
+        asked.append(shape)
+        return 1.5
 
     monkeypatch.setattr("hive_ds.model.attention_backends.warm_up", record)
-    warm_up_attention(tiny_hive(), torch.device("cuda"), torch.bfloat16, answers=answers)
-    assert asked
-    assert asked == [answers] * len(asked)
+    gpu = torch.device("cuda")
+    shape = {"heads": 6, "groups": 2, "head_dim": 32, "dtype": torch.bfloat16, "device": gpu, "decoding": answers}
+    assert warm_up_attention(tiny_hive(qk_norm="post_rope"), gpu, torch.bfloat16, answers=answers) == 3
+    assert asked == [shape | {"qk_norm": norm, "rotate": True} for norm in ("none", "post_rope")]
+    asked.clear()
+    assert warm_up_attention(tiny_cascaded(), gpu, torch.bfloat16, answers=answers) == 1.5
+    assert asked == [shape | {"qk_norm": "none", "rotate": False}]
+
+
+@pytest.mark.parametrize("name", flash.FLASH_BACKENDS)
+def test_where_a_librarys_flash_attention_does_not_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(flash, "_missing", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+    def refusal(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return flash.flash_attention_refusal(name, torch.device("cuda"), dtype, head_dim)
+
+    assert refusal((7, 5), torch.bfloat16, 64) == "the GPU is Tesla T4; expected one of Ampere or later"
+    assert refusal((8, 0), torch.float32, 64) == "the dtype is torch.float32; expected torch.bfloat16 or torch.float16"
+    for head_dim in (60, 264):
+        found = refusal((8, 0), torch.float16, head_dim)
+        assert found == f"the head dim is {head_dim}; expected a multiple of 8, at most 256"
+    assert refusal((8, 0), torch.bfloat16, 256) is None
+    assert refusal((9, 0), torch.float16, 8) is None

@@ -10,6 +10,8 @@ from tiny_models import random_images, random_tokens, tiny_encoder, tiny_hive, t
 
 from hive_ds.constants import IGNORE_INDEX
 from hive_ds.errors import HiveError
+from hive_ds.model.attention import HiveAttention
+from hive_ds.model.cache import HiveCache
 from hive_ds.model.vision import vision_blocks
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
@@ -53,6 +55,18 @@ def test_only_routed_layers_get_parts_of_their_own():
     layers = tiny_hive(qk_norm="post_rope", image_kv="own").language_model.model.layers
     for part in ("q_norm", "k_norm", "image_k_proj", "image_v_proj"):
         assert [hasattr(layer.self_attn, part) for layer in layers] == [index in (1, 3) for index in range(len(layers))]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_parts_of_its_own_are_like_the_llms(family):
+    """In dtype, bias and device; the norm's epsilon is the one asked for."""
+    attention = tiny_language_model(family).model.layers[0].self_attn.to("meta", torch.bfloat16)
+    options = {"routed": True, "image_kv": "own", "qk_norm": "post_rope", "eps": 0.3, "backend": "auto"}
+    built = HiveAttention(attention, 0, **options)
+    for own, llms in ((built.image_k_proj, attention.k_proj), (built.image_v_proj, attention.v_proj)):
+        described = [(name, x.shape, x.dtype, x.device) for name, x in own.named_parameters()]
+        assert described == [(name, x.shape, x.dtype, x.device) for name, x in llms.named_parameters()]
+    assert (built.q_norm.variance_epsilon, built.k_norm.variance_epsilon) == (0.3, 0.3)
 
 
 @pytest.mark.parametrize("rope", ["2d", "1d"])
@@ -112,6 +126,10 @@ def test_an_image_at_the_end_equals_no_image_and_gets_zero_gradients():
 @pytest.mark.parametrize("family", FAMILIES[:3])
 def test_cached_equals_chunked_equals_one_pass(family):
     model = tiny_hive(family, qk_norm="pre_rope", image_kv="own", vision_blocks=(3, 1, 2), language_layers=(1, 1, 4))
+    for layer in model.language_model.model.layers:  # a scale and an epsilon that no default hides
+        layer.self_attn.softmax_scale = 0.4
+        if layer.self_attn.qk_norm != "none":
+            layer.self_attn.q_norm.variance_epsilon = 0.3
     tokens = random_tokens(27).view(3, 9)
     offsets = [[0], [2, 6], []]
     images = {"image_offsets": offsets, "pixel_values": random_images(3)}
@@ -144,9 +162,12 @@ def test_generate_is_the_same_with_and_without_cache(family, how):
 
 
 def test_generate_batched_equals_one_by_one():
+    """Also where every row is padded, to a width that none of them has."""
     model, batch = tiny_hive("qwen2"), packed()
     rows = padded(batch, "left")
-    together = model.generate(**rows, max_new_tokens=5, do_sample=False, eos_token_id=None)[:, 9:]
+    for name in ("input_ids", "attention_mask"):
+        rows[name] = torch.nn.functional.pad(rows[name], (2, 0))
+    together = model.generate(**rows, max_new_tokens=5, do_sample=False, eos_token_id=None)[:, 11:]
     images = iter(batch["pixel_values"])
     for row, tokens in enumerate(batch["input_ids"].split(LENGTHS)):
         own = [next(images) for _ in OFFSETS[row]]
@@ -175,6 +196,18 @@ def test_generate_warns_of_an_image_that_the_first_new_token_cannot_see():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(random_tokens(4)[None], image_offsets=[[3]], pixel_values=random_images(1), max_new_tokens=1)
+    rows = {"input_ids": random_tokens(8).view(2, 4), "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])}
+    with pytest.warns(UserWarning, match=r"prompt 1 ends with an image \(media offset 3, 3 tokens\)"):
+        model.generate(**rows, image_offsets=[[3], [3]], pixel_values=random_images(2), max_new_tokens=1)
+
+
+def test_a_step_reads_what_the_cache_does_not_hold():
+    """One token at least: under ZeRO-3 a finished rank calls the model until all have finished."""
+    tokens = torch.arange(8).view(2, 4)
+    for held, read in ((0, tokens), (1, tokens[:, 1:]), (3, tokens[:, 3:]), (4, tokens[:, 3:]), (6, tokens[:, 3:])):
+        step = tiny_hive().prepare_inputs_for_generation(tokens, HiveCache(padded_length=held), logits_to_keep=1)
+        assert torch.equal(step["input_ids"], read)
+        assert step["logits_to_keep"] == 1
 
 
 def test_order_of_blocks_at_one_layer_does_not_matter_but_their_features_do():
