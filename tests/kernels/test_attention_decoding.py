@@ -147,7 +147,7 @@ def test_a_cache_of_nan_beyond_each_length_is_never_read(dtype: torch.dtype, bac
 
 
 @pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("picked", [[0, 0, 0, 2, 2, 2], [1, 1, 0, 0], [3, 0, 3, 2, 0], [2], []])
+@pytest.mark.parametrize("picked", [[0, 0, 0, 2, 2, 2], [1, 1, 0, 0], [1, 2], [3, 0, 3, 2, 0], [2], []])
 def test_select_shares_images(cache: bool, backend: str, picked: list[int]) -> None:
     """Beams of one prompt, rows in any order, rows dropped: as if each row's images had been copied for it."""
     layout = AttentionLayout.build([4, 2, 3, 6], *IMAGES, query_lengths=[2, 1, 2, 1]).select(torch.tensor(picked))

@@ -150,3 +150,11 @@ def test_pairs_are_those_of_the_mask() -> None:
         layout = AttentionLayout.build([5, 3] if queries else [4, 4], [[3], [2, 4]], [[4], [0, 2]], queries)
         assert layout.mask is not None
         assert layout.schedule.pairs == layout.mask.sum()
+
+
+def test_rectangles_keep_a_mask_for_each_dtype() -> None:
+    layout = AttentionLayout.build([3, 2], [[2], [1]], [[1], [0]])
+    single, half, again = (layout.rectangles.mask(layout, x) for x in (torch.float32, torch.bfloat16, torch.float32))
+    assert (single.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(single, half.float())
+    assert again is single

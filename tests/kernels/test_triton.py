@@ -28,7 +28,7 @@ DEVICE = "cpu" if tiles.INTERPRETED else "cuda"
 NORMS = [("none", False), ("none", True), ("pre_rope", True), ("post_rope", False), ("post_rope", True)]
 HALF_TYPES = [torch.float16] if tiles.INTERPRETED else [torch.float16, torch.bfloat16]
 """The interpreter cuts fp32 to bf16 instead of rounding, which costs more than plain code loses."""
-HEADS = [(3, 1), (2, 2), (7, 1), (6, 2), (1, 1)]
+HEADS = [(3, 1), (2, 2), (7, 1), (6, 2), (1, 1), (16, 1)]
 MIXED = ([9, 3, 0, 7, 4], [[3], [], [2], [20, 4], [17]], [[0], [], [0], [2, 7], [4]])
 """Text and images of several tiles of the interpreter's: no image, one, two; seen from the start, later, and not."""
 

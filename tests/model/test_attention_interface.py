@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_language_model
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import causal_mask_function, or_masks
 
 from hive_ds.errors import HiveError
@@ -173,6 +173,13 @@ def test_prefill_in_pieces() -> None:
         first = ours(text[:, :4], use_cache=True)
         rest = ours(text[:, 4:], past_key_values=first.past_key_values, use_cache=True).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_names_under_which_transformers_knows_it() -> None:
+    asked = ["auto", "triton", "sdpa", "reference", "torch_flash", "flash_attention_2"]
+    names = ["hive", "hive_triton", "hive_sdpa", "hive_reference", "hive_torch_flash", "flash_attention_2"]
+    assert [attention_interface.attention_name(backend) for backend in asked] == names
+    assert set(names[:-1]) <= set(AttentionInterface().valid_keys())
 
 
 def test_what_it_does_not_do_is_named() -> None:

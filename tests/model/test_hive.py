@@ -59,7 +59,7 @@ def test_only_routed_layers_get_parts_of_their_own():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_parts_of_its_own_are_like_the_llms(family):
-    """In dtype, bias and device; the norm's epsilon is the one asked for."""
+    """In dtype, bias and device; the norm has the epsilon asked for, and its weights are named to ZeRO-3."""
     attention = tiny_language_model(family).model.layers[0].self_attn.to("meta", torch.bfloat16)
     options = {"routed": True, "image_kv": "own", "qk_norm": "post_rope", "eps": 0.3, "backend": "auto"}
     built = HiveAttention(attention, 0, **options)
@@ -67,6 +67,8 @@ def test_parts_of_its_own_are_like_the_llms(family):
         described = [(name, x.shape, x.dtype, x.device) for name, x in own.named_parameters()]
         assert described == [(name, x.shape, x.dtype, x.device) for name, x in llms.named_parameters()]
     assert (built.q_norm.variance_epsilon, built.k_norm.variance_epsilon) == (0.3, 0.3)
+    assert [id(x) for x in built.external_parameters()] == [id(built.q_norm.weight), id(built.k_norm.weight)]
+    assert HiveAttention(attention, 0, **{**options, "qk_norm": "none"}).external_parameters() == []
 
 
 @pytest.mark.parametrize("rope", ["2d", "1d"])
