@@ -120,7 +120,7 @@ def test_text_longer_than_any_short_tile() -> None:
 
 def test_tiles_of_unlike_sizes(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As GPUs have them: the interpreter's are all alike, and one taken for another's would not show."""
-    sizes = {"forward short": (16, 32), "forward": (64, 16), "keys": (32, 64), "queries": (16, 32)}
+    sizes = {"forward short": (16, 32), "forward": (64, 16), "keys": (64, 32), "queries": (16, 32)}
     if passes == "one pass":
         sizes["backward short"] = (128, 32)
     for kind, (rows, keys) in sizes.items():
