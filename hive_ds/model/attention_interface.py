@@ -175,7 +175,8 @@ def _packed_lengths(
         return None
     if bounds is not None and count == 1:
         return _once(bounds, lambda: tuple(bounds.diff().tolist()))
-    if positions is None or positions.shape[-1] != tokens:
+    # Of three kinds, as models with images have them, the first may be 0 for a whole image.
+    if positions is None or positions.ndim > 2 or positions.shape[-1] != tokens:
         return None
     lengths = _once(positions, lambda: _lengths_from_starts(positions))
     return lengths * (count * tokens // sum(lengths)) if lengths else None
@@ -183,8 +184,7 @@ def _packed_lengths(
 
 def _lengths_from_starts(positions: Tensor) -> tuple[int, ...] | None:
     """Of one row for all, or of a line for each; a row may begin in mid-sample."""
-    rows = positions if positions.ndim < 3 else positions[0]  # of several kinds of positions the first
-    is_start = (rows == 0).view(-1, rows.shape[-1])
+    is_start = (positions == 0).view(-1, positions.shape[-1])
     is_start[:, 0] = True
     starts = is_start.flatten().nonzero()[:, 0].tolist()
     if len(starts) == len(is_start):

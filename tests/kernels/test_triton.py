@@ -118,13 +118,14 @@ def test_text_longer_than_any_short_tile() -> None:
     check(random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True), torch.float16)
 
 
-def test_tiles_of_unlike_sizes(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keys", [(64, 32), (4, 32)])
+def test_tiles_of_unlike_sizes(keys: tuple[int, int], passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As GPUs have them: the interpreter's are all alike, and one taken for another's would not show."""
-    sizes = {"forward short": (16, 32), "forward": (64, 16), "keys": (64, 32), "queries": (16, 32)}
+    sizes = {"forward short": (16, 32), "forward": (64, 16), "keys": keys, "queries": (16, 32)}
     if passes == "one pass":
         sizes["backward short"] = (128, 32)
-    for kind, (rows, keys) in sizes.items():
-        monkeypatch.setitem(tiles.TABLE["interpreter"][kind], 32, tiles.Tile(rows, keys, 1, 1))
+    for kind, size in sizes.items():
+        monkeypatch.setitem(tiles.TABLE["interpreter"][kind], 32, tiles.Tile(*size, 1, 1))
     layout = AttentionLayout.build([40, 23], [[33], [20, 20]], [[17], [0, 11]], device=DEVICE)
     check(random_inputs(layout, heads=2, groups=1, head_dim=32, qk_norm="pre_rope", rotate=True), torch.float16)
 
@@ -224,14 +225,14 @@ def test_inputs_need_not_be_contiguous(passes: str) -> None:
         "image_v": leaves["image_v"].transpose(0, 1).contiguous().transpose(0, 1),
     }
     other = [x.detach().requires_grad_() for x in strided.values()]
-    out = triton_attention(*other, layout=layout)
+    outputs = triton_attention(*other, layout=layout, return_lse=True)
     same = [x.requires_grad_() for x in leaves.values()]
-    expected = triton_attention(*same, layout=layout)
-    assert isinstance(out, Tensor)
-    assert isinstance(expected, Tensor)
-    assert torch.equal(out, expected)
-    found = torch.autograd.grad(out.sum(), other)
-    for x, y in zip(found, torch.autograd.grad(expected.sum(), same), strict=True):
+    expected = triton_attention(*same, layout=layout, return_lse=True)
+    for x, y in zip(outputs, expected, strict=True):
+        assert torch.equal(x, y)
+    found = torch.autograd.grad(sum(x.sum() for x in outputs), other)  # of a sum: one number, expanded
+    wanted = torch.autograd.grad(expected, same, [torch.ones_like(x) for x in expected])
+    for x, y in zip(found, wanted, strict=True):
         assert torch.equal(x, y)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from varlen_on_cpu import serve_on_cpu
 
 from hive_ds.errors import HiveError
-from hive_ds.kernels import tiles
+from hive_ds.kernels import hierarchical_attention, tiles
 from hive_ds.model import flash
 from hive_ds.model.attention import HiveAttention
 from hive_ds.model.attention_backends import (
@@ -125,6 +125,21 @@ def test_torchs_flash_attention_needs_a_gpu() -> None:
     why = r"(the device is cpu|torch 2\.\S+ has no attention of variable length)"  # the latter before torch 2.11
     with pytest.raises(HiveError, match=rf"^model\.text_attention_backend is 'torch_flash', but {why}"):
         describe_attention(model, CPU, torch.bfloat16)
+
+
+def test_answers_come_of_the_backends_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, used = tiny_hive().eval(), []
+
+    def attend(*given: Any, backend: str, **options: Any) -> Any:
+        used.append((backend, given[5].decoding))
+        return hierarchical_attention(*given, backend=backend, **options)
+
+    monkeypatch.setattr("hive_ds.model.attention.hierarchical_attention", attend)
+    set_backends(model, "reference", "sdpa")
+    for use_cache in (True, False):
+        used.clear()
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, use_cache=use_cache)
+        assert set(used) == {("reference", use_cache), ("sdpa", use_cache)}
 
 
 def hive_attention(model: Any) -> list[HiveAttention]:

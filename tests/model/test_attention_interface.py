@@ -100,6 +100,15 @@ def test_positions_of_one_row_are_those_of_all() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_positions_of_images_begin_no_sample() -> None:
+    """Of Qwen2-VL: time, row and column; an image in front has time 0 throughout."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 5, 16, generator=generator) for heads in (4, 2, 2))
+    positions = torch.tensor([[[0, 0, 0, 0, 2]], [[0, 0, 1, 1, 2]], [[0, 1, 0, 1, 2]]])
+    found, _ = attend(torch.nn.Module(), q, k, v, None, position_ids=positions)
+    assert torch.equal(found, attend(torch.nn.Module(), q, k, v, None)[0])
+
+
 def test_positions_changed_in_place_are_read_again() -> None:
     _, ours = pair("llama")
     positions = torch.arange(8)[None].clone()
