@@ -286,10 +286,12 @@ def test_tables_go_with_the_batch(backend: str) -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("queries", [None, [4, 4, 4]])
 @pytest.mark.parametrize("gradient", ["expanded", "strided"])
-def test_gradients_of_any_stride(gradient: str) -> None:
+def test_gradients_of_any_stride(gradient: str, queries: list[int] | None) -> None:
     """A sum hands back one number expanded, a transposition rows that do not lie in memory."""
-    inputs = random_inputs(AttentionLayout.build(*LAYOUTS["no image, one length"]), heads=2, groups=1, head_dim=8)
+    layout = AttentionLayout.build(*LAYOUTS["no image, one length"], queries)
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=8)
 
     def gradients(backend: str) -> tuple[Tensor, ...]:
         leaves = [inputs.tensors[name].clone().requires_grad_() for name in "qkv"]

@@ -129,7 +129,7 @@ def test_one_process_at_a_time_compiles_every_size_of_tile(tmp_path: Path, monke
 
     def try_lock() -> None:
         with (tmp_path / "warm-up.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def attend(tokens: int, *_: object) -> None:
         tiles.append(max(64, triton.next_power_of_2(3 * tokens)))

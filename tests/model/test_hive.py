@@ -132,12 +132,12 @@ def test_cached_equals_chunked_equals_one_pass(family):
         layer.self_attn.softmax_scale = 0.4
         if layer.self_attn.qk_norm != "none":
             layer.self_attn.q_norm.variance_epsilon = 0.3
-    tokens = random_tokens(27).view(3, 9)
+    tokens = random_tokens(60).view(3, 20)  # a cache has room for 16 at first
     offsets = [[0], [2, 6], []]
     images = {"image_offsets": offsets, "pixel_values": random_images(3)}
     with torch.no_grad():
         whole = model(tokens, **images).logits
-        for chunks in ([1] * 9, [4, 3, 2]):
+        for chunks in ([1] * 20, [4, 3, 13], [18, 2]):
             cache, pieces = None, []
             for piece in tokens.split(chunks, dim=1):
                 output = model(piece, past_key_values=cache, use_cache=True, **(images if cache is None else {}))
