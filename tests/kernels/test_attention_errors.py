@@ -59,6 +59,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "q weight missing": ({"q_norm_weight": None}, "q_norm_weight is None; expected shape (8,)"),
     "k weight missing": ({"k_norm_weight": None}, "k_norm_weight is None; expected shape (8,)"),
     "weight shape": ({"k_norm_weight": zeros(4)}, "k_norm_weight has shape (4,); expected (8,)"),
+    "weight rank": ({"k_norm_weight": zeros(8, 1)}, "k_norm_weight has shape (8, 1); expected (8,), the head dim"),
     "weight dtype": ({"q_norm_weight": zeros(8).long()}, "q_norm_weight is torch.int64; expected one of torch.bfloat"),
     "weight device": ({"q_norm_weight": zeros(8, device="meta")}, "q_norm_weight is on meta; expected cpu"),
     "pre_rope without tables": ({"cos": None, "sin": None}, "cos is None; expected a table, since qk_norm 'pre_rope'"),

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hive_ds.kernels import (
     AttentionLayout,
     arguments,
+    backends,
+    choose_backend,
     fused,
     hierarchical_attention,
     prepare_layout,
@@ -189,6 +191,21 @@ def test_refused() -> None:
     for head_dim in (33, 258):
         with pytest.raises(ValueError, match=f"^backend is 'triton', but q has head dim {head_dim}; expected an even"):
             call(head_dim=head_dim)
+
+
+def test_refused_without_triton_and_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, q = AttentionLayout.build([2], [[]], [[]]), torch.zeros(2, 1, 32)
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    with pytest.raises(
+        ValueError, match=r"^backend is 'triton', but q is on cpu; expected a GPU, or TRITON_INTERPRET=1"
+    ):
+        triton_attention(q, q, q, None, None, layout)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match=r"^backend is 'triton', but Triton is not installed; expected the package"):
+        triton_attention(q, q, q, None, None, layout)
+    assert isinstance(hierarchical_attention(q, q, q, None, None, layout), Tensor)
+    shapes = choose_backend("triton", device=torch.device("meta"), dtype=q.dtype, head_dim=32)
+    assert shapes.backend == "triton"  # `hive-ds cost` counts with them, and needs neither
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "image_k", "image_v", "q_norm_weight"])

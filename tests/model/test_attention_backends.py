@@ -171,6 +171,8 @@ def test_backends_are_said_with_their_reasons() -> None:
         "attention of 2 routed LLM layers: triton (a GPU and Triton)",
         "attention of 3 un-routed LLM layers: triton (a GPU and Triton)",
     ]
+    why = "q is torch.float64; expected torch.bfloat16, torch.float16 or torch.float32"
+    assert describe_attention(model, gpu, torch.float64)[0] == f"attention of 2 routed LLM layers: sdpa ({why})"
     set_vision_attention(model, "eager")
     set_backends(model, "reference", "sdpa")
     assert describe_attention(model, gpu, torch.bfloat16) == [
