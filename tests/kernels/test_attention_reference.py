@@ -38,6 +38,22 @@ def test_by_hand() -> None:
         torch.testing.assert_close(lse, torch.tensor([0.0, math.log(4), math.log(5)])[:, None].expand(3, 2))
 
 
+def test_backends_asked_for_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared with the reference elsewhere is not the reference, and the reference is not what it judges."""
+    ran = []
+    for name in ("reference_attention", "dense_attention"):
+
+        def spy(*given: object, which: str = name, **options: object) -> tuple[Tensor, None]:
+            ran.append(which)
+            return given[0], None  # type: ignore[return-value]
+
+        monkeypatch.setattr(f"hive_ds.kernels.op.{name}", spy)
+    layout, x = AttentionLayout.build([2], [[]], [[]]), torch.zeros(2, 1, 4)
+    for backend in ("reference", "sdpa", "auto"):
+        hierarchical_attention(x, x, x, None, None, layout, backend=backend)
+    assert ran == ["reference_attention", "dense_attention", "dense_attention"]
+
+
 def test_query_heads_read_their_group() -> None:
     """Head h reads key/value head h // (H/G): a single token returns its own value of that head."""
     layout = AttentionLayout.build([1], [[]], [[]])
@@ -86,8 +102,9 @@ def test_gradcheck(backend: str, return_lse: bool, qk_norm: str, rotate: bool) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes(dtype: torch.dtype) -> None:
-    inputs = random_inputs(mixed_layout(), heads=2, groups=1, head_dim=8)
+@pytest.mark.parametrize("layout", [mixed_layout(), AttentionLayout.build([0], [[2]], [[0]])], ids=["mixed", "no text"])
+def test_dtypes(dtype: torch.dtype, layout: AttentionLayout) -> None:
+    inputs = random_inputs(layout, heads=2, groups=1, head_dim=8)
     for backend in ("reference", "auto"):
         found = evaluate(inputs, hierarchical_attention, dtype=dtype, return_lse=True, backend=backend)
         assert found["lse"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

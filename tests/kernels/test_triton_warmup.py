@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import subprocess
 import sys
@@ -158,5 +159,20 @@ def test_tiles_fit_the_shared_memory_of_a_gpu(
     from hive_ds.kernels import tiles
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", None)
-    assert tiles.architecture_of.__wrapped__(torch.device("cuda", 0)) == row
+    for hip, expected in ((None, row), ("7.0", "gfx942")):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert tiles.architecture_of.__wrapped__(torch.device("cuda", 0)) == expected
+
+
+def test_every_kernel_has_a_tile_that_triton_can_make() -> None:
+    """Of powers of two, 16 or more; no rows where a kernel is not made. In fp32 a GPU's tiles are small."""
+    from hive_ds.kernels.tiles import KINDS, TABLE, choose_tile
+
+    sizes = {16, 32, 64, 128, 256}
+    for architecture, kind, head_dim in itertools.product(TABLE, KINDS, (2, 32, 33, 64, 80, 128, 130, 256)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            tile = choose_tile(architecture, head_dim, kind, dtype)
+            assert tile.keys in sizes, (architecture, kind, head_dim)
+            assert tile.rows in (sizes | {0} if kind == "backward short" else sizes), (architecture, kind, head_dim)
+            if dtype == torch.float32 and architecture != "interpreter":
+                assert max(tile.rows, tile.keys) <= 32
