@@ -7,6 +7,7 @@
 
 Rows are told apart by a 2-D ``attention_mask`` (padding left or right), samples packed in one row by ``cu_seq_lens_q``,
 in any row by ``position_ids`` that start again at 0. A jump of positions is no start: transformers 4 takes it for one.
+GPT-2 and GPTBigCode hand their attention neither: give each of their samples a row.
 """
 
 from __future__ import annotations

@@ -227,3 +227,10 @@ def test_where_a_librarys_flash_attention_does_not_run(monkeypatch: pytest.Monke
         assert found == f"the head dim is {head_dim}; expected a multiple of 8, at most 256"
     assert refusal((8, 0), torch.bfloat16, 256) is None
     assert refusal((9, 0), torch.float16, 8) is None
+
+
+def test_an_attention_without_windows_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.10 has one, of all tokens before and after."""
+    monkeypatch.setattr(flash, "_OPTIONS", ("query", "key", "value", "is_causal", "scale"))
+    found = flash.flash_attention_refusal("torch_flash", torch.device("cuda"), torch.bfloat16, 64)
+    assert found == f"torch {torch.__version__} has no attention of variable length with a window; expected torch 2.11"
