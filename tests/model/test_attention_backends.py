@@ -15,7 +15,7 @@ from torch import Tensor
 from varlen_on_cpu import serve_on_cpu
 
 from hive_ds.errors import HiveError
-from hive_ds.kernels import hierarchical_attention, tiles
+from hive_ds.kernels import AttentionLayout, hierarchical_attention, tiles
 from hive_ds.model import flash
 from hive_ds.model.attention import HiveAttention
 from hive_ds.model.attention_backends import (
@@ -209,6 +209,17 @@ def test_the_models_own_kernels_are_warmed_up(monkeypatch: pytest.MonkeyPatch, a
     asked.clear()
     assert warm_up_attention(tiny_cascaded(), gpu, torch.bfloat16, answers=answers) == 1.5
     assert asked == [shape | {"qk_norm": "none", "rotate": False}]
+
+
+def test_tables_are_prepared_for_the_layers_heads_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tiles of others the kernels would leave rows out."""
+    monkeypatch.setattr("hive_ds.model.attention.prepare_layout", lambda layout, **shape: (layout, shape))
+    layout = AttentionLayout.build([3], [[]], [[]])
+    attention = hive_attention(tiny_hive())[0]
+    assert attention.shared_fields(layout, torch.bfloat16) == {}
+    attention.prepared = True
+    shape = {"heads": 6, "groups": 2, "head_dim": 32, "dtype": torch.bfloat16}
+    assert attention.shared_fields(layout, torch.bfloat16) == {"tables": (layout, shape)}
 
 
 @pytest.mark.parametrize("name", flash.FLASH_BACKENDS)
