@@ -80,3 +80,16 @@ def test_other_sorts_are_compiled(launcher: Launcher, other: dict[str, Any]) -> 
 def test_strides_of_one_token_or_one_head_mean_nothing() -> None:
     rows = torch.zeros(6, 4, 8)
     assert _strides(rows[::2][:1], rows[:, ::2][:, :1]) == [32, 8, 32, 8]
+
+
+def test_every_integer_counts(launcher: Launcher) -> None:
+    for last in (48, 33, 64):
+        launcher(7, (X, X), (32, 0.5, last), SETTINGS)
+    assert len(launcher.kernel.asked) == 2
+
+
+def test_for_amd_triton_is_always_asked(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for _ in range(2):
+        launcher(7, (X, X), (32, 0.5), SETTINGS)
+    assert len(launcher.kernel.asked) == 2
