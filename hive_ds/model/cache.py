@@ -82,3 +82,11 @@ class HiveCache:
             layer: (k.index_select(0, beam_idx.to(k.device)), v.index_select(0, beam_idx.to(v.device)))
             for layer, (k, v) in self._text.items()
         }
+
+
+def check_cache(cache: object, pixel_values: Tensor | None) -> None:
+    """ValueError where ``cache`` is none of ours, or has its images already and more are given."""
+    if not isinstance(cache, HiveCache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}; expected the HiveCache of an earlier call")
+    if cache.images is not None and pixel_values is not None:
+        raise ValueError("pixel_values given with a cache that has its images; give images in the first call only")

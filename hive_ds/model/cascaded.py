@@ -213,8 +213,11 @@ class CascadedForCausalLM(nn.Module):
         embeds_BWD, mask_BW = places.left_padded(states_SD)
         config = arguments.get("generation_config") or self.language_model.generation_config
         asked = {"max_length", "max_new_tokens"} & arguments.keys() or config.max_new_tokens is not None
-        if not asked and config.max_length == GenerationConfig().max_length:  # 4.57 would count images into its default
-            arguments["max_new_tokens"] = config.max_length
+        if not asked:  # 4.57 would count images into its default
+            is_default = config.max_length == GenerationConfig().max_length
+            arguments["max_new_tokens" if is_default else "max_length"] = config.max_length
+        if config.min_length:
+            arguments.setdefault("min_length", config.min_length)
         for name in {"max_length", "min_length"} & arguments.keys():
             arguments[name] += embeds_BWD.shape[1] - input_ids.shape[1]  # transformers takes off all that it reads
         found = self.language_model.generate(inputs_embeds=embeds_BWD, attention_mask=mask_BW, **arguments)

@@ -11,6 +11,8 @@ from hive_ds.errors import HiveError
 from hive_ds.kernels import QK_NORMS
 from hive_ds.model.positions import ROPES
 
+PLACE = ("subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token")
+"""Arguments of ``from_pretrained`` that say where the files are."""
 CHOICES = {"qk_norm": QK_NORMS, "rope": ROPES, "image_kv": ("shared", "own")}
 
 
@@ -59,6 +61,15 @@ class HiveConfig(PretrainedConfig):
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = {}
         super().__init__(**kwargs)
+
+
+def config_to_load(name: Any, keywords: dict[str, Any]) -> HiveConfig:
+    """The config that ``from_pretrained`` of a model takes, given its name and its other arguments."""
+    config = keywords.get("config")
+    if isinstance(config, HiveConfig):
+        return config
+    where = {place: keywords[place] for place in PLACE if place in keywords}
+    return HiveConfig.from_pretrained(config or name, **where)
 
 
 def _as_config(config: PretrainedConfig | dict[str, Any] | None, default_type: str) -> PretrainedConfig:

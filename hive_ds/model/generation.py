@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hive_ds.model.cache import HiveCache
+from hive_ds.model.cache import HiveCache, check_cache
 from hive_ds.model.inputs import PromptImages
 
 if TYPE_CHECKING:
@@ -44,19 +44,23 @@ class HiveGenerationMixin(GenerationMixin):
             input_ids: (B, S) prompts, padded on the left.
             image_offsets, pixel_values, pixel_attention_mask, spatial_shapes: as in `forward`.
             use_cache: keep keys between steps.
-            arguments: every other argument of ``transformers.GenerationMixin.generate``.
+            arguments: every other argument of ``transformers.GenerationMixin.generate``; with the cache of an earlier
+                call, ``input_ids`` are all tokens so far, and the images are those of that call.
 
         Raises:
-            ValueError: a prompt is padded on the right, or images and offsets do not fit each other.
+            ValueError: a prompt is padded on the right, images and offsets do not fit each other, or pixels beside a
+                cache with images.
         """
         attention_mask = arguments.get("attention_mask")
         mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        _check_padding(mask_BS)
+        cache = arguments.get(CACHE_NAME)
+        if cache is not None:
+            check_cache(cache, pixel_values)
         _warn_unseen_images(mask_BS, image_offsets)
         images = self.encode_prompt_images(
             pixel_values, image_offsets, len(input_ids), pixel_attention_mask, spatial_shapes
         )
-        if use_cache:
+        if use_cache and cache is None:
             arguments[CACHE_NAME] = HiveCache()
         return super().generate(inputs=input_ids, prompt_images=images, use_cache=use_cache, **arguments)
 
@@ -74,6 +78,8 @@ class HiveGenerationMixin(GenerationMixin):
         """Inputs of one step: with a cache (under either name) only the tokens that it does not hold."""
         past_key_values = past_key_values or cache
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past == 0 and attention_mask is not None:  # the prompts; transformers may have found their padding itself
+            _check_padding(attention_mask, len(prompt_images.grids) if prompt_images is not None else 1)
         # Under ZeRO-3 a finished rank calls the model until all have finished (synced_gpus): any token will do.
         return {
             "input_ids": input_ids[:, min(past, input_ids.shape[1] - 1) :],
@@ -85,10 +91,11 @@ class HiveGenerationMixin(GenerationMixin):
         }
 
 
-def _check_padding(mask_BS: Tensor) -> None:
+def _check_padding(mask_BS: Tensor, prompts: int) -> None:
     wrong = (mask_BS[:, -1] == 0).nonzero()
     if len(wrong):
-        raise ValueError(f"prompt {int(wrong[0])} ends with padding; prompts to continue must be padded on the left")
+        prompt = int(wrong[0]) * prompts // len(mask_BS)
+        raise ValueError(f"prompt {prompt} ends with padding; prompts to continue must be padded on the left")
 
 
 def _warn_unseen_images(mask_BS: Tensor, image_offsets: Sequence[Sequence[int]] | None) -> None:

@@ -16,8 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hive_ds.errors import HiveError
 from hive_ds.model.attention import AttentionCall, HiveAttention
-from hive_ds.model.cache import HiveCache
-from hive_ds.model.configuration import HiveConfig
+from hive_ds.model.cache import HiveCache, check_cache
+from hive_ds.model.configuration import HiveConfig, config_to_load
 from hive_ds.model.generation import CACHE_NAME, HiveGenerationMixin
 from hive_ds.model.inputs import AttentionContext, BatchContext, PackedText, PromptImages
 from hive_ds.model.language import ask_no_gradient_of_inputs, check_language_model, check_texts, decoder
@@ -80,9 +80,8 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **keywords: Any) -> Any:
         """As transformers' own; folders saved under transformers 4 and 5 both load."""
-        if keywords.get("config") is None:
-            keywords["config"] = HiveConfig.from_pretrained(pretrained_model_name_or_path)
-        keywords.setdefault("key_mapping", tower_key_mapping(keywords["config"].vision_config))
+        config = config_to_load(pretrained_model_name_or_path, keywords)
+        keywords.setdefault("key_mapping", tower_key_mapping(config.vision_config))
         return super().from_pretrained(pretrained_model_name_or_path, *arguments, **keywords)
 
     def _build_attention(self, attention: nn.Module, index: int) -> HiveAttention:
@@ -135,6 +134,10 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """The LLM's head."""
         return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the LLM's head."""
+        self.language_model.set_output_embeddings(value)
 
     def train(self, mode: bool = True) -> HiveForCausalLM:
         """As torch's, but a frozen encoder stays in evaluation mode."""
@@ -206,9 +209,9 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             text = PackedText.from_padded(input_ids, attention_mask)
         if use_cache and past_key_values is None:
             past_key_values = HiveCache()
+        if past_key_values is not None:
+            check_cache(past_key_values, pixel_values)
         first_call = past_key_values is None or past_key_values.images is None
-        if not first_call and pixel_values is not None:
-            raise ValueError("pixel_values given with a cache that has its images; give images in the first call only")
         if first_call and prompt_images is None:
             prompt_images = self.encode_prompt_images(
                 pixel_values, image_offsets, len(text.lengths), pixel_attention_mask, spatial_shapes
@@ -252,7 +255,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
         trunk = decoder(self.language_model)
         images, batch = self._context(text, new_images, cache)
         routed = {} if images.is_empty else self.routes.blocks_by_layer
-        hidden = trunk.embed_tokens(text.input_ids_T)[None]
+        hidden = trunk.embed_tokens(text.input_ids_T[None])
         shared: dict[tuple[int, str], dict[str, Any]] = {}  # by kind of layer: its number of routes, and its backend
         for run in self.runs:
             calls = []

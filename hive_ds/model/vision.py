@@ -184,7 +184,7 @@ def _trunk(encoder: nn.Module) -> Any:
 
 
 def _embed(encoder: transformers.PreTrainedModel, pixel_values: Tensor, spatial_shapes: Tensor | None) -> Tensor:
-    trunk = _trunk(encoder)
+    trunk, pixel_values = _trunk(encoder), pixel_values.to(encoder.dtype)  # AIMv2's embeddings alone leave that out
     if _is_variable_resolution(encoder.config):
         if spatial_shapes is None:
             raise HiveError("spatial_shapes is missing; SigLIP2's variable-resolution encoder needs (images, 2)")

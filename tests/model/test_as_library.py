@@ -1,0 +1,120 @@
+"""The models used without the commands: through what transformers, PEFT and a script of one's own call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+
+from hive_ds.model.hive import HiveForCausalLM
+
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def prompts() -> dict[str, Any]:
+    return {
+        "input_ids": random_tokens(18).view(2, 9),
+        "image_offsets": [[0], [2, 5]],
+        "pixel_values": random_images(3),
+    }
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(**prompts()).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary_keeps_the_logits_of_the_old_tokens(tied: bool, tmp_path: Path) -> None:
+    model = tiny_hive(text_changes={"tie_word_embeddings": tied})
+    before = logits(model)
+    model.resize_token_embeddings(120)
+    found = logits(model)
+    assert found.shape[-1] == 120
+    torch.testing.assert_close(found[..., :96], before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(HiveForCausalLM.from_pretrained(tmp_path)), found)
+
+
+def test_a_subfolder_a_config_by_its_path_and_values_of_ones_own_load(tmp_path: Path) -> None:
+    model = tiny_hive()
+    model.save_pretrained(tmp_path / "stage5")
+    path = str(tmp_path / "stage5")
+    for load, name, more in (
+        (HiveForCausalLM, tmp_path, {"subfolder": "stage5"}),
+        (AutoModelForCausalLM, tmp_path, {"subfolder": "stage5"}),
+        (HiveForCausalLM, path, {"config": path}),
+        (HiveForCausalLM, path, {"attention_backend": "reference"}),
+    ):
+        again = load.from_pretrained(name, **more)
+        assert again.config.attention_backend == more.get("attention_backend", "auto")
+        torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_the_config_of_a_revision_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hive_ds.model.configuration import PLACE, HiveConfig, config_to_load
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(HiveConfig, "from_pretrained", lambda name, **more: seen.update(more, name=name))
+    given = dict.fromkeys(PLACE, "x")
+    config_to_load("me/model", {**given, "dtype": torch.float16})
+    assert seen == {**given, "name": "me/model"}
+
+
+def test_embeddings_are_called_on_rows_of_tokens() -> None:
+    """As hooks on them expect, such as NEFTune's."""
+    model, shapes = tiny_hive(), []
+    model.get_input_embeddings().register_forward_hook(lambda *call: shapes.append(call[2].shape))
+    logits(model)
+    assert shapes == [(1, 18, 48)]
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_in_the_next_turn() -> None:
+    """With the images of the first turn, which nobody gives again."""
+    model, inputs = tiny_hive(), prompts()
+    images = {name: inputs[name] for name in ("image_offsets", "pixel_values")}
+    first = model.generate(**inputs, **GREEDY, max_new_tokens=4, return_dict_in_generate=True)
+    asked = torch.cat([first.sequences, random_tokens(6, seed=1).view(2, 3)], dim=1)
+    expected = model.generate(asked, **images, **GREEDY, max_new_tokens=6)
+    cache = first.past_key_values
+    with pytest.raises(ValueError, match="give images in the first call only"):
+        model.generate(asked, **images, **GREEDY, max_new_tokens=6, past_key_values=cache)
+    assert torch.equal(model.generate(asked, **GREEDY, max_new_tokens=6, past_key_values=cache), expected)
+    assert cache.get_seq_length() == asked.shape[1] + 5  # nobody has asked for what follows the last token
+    for call in (model.generate, model):
+        with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected the HiveCache"):
+            call(asked, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_padding_on_the_right_that_transformers_finds_itself_is_refused(beams: int) -> None:
+    inputs = prompts()
+    inputs["input_ids"][1, 7:] = 0
+    with pytest.raises(ValueError, match="prompt 1 ends with padding"):
+        tiny_hive().generate(**inputs, pad_token_id=0, max_new_tokens=2, num_beams=beams)
+
+
+def test_lengths_of_a_generation_config_count_no_image() -> None:
+    """A cascaded model's, given or its own."""
+    model, inputs = tiny_cascaded(), prompts()
+    whole = model.generate(**inputs, **GREEDY, max_new_tokens=6)
+    ends = sorted(set(whole[:, 9].tolist()))
+    held = {"do_sample": False, "pad_token_id": 0, "eos_token_id": ends, "max_length": 15, "min_length": 12}
+    expected = model.generate(**inputs, **held)
+    assert expected.shape[1] > 12
+    assert torch.equal(model.generate(**inputs, generation_config=GenerationConfig(**held)), expected)
+    model.language_model.generation_config.update(max_length=15)
+    assert torch.equal(model.generate(**inputs, **GREEDY), whole)
+
+
+@pytest.mark.parametrize("vision", ["siglip", "clip", "dinov2", "dinov3", "aimv2"])
+@pytest.mark.parametrize("make", [tiny_hive, tiny_cascaded])
+def test_a_processors_fp32_pixels_fit_a_model_in_bf16(make: Any, vision: str) -> None:
+    model = make(vision=vision)
+    torch.testing.assert_close(logits(model.bfloat16()).float(), logits(model.float()), rtol=0.1, atol=0.1)
