@@ -100,6 +100,47 @@ def test_padding_on_the_right_that_transformers_finds_itself_is_refused(beams: i
         tiny_hive().generate(**inputs, pad_token_id=0, max_new_tokens=2, num_beams=beams)
 
 
+@torch.no_grad()
+def test_a_cache_grows_with_the_text() -> None:
+    """Past the room that it begins with, in the first call and later."""
+    model, tokens = tiny_hive(), random_tokens(90).view(2, 45)
+    images = {name: prompts()[name] for name in ("image_offsets", "pixel_values")}
+    cache, pieces = None, []
+    for piece in tokens.split([17, 18, 1, 9], dim=1):
+        output = model(piece, past_key_values=cache, use_cache=True, **(images if cache is None else {}))
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens, **images).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_step_without_a_new_token_reads_the_last_one() -> None:
+    """As a rank does that waits for others under ZeRO-3."""
+    model, inputs = tiny_hive(), prompts()
+    cache = model(**inputs, use_cache=True).past_key_values
+    step = model.prepare_inputs_for_generation(inputs["input_ids"], past_key_values=cache)
+    assert torch.equal(step["input_ids"], inputs["input_ids"][:, -1:])
+
+
+@pytest.mark.parametrize("keep", [1, 2, 9, 20])
+@torch.no_grad()
+def test_kept_logits_are_the_last_ones(keep: int) -> None:
+    """Zeros at padding among them."""
+    model, mask = tiny_hive(), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 8:] = 0
+    whole = model(**prompts(), attention_mask=mask).logits
+    kept = model(**prompts(), attention_mask=mask, logits_to_keep=keep).logits
+    torch.testing.assert_close(kept, whole[:, -keep:])
+
+
+def test_a_model_answers_by_the_generation_config_of_the_llm(tmp_path: Path) -> None:
+    model = tiny_hive()
+    assert model.generation_config is model.language_model.generation_config
+    model.generation_config.update(repetition_penalty=3.0)
+    model.save_pretrained(tmp_path)
+    assert HiveForCausalLM.from_pretrained(tmp_path).generation_config.repetition_penalty == 3.0
+
+
 def test_lengths_of_a_generation_config_count_no_image() -> None:
     """A cascaded model's, given or its own."""
     model, inputs = tiny_cascaded(), prompts()

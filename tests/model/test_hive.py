@@ -193,8 +193,10 @@ def test_generate_refuses_prompts_padded_on_the_right():
 
 def test_generate_warns_of_an_image_that_the_first_new_token_cannot_see():
     model = tiny_hive()
-    with pytest.warns(UserWarning, match="prompt 0 ends with an image"):
-        model.generate(random_tokens(4)[None], image_offsets=[[4]], pixel_values=random_images(1), max_new_tokens=1)
+    for offsets in ([4], [0, 4]):
+        images = {"image_offsets": [offsets], "pixel_values": random_images(len(offsets))}
+        with pytest.warns(UserWarning, match="prompt 0 ends with an image"):
+            model.generate(random_tokens(4)[None], **images, max_new_tokens=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(random_tokens(4)[None], image_offsets=[[3]], pixel_values=random_images(1), max_new_tokens=1)
