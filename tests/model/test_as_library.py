@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from hive_ds.model.hive import HiveForCausalLM
+from hive_ds.model.loading import load_any
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -32,6 +33,7 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_resized_vocabulary_keeps_the_logits_of_the_old_tokens(tied: bool, tmp_path: Path) -> None:
     model = tiny_hive(text_changes={"tie_word_embeddings": tied})
+    assert model.config.tie_word_embeddings == tied
     before = logits(model)
     model.resize_token_embeddings(120)
     found = logits(model)
@@ -159,3 +161,12 @@ def test_lengths_of_a_generation_config_count_no_image() -> None:
 def test_a_processors_fp32_pixels_fit_a_model_in_bf16(make: Any, vision: str) -> None:
     model = make(vision=vision)
     torch.testing.assert_close(logits(model.bfloat16()).float(), logits(model.float()), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("make", [tiny_hive, tiny_cascaded])
+def test_a_model_to_ask_is_in_the_dtype_asked_for_and_does_not_train(make: Any, tmp_path: Path) -> None:
+    make().train().save_pretrained(tmp_path)
+    for more, dtype in (((), torch.float32), ((torch.bfloat16,), torch.bfloat16)):
+        model = load_any(tmp_path, *more)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert not any(module.training for module in model.modules())
