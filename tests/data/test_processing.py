@@ -70,12 +70,22 @@ def test_batch_is_padded_on_the_left_with_images_prompt_by_prompt(tmp_path: Path
     assert [len(offsets) for offsets in inputs["image_offsets"]] == [2, 0, 1]
     pixels = [Image.new("RGB", (16, 16), colour) for colour in ("white", (3, 100, 200), (7, 100, 200))]
     assert inputs["pixel_values"].equal(make_preprocessor(processor.image_processor)(pixels)["pixel_values"])
-    grouped = processor(texts, [images[:2], [], images[2:]], max_length=width)
-    assert grouped["pixel_values"].equal(inputs["pixel_values"])
+    for kind in (list, tuple):
+        grouped = processor(iter(texts), [kind(images[:2]), kind(), kind(images[2:])], max_length=width)
+        assert grouped["pixel_values"].equal(inputs["pixel_values"])
     assert "pixel_values" not in rows[1]
     moved = inputs.to(torch.bfloat16)
     assert moved["pixel_values"].dtype == torch.bfloat16
     assert moved["image_offsets"] == inputs["image_offsets"]
+
+
+def test_special_tokens_are_decoded_only_where_asked_for() -> None:
+    processor = make_processor()
+    rows = processor(["A red square", "red"])["input_ids"]
+    for more, skip in (({}, True), ({"skip_special_tokens": False}, False)):
+        expected = [processor.tokenizer.decode(row, skip_special_tokens=skip) for row in rows]
+        assert [processor.decode(row, **more) for row in rows] == processor.batch_decode(rows, **more) == expected
+    assert processor.decode(rows[0]) != processor.decode(rows[0], skip_special_tokens=False)
 
 
 @pytest.mark.parametrize(
