@@ -121,6 +121,9 @@ def attend(
             attention to later tokens).
     """
     _refuse_others(module, dropout, key.shape[2], options, attention_mask)
+    # Autocast casts for SDPA, but not for us; its linear layers leave bf16, rotation and norms fp32.
+    if query.dtype != value.dtype and torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     count, _, new, _ = query.shape
     rows = query.transpose(1, 2).flatten(0, 1)
     if attention_mask is None:

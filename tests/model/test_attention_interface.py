@@ -63,6 +63,28 @@ def test_padded_rows(family: str, side: str) -> None:
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_under_autocast(family: str) -> None:
+    """As the Trainer's ``bf16=True`` has it: weights in fp32, products in bf16. A cache brings all to fp32 again."""
+    plain, ours = pair(family)
+    batch = padded("right")
+    real = batch["attention_mask"].bool()
+
+    def logits(model: Any) -> Tensor:
+        return model(**batch, use_cache=False).logits[real]
+
+    exact = logits(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = logits(plain), logits(ours)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert (found - exact).norm() < 1.5 * (expected - exact).norm() < 0.1 * exact.norm()
+    of_ours, of_exact = (
+        torch.autograd.grad(x.square().mean(), model.get_input_embeddings().weight)[0]
+        for x, model in ((found, ours), (exact, plain))
+    )
+    assert (of_ours - of_exact).norm() < 0.1 * of_exact.norm()
+
+
 @pytest.mark.parametrize("told_by", ["bounds", "positions"])
 def test_packed_row_equals_samples_alone(told_by: str) -> None:
     plain, ours = pair("llama")
