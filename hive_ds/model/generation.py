@@ -53,15 +53,16 @@ class HiveGenerationMixin(GenerationMixin):
         """
         attention_mask = arguments.get("attention_mask")
         mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        cache = arguments.get(CACHE_NAME)
+        given = [arguments.pop(name, None) for name in {"past_key_values", CACHE_NAME}]
+        cache = next((one for one in given if one is not None), None)
         if cache is not None:
             check_cache(cache, pixel_values)
         _warn_unseen_images(mask_BS, image_offsets)
         images = self.encode_prompt_images(
             pixel_values, image_offsets, len(input_ids), pixel_attention_mask, spatial_shapes
         )
-        if use_cache and cache is None:
-            arguments[CACHE_NAME] = HiveCache()
+        if use_cache or cache is not None:
+            arguments[CACHE_NAME] = HiveCache() if cache is None else cache
         return super().generate(inputs=input_ids, prompt_images=images, use_cache=use_cache, **arguments)
 
     def prepare_inputs_for_generation(

@@ -11,6 +11,7 @@ from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
+from hive_ds.model.generation import CACHE_NAME
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.loading import load_any
 
@@ -84,7 +85,7 @@ def test_a_cache_goes_on_in_the_next_turn() -> None:
     first = model.generate(**inputs, **GREEDY, max_new_tokens=4, return_dict_in_generate=True)
     asked = torch.cat([first.sequences, random_tokens(6, seed=1).view(2, 3)], dim=1)
     expected = model.generate(asked, **images, **GREEDY, max_new_tokens=6)
-    cache = first.past_key_values
+    cache = first[CACHE_NAME]
     with pytest.raises(ValueError, match="give images in the first call only"):
         model.generate(asked, **images, **GREEDY, max_new_tokens=6, past_key_values=cache)
     assert torch.equal(model.generate(asked, **GREEDY, max_new_tokens=6, past_key_values=cache), expected)
