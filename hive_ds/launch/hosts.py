@@ -154,10 +154,10 @@ def _ask(host: Host, folder: Path, port: int, master: str, patience: float) -> R
         return Report(host, {}, (f"{sys.executable} does not run there: {said}", advice))
     try:
         values = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):  # of a forced command, say
+        early, late = before - values["time"], values["time"] - after
+    except (IndexError, ValueError, TypeError, KeyError):  # of a forced command, say
         advice = f"ssh {host.name} COMMAND must run COMMAND there, and print nothing behind it"
         return Report(host, {}, (f"{sys.executable} was not run there: {said}", advice))
-    early, late = before - values["time"], values["time"] - after
     return Report(host, values, skew=max(late, 0.0) - max(early, 0.0))
 
 

@@ -80,7 +80,7 @@ class HiveGenerationMixin(GenerationMixin):
         past_key_values = past_key_values or cache
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past == 0 and attention_mask is not None:  # the prompts; transformers may have found their padding itself
-            _check_padding(attention_mask, len(prompt_images.grids) if prompt_images is not None else 1)
+            _check_padding(attention_mask, len(attention_mask if prompt_images is None else prompt_images.grids))
         # Under ZeRO-3 a finished rank calls the model until all have finished (synced_gpus): any token will do.
         return {
             "input_ids": input_ids[:, min(past, input_ids.shape[1] - 1) :],
@@ -93,6 +93,7 @@ class HiveGenerationMixin(GenerationMixin):
 
 
 def _check_padding(mask_BS: Tensor, prompts: int) -> None:
+    """Of rows, as many for each of ``prompts``."""
     wrong = (mask_BS[:, -1] == 0).nonzero()
     if len(wrong):
         prompt = int(wrong[0]) * prompts // len(mask_BS)

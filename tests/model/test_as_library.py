@@ -11,6 +11,7 @@ from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
+from hive_ds.model.configuration import HiveConfig, config_to_load
 from hive_ds.model.generation import CACHE_NAME
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.loading import load_any
@@ -60,11 +61,9 @@ def test_a_subfolder_a_config_by_its_path_and_values_of_ones_own_load(tmp_path: 
 
 
 def test_the_config_of_a_revision_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hive_ds.model.configuration import PLACE, HiveConfig, config_to_load
-
     seen: dict[str, Any] = {}
     monkeypatch.setattr(HiveConfig, "from_pretrained", lambda name, **more: seen.update(more, name=name))
-    given = dict.fromkeys(PLACE, "x")
+    given = dict.fromkeys(("subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token"), "x")
     config_to_load("me/model", {**given, "dtype": torch.float16})
     assert seen == {**given, "name": "me/model"}
 
@@ -101,6 +100,12 @@ def test_padding_on_the_right_that_transformers_finds_itself_is_refused(beams: i
     inputs["input_ids"][1, 7:] = 0
     with pytest.raises(ValueError, match="prompt 1 ends with padding"):
         tiny_hive().generate(**inputs, pad_token_id=0, max_new_tokens=2, num_beams=beams)
+
+
+def test_the_prompt_that_ends_with_padding_is_named() -> None:
+    mask = torch.tensor([[1, 1], [1, 0]])
+    with pytest.raises(ValueError, match="prompt 1 ends with padding"):
+        tiny_hive().prepare_inputs_for_generation(torch.ones_like(mask), attention_mask=mask)
 
 
 @torch.no_grad()

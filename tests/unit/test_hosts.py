@@ -145,6 +145,8 @@ def test_what_the_first_host_lacks_is_no_fault_of_the_others(tmp_path: Path, mon
         ("echo 'no such file' >&2; exit 127", "{python} does not run there: no such file"),
         ("cat >/dev/null; echo 'Use sbatch!'", "{python} was not run there: Use sbatch!"),
         ("cat >/dev/null", "{python} was not run there: nothing"),
+        ("cat >/dev/null; echo 1796000000", "{python} was not run there: 1796000000"),
+        ("cat >/dev/null; echo '{}'", "{python} was not run there: {{}}"),
         ("exec sleep 60", "no answer within 4 s"),
     ],
 )
