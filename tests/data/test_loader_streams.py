@@ -98,9 +98,15 @@ def test_remote_folders_of_one_name_are_kept_apart_in_the_cache(tmp_path: Path) 
 
 def test_one_folder_may_be_moved_between_two_runs(tmp_path: Path) -> None:
     write_mds(make_samples(9), tmp_path / "data")
-    state = make({str(tmp_path / "data"): 1.0}).state_dict()
+    first = make({str(tmp_path / "data"): 1.0})
+    batches = iter(first)
+    next(batches)
+    state = first.state_dict()
+    rest = next(batches).sample_ids
     (tmp_path / "data").rename(tmp_path / "moved")
-    make({str(tmp_path / "moved"): 3.0}).load_state_dict(json.loads(json.dumps(state)))
+    moved = make({str(tmp_path / "moved"): 3.0})
+    moved.load_state_dict(json.loads(json.dumps(state)))
+    assert next(iter(moved)).sample_ids == rest
 
 
 def test_remote_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
