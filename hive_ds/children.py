@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -28,6 +29,7 @@ _GRACE = 10.0
 _DEATH = 30.0
 """Seconds for killed processes to go; one that waits for a dead disk may never."""
 _POLL = 0.05
+_GUARD = "from hive_ds.children import _end_when_left; _end_when_left()"
 _PR_SET_PDEATHSIG = 1
 """Of prctl(2): the signal that a process gets when the one that started it ends."""
 
@@ -37,12 +39,15 @@ class Programs:
 
     SIGTERM, and a terminal that goes, raise `Signalled` in the block, as Ctrl-C raises KeyboardInterrupt. Launchers put
     ranks into sessions of their own and leave them behind when they are killed, so processes are known by a variable
-    that all of them inherit. A terminal's Ctrl-C reaches the command alone.
+    that all of them inherit. A terminal's Ctrl-C reaches the command alone. Where the command itself is killed, a guard
+    ends them: a process that waits for nothing else.
     """
 
     def __init__(self) -> None:
         self._name = uuid.uuid4().hex
         self._starting, self._ending = threading.Lock(), False
+        self._left_some = False
+        """A program was killed: what it started goes on."""
 
     def run(self, command: Sequence[str], env: Mapping[str, str], output: IO[str] | None = None) -> int:
         """Run a program to its end and return its exit code, minus the signal that ended it; OSError: there is none."""
@@ -52,33 +57,55 @@ class Programs:
             process = subprocess.Popen(
                 command, env={**env, _VARIABLE: self._name}, stdout=output, stderr=output, start_new_session=True
             )
-        return process.wait()
+        code = process.wait()
+        self._left_some |= code < 0
+        return code
 
     def __enter__(self) -> Programs:
         heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
         self._before = {number: signal.signal(number, _raise) for number in heard}
+        self._guard = _guard(self._name)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        if kind is not None or self._left_some:
             before = {number: signal.signal(number, signal.SIG_IGN) for number in (*self._before, signal.SIGINT)}
-            self._end()
+            with self._starting:
+                self._ending = True
+            _end_all(self._name)
             signal.signal(signal.SIGINT, before[signal.SIGINT])
+        self._guard.kill()
+        self._guard.communicate()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _end(self) -> None:
-        with self._starting:
-            self._ending = True
-        for process in processes_with(_VARIABLE, self._name):
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE
-        while processes_with(_VARIABLE, self._name) and time.monotonic() < deadline:
-            time.sleep(_POLL)
-        kill_with(_VARIABLE, self._name)
+
+def _guard(name: str) -> subprocess.Popen[bytes]:
+    """Start a process that ends all programs with this name once this process has ended, however it did."""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environ.pop(_VARIABLE, None)  # of a command that has started this one, and kills it where it does not end
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-c", _GUARD, name]
+    return subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, start_new_session=True, **silent)
+
+
+def _end_when_left() -> None:
+    """What a guard does: nobody writes to its stdin, whose other end its command holds until it ends."""
+    sys.stdin.buffer.read()
+    _end_all(sys.argv[1])
+
+
+def _end_all(name: str) -> None:
+    """End all programs with this name: ask them, and kill those that do not answer."""
+    for process in processes_with(_VARIABLE, name):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE
+    while processes_with(_VARIABLE, name) and time.monotonic() < deadline:
+        time.sleep(_POLL)
+    kill_with(_VARIABLE, name)
 
 
 def _raise(number: int, frame: object) -> None:

@@ -46,8 +46,7 @@ if __name__ == "__main__":
 
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
-CASES = [("programs", name) for name in SIGNALS]  # one that is killed can end no programs
-CASES += [(kind, name) for kind in ("pool fork", "pool spawn") for name in (*SIGNALS, "SIGKILL")]
+CASES = [(kind, name) for kind in ("programs", "pool fork", "pool spawn") for name in (*SIGNALS, "SIGKILL")]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -69,11 +68,22 @@ def test_nothing_is_left(kind: str, name: str, tmp_path: Path) -> None:
         wait_until(lambda: all(path.exists() for path in begun))
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         _, errors = process.communicate(timeout=60)
-    told = kind == "programs" or number == signal.SIGINT
+    told = number == signal.SIGINT or (kind == "programs" and number != signal.SIGKILL)
     assert process.returncode == (128 + number if told else -number)
     assert not told or errors == "\nstopped\n"
     assert not (tmp_path / "2").exists()
     wait_until(lambda: processes_with("OF_THIS_TEST", str(tmp_path)) == [])
+
+
+@pytest.mark.parametrize(("program", "code"), [("setsid sleep 1000 & kill -9 $$", -9), ("exit 3", 3)])
+def test_a_launcher_that_is_killed_leaves_nothing(
+    program: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the process that guards its command, which goes on."""
+    monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
+    with Programs() as programs:
+        assert programs.run(["sh", "-c", program], os.environ) == code
+    assert processes_with("OF_THIS_TEST", str(tmp_path)) == []
 
 
 def test_nothing_starts_once_the_command_ends(tmp_path: Path) -> None:
