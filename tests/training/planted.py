@@ -16,6 +16,7 @@ from typing import Any
 
 from hive_ds import train
 from hive_ds.training import pace, step_sums, watchdog
+from hive_ds.training.checkpoint_writer import CheckpointWriter, SaveReport
 from hive_ds.training.faults import leave
 from hive_ds.training.place import here
 
@@ -66,6 +67,19 @@ def plant(fault: str, step: int) -> None:
     train._start_job = with_fault
 
 
+def end_saves_a_step_later() -> None:
+    """Let the step behind a checkpoint wait for it: a fault then comes after it, however slow the disk is."""
+    advance = CheckpointWriter.advance
+
+    def to_the_end(self: CheckpointWriter, writing: bool) -> SaveReport | None:
+        report = None
+        while self._save is not None:
+            report = advance(self, writing=False)
+        return report
+
+    CheckpointWriter.advance = to_the_end  # type: ignore[method-assign]
+
+
 def slow_data(seconds: float) -> None:
     """Let this rank wait for every micro-batch."""
 
@@ -79,6 +93,7 @@ def slow_data(seconds: float) -> None:
 def main(arguments: list[str]) -> None:
     watchdog.ANSWER_SECONDS = 3.0
     pace.SLOW_SECONDS, pace.SLOW_LINES = 0.0, 3
+    end_saves_a_step_later()
     pace.matmul_times = lambda device, dtype: [1.0]
     fault, rank, step = os.environ["HIVE_PLANT"].split()
     if os.environ.get("RANK", "0") == rank:
