@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -36,10 +37,9 @@ def report_error(error: HiveError, world: World, *, debug: bool) -> None:
     if not world.is_main and _main_reports(world):
         return
     _claim_report()
-    if debug:
-        traceback.print_exception(error)
+    trace = _trace(error) if debug else ""
     rank = "" if world.is_main else f" (rank {world.rank})"
-    print(f"{_new_line()}error{rank}: {error}", file=sys.stderr, flush=True)
+    _say(f"{trace}{_new_line()}error{rank}: {error}")
     store = current_store()
     if world.is_main and store is not None:
         store.set(_REPORTED, "1")
@@ -55,20 +55,28 @@ def report_crash(error: Exception, world: World, where: str) -> None:
     """
     if not _claim_report():
         return
-    print(_new_line(), end="", file=sys.stderr)
-    traceback.print_exception(error)
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     hints = "".join(f" ({hint})" for part, hint in _HINTS if part in reason)
     line = f"error: rank {world.rank} on {socket.gethostname()}: {reason}{hints}; at {where}"
-    print(line, file=sys.stderr, flush=True)
+    _say(f"{_new_line()}{_trace(error)}{line}")
 
 
 def report_interrupt(world: World) -> int:
     """Say once what Ctrl-C leaves; returns the exit code."""
     if world.is_main:
         line = "stopped by Ctrl-C: the same command goes on from the newest checkpoint, if there is one"
-        print(f"{_new_line()}{line} (a file STOP in the stage's folder stops a run without losing a step)", flush=True)
+        _say(f"{_new_line()}{line} (a file STOP in the stage's folder stops a run without losing a step)")
     return INTERRUPTED
+
+
+def _say(text: str) -> None:
+    """On stderr; to nobody where that is a pipe whose reader has gone, as ``| tee`` has that had the same Ctrl-C."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _trace(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def _new_line() -> str:
@@ -108,6 +116,7 @@ def leave(code: int) -> NoReturn:
     """End this process; after a failure at once, for threads and objects of it may wait for ranks that have gone."""
     if code in (0, EXIT_STOPPED):
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for output in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            output.flush()
     os._exit(code)
