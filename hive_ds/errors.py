@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, a shell's own, which adds 128 to the number of a signal."""
@@ -114,9 +114,10 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
         print(end="", flush=True)  # else a pipe whose reader has gone is a trace at exit
         return done
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if _nobody_reads():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at exit
-            return 128 + signal.SIGPIPE
+            if isinstance(error, BrokenPipeError):
+                return 128 + signal.SIGPIPE
         code = _exit_code(error)
         if code is None:
             raise
@@ -129,7 +130,8 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
 def _nobody_reads() -> bool:
     """Whether stdout is a pipe whose reader has gone, as in ``| head``: it wants no more, and no error either."""
     output = select.poll()
-    output.register(sys.stdout, 0)
+    with suppress(OSError, TypeError):  # it is no file, or closed
+        output.register(sys.stdout, 0)
     return any(happened & select.POLLERR for _, happened in output.poll(0))
 
 

@@ -233,12 +233,14 @@ def test_what_fails_outside_is_one_line(
 
 @pytest.mark.parametrize("buffered", [True, False])
 def test_nothing_is_said_to_a_pipe_that_nobody_reads(buffered: bool) -> None:
-    """As ``| head`` leaves it; another pipe that breaks is an error."""
+    """As ``| head`` leaves it, or ``| tee`` at Ctrl-C; another pipe that breaks is an error."""
     command = "import sys; from hive_ds.errors import run_command; sys.exit(run_command(lambda: print(1)))"
     socket = command.replace("print(1)", "(_ for _ in ()).throw(BrokenPipeError(32, 'Broken pipe'))")
-    for program, code, said in ((command, 141, ""), (socket, 1, "error: [Errno 32] Broken pipe\n")):
+    stopped = command.replace("print(1)", f"[{buffered} and print(1), (_ for _ in ()).throw(KeyboardInterrupt)]")
+    cases = ((command, 141, ""), (socket, 1, "error: [Errno 32] Broken pipe\n"), (stopped, 130, "\nstopped\n"))
+    for program, code, said in cases:
         reader, writer = os.pipe()
-        if code == 141:
+        if code != 1:
             os.close(reader)
         environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         python = [sys.executable, *([] if buffered else ["-u"]), "-c", program]
