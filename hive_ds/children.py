@@ -86,9 +86,14 @@ def _guard(name: str) -> subprocess.Popen[bytes]:
     """Start a process that ends all programs with this name once this process has ended, however it did."""
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environ.pop(_VARIABLE, None)  # of a command that has started this one, and kills it where it does not end
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = [sys.executable, "-c", _GUARD, name]
-    return subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, start_new_session=True, **silent)
+    return subprocess.Popen(
+        [sys.executable, "-c", _GUARD, name],
+        env=environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _end_when_left() -> None:

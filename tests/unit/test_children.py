@@ -52,13 +52,13 @@ CASES = [(kind, name) for kind in ("programs", "pool fork", "pool spawn") for na
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_nothing_is_left(kind: str, name: str, tmp_path: Path) -> None:
     """Of programs one ignores SIGTERM and one has left its group, of which SIGKILL says nothing; Ctrl-C goes to all."""
-    (tmp_path / "command.py").write_text(COMMAND)
+    (tmp_path / "command.py").write_text(f"import sys; sys.path[:] = {sys.path}{COMMAND}")
     number = getattr(signal, name)
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OF_THIS_TEST": str(tmp_path)}
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with subprocess.Popen(
         [sys.executable, "command.py", *kind.split()],
         cwd=tmp_path,
-        env=environ,
+        env={**environ, "OF_THIS_TEST": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -66,7 +66,7 @@ def test_nothing_is_left(kind: str, name: str, tmp_path: Path) -> None:
     ) as process:
         begun = [tmp_path / "0", tmp_path / "1"]
         wait_until(lambda: all(path.exists() for path in begun))
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        (os.killpg if kind == "programs" or number == signal.SIGINT else os.kill)(process.pid, number)
         _, errors = process.communicate(timeout=60)
     told = number == signal.SIGINT or (kind == "programs" and number != signal.SIGKILL)
     assert process.returncode == (128 + number if told else -number)
@@ -75,15 +75,17 @@ def test_nothing_is_left(kind: str, name: str, tmp_path: Path) -> None:
     wait_until(lambda: processes_with("OF_THIS_TEST", str(tmp_path)) == [])
 
 
-@pytest.mark.parametrize(("program", "code"), [("setsid sleep 1000 & kill -9 $$", -9), ("exit 3", 3)])
-def test_a_launcher_that_is_killed_leaves_nothing(
-    program: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor does the process that guards its command, which goes on."""
+def test_a_launcher_that_is_killed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the process that guards its command; that is none of those which another command has started."""
     monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
+    monkeypatch.setenv("HIVE_COMMAND", str(tmp_path))
+    before = signal.getsignal(signal.SIGINT)
     with Programs() as programs:
-        assert programs.run(["sh", "-c", program], os.environ) == code
+        assert processes_with("HIVE_COMMAND", str(tmp_path)) == []
+        for program, code in (("setsid sleep 1000 & kill -9 $$", -9), ("exit 3", 3)):
+            assert programs.run(["sh", "-c", program], os.environ) == code
     assert processes_with("OF_THIS_TEST", str(tmp_path)) == []
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_nothing_starts_once_the_command_ends(tmp_path: Path) -> None:
