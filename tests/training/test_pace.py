@@ -67,6 +67,17 @@ def test_each_slow_rank_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_products_are_timed_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them count: a core that another program takes now and then is slow on the whole only."""
+    pair = Pair(monkeypatch)
+    found = []
+    for now, times in ((59.0, [1.0, 2.0]), (60.0, [1.0, 2.0]), (119.0, [1.0]), (120.0, [1.0])):
+        pair.now = now
+        monkeypatch.setattr(pace, "matmul_times", lambda device, dtype, times=times: times)
+        found.append(pair.line()["slowest_ratio"])
+    assert found == [1.0, 3.0, 3.0, 1.0]
+
+
 def test_waits_are_the_mean_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(monkeypatch)
     for wait in (0.9, 0.1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from hive_ds.children import Programs, processes_with
+from hive_ds import children
+from hive_ds.children import Programs, process_pool, processes_with
+
+FORK = multiprocessing.get_context("fork")
 
 COMMAND = """
 import os, sys, time
@@ -79,13 +83,25 @@ def test_a_launcher_that_is_killed_leaves_nothing(tmp_path: Path, monkeypatch: p
     """Nor does the process that guards its command; that is none of those which another command has started."""
     monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
     monkeypatch.setenv("HIVE_COMMAND", str(tmp_path))
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, _unignore)  # any function
     with Programs() as programs:
         assert processes_with("HIVE_COMMAND", str(tmp_path)) == []
         for program, code in (("setsid sleep 1000 & kill -9 $$", -9), ("exit 3", 3)):
             assert programs.run(["sh", "-c", program], os.environ) == code
     assert processes_with("OF_THIS_TEST", str(tmp_path)) == []
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.signal(signal.SIGINT, before) == _unignore
+
+
+def test_a_pool_that_is_broken_off_ends_its_own_processes_alone() -> None:
+    others = [FORK.Process(target=time.sleep, args=(1000,)), FORK.Process(target=children._begin, args=(1, print, ()))]
+    for other in others:
+        other.start()
+    with pytest.raises(ValueError, match="broken off"), process_pool(1, "fork", time.sleep, 0) as submit:
+        submit(int, "broken off").result()
+    others[1].join(20)
+    assert [other.exitcode for other in others] == [None, 1]  # the second was started by one that has ended
+    others[0].kill()
+    others[0].join()
 
 
 def test_nothing_starts_once_the_command_ends(tmp_path: Path) -> None:
