@@ -93,7 +93,10 @@ def test_a_launcher_that_is_killed_leaves_nothing(tmp_path: Path, monkeypatch: p
 
 
 def test_a_pool_that_is_broken_off_ends_its_own_processes_alone() -> None:
-    others = [FORK.Process(target=time.sleep, args=(1000,)), FORK.Process(target=children._begin, args=(1, print, ()))]
+    others = [
+        FORK.Process(target=time.sleep, args=(1000,), daemon=True),
+        FORK.Process(target=children._begin, args=(1, print, ())),
+    ]
     for other in others:
         other.start()
     with pytest.raises(ValueError, match="broken off"), process_pool(1, "fork", time.sleep, 0) as submit:
