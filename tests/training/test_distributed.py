@@ -8,6 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from hive_ds.errors import HiveError
+from hive_ds.training import distributed
+from hive_ds.training.distributed import World
 
 PROGRAM = """
 import atexit, gc
@@ -25,6 +30,40 @@ def test_nothing_is_left_out_of_garbage_collection_when_python_ends() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "0"  # gloo of torch 2.9 prints before it
+
+
+@pytest.mark.parametrize("given", [{}, {"MASTER_ADDR": "node1"}, {"MASTER_PORT": "1234"}])
+def test_ranks_that_cannot_know_where_to_meet_say_so(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # `start` sets them
+        monkeypatch.setenv(name, "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    missing = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in given)
+    with pytest.raises(HiveError, match=f"^2 ranks, but {missing} not set: where is rank 0"):
+        distributed.start(World(0, 0, 2, 2))
+
+
+def test_a_gpu_is_used_unless_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, asked, used in ((True, "cpu", False), (True, "cuda", True), (True, "", True), (False, "cuda", False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setenv("DS_ACCELERATOR", asked)
+        assert distributed.uses_gpu() == used
+
+
+@pytest.mark.parametrize(("given", "ranks", "threads"), [(None, 4, [2]), (None, 16, [1]), ("3", 4, [])])
+def test_ranks_share_out_the_cores_of_their_host(
+    given: str | None, ranks: int, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    assert distributed._own_device(World(0, 0, 2 * ranks, ranks)) == torch.device("cpu")
+    assert found == threads
 
 
 ENDING = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from tiny_run import TinyRun
 
 from hive_ds.constants import EXIT_STOPPED, IGNORE_INDEX
 from hive_ds.data.batch import PackedBatch, stretched
-from hive_ds.training import micro_batch
-from hive_ds.training.device_memory import HostMemory
-from hive_ds.training.micro_batch import Trial, _as_record, _recall, describe, search
+from hive_ds.errors import HiveError
+from hive_ds.training import device_memory, micro_batch
+from hive_ds.training.device_memory import GpuMemory, HostMemory
+from hive_ds.training.micro_batch import SAMPLES, Trial, _as_record, _recall, describe, search
 
 STAGE = "stages.connector_pretraining"
 ENDS = ((EXIT_STOPPED, [3]), (0, [0]), (0, []))
@@ -76,6 +78,26 @@ def test_costliest_batch() -> None:
     assert stretched(one, 2, 1).input_ids.tolist() == [5, 6]
     bare = PackedBatch(one.input_ids, one.labels, [3], [[3]], {"p": pixels[:1]}, ["b"], 0)
     assert micro_batch.costliest([bare, one, bare]) is one
+    assert micro_batch.costliest(chain([bare] * (SAMPLES - 1), repeat(one))) is one
+    assert micro_batch.costliest(chain([bare] * SAMPLES, repeat(one))) is bare
+    large = PackedBatch(one.input_ids, one.labels, [3], [[3]], {"p": torch.ones(1, 3, 2, 2)}, ["c"], 0)
+    assert micro_batch.costliest([one, large]) is large  # one picture, but more of it
+
+
+def test_memory_is_read_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU, what others hold counts: 100 bytes here, beside PyTorch's 300."""
+    monkeypatch.setattr(device_memory, "_PROCESS", tmp_path)
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t    3072 kB\nVmRSS:\t    2048 kB\nThreads:\t1\n")
+    assert (HostMemory(1).used(), HostMemory(1).peak()) == (2 << 20, 3 << 20)
+    assert HostMemory(4).total == HostMemory(1).total // 4
+    (tmp_path / "status").write_text("Name:\tpython\n")
+    with pytest.raises(HiveError, match=r"the memory of a process cannot be read \(.*status has no VmRSS\)"):
+        HostMemory(1).used()
+    held = {"memory_reserved": 300, "memory_allocated": 120, "max_memory_allocated": 250, "mem_get_info": (600, 1000)}
+    for name, value in {**held, "get_device_name": "a GPU"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    gpu = GpuMemory(torch.device("cuda"))
+    assert (gpu.name, gpu.total, gpu.used(), gpu.peak()) == ("a GPU", 1000, 220, 350)
 
 
 def test_peak_of_a_process_is_what_it_held_since() -> None:
@@ -126,5 +148,6 @@ def test_what_was_found_holds_for_the_same_setting_alone(tmp_path: Path) -> None
     assert _recall(record, setting, [1, 2, 4]) == 4
     assert _recall(record, {**setting, "ranks": 4}, [1, 2, 4]) is None
     assert _recall(record, setting, [1, 2]) is None
-    record.write_text("{")
-    assert _recall(record, setting, [1, 2, 4]) is None
+    for damaged in ("{", "{}", "[]", '{"micro_batch_size": 4}'):
+        record.write_text(damaged)
+        assert _recall(record, setting, [1, 2, 4]) is None

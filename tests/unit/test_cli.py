@@ -19,6 +19,8 @@ from hive_ds.recipe import load_recipe, recipe_names
 
 NO_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\n9 bytes")
 """As torch has it, in short."""
+WRONG_PATHS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+WRONG_PATHS += (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 HEAVY = {"torch", "transformers", "deepspeed", "streaming", "numpy"}
 
 
@@ -211,12 +213,12 @@ def test_debug_shows_the_trace(place: str):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (PermissionError(13, "Permission denied", "/a/file"), 2, "error: /a/file: Permission denied"),
-        (OSError(36, "File name too long", "/a/file"), 2, "error: /a/file: File name too long"),
+        *((OSError(n, os.strerror(n), "/a/file"), 2, f"error: /a/file: {os.strerror(n)}") for n in WRONG_PATHS),
         (OSError(28, "No space left on device", "/a/file"), 1, "error: /a/file: No space left on device"),
         (OSError("the disk is away"), 1, "error: the disk is away"),
         (OutsideError("/a/file: the disk is full"), 1, "error: /a/file: the disk is full"),
         (MemoryError(), 1, "error: out of memory"),
+        (RuntimeError("CUDA out of memory."), 1, "error: CUDA out of memory."),
         (NO_MEMORY, 1, "error: [enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
         (KeyboardInterrupt(), 130, "\nstopped"),
     ],
@@ -249,6 +251,8 @@ def test_nothing_is_said_to_a_pipe_that_nobody_reads(buffered: bool) -> None:
 
 
 def test_an_error_of_the_program_keeps_its_trace() -> None:
+    assert (run_command(lambda: None), run_command(lambda: 85)) == (0, 85)
+
     def command() -> None:
         raise RuntimeError("a mistake of ours")
 
@@ -256,7 +260,10 @@ def test_an_error_of_the_program_keeps_its_trace() -> None:
         run_command(command)
 
 
-@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError("a"), OSError(28, "No space left on device", "/a/file")])
+@pytest.mark.parametrize(
+    "error",
+    [NO_MEMORY, MemoryError("a"), OSError(28, "No space left on device", "/a/file"), OutsideError("a"), HiveError("a")],
+)
 def test_what_fails_outside_says_nothing_of_a_file(error: Exception) -> None:
     """Else a job whose node had no memory would not be tried again."""
     with pytest.raises(type(error)) as caught, told_as("model a does not load", "a whole model"):
@@ -264,18 +271,26 @@ def test_what_fails_outside_says_nothing_of_a_file(error: Exception) -> None:
     assert caught.value is error
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("no config.json.\nNone at all."), "no config.json. None at all"),  # of transformers
+        (ValueError("a picture of an out of memory"), "a picture of an out of memory"),
+        (TypeError("x" * 301), f"TypeError: {'x' * 300} ..."),
+    ],
+)
+def test_what_a_library_cannot_read_is_one_line(error: Exception, reason: str) -> None:
+    with pytest.raises(HiveError) as caught, told_as("model a does not load", "a whole model"):
+        raise error
+    assert str(caught.value) == f"model a does not load: {reason}; expected a whole model"
+    assert caught.value.exit_code == 2
+
+
 @pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)])
 def test_what_cannot_be_written_has_the_exit_code_of_its_cause(number: int, code: int, tmp_path: Path) -> None:
     with pytest.raises(HiveError, match="cannot be written") as caught, must_write(tmp_path, "make room"):
         raise OSError(number, os.strerror(number))
     assert caught.value.exit_code == code
-
-
-def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
-    with pytest.raises(HiveError, match="is a folder; expected the name of a file to write"):
-        write_whole(tmp_path, "text")
-    write_whole(tmp_path / "new" / "file", "text")
-    assert (tmp_path / "new" / "file").read_text() == "text"
 
 
 def test_what_cannot_be_written_is_what_it_was(tmp_path: Path) -> None:

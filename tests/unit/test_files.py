@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hive_ds.errors import HiveError
-from hive_ds.files import whole_folder
+from hive_ds.files import whole_folder, write_whole
 from hive_ds.names import does_not_exist, names_folder
 
 
@@ -68,3 +68,10 @@ def test_what_a_model_is_called_is_a_folder_or_a_name_on_the_hub(name: str, is_f
     assert names_folder(name) == is_folder
     assert does_not_exist(name) == "does not exist"
     assert does_not_exist("runs/quickstart/data") == "does not exist; `make quickstart` makes it"
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    with pytest.raises(HiveError, match="is a folder; expected the name of a file to write"):
+        write_whole(tmp_path, "text")
+    write_whole(tmp_path / "new" / "file", "text")
+    assert (tmp_path / "new" / "file").read_text() == "text"

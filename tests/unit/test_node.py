@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,14 +22,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What torchrun is called with."""
     calls: list[list[str]] = []
     monkeypatch.setattr(node, "torchrun", calls.append)
-    monkeypatch.setattr(node.os, "sched_getaffinity", lambda _: range(22))
     return calls
 
 
-@pytest.mark.parametrize(("given", "threads"), [(None, "5"), ("3", "3")])
+@pytest.mark.parametrize(("given", "cores", "threads"), [(None, 22, "5"), (None, 3, "1"), ("3", 22, "3")])
 def test_torchrun_is_asked_for_this_hosts_ranks(
-    given: str | None, threads: str, asked: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: str | None, cores: int, threads: str, asked: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(node.os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setenv("OMP_NUM_THREADS", given or "")
     if given is None:
         del os.environ["OMP_NUM_THREADS"]
@@ -41,6 +44,20 @@ def test_torchrun_is_asked_for_this_hosts_ranks(
     meeting = ["--nproc-per-node", "4", "--master-addr", "n1", "--master-port", "12092", "--module", "hive_ds.train"]
     assert asked == [["--nnodes", "2", "--node-rank", number, *meeting, *TRAIN] for number in ("1", "0")]
     assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_it_ends_with_the_ssh_that_started_it() -> None:
+    """When its stdin closes, and not when something comes from there."""
+    program = "import time; from hive_ds.launch import node; node.torchrun = lambda _: time.sleep(60);"
+    program += f" node.main({[*PLACE, '--node-rank', '0', '--tied', '--', *TRAIN]})"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"a line\n")
+        process.stdin.flush()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(8)  # it imports torch
+        process.stdin.close()
+        assert process.wait(20) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(("exitcode", "code"), [(2, 2), (85, 85), (-9, 137)])

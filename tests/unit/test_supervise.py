@@ -68,8 +68,9 @@ def supervise(tries: str) -> tuple[int, int]:
         ("orphan done0", (0, 2)),
     ],
 )
-def test_how_tries_end(tries: str, expected: tuple[int, int]) -> None:
+def test_how_tries_end(tries: str, expected: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:
     assert supervise(tries) == expected
+    assert ("ended with exit code 137 before" in capsys.readouterr().out) == ("killed" in tries)  # as a shell counts
     if tries.startswith("orphan"):
         command = Path(f"/proc/{Path('orphan').read_text().strip()}/cmdline")
         assert not command.exists() or not command.read_text()  # empty: dead, and its parent has not asked yet
@@ -138,6 +139,14 @@ def test_a_patience_that_is_none_is_refused_before_the_first_try(given: str, mon
 
 def test_a_trainer_has_eight_minutes_to_stop() -> None:
     assert stop_patience({}) == stop_patience({"HIVE_STOP_PATIENCE": ""}) == 480
+
+
+def test_a_terminal_that_has_gone_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", fail)
+    assert supervise("1 done0") == (0, 2)
 
 
 def test_no_pause_behind_the_last_try() -> None:
