@@ -159,4 +159,5 @@ def stop_watching() -> None:
 
 def _say(text: str) -> None:
     """Past Python's stderr, whose lock the thread that hangs may hold; on a line of its own, below the progress bar."""
-    os.write(2, f"\n{text}\n".encode())
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())

@@ -143,6 +143,20 @@ def test_dump_is_read_as_written_and_kept(tmp_path: Path) -> None:
         write_dump(tmp_path / name, WAITING)
 
 
+def test_a_hang_is_dumped_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk of the log may be full, or the terminal gone."""
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", fail)
+    Watchdog(tmp_path, 0, ["one"], 5.0, None)._report(7.0)
+    monkeypatch.undo()
+    (dump,) = read_dumps(tmp_path).values()
+    assert (dump.rank, dump.idle) == (0, 7.0)
+    assert (tmp_path / "verdict.txt").read_text().startswith("the only rank hangs: step ")
+
+
 class Probe(torch.autograd.Function):
     """Asks for the place in backward."""
 
