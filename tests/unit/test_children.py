@@ -102,6 +102,7 @@ def test_a_pool_that_is_broken_off_ends_its_own_processes_alone() -> None:
     with pytest.raises(ValueError, match="broken off"), process_pool(1, "fork", time.sleep, 0) as submit:
         submit(int, "broken off").result()
     others[1].join(20)
+    others[0].join(0.5)  # it would have ended by then
     assert [other.exitcode for other in others] == [None, 1]  # the second was started by one that has ended
     others[0].kill()
     others[0].join()
