@@ -214,6 +214,14 @@ def test_block_in_backward_and_module_in_forward(checkpointed: bool) -> None:
     assert place.describe()["module"] is None
 
 
+def test_samples_stay_until_others_are_named() -> None:
+    place, found = Place(), []
+    for phase, samples in (("forward", ["a"]), ("backward", None), ("save", ())):
+        place.enter(phase, samples)
+        found.append((place.describe()["samples"], place.marks))
+    assert found == [(["a"], 1), (["a"], 2), ([], 3)]
+
+
 def test_waiting_is_told_from_working() -> None:
     assert not waits_for_others(sys._getframe())
     frames = []
