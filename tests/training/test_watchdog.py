@@ -7,20 +7,15 @@ import os
 import re
 import signal
 import socket
-import sys
-import threading
 import time
 from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from forked import start_rank
-from torch import Tensor, nn
 from torch.distributed import TCPStore
-from torch.utils.checkpoint import checkpoint
 from watchdog_ranks import FAULTS, TIMEOUT
 
 from hive_ds.constants import EXIT_HUNG
@@ -28,7 +23,7 @@ from hive_ds.errors import HiveError
 from hive_ds.training import faults
 from hive_ds.training.distributed import World, current_store, start, stop
 from hive_ds.training.hang_report import Dump, free_folder, read_dumps, verdict, write_dump
-from hive_ds.training.place import Place, here, waits_for_others
+from hive_ds.training.place import here
 from hive_ds.training.watchdog import ANSWER_SECONDS, Watchdog, longest_wait
 
 PLACE = {"step": 7, "phase": "forward", "module": "layers.3.mlp", "samples": ["a", "b"], "marks": 40}
@@ -155,113 +150,6 @@ def test_a_hang_is_dumped_where_nothing_can_be_said(tmp_path: Path, monkeypatch:
     (dump,) = read_dumps(tmp_path).values()
     assert (dump.rank, dump.idle) == (0, 7.0)
     assert (tmp_path / "verdict.txt").read_text().startswith("the only rank hangs: step ")
-
-
-class Probe(torch.autograd.Function):
-    """Asks for the place in backward."""
-
-    found: Place
-
-    @staticmethod
-    def forward(context: object, tensor: Tensor) -> Tensor:
-        return tensor.clone()
-
-    @staticmethod
-    def backward(context: object, gradient: Tensor) -> Tensor:
-        seen.append(Probe.found.describe()["module"])
-        return gradient
-
-
-seen: list[str | None] = []
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(2, 2)
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        return Probe.apply(self.inner(tensor))
-
-
-class Model(nn.Module):
-    def __init__(self, *, checkpointed: bool) -> None:
-        super().__init__()
-        self.checkpointed = checkpointed
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        for block in self.blocks:
-            tensor = checkpoint(block, tensor, use_reentrant=False) if self.checkpointed else block(tensor)
-        return tensor
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_block_in_backward_and_module_in_forward(checkpointed: bool) -> None:
-    place, model = Place(), Model(checkpointed=checkpointed)
-    place.follow(model)
-    Probe.found = place
-    seen.clear()
-    in_forward: list[str | None] = []
-    model.blocks[1].inner.register_forward_pre_hook(lambda *_: in_forward.append(place.describe()["module"]))
-    output = model(torch.ones(1, 2)).sum()
-    place.enter("backward")
-    output.backward()
-    assert seen == ["blocks.2", "blocks.1", "blocks.0"]
-    # Recomputation runs modules in backward, and is as exact as forward.
-    assert in_forward == ["blocks.1.inner"] * (2 if checkpointed else 1)
-    place.enter("step")
-    assert place.describe()["module"] is None
-
-
-def test_samples_stay_until_others_are_named() -> None:
-    place, found = Place(), []
-    for phase, samples in (("forward", ["a"]), ("backward", None), ("save", ())):
-        place.enter(phase, samples)
-        found.append((place.describe()["samples"], place.marks))
-    assert found == [(["a"], 1), (["a"], 2), ([], 3)]
-
-
-def test_waiting_is_told_from_working() -> None:
-    assert not waits_for_others(sys._getframe())
-    frames = []
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        sys.setprofile(lambda frame, event, _: frames.append(waits_for_others(frame)) if event == "c_call" else None)
-        torch.distributed.barrier()
-    finally:
-        sys.setprofile(None)
-        torch.distributed.destroy_process_group()
-    assert any(frames)
-
-
-@pytest.mark.parametrize(("file", "waits"), [("/torch/autograd/graph.py", True), ("/torch/elsewhere.py", False)])
-def test_a_wait_in_a_thread_of_autograd_is_seen(file: str, waits: bool) -> None:
-    """On a GPU backward, and DeepSpeed's waits in it, run in such a thread; the main one waits for it in C++."""
-
-    def stand(name: str, file: str, until: threading.Lock) -> None:
-        made: dict[str, Any] = {}
-        exec(compile(f"def {name}(until):\n    until.acquire()", file, "exec"), made)
-        made[name](until)
-
-    def look() -> None:
-        while not {"synchronize", "_engine_run_backward"} <= {x.f_code.co_name for x in sys._current_frames().values()}:
-            time.sleep(0.01)
-        found.append(Place().describe()["in_collective"])
-        for lock in locks:
-            lock.release()
-
-    found: list[bool] = []
-    locks = [threading.Lock(), threading.Lock()]
-    for lock in locks:
-        lock.acquire()
-    inner = threading.Thread(target=stand, args=("synchronize", "/torch/cuda/streams.py", locks[0]))
-    inner.start()
-    threading.Thread(target=look).start()
-    stand("_engine_run_backward", file, locks[1])
-    inner.join()
-    assert found == [waits]
 
 
 def test_groups_made_later_wait_as_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,8 +106,11 @@ def test_signals_ask_for_a_stop(signals: list[str], answers: bool, code: int) ->
     )
     main = "import sys; from hive_ds.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "supervise", "--folder", ".", "--", "sh", "-c", trainer]
-    not_under_nohup = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # which these tests may be
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=not_under_nohup) as process:
+    # Not under nohup, which these tests may be; in the background a script's commands are told to ignore Ctrl-C.
+    started_in_background = partial(
+        list, map(signal.signal, (signal.SIGHUP, signal.SIGINT), (signal.SIG_DFL, signal.SIG_IGN))
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=started_in_background) as process:
         wait_for("started")
         assert not Path("STOP").exists()
         for name in signals:
@@ -124,7 +127,8 @@ def test_a_trainer_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HIVE_STOP_PATIENCE", "0.5")
     begun = time.monotonic()
     command = ["sh", "-c", "kill -USR1 $PPID; sleep 1000"]
-    assert Supervisor(command, Path(), restarts=1, failures=1, pause=0).run() == 85
+    assert Supervisor(command, Path("runs/stage1"), restarts=1, failures=1, pause=0).run() == 85
+    assert Path("runs/stage1/STOP").exists()  # the trainer had not made the folder yet
     assert 0.5 <= time.monotonic() - begun < 60
 
 
@@ -139,6 +143,7 @@ def test_a_patience_that_is_none_is_refused_before_the_first_try(given: str, mon
 
 def test_a_trainer_has_eight_minutes_to_stop() -> None:
     assert stop_patience({}) == stop_patience({"HIVE_STOP_PATIENCE": ""}) == 480
+    assert stop_patience({"HIVE_STOP_PATIENCE": "0"}) == 0
 
 
 def test_a_terminal_that_has_gone_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
