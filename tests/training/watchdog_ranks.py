@@ -38,14 +38,15 @@ def cannot_write() -> None:
 
 
 def was_stopped() -> None:
-    """Stopped for longer than the timeout and let go on, with nothing to do meanwhile."""
+    """Stopped for longer than the timeout and let go on, with nothing to do meanwhile; the watchdog knew the phase."""
+    time.sleep(TIMEOUT / 4)
     if not (child := os.fork()):
         time.sleep(1.5 * TIMEOUT)
         os.kill(os.getppid(), signal.SIGCONT)
         os._exit(0)
     os.kill(os.getpid(), signal.SIGSTOP)
     os.waitpid(child, 0)
-    time.sleep(TIMEOUT / 2)
+    time.sleep(TIMEOUT / 4)
     here.enter("end")
 
 
