@@ -89,6 +89,30 @@ def test_a_module_is_known_by_whatever_works_for_it() -> None:
     assert found == ["Model", "blocks.1", "blocks.0.inner"]
 
 
+def test_the_module_that_failed_is_that_of_the_error() -> None:
+    place, model = Place(), Model(checkpointed=False)
+    place.follow(model)
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.ones(1, 3))  # for two
+    assert place.describe(caught.value)["module"] == "blocks.0.inner"
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "waits"),
+    [
+        ("/a/hive_ds/training/distributed.py", "_reduce", True),  # which reads a GPU's sum
+        ("/a/deepspeed/comm/comm.py", "all_gather", True),
+        ("/a/deepspeed/runtime/zero/stage3.py", "synchronize", True),
+        ("/a/deepspeed/runtime/zero/stage3.py", "forward", False),
+        ("/a/torch/nn/modules/linear.py", "wait", False),
+    ],
+)
+def test_where_a_rank_waits_for_others(file: str, name: str, waits: bool) -> None:
+    made: dict[str, Any] = {"sys": sys}
+    exec(compile(f"def {name}():\n    return sys._getframe()", file, "exec"), made)
+    assert waits_for_others(made[name]()) == waits
+
+
 def test_the_first_step_of_a_resumed_run_is_its_first() -> None:
     """It may take longer: kernels are compiled."""
     place = Place()
