@@ -58,6 +58,27 @@ class HiveCache:
         if longest > self._capacity:
             self._capacity = max(longest, 2 * self._capacity, 16)
 
+    def forget_padding(self, mask_BS: Tensor | None, *, new: int) -> None:
+        """Forget what a row was fed last where a mask of all tokens says padding: its answer had ended early.
+
+        Args:
+            mask_BS: 1 on tokens; one that does not cover what was fed, and ``new`` tokens more, changes nothing.
+            new: tokens per row that come now.
+
+        Raises:
+            ValueError: the mask leaves out a token of which later ones are kept.
+        """
+        if mask_BS is None or not self.lengths or mask_BS.shape[1] != self.padded_length + new:
+            return
+        fed = mask_BS[:, : self.padded_length]
+        kept = fed.sum(dim=1).tolist()
+        for row, (held, left) in enumerate(zip(self.lengths, kept, strict=True)):
+            if left < held and fed[row, left - held :].any():
+                raise ValueError(
+                    f"attention_mask leaves out tokens of row {row} before others; expected 0 at its end only"
+                )
+        self.lengths = [min(pair) for pair in zip(self.lengths, kept, strict=True)]
+
     def append_text(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' keys and values; returns all of the layer's, (B, S, G, K) each."""
         k_BSGK, v_BSGK = (self._room(layer, index, new) for index, new in enumerate((k_TGK, v_TGK)))

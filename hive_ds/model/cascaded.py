@@ -20,6 +20,7 @@ from hive_ds.constants import IGNORE_INDEX
 from hive_ds.errors import HiveError
 from hive_ds.kernels import to_device
 from hive_ds.model.attention_interface import attention_name, bounds_are_given
+from hive_ds.model.generation import check_arguments
 from hive_ds.model.identity import weights_sha256
 from hive_ds.model.inputs import PackedText, PromptImages
 from hive_ds.model.interleaving import Interleaving
@@ -199,19 +200,20 @@ class CascadedForCausalLM(nn.Module):
         Args:
             input_ids: (B, S) prompts, padded on the left.
             attention_mask, image_offsets, pixel_values, pixel_attention_mask, spatial_shapes: as in `forward`.
-            arguments: every other argument of ``transformers.GenerationMixin.generate``; ``max_length`` and
-                ``min_length`` count what is returned, and no image.
+            arguments: every other argument of ``transformers.GenerationMixin.generate`` but `NOT_TAKEN` of
+                `hive_ds.model.generation`; ``max_length`` and ``min_length`` count what is returned, and no image.
 
         Returns:
             (B, S + new) tokens, or (B * k, S + new) where k sequences are asked for; with ``return_dict_in_generate``
             they are the ``sequences`` of what transformers returns.
         """
+        config = arguments.get("generation_config") or self.language_model.generation_config
+        check_arguments(input_ids, arguments, config)
         text = PackedText.from_padded(input_ids, attention_mask)
         places, states_SD = self._read(
             text, image_offsets, pixel_values, pixel_attention_mask, spatial_shapes, keep_last=True
         )
         embeds_BWD, mask_BW = places.left_padded(states_SD)
-        config = arguments.get("generation_config") or self.language_model.generation_config
         asked = {"max_length", "max_new_tokens"} & arguments.keys() or config.max_new_tokens is not None
         if not asked:  # 4.57 would count images into its default
             is_default = config.max_length == GenerationConfig().max_length

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hive_ds.model.cache import HiveCache, check_cache
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
 """What Hugging Face's loop calls the cache; transformers 5.24 renamed it."""
+
+
+NOT_TAKEN = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "prefill_chunk_size")
+"""Arguments of Hugging Face's ``generate`` under which it reads prompts in pieces, or steps back."""
 
 
 class HiveGenerationMixin(GenerationMixin):
@@ -48,19 +52,23 @@ class HiveGenerationMixin(GenerationMixin):
                 call, ``input_ids`` are all tokens so far, and the images are those of that call.
 
         Raises:
-            ValueError: a prompt is padded on the right, images and offsets do not fit each other, or pixels beside a
-                cache with images.
+            ValueError: a prompt is empty or padded on the right, images and offsets do not fit each other, pixels
+                beside a cache with images, or an argument of `NOT_TAKEN` or ``cache_implementation``.
         """
+        config = arguments.get("generation_config") or self.generation_config
+        check_arguments(input_ids, arguments, config, not_taken=(*NOT_TAKEN, "cache_implementation"))
+        if not input_ids.shape[1]:
+            raise ValueError("prompt 0 is empty; expected at least one token")
         attention_mask = arguments.get("attention_mask")
         mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         given = [arguments.pop(name, None) for name in {"past_key_values", CACHE_NAME}]
         cache = next((one for one in given if one is not None), None)
         if cache is not None:
             check_cache(cache, pixel_values)
-        _warn_unseen_images(mask_BS, image_offsets)
         images = self.encode_prompt_images(
             pixel_values, image_offsets, len(input_ids), pixel_attention_mask, spatial_shapes
         )
+        _warn_unseen_images(mask_BS, images.offsets)
         if use_cache or cache is not None:
             arguments[CACHE_NAME] = HiveCache() if cache is None else cache
         return super().generate(inputs=input_ids, prompt_images=images, use_cache=use_cache, **arguments)
@@ -100,8 +108,27 @@ def _check_padding(mask_BS: Tensor, prompts: int) -> None:
         raise ValueError(f"prompt {prompt} ends with padding; prompts to continue must be padded on the left")
 
 
-def _warn_unseen_images(mask_BS: Tensor, image_offsets: Sequence[Sequence[int]] | None) -> None:
-    for row, (offsets, length) in enumerate(zip(image_offsets or (), mask_BS.sum(dim=1).tolist(), strict=False)):
+def check_arguments(
+    input_ids: Tensor,
+    arguments: Mapping[str, Any],
+    config: GenerationConfig,
+    *,
+    not_taken: Sequence[str] = NOT_TAKEN,
+) -> None:
+    """ValueError where there is no prompt, or one of ``not_taken`` is set as an argument, or by a config."""
+    if input_ids.dim() != 2 or not len(input_ids):
+        raise ValueError(
+            f"input_ids is of shape {tuple(input_ids.shape)}; expected (prompts, tokens), 1 prompt or more"
+        )
+    for name in not_taken:
+        value = arguments[name] if name in arguments else getattr(config, name, None)
+        if value is not None:
+            said = repr(value) if isinstance(value, str | int) else f"a {type(value).__name__}"
+            raise ValueError(f"{name} is {said}; expected None: this model does not generate that way")
+
+
+def _warn_unseen_images(mask_BS: Tensor, image_offsets: Sequence[Sequence[int]]) -> None:
+    for row, (offsets, length) in enumerate(zip(image_offsets, mask_BS.sum(dim=1).tolist(), strict=True)):
         if offsets and offsets[-1] >= length:
             warnings.warn(
                 f"prompt {row} ends with an image (media offset {offsets[-1]}, {length} tokens): the token that "

@@ -180,7 +180,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
 
         Args:
             input_ids: (T,) tokens end to end, or (B, S) padded.
-            attention_mask: (B, S) 1 on tokens, padded batches only; with a cache (B, past + S).
+            attention_mask: (B, S) 1 on tokens, padded batches only; with a cache (B, past + S), 0 also behind answers.
             labels: shaped as ``input_ids``, each position's own token: the shift happens here. Fastest on the CPU.
             text_lengths: tokens of each sample of a packed batch.
             image_offsets: media offset of each image of each row, ascending: text tokens before it, padding and
@@ -211,6 +211,7 @@ class HiveForCausalLM(HiveGenerationMixin, PreTrainedModel):
             past_key_values = HiveCache()
         if past_key_values is not None:
             check_cache(past_key_values, pixel_values)
+            past_key_values.forget_padding(attention_mask, new=input_ids.shape[-1])
         first_call = past_key_values is None or past_key_values.images is None
         if first_call and prompt_images is None:
             prompt_images = self.encode_prompt_images(

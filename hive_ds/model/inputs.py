@@ -6,7 +6,9 @@ Axes: B row, S slot of a padded row, T text token, N image token, D model, K hea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,15 +50,28 @@ class PackedText:
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor | None) -> PackedText:
-        """From (B, S) tokens and a mask that is 1 on tokens; a longer mask counts cached tokens first."""
+        """From (B, S) tokens and a mask that is 1 on tokens; a longer mask counts cached tokens first.
+
+        Raises:
+            ValueError: the mask has another number of rows, or fewer columns.
+        """
         if attention_mask is None:
             mask = torch.ones_like(input_ids, dtype=torch.bool)
         else:
+            given, expected = tuple(attention_mask.shape), tuple(input_ids.shape)
+            if len(given) != 2 or given[0] != expected[0] or given[1] < expected[1]:
+                raise ValueError(
+                    f"attention_mask is of shape {given}; expected {expected}, that of input_ids, or wider"
+                )
             mask = attention_mask[:, -input_ids.shape[1] :].to(torch.bool)
         return cls(input_ids[mask], mask.sum(dim=1).tolist(), mask)
 
     def supervised(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions that predict a token which counts, and these tokens, (R,) each. None crosses a sample's end."""
+        """Positions that predict a token which counts, and these tokens, (R,) each. None crosses a sample's end.
+
+        Raises:
+            ValueError: the labels have another shape than the caller's batch.
+        """
         packed = self.packed(labels)
         targets = torch.full_like(packed, IGNORE_INDEX)
         targets[:-1] = packed[1:]
@@ -67,7 +82,12 @@ class PackedText:
         return to_device(rows, device), to_device(targets[rows], device)
 
     def packed(self, values: Tensor) -> Tensor:
-        """Values shaped as the caller's batch, end to end (T,), on their device."""
+        """Labels shaped as the caller's batch, end to end (T,), on their device; ValueError for another shape."""
+        expected = (self.input_ids_T if self.mask_BS is None else self.mask_BS).shape
+        if values.shape != expected:
+            raise ValueError(
+                f"labels are of shape {tuple(values.shape)}; expected {tuple(expected)}, that of input_ids"
+            )
         return values if self.mask_BS is None else values[self.mask_BS.to(values.device)]
 
     def padded(self, values_T: Tensor) -> Tensor:
@@ -98,16 +118,18 @@ class PromptImages:
         """Share the encoded images out to the prompts.
 
         Raises:
-            ValueError: the offsets list another number of images, or those of a prompt are not in ascending order.
+            ValueError: the offsets list another number of images, or those of a prompt are not whole numbers in
+                ascending order.
         """
-        listed = sum(len(one) for one in offsets)
+        rows = [_offsets_of_row(prompt, one) for prompt, one in enumerate(offsets)]
+        listed = sum(len(one) for one in rows)
         if listed != len(encoded.grids):
             raise ValueError(f"image_offsets lists {listed} images; pixel_values holds {len(encoded.grids)}")
-        for prompt, one in enumerate(offsets):
-            if list(one) != sorted(one):
-                raise ValueError(f"image_offsets of row {prompt} are {list(one)}; they must be in ascending order")
+        for prompt, one in enumerate(rows):
+            if one != sorted(one):
+                raise ValueError(f"image_offsets of row {prompt} are {one}; they must be in ascending order")
         grids = iter(encoded.grids)
-        return cls(encoded.by_block, [[next(grids) for _ in one] for one in offsets], [list(one) for one in offsets])
+        return cls(encoded.by_block, [[next(grids) for _ in one] for one in rows], rows)
 
     @classmethod
     def encode(
@@ -121,7 +143,7 @@ class PromptImages:
         pixel_attention_mask: Tensor | None,
         spatial_shapes: Tensor | None,
     ) -> PromptImages:
-        """Run the encoder over the images of ``prompts`` prompts; None of ``pixel_values`` means no image.
+        """Run the encoder over the images of ``prompts`` prompts; None of ``pixel_values``, or 0 images, is no image.
 
         Args:
             encoder, blocks, pixel_values, pixel_attention_mask, spatial_shapes: as in `encode_images`.
@@ -134,7 +156,7 @@ class PromptImages:
             HiveError: the images do not fit the encoder.
         """
         if pixel_values is None:
-            if any(offsets or ()):
+            if offsets is not None and any(len(one) for one in offsets):
                 raise ValueError("image_offsets lists images but pixel_values is None; give both or neither")
             return cls.none(prompts)
         if offsets is None or len(offsets) != prompts:
@@ -142,6 +164,8 @@ class PromptImages:
                 f"image_offsets is {offsets}; with pixel_values it must be a list of offsets for each of the "
                 f"{prompts} rows"
             )
+        if not len(pixel_values):  # which few encoders take
+            return cls.build(VisionFeatures({}, []), offsets)
         encoded = encode_images(
             encoder,
             blocks,
@@ -165,6 +189,17 @@ class PromptImages:
         """The prompt that each of ``rows`` rows continues: equally many rows for each, prompt by prompt."""
         rows_per_prompt = rows // max(len(self.grids), 1)
         return [row // rows_per_prompt for row in range(rows)]
+
+
+def _offsets_of_row(row: int, given: Any) -> list[int]:
+    """Media offsets of a row's images, in whatever sequence of whole numbers; ValueError for another value."""
+    try:
+        found = [index(offset) for offset in given]
+    except TypeError:
+        found = [-1]
+    if min(found, default=0) < 0:
+        raise ValueError(f"image_offsets of row {row} are {given!r}; expected whole numbers from 0, one an image")
+    return found
 
 
 @dataclass(frozen=True)
@@ -244,7 +279,7 @@ def _layout(
     query_lengths: Sequence[int] | None,
     device: torch.device,
 ) -> AttentionLayout:
-    """Layout of the rows when every image has ``count`` keys per patch. Rows of one prompt have one length."""
+    """Layout of the rows when every image has ``count`` keys per patch."""
     first_row = [prompt_of_row.index(prompt) for prompt in range(len(images.grids))]
     layout = AttentionLayout.build(
         [text_lengths[row] for row in first_row],
@@ -253,7 +288,10 @@ def _layout(
         query_lengths=None if query_lengths is None else [query_lengths[row] for row in first_row],
         device=device,
     )
-    return layout if len(prompt_of_row) == len(first_row) else layout.select(prompt_of_row)
+    if len(prompt_of_row) == len(first_row):
+        return layout
+    own = text_lengths if query_lengths is None else query_lengths
+    return replace(layout.select(prompt_of_row), text_lengths=list(text_lengths), query_lengths=list(own))
 
 
 def _interleave(grids: Sequence[Sequence[Grid]], count: int, device: torch.device) -> Tensor:

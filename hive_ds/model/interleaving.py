@@ -73,7 +73,13 @@ class Interleaving:
         return {"position_ids": to_device(self.positions_S, device)[None], "cu_seq_lens_q": bounds}
 
     def left_padded(self, states_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows padded on the left, (B, W, D) with zeros at padding, and their mask (B, W) of int64."""
+        """Rows padded on the left, (B, W, D) with zeros at padding, and their mask (B, W) of int64.
+
+        Raises:
+            ValueError: a row is empty.
+        """
+        if 0 in self.lengths:
+            raise ValueError(f"prompt {self.lengths.index(0)} is empty; expected a token or an image at least")
         width, device = max(self.lengths, default=0), states_SD.device
         first = torch.tensor([width - length for length in self.lengths], device=device)
         mask = torch.arange(width, device=device) >= first[:, None]

@@ -94,6 +94,48 @@ def test_a_cache_goes_on_in_the_next_turn() -> None:
             call(asked, past_key_values=DynamicCache())
 
 
+@pytest.mark.parametrize("rows", [[0, 1], [0, 0, 1, 1]])
+@torch.no_grad()
+def test_padding_behind_an_answer_that_ended_early_is_forgotten(rows: list[int]) -> None:
+    """In every turn after it, and also where another answer to the same prompt is longer by that."""
+    model, inputs = tiny_hive(), prompts()
+    images = model.encode_prompt_images(inputs["pixel_values"], inputs["image_offsets"], 2)
+    whole, mask = inputs["input_ids"][rows], torch.ones(len(rows), 9, dtype=torch.int64)
+    cache = model(whole, prompt_images=images, use_cache=True).past_key_values
+    pixels = inputs["pixel_values"].split([1, 2])
+    each = {"image_offsets": [inputs["image_offsets"][row] for row in rows]}
+    each["pixel_values"] = torch.cat([pixels[row] for row in rows])
+    for seed in range(1, 4):
+        new = random_tokens(4 * len(rows), seed).view(-1, 4)
+        whole, mask = torch.cat([whole, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
+        found = model(new, attention_mask=mask, past_key_values=cache).logits
+        expected = model(whole, attention_mask=mask, **each).logits[:, -4:]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        mask[0, -2:] = 0
+
+
+@torch.no_grad()
+def test_a_conversation_in_which_an_answer_ended_early_goes_on_as_without_a_cache() -> None:
+    model, inputs = tiny_hive(), prompts()
+    images = {name: inputs[name] for name in ("image_offsets", "pixel_values")}
+    ends = int(model.generate(**inputs, **GREEDY, max_new_tokens=2)[0, -1])
+    first = model.generate(**inputs, **{**GREEDY, "eos_token_id": ends}, max_new_tokens=6, return_dict_in_generate=True)
+    assert (first.sequences == 0).sum(dim=1).tolist() in ([4, 0], [5, 0])
+    asked = torch.cat([first.sequences, random_tokens(6, seed=1).view(2, 3)], dim=1)
+    expected = model.generate(asked, **images, **GREEDY, max_new_tokens=6)
+    assert torch.equal(model.generate(asked, **GREEDY, max_new_tokens=6, past_key_values=first[CACHE_NAME]), expected)
+
+
+@torch.no_grad()
+def test_a_mask_that_leaves_out_tokens_in_the_middle_of_what_a_cache_holds_is_refused() -> None:
+    model, ids = tiny_hive(), random_tokens(18).view(2, 9)
+    cache = model(ids, use_cache=True).past_key_values
+    mask = torch.ones(2, 10, dtype=torch.int64)
+    mask[1, 4] = 0
+    with pytest.raises(ValueError, match="attention_mask leaves out tokens of row 1 before others"):
+        model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_padding_on_the_right_that_transformers_finds_itself_is_refused(beams: int) -> None:
     inputs = prompts()
