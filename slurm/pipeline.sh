@@ -19,6 +19,11 @@ while [ $# -gt 0 ]; do
 done
 parse ${arguments[@]+"${arguments[@]}"}
 export HIVE_DS=$HIVE_CLONE
+case ${SBATCH_EXPORT:-ALL} in # of a site that keeps the environment from jobs: called from another folder, they need this
+ALL*) ;;
+NONE | NIL) export SBATCH_EXPORT=HIVE_DS ;;
+*) export SBATCH_EXPORT=$SBATCH_EXPORT,HIVE_DS ;;
+esac
 previous=''
 
 submit() { # NAME FILE-THAT-SAYS-DONE SBATCH-ARGUMENT...; leaves_out is a variable that sbatch is not to see

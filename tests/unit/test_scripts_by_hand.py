@@ -146,6 +146,25 @@ def test_a_chain_of_vlm_stages_alone_exports_nothing_and_ends_where_slurm_refuse
 
 
 @pytest.mark.parametrize(
+    ("site_sets", "asked"),
+    [("", "none"), ("ALL", "ALL"), ("ALL,A=1", "ALL,A=1"), ("NONE", "HIVE_DS"), ("NIL", "HIVE_DS"), ("A", "A,HIVE_DS")],
+)
+def test_jobs_of_a_chain_find_their_scripts_where_a_site_keeps_the_environment_from_them(
+    site_sets: str, asked: str, site: Path
+) -> None:
+    """Called from outside of the clone."""
+    (site / "elsewhere").mkdir()
+    if site_sets:
+        with (site / "slurm" / "env.sh").open("a") as env:
+            env.write(f"\nexport SBATCH_EXPORT={site_sets}\n")
+    (site / "bin" / "sbatch").write_text(
+        f'#!/bin/sh\necho "${{SBATCH_EXPORT-none}} $HIVE_DS" >>{site}/asked; wc -l <{site}/asked\n'
+    )
+    submit("cd elsewhere && ../slurm/pipeline.sh --recipe tiny --run ../run", "/not/on/the/login/node", site)
+    assert (site / "asked").read_text().splitlines() == [f"{asked} {site}"] * 4
+
+
+@pytest.mark.parametrize(
     ("line", "error"),
     [
         ("HIVE_CONVERT='a.json mds'", "HIVE_CONVERT in env.sh is (a.json mds); expected (SOURCE OUT OPTION...)"),
