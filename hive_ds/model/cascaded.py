@@ -213,7 +213,7 @@ class CascadedForCausalLM(nn.Module):
         places, states_SD = self._read(
             text, image_offsets, pixel_values, pixel_attention_mask, spatial_shapes, keep_last=True
         )
-        embeds_BWD, mask_BW = places.left_padded(states_SD)
+        embeds_BWD, ids_BW, mask_BW = places.left_padded(states_SD, text.input_ids_T, self.config.image_token_index)
         asked = {"max_length", "max_new_tokens"} & arguments.keys() or config.max_new_tokens is not None
         if not asked:  # 4.57 would count images into its default
             is_default = config.max_length == GenerationConfig().max_length
@@ -222,8 +222,8 @@ class CascadedForCausalLM(nn.Module):
             arguments.setdefault("min_length", config.min_length)
         for name in {"max_length", "min_length"} & arguments.keys():
             arguments[name] += embeds_BWD.shape[1] - input_ids.shape[1]  # transformers takes off all that it reads
-        found = self.language_model.generate(inputs_embeds=embeds_BWD, attention_mask=mask_BW, **arguments)
-        new = found if isinstance(found, Tensor) else found.sequences
+        found = self.language_model.generate(ids_BW, inputs_embeds=embeds_BWD, attention_mask=mask_BW, **arguments)
+        new = (found if isinstance(found, Tensor) else found.sequences)[:, ids_BW.shape[1] :]
         whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
         if isinstance(found, Tensor):
             return whole

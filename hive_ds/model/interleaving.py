@@ -72,8 +72,13 @@ class Interleaving:
         bounds = torch.tensor([0, *self.lengths]).cumsum(0)
         return {"position_ids": to_device(self.positions_S, device)[None], "cu_seq_lens_q": bounds}
 
-    def left_padded(self, states_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows padded on the left, (B, W, D) with zeros at padding, and their mask (B, W) of int64.
+    def left_padded(self, states_SD: Tensor, text_T: Tensor, placeholder: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows padded on the left: states (B, W, D) and tokens (B, W), 0 at padding, and their mask (B, W) of int64.
+
+        Args:
+            states_SD: what stands at each place.
+            text_T: the text tokens.
+            placeholder: token of a patch, as a stock Llava reads it.
 
         Raises:
             ValueError: a row is empty.
@@ -83,9 +88,11 @@ class Interleaving:
         width, device = max(self.lengths, default=0), states_SD.device
         first = torch.tensor([width - length for length in self.lengths], device=device)
         mask = torch.arange(width, device=device) >= first[:, None]
-        padded = states_SD.new_zeros(*mask.shape, states_SD.shape[1])
+        padded, tokens = states_SD.new_zeros(*mask.shape, states_SD.shape[1]), text_T.new_zeros(mask.shape)
         padded[mask] = states_SD
-        return padded, mask.long()
+        named_T = torch.cat([text_T, text_T.new_tensor([placeholder])])
+        tokens[mask] = named_T[to_device(self.source_S, device).clamp(max=len(text_T))]
+        return padded, tokens, mask.long()
 
 
 def _ranges(

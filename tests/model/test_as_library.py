@@ -191,6 +191,21 @@ def test_a_model_answers_by_the_generation_config_of_the_llm(tmp_path: Path) -> 
     assert HiveForCausalLM.from_pretrained(tmp_path).generation_config.repetition_penalty == 3.0
 
 
+def test_without_a_length_twenty_tokens_are_written() -> None:
+    """As transformers does for prompts of tokens; the two images of a prompt take more places than that."""
+    model, inputs = tiny_cascaded(), prompts()
+    assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, max_new_tokens=20))
+
+
+@pytest.mark.parametrize("make", [tiny_hive, tiny_cascaded])
+def test_a_frozen_encoder_rests_while_the_rest_trains(make: Any) -> None:
+    model = make()
+    for frozen in (False, True):
+        model.vision_encoder.requires_grad_(not frozen)
+        assert model.train() is model
+        assert (model.vision_encoder.training, model.language_model.training) == (not frozen, True)
+
+
 def test_lengths_of_a_generation_config_count_no_image() -> None:
     """A cascaded model's, given or its own."""
     model, inputs = tiny_cascaded(), prompts()

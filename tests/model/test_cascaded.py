@@ -96,7 +96,7 @@ def test_packed_is_single_is_padded(vision: str) -> None:
 @pytest.mark.parametrize("vision", STOCK)
 @pytest.mark.parametrize("tied", [True, False])
 def test_equals_stock_llava(vision: str, tied: bool, tmp_path: Path) -> None:
-    """Logits and loss to 1e-5, greedy answers with and without cache, from the saved folder."""
+    """Logits and loss to 1e-5, greedy answers with and without cache and penalty, from the saved folder."""
     model = tiny_cascaded("qwen2", vision, text_changes={"tie_word_embeddings": tied})
     stock = stock_of(model, tmp_path)
     inputs = stock_inputs()
@@ -107,14 +107,19 @@ def test_equals_stock_llava(vision: str, tied: bool, tmp_path: Path) -> None:
         # The first token of a text: stock would predict it from the padding before it.
         first = inputs["attention_mask"].cumsum(dim=1) == 1
         labels = inputs["input_ids"].masked_fill(~is_text | first, IGNORE_INDEX)
+        labels[0, -2] = IGNORE_INDEX
         expected_loss = stock(**inputs, labels=labels).loss
         ids = torch.cat(texts())
+        ids[4] = IGNORE_INDEX
         loss = model(**packed(), labels=ids).loss
         torch.testing.assert_close(loss, expected_loss, rtol=0, atol=1e-5)
-    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
-    answers = stock.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        per_item = model(**packed(), labels=ids, num_items_in_batch=7).loss
+        torch.testing.assert_close(per_item, expected_loss * (labels != IGNORE_INDEX).sum() / 7, rtol=0, atol=1e-4)
     batch = padded("left")
-    for use_cache in (True, False):
+    for use_cache, penalty in ((True, 1.0), (False, 1.0), (True, 3.0)):
+        options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+        options["repetition_penalty"] = penalty
+        answers = stock.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         found = model.generate(**batch, **options, use_cache=use_cache)
         assert torch.equal(found[:, : batch["input_ids"].shape[1]], batch["input_ids"])
         assert torch.equal(found[:, batch["input_ids"].shape[1] :], answers)
@@ -144,13 +149,6 @@ def test_lengths_count_what_is_returned_and_a_dict_holds_it() -> None:
     assert not torch.isin(held[:, max(LENGTHS) : max(LENGTHS) + 3], torch.tensor(ends)).any()
     found = model.generate(**batch, **options, max_new_tokens=3, eos_token_id=None, return_dict_in_generate=True)
     assert torch.equal(found.sequences, whole)
-
-
-def test_without_a_length_twenty_tokens_are_written() -> None:
-    """As transformers does for prompts of tokens; the two images of a prompt take more places than that."""
-    model, options = tiny_cascaded(), {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    batch = padded("left")
-    assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, max_new_tokens=20))
 
 
 def test_images_reach_the_texts_after_them_alone() -> None:
