@@ -10,7 +10,7 @@ from pathlib import Path
 from hive_ds.errors import HiveError
 
 CARRIED = re.compile(
-    r"(PATH|LD_LIBRARY_PATH|CUDA_HOME|(CUDA|DS|GLOO|HF|HIVE|HUGGINGFACE|NCCL|OMP|PYTHON|TOKENIZERS|TORCH|TRITON|WANDB)"
+    r"(PATH|LD_LIBRARY_PATH|(CUDA|DS|GLOO|HF|HIVE|HUGGINGFACE|NCCL|OMP|PYTHON|TOKENIZERS|TORCH|TRITON|WANDB)"
     r"(_\w+|[A-Z]\w*))"
 )
 """Variables that ranks need, by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -49,6 +50,9 @@ def test_wrong_hostfile_is_refused(tmp_path: Path, text: str, message: str) -> N
 def test_what_is_carried(tmp_path: Path) -> None:
     kept = {"HF_HOME": "/a", "NCCL_DEBUG": "INFO", "PATH": "/bin", "PYTHONPATH": "/b"}
     more = {"HIVE_X": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false", "LD_LIBRARY_PATH": "/c"}
+    more |= dict.fromkeys(("CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME"), "1")
+    more |= dict.fromkeys(("HUGGINGFACE_HUB_CACHE", "OMP_NUM_THREADS", "TORCH_NCCL_BLOCKING_WAIT"), "1")
+    more |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), "1")
     assert carried_variables(more) == more
     assert carried_variables(dict.fromkeys(("HF_SECRET", "DS_PASSWORD", "HIVE_STOP_AT", "CUDA", "SHELL"), "1")) == {}
     left = {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "x", "WANDB_API_KEY": "x", "HIVE_ATTEMPT": "1"}
@@ -100,7 +104,7 @@ def said_by(host: str, **changes: Any) -> None:
     [
         ({"port_free": False}, []),  # of the first host alone
         ({"gpus": 4}, ["8 slots, but 4 GPUs; write slots=4 in the hostfile"]),
-        ({"gpus": 0}, []),
+        ({"gpus": 0, "cores": 8}, []),
         (
             {"gpus": 0, "cores": 7},
             ["8 slots, but no GPU and 7 cores; write slots=7 in the hostfile, or load its GPU driver"],
@@ -140,7 +144,7 @@ def test_what_the_first_host_lacks_is_no_fault_of_the_others(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("ssh", "what"),
     [
-        ("echo warning >&2; echo 'no route' >&2; exit 255", "not reachable by ssh: no route"),
+        ("echo Welcome; echo warning >&2; echo 'no route' >&2; exit 255", "not reachable by ssh: no route"),
         (r"printf 'zur\374ck\n' >&2; exit 255", "not reachable by ssh: zur\ufffdck"),  # in Latin-1
         ("echo 'no such file' >&2; exit 127", "{python} does not run there: no such file"),
         ("cat >/dev/null; echo 'Use sbatch!'", "{python} was not run there: Use sbatch!"),
@@ -153,12 +157,12 @@ def test_what_the_first_host_lacks_is_no_fault_of_the_others(tmp_path: Path, mon
 def test_a_host_that_does_not_answer_as_asked(
     ssh: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing else is said of it, and the others are asked all the same."""
+    """Nothing else is said of it, and the others are asked all the same, but not for a port of rank 0."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         hosts, "SSH", ("sh", "-c", f'[ $0 = first ] || {{ {ssh}; exit; }}; cat >/dev/null; cat "$0.json"')
     )
-    said_by("first", gpus=4)
+    said_by("first", gpus=4, port_free=False)
     faults = hosts.check_hosts([Host("second", 8), Host("first", 8)], folder=tmp_path, patience=4)
     assert [(one.host, one.what) for one in faults] == [
         ("second", what.format(python=sys.executable)),
@@ -174,7 +178,9 @@ def test_a_port_that_is_taken_on_the_first_host_is_named(tmp_path: Path, monkeyp
     assert str(fault) == "first: port 29501 is in use; choose another --master_port"
 
 
-@pytest.mark.parametrize(("ends", "code"), [(("0", "0"), 0), (("never", "85"), 85), (("never", "137", "never"), 137)])
+@pytest.mark.parametrize(
+    ("ends", "code"), [(("0", "0"), 0), (("never", "1"), 1), (("never", "85"), 85), (("never", "137", "never"), 137)]
+)
 def test_the_first_host_that_fails_ends_all(ends: tuple[str, ...], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host is called by how it ends; ``never`` is one that waits for its stdin to close."""
     monkeypatch.setattr(hosts, "SSH", ("sh", "-c", "case $0 in never*) cat; exit 9;; *) exit ${0%.*};; esac"))
@@ -201,6 +207,18 @@ def test_what_each_host_is_told_to_run(tmp_path: Path, monkeypatch: pytest.Monke
         place = ["--nodes", "2", "--node-rank", str(number), "--ranks", slots, "--master", "one", "--port", "1234"]
         launch = ["-m", "hive_ds.launch.node", *place, "--tied", "--", "--set", "data.train=a b"]
         assert words[start + 1 :] == launch
+
+
+def test_ssh_asks_no_question_and_gives_up_a_silent_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ssh").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/asked\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert hosts.run_on_hosts([Host("first", 8)], ["--stage", "1"]) == 0
+    *options, host, command = (tmp_path / "asked").read_text().splitlines()
+    assert dict(zip(options[::2], options[1::2], strict=True)).keys() == {"-o"}
+    assert set(options[1::2]) == {"BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5"}
+    assert host == "first"
+    assert command.endswith("-- --stage 1")
 
 
 def test_without_an_ssh_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

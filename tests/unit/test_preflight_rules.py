@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import full_disk
 
-from hive_ds.launch import preflight
+from hive_ds.launch import preflight, preflight_network
 from hive_ds.launch.preflight_verdict import compare_nodes, judge_links, links
 
 A, B, C, D, E = nodes = [f"node{name}" for name in "ABCDE"]
@@ -125,3 +126,19 @@ def test_each_gpu_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     values, faults = preflight.check_node(argparse.Namespace(ranks=0, gpus=4, scratch=tmp_path, run=tmp_path))
     assert values["matmul_flops_per_second"] == [1e12, 1e12 + 2]
     assert faults == ["3 GPUs work of 4", "GPU 1: CUDA error: uncorrectable ECC error"]
+    values, faults = preflight.check_node(argparse.Namespace(ranks=0, gpus=2, scratch=tmp_path, run=tmp_path))
+    assert faults == ["GPU 1: CUDA error: uncorrectable ECC error"]
+
+
+def test_a_folder_over_its_quota(tmp_path: Path) -> None:
+    """Its disk has room."""
+    with full_disk(1000):
+        assert preflight.try_to_write(tmp_path) == (None, f"cannot write to {tmp_path}: File too large")
+
+
+def test_the_network_part_is_told_of_all_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(preflight_network, "check_network", lambda *given: asked.append(given))
+    given = ["network", "--nodes", "n1,n2,n3", "--port", "12345", "--out", str(tmp_path)]
+    assert preflight.main(given) == 0
+    assert asked == [(tmp_path, ["n1", "n2", "n3"], 12345)]
