@@ -24,7 +24,13 @@ class Host:
     """One line of a hostfile: ``NAME slots=N``."""
 
     name: str
+    """As ssh takes it: with a user before an @, where one is named."""
     slots: int
+
+    @property
+    def address(self) -> str:
+        """As other hosts call it."""
+        return self.name.rpartition("@")[2]
 
 
 def read_hostfile(path: Path) -> list[Host]:
@@ -36,7 +42,7 @@ def read_hostfile(path: Path) -> list[Host]:
         HiveError: no such file, no host in it, a line that is no host, or a host twice.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise HiveError(f"hostfile {path}: cannot be read ({reason}); expected lines NAME slots=N") from error

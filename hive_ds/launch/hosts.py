@@ -74,7 +74,7 @@ def check_hosts(
         patience: seconds that a host may take to answer.
     """
     with ThreadPoolExecutor(max_workers=32) as pool:
-        reports = list(pool.map(lambda host: _ask(host, folder, port, hosts[0].name, patience), hosts))
+        reports = list(pool.map(lambda host: _ask(host, folder, port, hosts[0].address, patience), hosts))
     faults = [HostFault(report.host.name, *report.error) for report in reports if report.error]
     good = [report for report in reports if not report.error]
     for report in good:
@@ -89,7 +89,7 @@ def run_on_hosts(hosts: Sequence[Host], train: Sequence[str], *, port: int = POR
     running = {}
     for number, host in enumerate(hosts):
         place = ["--nodes", len(hosts), "--node-rank", number, "--ranks", host.slots]
-        meeting = ["--master", hosts[0].name, "--port", port, "--tied"]
+        meeting = ["--master", hosts[0].address, "--port", port, "--tied"]
         command = [sys.executable, "-m", "hive_ds.launch.node", *map(str, [*place, *meeting]), "--", *train]
         # stdin stays open: when it closes, for whatever reason, the other end stops.
         with _ssh_is_installed():
@@ -176,7 +176,7 @@ def _faults(report: Report, first: Report, folder: Path) -> Iterator[tuple[str, 
         advice = f"write slots={values['cores']} in the hostfile, or load its GPU driver"
         yield f"{slots} slots, but no GPU and {values['cores']} cores", advice
     if not values["master_known"]:
-        yield f"does not know the address of {first.host.name}", "write it into /etc/hosts there, or mend its DNS"
+        yield f"does not know the address of {first.host.address}", "write it into /etc/hosts there, or mend its DNS"
     if values["shm_free"] is None or values["shm_free"] < slots * SHM_PER_RANK:
         expected = f"expected {slots * SHM_PER_RANK / GIGABYTE:.1f} GB for {slots} slots"
         yield f"/dev/shm has {gigabytes(values['shm_free'])}; {expected}", SHM_ADVICE

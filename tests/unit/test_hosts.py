@@ -21,7 +21,7 @@ from hive_ds.launch.network import interface_addresses, interface_towards
 
 def test_hostfile_is_read(tmp_path: Path) -> None:
     path = tmp_path / "hostfile"
-    path.write_text("# ours\n\nnode1  slots=8\nnode2 slots=4 # half\n\tnode3\tslots=128\r\n")
+    path.write_text("\ufeff# ours\n\nnode1  slots=8\nnode2 slots=4 # half\n\tnode3\tslots=128\r\n")
     assert read_hostfile(path) == [Host("node1", 8), Host("node2", 4), Host("node3", 128)]
 
 
@@ -81,6 +81,7 @@ def test_clock_skew_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert hosts.check_hosts([Host("localhost", 1)], folder=Path("runs"), port=0) == []
     both = [Host("localhost", 1), Host("here", 1)]  # of the first alone the others must know the address
     assert hosts.check_hosts(both, folder=Path("runs"), port=0) == []
+    assert hosts.check_hosts([Host("me@localhost", 1)], folder=Path("runs"), port=0) == []
     monkeypatch.setattr(hosts.time, "time", lambda: now() + 60)
     found = hosts.check_hosts([Host("localhost", 1)], folder=tmp_path, port=0)
     assert len(found) == 1
@@ -196,8 +197,8 @@ def test_what_each_host_is_told_to_run(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(hosts, "SSH", ("sh", "-c", 'echo "$1" >"$0"'))
     for name in ("HIVE_ATTEMPT", "HIVE_STOP_AT", "HF_HOME", "HF_TOKEN"):
         monkeypatch.setenv(name, "x y")
-    assert hosts.run_on_hosts([Host("one", 2), Host("two", 4)], ["--set", "data.train=a b"], port=1234) == 0
-    for number, (name, slots) in enumerate([("one", "2"), ("two", "4")]):
+    assert hosts.run_on_hosts([Host("me@one", 2), Host("two", 4)], ["--set", "data.train=a b"], port=1234) == 0
+    for number, (name, slots) in enumerate([("me@one", "2"), ("two", "4")]):
         words = shlex.split(Path(name).read_text())
         start = words.index(sys.executable)
         assert words[:5] == ["cd", str(tmp_path / "a b"), "&&", "exec", "env"]

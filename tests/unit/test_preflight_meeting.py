@@ -62,7 +62,7 @@ def test_what_nodes_say_is_heard_and_silence_is_none(store: Store) -> None:
     assert first.hear("links", timedelta(seconds=0.1)) == [None, {"0": 1.5}]
     first.say("links", [])
     assert last.hear("links") == [[], {"0": 1.5}]
-    assert together(lambda: last.agree("good", lambda: "last"), lambda: first.agree("good", lambda: "first")) == [
+    assert together(lambda: last.agree("good", lambda: 1 / 0), lambda: first.agree("good", lambda: "first")) == [
         "first",
         "first",
     ]
