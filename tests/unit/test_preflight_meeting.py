@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +81,21 @@ def test_data_goes_both_ways_and_a_neighbour_that_does_not_answer_is_none(
     monkeypatch.setattr(preflight_network, "EXCHANGE", timedelta(seconds=0.2))
     alone = together(lambda: exchange(store(), "y", listens=True), lambda: exchange(store(), "z", listens=False))
     assert alone == [None, None]
+
+
+def test_a_neighbour_that_stops_half_way_is_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_network, "SIZE", 1000)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        store().set("x", json.dumps(server.getsockname()[:2]))
+
+        def stop() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(bytes(500))
+                connection.recv(1000, socket.MSG_WAITALL)
+
+        found, _ = together(lambda: preflight_network._exchange(store(), "x", listens=False), stop)
+    assert found is None
 
 
 def test_the_rate_of_a_link_is_that_of_its_slower_end() -> None:
