@@ -99,6 +99,7 @@ def test_equals_stock_llava(vision: str, tied: bool, tmp_path: Path) -> None:
     """Logits and loss to 1e-5, greedy answers with and without cache and penalty, from the saved folder."""
     model = tiny_cascaded("qwen2", vision, text_changes={"tie_word_embeddings": tied})
     stock = stock_of(model, tmp_path)
+    assert (stock.config.tie_word_embeddings, stock.config.image_seq_length) == (tied, PATCHES)
     inputs = stock_inputs()
     is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
     with torch.no_grad():
