@@ -163,6 +163,15 @@ def test_a_cache_grows_with_the_text() -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens, **images).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [tiny_hive, tiny_cascaded])
+@pytest.mark.parametrize("lengths", [[0, 4, 5], [4, 0, 5], [4, 5, 0]])
+@torch.no_grad()
+def test_a_sample_without_a_token_changes_nothing(make: Any, lengths: list[int]) -> None:
+    model, ids = make(), random_tokens(9)
+    expected = model(ids, labels=ids, text_lengths=[4, 5]).loss
+    torch.testing.assert_close(model(ids, labels=ids, text_lengths=lengths).loss, expected)
+
+
 @torch.no_grad()
 def test_a_step_without_a_new_token_reads_the_last_one() -> None:
     """As a rank does that waits for others under ZeRO-3."""
@@ -215,6 +224,8 @@ def test_lengths_of_a_generation_config_count_no_image() -> None:
     expected = model.generate(**inputs, **held)
     assert expected.shape[1] > 12
     assert torch.equal(model.generate(**inputs, generation_config=GenerationConfig(**held)), expected)
+    short = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=4)
+    assert torch.equal(model.generate(**inputs, generation_config=short), whole[:, :13])
     model.language_model.generation_config.update(max_length=15)
     assert torch.equal(model.generate(**inputs, **GREEDY), whole)
 

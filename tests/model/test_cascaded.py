@@ -232,6 +232,8 @@ def test_transformers_does_not_look_for_the_samples(monkeypatch: pytest.MonkeyPa
 def test_saved_folder_comes_back_and_another_tower_is_refused(tmp_path: Path) -> None:
     model = tiny_cascaded("qwen2", "clip", feature_block=2)
     model.language_model.generation_config.repetition_penalty = 3.0
+    with torch.no_grad():
+        next(model.vision_encoder.parameters()).add_(1.0)  # as training does
     model.save_pretrained(tmp_path)
     again = load_any(tmp_path)
     assert isinstance(again, CascadedForCausalLM)
