@@ -173,6 +173,17 @@ def test_a_sample_without_a_token_changes_nothing(make: Any, lengths: list[int])
 
 
 @torch.no_grad()
+def test_an_image_past_the_last_token_of_a_prompt_stands_behind_it() -> None:
+    """However far: tokens of the next prompt do not come before it."""
+    model, inputs = tiny_cascaded(), prompts()
+    found = [
+        model.generate(**{**inputs, "image_offsets": [[0, offset], [2]]}, **GREEDY, max_new_tokens=4)
+        for offset in (9, 14)
+    ]
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
 def test_a_step_without_a_new_token_reads_the_last_one() -> None:
     """As a rank does that waits for others under ZeRO-3."""
     model, inputs = tiny_hive(), prompts()
@@ -204,15 +215,6 @@ def test_without_a_length_twenty_tokens_are_written() -> None:
     """As transformers does for prompts of tokens; the two images of a prompt take more places than that."""
     model, inputs = tiny_cascaded(), prompts()
     assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, max_new_tokens=20))
-
-
-@pytest.mark.parametrize("make", [tiny_hive, tiny_cascaded])
-def test_a_frozen_encoder_rests_while_the_rest_trains(make: Any) -> None:
-    model = make()
-    for frozen in (False, True):
-        model.vision_encoder.requires_grad_(not frozen)
-        assert model.train() is model
-        assert (model.vision_encoder.training, model.language_model.training) == (not frozen, True)
 
 
 def test_lengths_of_a_generation_config_count_no_image() -> None:

@@ -98,6 +98,14 @@ def test_another_runner_runs_the_blocks_inside_and_no_longer() -> None:
         assert block_runner(encoder) is before
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 36), (36, 32)])
+@pytest.mark.parametrize("family", ["dinov2", "dinov3"])
+def test_an_image_that_patches_do_not_tile_is_named(family, height, width):
+    said = rf"pixel_values are {height} x {width} pixels; {family}\w* expects multiples of 8"
+    with pytest.raises(HiveError, match=said):
+        encode_images(tiny_encoder(family), [1], torch.zeros(1, 3, height, width))
+
+
 def test_wrong_image_size_names_both_sizes():
     with pytest.raises(HiveError, match=r"48 x 48 pixels; siglip_vision_model expects 32 x 32"):
         encode_images(tiny_encoder(), (1,), torch.zeros(1, 3, 48, 48))
