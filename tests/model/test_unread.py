@@ -64,6 +64,7 @@ def test_hive_model_of_another_rank(section: ModelConfig) -> None:
 @pytest.mark.parametrize("section", [*PAIRS, ("siglip", "gemma3")], indirect=True, ids="-".join)
 def test_cascaded_model_of_another_rank(section: ModelConfig, tmp_path: Path) -> None:
     built = build_cascaded(section, image_token_id=96)  # one more than the LLM knows
+    assert built.language_model.get_input_embeddings().num_embeddings == 97
     expect_same(built, section)
     built.save_pretrained(tmp_path / "stage")
     loaded, _ = load_cascaded(tmp_path / "stage", section)
