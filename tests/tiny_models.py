@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -15,6 +17,8 @@ from hive_ds.model.vision import vision_class
 
 VOCABULARY = 96
 IMAGE_SIZE = 32
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+"""Arguments of ``generate``."""
 
 _VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 _TEXT = {
@@ -145,3 +149,12 @@ def random_images(count: int, seed: int = 0) -> torch.Tensor:
 def random_tokens(length: int, seed: int = 0) -> torch.Tensor:
     """(length,) tokens that are neither padding nor specials."""
     return torch.randint(3, VOCABULARY - 1, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def prompts() -> dict[str, Any]:
+    """Two prompts of 9 tokens, with one image and with two."""
+    return {
+        "input_ids": random_tokens(18).view(2, 9),
+        "image_offsets": [[0], [2, 5]],
+        "pixel_values": random_images(3),
+    }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive
+from tiny_models import GREEDY, prompts, random_tokens, tiny_cascaded, tiny_hive
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
@@ -15,16 +15,6 @@ from hive_ds.model.configuration import HiveConfig, config_to_load
 from hive_ds.model.generation import CACHE_NAME
 from hive_ds.model.hive import HiveForCausalLM
 from hive_ds.model.loading import load_any
-
-GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def prompts() -> dict[str, Any]:
-    return {
-        "input_ids": random_tokens(18).view(2, 9),
-        "image_offsets": [[0], [2, 5]],
-        "pixel_values": random_images(3),
-    }
 
 
 @torch.no_grad()

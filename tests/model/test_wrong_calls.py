@@ -7,18 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_images, random_tokens, tiny_cascaded, tiny_hive, tiny_language_model
+from tiny_models import GREEDY, prompts, random_images, random_tokens, tiny_cascaded, tiny_hive, tiny_language_model
 from transformers import GenerationConfig
-
-GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def prompts() -> dict[str, Any]:
-    return {
-        "input_ids": random_tokens(18).view(2, 9),
-        "image_offsets": [[0], [2, 5]],
-        "pixel_values": random_images(3),
-    }
 
 
 @pytest.mark.parametrize("make", [tiny_hive, tiny_cascaded])

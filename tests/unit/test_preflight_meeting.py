@@ -37,11 +37,11 @@ def meet(store: Store, names: list[str], came: list[str]) -> list[Meeting]:
 
 
 def test_who_does_not_come_is_absent_and_who_comes_late_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight_meeting, "MEET", timedelta(seconds=1))
+    monkeypatch.setattr(preflight_meeting, "MEET", timedelta(seconds=4))
     first, last = meet(store, ["a", "b", "c"], ["a", "c"])
     assert (first.nodes, first.absent, first.index) == (["a", "c"], ["b"], 0)
     assert (last.nodes, last.absent, last.index) == (["a", "c"], ["b"], 1)
-    assert max(abs(first.skew), abs(last.skew)) < 1
+    assert max(abs(first.skew), abs(last.skew)) < 5
     with pytest.raises(RuntimeError, match=r"^2 of 3 came in time: a, c$"):
         Meeting.join(store(), ["a", "b", "c"], "b")
 
@@ -106,7 +106,7 @@ def test_the_rate_of_a_link_is_that_of_its_slower_end() -> None:
 
 def test_all_that_is_wrong_with_a_node_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one that did not come, of one whose clock and links are off, and of one that says nothing."""
-    monkeypatch.setattr(preflight_meeting, "MEET", timedelta(seconds=1))
+    monkeypatch.setattr(preflight_meeting, "MEET", timedelta(seconds=4))
     a, b, c, d = meet(store, ["a", "b", "c", "d", "e"], ["a", "b", "c", "d"])
     facts = {"versions": {"torch": "2"}, "skew": 0.0}
     for node, own in ((a, facts), (b, {**facts, "skew": 60.0}), (c, facts)):
